@@ -1,0 +1,35 @@
+"""CIFAR-10 from parquet files with JPEG or PNG bytes, decoded once into tensors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+
+def load_cifar10(folder: Path, split: str) -> TensorDataset:
+    """Read `folder/{split}.parquet` (columns `image.bytes`, `label`) as normalised `(N, 3, 32, 32)` float32 images."""
+    path = folder / f"{split}.parquet"
+    if not path.is_file():
+        raise SystemExit(f"--data: {path} not found; expected CIFAR-10 as train.parquet and test.parquet in {folder}")
+    table = pq.read_table(path)
+    column = next(name for name in ("image", "img") if name in table.schema.names)
+    pixels = np.stack(
+        [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table[column].to_pylist()]
+    )
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
+    return TensorDataset(images, torch.tensor(table["label"].to_pylist()))
+
+
+def subset(dataset: TensorDataset, keep: Tensor) -> TensorDataset:
+    """The rows of `dataset` named by `keep`, a boolean mask or an index tensor."""
+    return TensorDataset(*(tensor[keep] for tensor in dataset.tensors))

@@ -1,0 +1,20 @@
+"""SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
+
+from . import objectives
+from .subspace import SubspaceProfile, initialize_semu_weights
+from .tuner import SemuConfig, SemuLayer, SemuModel, register
+from .unlearn import UnlearnResult, unlearn
+
+register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "SemuConfig",
+    "SemuLayer",
+    "SemuModel",
+    "SubspaceProfile",
+    "UnlearnResult",
+    "initialize_semu_weights",
+    "objectives",
+    "unlearn",
+]

@@ -1,0 +1,274 @@
+"""Forgetting in classifiers: UA, RA, TA and MIA, as SalUn (arXiv 2310.12508) and SEMU (arXiv 2502.07587) report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import Tensor, nn
+
+from semu_peft.objectives.batches import call_model
+
+from .comparison import ForgettingMetrics
+from .membership import membership_inference
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a classifier said about N examples, on the CPU, in the order the loader gave them.
+
+    Attributes:
+        labels: True classes, `(N,)`, int64.
+        predicted: Classes with the largest logit, `(N,)`, int64.
+        confidence: Probability of the true class, `(N,)`, float32.
+        num_classes: Number of logits the model has, where known.
+
+    Raises:
+        ValueError: The three are not vectors of one length.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(tensor.shape) for tensor in (self.labels, self.predicted, self.confidence)]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+            raise ValueError(
+                f"labels, predicted and confidence have shapes {shapes}; expected three vectors of one length (N,)."
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples whose true class has the largest logit, in percent (NaN without examples)."""
+        return 100 * int((self.predicted == self.labels).sum()) / len(self) if len(self) else float("nan")
+
+    def confusion(self, num_classes: int | None = None) -> Tensor:
+        """Count how often each true class was predicted as each class.
+
+        Args:
+            num_classes: Number of classes C; by default the model's, or else the largest class seen plus one.
+
+        Returns:
+            Counts `(C, C)`, int64: row = true class, column = predicted class.
+
+        Raises:
+            ValueError: A class is C or larger.
+        """
+        largest = int(torch.cat([self.labels, self.predicted, torch.zeros(1, dtype=torch.int64)]).max())
+        classes = num_classes or self.num_classes or largest + 1
+        if largest >= classes:
+            raise ValueError(f"num_classes is {classes} but class {largest} occurs; expected at least {largest + 1}.")
+        return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
+
+
+def predict(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    name: str = "loader",
+) -> Predictions:
+    """Classify every example of a loader, in eval mode and without gradients.
+
+    Each module's training flag is afterwards what it was. In a distributed run every process classifies what its own
+    loader yields; give each the whole loader, or use one process.
+
+    Args:
+        model: Classifier whose output is logits `(batch, C)`: a tensor, a tuple that starts with it or an object with
+            `.logits`.
+        loader: Batches `(inputs, labels)`, or dictionaries with a `labels` key whose other entries are the model's
+            keyword arguments. Labels are int64 class indices `(batch,)`.
+        device: Where batches are sent; by default the device of the model's first parameter.
+        progress: Show a progress bar.
+        name: What to call the loader in the progress bar and in errors.
+
+    Returns:
+        One entry per example; the softmax is taken in float32 whatever the model's dtype.
+
+    Raises:
+        TypeError: A batch or the model's output has an unknown form.
+        ValueError: The loader is empty, or its labels or the model's logits are malformed or NaN.
+    """
+    if device is None:
+        device = _device_of(model)
+    batches: Iterable[Any] = loader
+    if progress:
+        from tqdm.auto import tqdm
+
+        batches = tqdm(loader, desc=name, unit="batch", leave=False)
+
+    labels, predicted, confidence = [], [], []
+    num_classes: int | None = None
+    with _evaluating(model):
+        for batch in batches:
+            logits, batch_labels = call_model(model, send_to_device(batch, device))
+            _check_classes(logits.shape[1], num_classes, name)
+            num_classes = logits.shape[1]
+            batch_labels = batch_labels.to(logits.device)
+            probability = logits.float().softmax(dim=1)
+            # Labels are checked once at the end, so that a GPU is not waited for at every batch; until then the clamp
+            # keeps an out-of-range label from failing as a device-side assertion that names nothing.
+            looked_up = batch_labels.clamp(0, num_classes - 1).unsqueeze(1)
+            confidence.append(probability.gather(1, looked_up).squeeze(1))
+            predicted.append(logits.argmax(dim=1))
+            labels.append(batch_labels)
+    if num_classes is None or not sum(len(part) for part in labels):
+        raise ValueError(
+            f"{name} gave no examples; expected at least one. "
+            "Check the subset it reads, and that it is not an iterator that has already been used up."
+        )
+    predictions = Predictions(
+        labels=torch.cat(labels).cpu().long(),
+        predicted=torch.cat(predicted).cpu(),
+        confidence=torch.cat(confidence).cpu(),
+        num_classes=num_classes,
+    )
+    _check_values(predictions, num_classes, name)
+    return predictions
+
+
+def evaluate_forgetting(
+    model: nn.Module,
+    forget: Iterable[Any] | Predictions,
+    retain: Iterable[Any] | Predictions,
+    test: Iterable[Any] | Predictions,
+    *,
+    forgotten_test: Iterable[Any] | Predictions | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+    max_attack_examples: int | None = 2000,
+    trainable_parameters: int | None = None,
+    seconds: float | None = None,
+    adapter_bytes: int | None = None,
+) -> ForgettingMetrics:
+    """Measure what a classifier forgot and what it kept (UA, RA, TA, MIA), all in percent.
+
+    The protocol of SalUn (Fan et al., ICLR 2024, arXiv 2310.12508) and SEMU (arXiv 2502.07587). Give the loaders the
+    evaluation transform (no random augmentation), for the training images too. Read the result next to that of a model
+    retrained without the forget set *and* that of the model before unlearning, in a
+    [`~semu_peft.evaluation.ForgettingComparison`].
+
+    Args:
+        model: The unlearned classifier (see [`predict`] for what it may return).
+        forget: Training examples to forget. UA = 100 - accuracy.
+        retain: Training examples to keep. RA = accuracy; also the attack's members.
+        test: Test examples; for class forgetting those of the remaining classes. TA = accuracy; also the attack's
+            non-members.
+        forgotten_test: For class forgetting, the test examples of the forgotten class.
+        seed: Seeds the draw of the membership attack's training examples.
+        progress: Show a progress bar per loader.
+        device: Where batches are sent; by default the device of the model's first parameter.
+        max_attack_examples: Most examples per side that the attack is fitted on; `None` as in the papers (slow).
+        trainable_parameters: Number of parameters that were trained. By default those that require gradients now,
+            which is 0 for an adapter loaded for inference and for a merged model: say it yourself there.
+        seconds: Time that the unlearning took, to be kept with the metrics.
+        adapter_bytes: Size of the saved adapter, to be kept with the metrics.
+
+    Each of the four loaders may also be the [`Predictions`] already made on it.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        TypeError: A batch or the model's output has an unknown form.
+        ValueError: A loader is empty, or its labels or the model's logits are malformed or NaN.
+    """
+
+    def predicted(name: str, source: Iterable[Any] | Predictions) -> Predictions:
+        if not isinstance(source, Predictions):
+            return predict(model, source, device=device, progress=progress, name=name)
+        if not len(source):
+            raise ValueError(f"{name} holds no predictions; expected those of at least one example.")
+        return source
+
+    on_forget, on_retain, on_test = predicted("forget", forget), predicted("retain", retain), predicted("test", test)
+    trainable_now, total_parameters = _count_parameters(model)
+    return ForgettingMetrics(
+        unlearning_accuracy=100 - on_forget.accuracy,
+        retain_accuracy=on_retain.accuracy,
+        test_accuracy=on_test.accuracy,
+        membership_inference=membership_inference(
+            on_retain.confidence,
+            on_test.confidence,
+            on_forget.confidence,
+            seed=seed,
+            max_examples=max_attack_examples,
+        ),
+        trainable_parameters=trainable_now if trainable_parameters is None else trainable_parameters,
+        total_parameters=total_parameters,
+        forgotten_test_accuracy=(
+            None if forgotten_test is None else predicted("forgotten_test", forgotten_test).accuracy
+        ),
+        seconds=seconds,
+        adapter_bytes=adapter_bytes,
+    )
+
+
+def _count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters require gradients and how many there are; a shared one counts once."""
+    if isinstance(model, PeftModel):  # its own count also sees through 4-bit and ZeRO-3 storage
+        return model.get_nb_trainable_parameters()
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in parameters)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module has its own training flag back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter, or the CPU if it has none."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type == "meta":  # offloaded weights: Accelerate's hooks move the inputs
+        return torch.device("cpu")
+    return parameter.device
+
+
+def _check_classes(classes: int, before: int | None, name: str) -> None:
+    """Raise ValueError unless the model has at least two classes, and as many as it had before."""
+    if classes < 2:
+        raise ValueError(
+            f"{name}: the model gave one logit per example; expected at least two classes. "
+            "Wrap a binary model so that it returns `stack([zeros_like(logit), logit], dim=-1)`."
+        )
+    if before is not None and classes != before:
+        raise ValueError(f"{name}: the model gave {before} classes at first and {classes} in a later batch.")
+
+
+def _check_values(predictions: Predictions, num_classes: int, name: str) -> None:
+    """Raise ValueError if a label is no class or a confidence is NaN."""
+    lowest, highest = int(predictions.labels.min()), int(predictions.labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"{name}: labels run from {lowest} to {highest}; expected 0 to {num_classes - 1}, as the model has "
+            f"{num_classes} classes. Renumber the labels or use the matching head."
+        )
+    broken = int(predictions.confidence.isnan().sum())
+    if broken:
+        raise ValueError(
+            f"{name}: the model's logits are NaN or +inf for {broken} of {len(predictions)} examples; expected finite "
+            "ones. The model has probably diverged: lower the learning rate, or evaluate in float32."
+        )

@@ -1,0 +1,197 @@
+"""The numbers that judge forgetting in a classifier, and the table that sets methods beside the retrained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import written_whole
+
+# The four metrics of SalUn and SEMU that the average gap runs over, and the names tables give them.
+GAP_METRICS = {
+    "unlearning_accuracy": "UA",
+    "retain_accuracy": "RA",
+    "test_accuracy": "TA",
+    "membership_inference": "MIA",
+}
+_FORMAT = "semu_peft.ForgettingComparison"
+
+
+@dataclass(frozen=True)
+class ForgettingMetrics:
+    """How well one model forgot, what it kept, and what that cost. Accuracies and shares are in percent.
+
+    Attributes:
+        unlearning_accuracy: UA = 100 - accuracy on the forget set.
+        retain_accuracy: RA, accuracy on the retained training examples.
+        test_accuracy: TA, accuracy on test examples (for class forgetting, of the remaining classes).
+        membership_inference: MIA, share of forget examples that a confidence attack calls non-members.
+        trainable_parameters: Number of parameters that were trained. SEMU's frozen bases are buffers, not parameters.
+        total_parameters: Number of all parameters.
+        forgotten_test_accuracy: Accuracy on the forgotten class's test examples, for class forgetting.
+        seconds: Time that the unlearning took.
+        adapter_bytes: Size of the saved adapter.
+
+    Raises:
+        ValueError: A percentage is outside [0, 100] or NaN, or a count or time is negative.
+    """
+
+    unlearning_accuracy: float
+    retain_accuracy: float
+    test_accuracy: float
+    membership_inference: float
+    trainable_parameters: int
+    total_parameters: int
+    forgotten_test_accuracy: float | None = None
+    seconds: float | None = None
+    adapter_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*GAP_METRICS, "forgotten_test_accuracy"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"{name} is {value}; expected a percentage from 0 to 100.")
+        for name in ("trainable_parameters", "total_parameters", "seconds", "adapter_bytes"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; expected a finite number, 0 or more.")
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters in percent of all (0 for a model without parameters)."""
+        return 100 * self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
+
+    def gaps(self, reference: ForgettingMetrics) -> dict[str, float]:
+        """Signed differences to the retrained model, `self - reference`, in percentage points, by metric name."""
+        return {name: getattr(self, name) - getattr(reference, name) for name in GAP_METRICS}
+
+    def average_gap(self, reference: ForgettingMetrics) -> float:
+        """Mean absolute difference to the retrained model over UA, RA, TA and MIA, in percentage points.
+
+        `(|ΔUA| + |ΔRA| + |ΔTA| + |ΔMIA|) / 4` (SalUn, Fan et al., ICLR 2024, arXiv 2310.12508). An average hides which
+        of the four moved, so read it with [`gaps`][ForgettingMetrics.gaps], and beside the gap of doing nothing.
+        """
+        gaps = self.gaps(reference)
+        return sum(abs(gap) for gap in gaps.values()) / len(gaps)
+
+
+@dataclass
+class ForgettingComparison:
+    """Several models' metrics beside those of the model retrained from scratch without the forget set.
+
+    The retrained model is the only measure of success: forgetting more than it does is as wrong as forgetting less.
+    Put the model before unlearning in as a row too, for a method has to beat doing nothing.
+
+    `str()` gives a plain-text table. Columns that no row has a value for are left out.
+
+    Attributes:
+        rows: Metrics by name, in the order of the table.
+        reference: The name of the retrained model's row.
+
+    Raises:
+        ValueError: `reference` is not among `rows`.
+    """
+
+    rows: dict[str, ForgettingMetrics]
+    reference: str
+
+    def __post_init__(self) -> None:
+        self._reference_row()
+
+    def __str__(self) -> str:
+        header, *body = self._table()
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        rule = ["-" * width for width in widths]
+        lines = []
+        for first, *numbers in (header, rule, *body):
+            aligned = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *aligned]))
+        return "\n".join([*lines, self._caption()])
+
+    def to_markdown(self) -> str:
+        """Return the table in GitHub's Markdown, numbers aligned to the right."""
+        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in self._table()]
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+        return f"{table}\n\n{self._caption()}"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the comparison as JSON, whole or not at all (through a temporary file and a rename).
+
+        Args:
+            path: The file to write; missing folders are created.
+
+        Returns:
+            The path written.
+        """
+        content = {
+            "format": _FORMAT,
+            "reference": self.reference,
+            "rows": {name: dataclasses.asdict(metrics) for name, metrics in self.rows.items()},
+        }
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ForgettingComparison:
+        """Read what [`save`][ForgettingComparison.save] wrote.
+
+        Args:
+            path: The JSON file.
+
+        Returns:
+            The comparison, equal to the one saved.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not a saved comparison.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            content: Any = json.loads(text)
+            if content["format"] != _FORMAT:
+                raise ValueError(f"its format is {content['format']!r}")
+            rows = {name: ForgettingMetrics(**metrics) for name, metrics in content["rows"].items()}
+            return cls(rows=rows, reference=content["reference"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not a comparison written by ForgettingComparison.save: {error!r}. "
+                f"Expected JSON with format {_FORMAT!r}, a reference and rows of metrics."
+            ) from error
+
+    def _reference_row(self) -> ForgettingMetrics:
+        if self.reference not in self.rows:
+            raise ValueError(
+                f"reference is {self.reference!r}, which is not a row; expected one of {list(self.rows)}. "
+                "Add the metrics of the model retrained without the forget set under that name."
+            )
+        return self.rows[self.reference]
+
+    def _caption(self) -> str:
+        return f"Percent. Average gap: mean |difference| to '{self.reference}' over UA, RA, TA and MIA."
+
+    def _table(self) -> list[list[str]]:
+        """Return the header and one line per row, as text, without the columns that no row has a value for."""
+        reference = self._reference_row()
+        columns: list[tuple[str, Callable[[ForgettingMetrics], float | None], str]] = [
+            *((short, lambda row, name=name: getattr(row, name), ".2f") for name, short in GAP_METRICS.items()),
+            ("forgotten TA", lambda row: row.forgotten_test_accuracy, ".2f"),
+            ("average gap", lambda row: row.average_gap(reference), ".2f"),
+            ("trained", lambda row: row.trainable_parameters, ",d"),
+            ("trained %", lambda row: row.trainable_share, ".3g"),
+            ("bytes", lambda row: row.adapter_bytes, ",d"),
+            ("seconds", lambda row: row.seconds, ".1f"),
+        ]
+        shown = [column for column in columns if any(column[1](row) is not None for row in self.rows.values())]
+        table = [["model", *(title for title, _, _ in shown)]]
+        for name, row in self.rows.items():
+            cells = ["-" if (value := read(row)) is None else format(value, form) for _, read, form in shown]
+            table.append([f"{name} (reference)" if name == self.reference else name, *cells])
+        return table

@@ -1,0 +1,22 @@
+"""What forgetting means: plain callables `(model, batch) -> scalar loss`."""
+
+from .base import Objective, WeightedSum
+from .classification import (
+    CrossEntropy,
+    DecoupledDistillation,
+    GradientAscent,
+    InvertedHinge,
+    RandomLabel,
+    UniformDistribution,
+)
+
+__all__ = [
+    "CrossEntropy",
+    "DecoupledDistillation",
+    "GradientAscent",
+    "InvertedHinge",
+    "Objective",
+    "RandomLabel",
+    "UniformDistribution",
+    "WeightedSum",
+]

@@ -1,0 +1,111 @@
+"""Objectives for classifiers, `(model, batch) -> loss` over logits `(N, classes)` and labels `(N,)`.
+
+A batch is `(inputs, labels)` or a transformers-style mapping with `labels`; a model returns logits or a `ModelOutput`.
+All losses are means over the batch, computed in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Objective, RandomObjective
+from .batches import call_model
+from .reference import adapters_off
+
+
+def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    logits, labels = call_model(model, batch)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+
+
+@dataclass
+class CrossEntropy(Objective):
+    """`−log p(y | x)`: the ordinary training loss, for retain data."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(*_call(model, batch))
+
+
+@dataclass
+class GradientAscent(Objective):
+    """`log p(y | x)`: the training loss with its sign turned (Thudi et al. 2022, arXiv 2109.13398).
+
+    Unbounded below: stop early, or the model is destroyed.
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return -F.cross_entropy(*_call(model, batch))
+
+
+@dataclass
+class RandomLabel(RandomObjective):
+    """Cross entropy to a random label other than the true one, drawn afresh at each call (SEMU, arXiv 2502.07587, §4).
+
+    Args:
+        num_labels: The number of classes; by default that of the logits.
+        seed: Seed of the draws.
+    """
+
+    num_labels: int | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits, labels = _call(model, batch)
+        count = self.num_labels or logits.shape[-1]
+        if not 2 <= count <= logits.shape[-1]:
+            raise ValueError(f"`num_labels` must lie between 2 and the {logits.shape[-1]} logits, got {count}.")
+        shift = torch.randint(1, count, labels.shape, generator=self.generator).to(labels.device)
+        return F.cross_entropy(logits, (labels + shift) % count)
+
+
+@dataclass
+class DecoupledDistillation(Objective):
+    """Distil the original model's own prediction with the true class struck out and the rest renormalised.
+
+    `KL(q ‖ p)` with `q = softmax(z_ref)` over all classes but `y` (DELETE, Zhou et al. 2025, arXiv 2503.23751). It
+    forgets the class and keeps what the model knows of the others, so it needs no retain data.
+
+    Args:
+        reference: A frozen original model. By default the model itself with its adapters switched off.
+    """
+
+    reference: nn.Module | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        # In eval mode, whatever mode the model is in, a frozen reference has one prediction for one input.
+        with torch.no_grad():
+            if self.reference is not None:
+                original, labels = _call(self.reference.eval(), batch)
+            else:
+                with adapters_off(model):
+                    original, labels = _call(model, batch)
+        struck_out = original.scatter(1, labels.unsqueeze(1), float("-inf"))
+        target = struck_out.softmax(-1)
+        logits, _ = _call(model, batch)
+        return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+
+
+@dataclass
+class InvertedHinge(Objective):
+    """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded, and zero when another class is certain (LoKU, arXiv 2408.06621)."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits, labels = _call(model, batch)
+        probabilities = logits.softmax(-1)
+        true = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+        others = probabilities.scatter(1, labels.unsqueeze(1), -1.0)
+        return (1.0 + true - others.amax(-1)).mean()
+
+
+@dataclass
+class UniformDistribution(Objective):
+    """`KL(uniform ‖ p)`: make the model know nothing of the forget data (Golatkar et al. 2020, arXiv 1911.04933)."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits, _ = _call(model, batch)
+        uniform = torch.full_like(logits, 1.0 / logits.shape[-1])
+        return F.kl_div(logits.log_softmax(-1), uniform, reduction="batchmean")

@@ -1,0 +1,33 @@
+"""Find a model's SEMU layers by the names that the configuration knows them by."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layer import SemuLayer
+
+
+def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
+    """The layers that carry the adapter, by their full names in the base model (the keys of `rank_pattern`).
+
+    Args:
+        model: A `PeftModel`, a model with an injected adapter, or either inside a distributed wrapper.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: No layer of the model carries a SEMU adapter of that name.
+    """
+    root = model.module if hasattr(model, "module") else model
+    root = root.get_base_model() if hasattr(root, "get_base_model") else root
+    found = {
+        name: layer
+        for name, layer in root.named_modules()
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core
+    }
+    if not found:
+        names = sorted({name for layer in root.modules() if isinstance(layer, SemuLayer) for name in layer.semu_core})
+        raise ValueError(
+            f"`adapter_name`: {type(root).__name__} has no SEMU adapter {adapter_name!r}; it has {names or 'none'}. "
+            "Add one with `get_peft_model(model, SemuConfig(...))`, or name one of these."
+        )
+    return found

@@ -1,0 +1,49 @@
+"""Check an adapter file by its header alone, before a model is changed for its sake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
+    """Check that the safetensors file in `folder` is whole, is a SEMU adapter and has the ranks of its configuration.
+
+    Only the header is read. A folder without the file passes: PEFT itself says that there are no weights.
+
+    Args:
+        folder: The adapter folder, as written by `save_pretrained`.
+        rank_pattern: Rank by full layer name, from the configuration in the same folder.
+
+    Raises:
+        ValueError: The file is truncated or no safetensors file, holds no SEMU weights, or its ranks differ.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}). Expected the file that `save_pretrained` of a SEMU "
+            "adapter writes: save, copy or download it again."
+        ) from error
+    cores = {key.removesuffix(".semu_core"): shape for key, shape in shapes.items() if key.endswith(".semu_core")}
+    if not cores:
+        example = next(iter(shapes), "nothing")
+        raise ValueError(
+            f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
+            "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
+        )
+    for layer, shape in cores.items():
+        name = layer.removeprefix("base_model.model.")
+        expected = rank_pattern.get(name, 0)
+        if rank_pattern and shape[-1] != expected:
+            raise ValueError(
+                f"{path} has rank {shape[-1]} at layer {name!r} where `rank_pattern` of the adapter_config.json beside "
+                f"it says {expected}. The two files are not from the same adapter: take both from one `save_pretrained`."
+            )

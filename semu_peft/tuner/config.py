@@ -1,0 +1,150 @@
+"""The configuration that a SEMU adapter is built from, and rebuilt from when it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from .adapter_file import check_adapter_file
+
+PEFT_TYPE = "SEMU"
+
+
+@dataclass
+class SemuConfig(PeftConfig):
+    """Configuration of a SEMU adapter, `W' = W + U R Vᵀ` with frozen orthonormal `U`, `V` and a trainable core `R`.
+
+    Args:
+        target_modules (`list[str] | str`, *optional*):
+            The layers to correct, as in every PEFT method: a list of names or name endings, a regular expression that
+            must match the whole name, or `"all-linear"`. `None` takes PEFT's default for the architecture.
+        exclude_modules (`list[str] | str`, *optional*):
+            Names, name endings or a regular expression of layers to leave alone.
+        layers_to_transform (`list[int] | int`, *optional*):
+            Restrict `target_modules` (when it is a list) to these layer indices.
+        layers_pattern (`list[str] | str`, *optional*):
+            Name of the module list that `layers_to_transform` counts in, where PEFT cannot tell.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained in full and saved beside the adapter.
+        explained_variance (`float`, defaults to 0.9):
+            γ in (0, 1]: each layer keeps the fewest leading singular directions of its forget gradient whose squared
+            singular values sum to at least this share of the total.
+        r (`int`, *optional*):
+            Upper bound on every layer's rank. With `init_weights="weight"` or `False`, where no gradient decides, it
+            *is* the rank.
+        rank_pattern (`dict[str, int]`):
+            The rank of each layer by its full name. Written by the initialisation, so that loading needs no data.
+        orthogonal_to_weight (`bool`, defaults to `False`):
+            Remove from each forget gradient its component along the layer's weight before factorising it.
+        conv_mode (`"flatten"` or `"per_channel"`, defaults to `"flatten"`):
+            How a convolution's weight `(out, in, *kernel)` is read: as one `out × (in·kernel)` matrix, or as `in`
+            matrices `out × kernel` (the paper's reading), which needs many times more parameters.
+        core (`"full"` or `"diagonal"`, defaults to `"full"`):
+            Train the whole `r × r` core or its diagonal only.
+        init_weights (`True`, `"weight"` or `False`, defaults to `True`):
+            `True`: the adapter does nothing until [`~semu_peft.initialize_semu_weights`] has seen forget data.
+            `"weight"`: the leading singular vectors of the weight itself, no data needed (the LoRA-XS basis).
+            `False`: random orthonormal bases and a random core, for tests.
+
+    Raises:
+        ValueError: A value is outside its range, or two values contradict each other.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, name endings or regular expression of the layers to correct."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, name endings or regular expression of the layers to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Restrict target_modules to these layer indices."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved beside the adapter."}
+    )
+    explained_variance: float = field(
+        default=0.9, metadata={"help": "Share of the forget gradient's energy that the kept directions explain."}
+    )
+    r: int | None = field(default=None, metadata={"help": "Upper bound on every layer's rank."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank by full layer name; written by the initialisation."}
+    )
+    orthogonal_to_weight: bool = field(
+        default=False, metadata={"help": "Remove the gradient's component along the weight before factorising."}
+    )
+    conv_mode: Literal["flatten", "per_channel"] = field(
+        default="flatten", metadata={"help": "Read a convolution as one matrix, or as one matrix an input channel."}
+    )
+    core: Literal["full", "diagonal"] = field(
+        default="full", metadata={"help": "Train the whole core or its diagonal only."}
+    )
+    init_weights: bool | Literal["weight"] = field(
+        default=True, metadata={"help": "True: from forget data; 'weight': from the weight; False: random."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        self._check()
+
+    def _check(self) -> None:
+        # `not a <= b` also catches NaN, and bool is an int that must not pass for a number.
+        if isinstance(self.explained_variance, bool) or not 0 < self.explained_variance <= 1:
+            raise ValueError(
+                f"`explained_variance` must be a share in (0, 1], got {self.explained_variance!r}. Use 0.9 to keep 90% "
+                "of the forget gradient's energy, or 1.0 to keep all of it."
+            )
+        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+            raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
+        _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
+        _check_choice("core", self.core, ("full", "diagonal"))
+        _check_choice("init_weights", self.init_weights, (True, False, "weight"))
+        if self.init_weights is not True and self.r is None:
+            raise ValueError(
+                f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
+                "use `init_weights=True` and call `initialize_semu_weights`."
+            )
+        bad_ranks = {name: r for name, r in self.rank_pattern.items() if not isinstance(r, int) or r < 0}
+        if bad_ranks:
+            raise ValueError(f"`rank_pattern` must map layer names to ranks of 0 or more, got {bad_ranks!r}.")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is the string {self.target_modules!r}: say it "
+                        "in the regular expression, or give `target_modules` as a list of names."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` only says where to count `layers_to_transform`; set that as well.")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SemuConfig:
+        """Load the configuration, and check the adapter file beside it before any model is touched.
+
+        Raises:
+            ValueError: The adapter file in that folder is damaged, not a SEMU adapter, or of another rank.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            check_adapter_file(folder, config.rank_pattern)
+        return config
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

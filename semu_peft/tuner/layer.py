@@ -1,0 +1,355 @@
+"""The layers: a frozen base layer and, for each adapter, the correction `U R Vᵀ` of its weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .config import SemuConfig
+
+
+class _RefuseTraining(torch.autograd.Function):
+    """Pass a layer's output through unchanged; raise when a backward pass wants to train an empty adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, core: Tensor, adapter_name: str) -> Tensor:
+        ctx.adapter_name = adapter_name
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(
+            f"The SEMU adapter {ctx.adapter_name!r} has no basis yet, so there is nothing to train. Call "
+            "`initialize_semu_weights(model, forget_batches, objective)` first, or load a saved adapter."
+        )
+
+
+class SemuLayer(nn.Module, BaseTunerLayer):
+    """What every SEMU layer has in common, whatever the shape of its weight.
+
+    For each adapter there are two frozen buffers with orthonormal columns and one trainable parameter, in float32
+    whatever the model's dtype:
+
+    - `semu_U`: `(m, r)`, a basis of output directions;
+    - `semu_V`: `(n, r)`, a basis of input directions;
+    - `semu_core`: the core `R`, `(r, r)` or, for a diagonal core, `(r,)`.
+
+    `m × n` is the shape of the weight read as a matrix ([`weight_to_matrix`]); a convolution in `per_channel` mode is a
+    batch of matrices, and all three have its input channels as a leading dimension. An adapter that has not been
+    initialised has rank 0 and does nothing.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("semu_core",)
+    other_param_names: tuple[str, ...] = ("semu_U", "semu_V", "r", "scaling", "configs", "_has_basis")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SemuConfig, rank: int = 0, known: bool = False
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.semu_U = BufferDict({}, persistent=True)
+        self.semu_V = BufferDict({}, persistent=True)
+        self.semu_core = nn.ParameterDict({})
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, SemuConfig] = {}
+        # True once a basis is known to be in place; False means "look at the buffers": loaders fill them unseen.
+        self._has_basis: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, rank, config, known)
+
+    # ---- the geometry of the weight, which each layer type defines ----
+
+    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
+        """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, that is factorised."""
+        raise NotImplementedError
+
+    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
+        """The inverse of [`weight_to_matrix`]."""
+        raise NotImplementedError
+
+    def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """Return `output + (U R Vᵀ)(x)` for one adapter, without forming the dense weight."""
+        raise NotImplementedError
+
+    # ---- life of an adapter ----
+
+    def update_layer(self, adapter_name: str, rank: int, config: SemuConfig, known: bool = False) -> None:
+        """Add an adapter to this layer.
+
+        Args:
+            adapter_name: The adapter's name.
+            rank: Columns to allocate; 0 for an adapter that waits for its forget data.
+            config: The adapter's configuration.
+            known: Whether `rank` is the outcome of an initialisation, to be filled by loading.
+        """
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = 1.0
+        matrix = self.weight_to_matrix(self.get_base_layer().weight.detach(), adapter_name)
+        *batch, m, n = matrix.shape
+        rank = min(rank, m, n)
+        factory: dict[str, Any] = {"dtype": _adapter_dtype(matrix.dtype)}
+        self._assign(
+            adapter_name,
+            torch.zeros(*batch, m, rank, **factory),
+            torch.zeros(*batch, n, rank, **factory),
+            torch.zeros(*batch, *_core_shape(rank, config.core), **factory),
+        )
+        self._has_basis[adapter_name] = known and rank == 0
+        if config.init_weights is not True and not self.semu_core[adapter_name].is_meta:
+            self._initialize_without_data(adapter_name, matrix, rank)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _initialize_without_data(self, adapter_name: str, matrix: Tensor, rank: int) -> None:
+        config = self.configs[adapter_name]
+        dtype = _adapter_dtype(matrix.dtype)
+        if config.init_weights == "weight":
+            left, _, right = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+            self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
+            return
+        *batch, m, n = matrix.shape
+        self.set_basis(
+            adapter_name,
+            torch.linalg.qr(torch.randn(*batch, m, rank))[0],
+            torch.linalg.qr(torch.randn(*batch, n, rank))[0],
+            0.1 * torch.randn(*batch, *_core_shape(rank, config.core)),
+        )
+
+    def set_basis(self, adapter_name: str, left: Tensor, right: Tensor, core: Tensor | None = None) -> None:
+        """Give an adapter its bases, and a core of zeros unless one is given.
+
+        Args:
+            adapter_name: The adapter's name.
+            left: `U`, `(m, r)` or `(channels, m, r)`, orthonormal columns.
+            right: `V`, `(n, r)` or `(channels, n, r)`, orthonormal columns.
+            core: `R`, `(..., r, r)`, or `(..., r)` for a diagonal core.
+
+        Raises:
+            ValueError: The shapes do not fit the layer or each other.
+        """
+        *batch, m, n = self.weight_to_matrix(self.get_base_layer().weight.detach(), adapter_name).shape
+        rank = left.shape[-1]
+        core_shape = (*batch, *_core_shape(rank, self.configs[adapter_name].core))
+        core = left.new_zeros(core_shape) if core is None else core
+        expected = {"left": (*batch, m, rank), "right": (*batch, n, rank), "core": core_shape}
+        for name, tensor in (("left", left), ("right", right), ("core", core)):
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"`{name}` must have shape {expected[name]}, got {tuple(tensor.shape)}.")
+        requires_grad = self.semu_core[adapter_name].requires_grad
+        self._assign(adapter_name, left, right, core)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.semu_core[adapter_name].requires_grad_(requires_grad)
+        self._has_basis[adapter_name] = True
+
+    def _assign(self, adapter_name: str, left: Tensor, right: Tensor, core: Tensor) -> None:
+        dtype = _adapter_dtype(self.get_base_layer().weight.dtype)
+        self.r[adapter_name] = left.shape[-1]
+        self.semu_U[adapter_name] = left.detach().to(dtype).contiguous()
+        self.semu_V[adapter_name] = right.detach().to(dtype).contiguous()
+        self.semu_core[adapter_name] = nn.Parameter(core.detach().to(dtype).contiguous())
+
+    def has_basis(self, adapter_name: str) -> bool:
+        """Whether the adapter has been initialised or loaded (a layer may then still have rank 0: nothing to forget)."""
+        if not self._has_basis[adapter_name] and self.r[adapter_name] > 0:
+            self._has_basis[adapter_name] = bool(self.semu_U[adapter_name].any())
+        return self._has_basis[adapter_name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
+        device = device or self.get_base_layer().weight.device
+        if self.semu_core[adapter_name].is_meta or device.type == "meta":
+            return
+        for tensors in (self.semu_U, self.semu_V):
+            tensors[adapter_name] = tensors[adapter_name].to(device)
+        core = self.semu_core[adapter_name]
+        core.data = core.data.to(device)
+
+    # ---- scale, as diffusers and PEFT set it ----
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters; `None` sets it back to 1."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    # ---- the correction as a dense weight ----
+
+    def get_core(self, adapter_name: str) -> Tensor:
+        """The adapter's core as `(..., r, r)` matrices, times its scale."""
+        core = self.semu_core[adapter_name]
+        if self.configs[adapter_name].core == "diagonal":
+            core = torch.diag_embed(core)
+        scale = self.scaling[adapter_name]
+        return core if scale == 1.0 else core * scale
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """`U R Vᵀ` in the shape of the base weight and in the adapter's dtype (float32 or better)."""
+        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
+        return self.matrix_to_weight(left @ self.get_core(adapter_name) @ right.mT, adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the corrections of `adapter_names` (default: the active adapters) to the base weight.
+
+        Raises:
+            ValueError: `safe_merge` is set and a merged weight is not finite; the base weight is then unchanged.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.semu_core:
+                continue
+            if self.r[name] > 0:
+                merged = self._base_weight_plus(self.get_delta_weight(name))
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                    )
+                self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged corrections out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.semu_core and self.r[name] > 0:
+                self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
+
+    def _base_weight_plus(self, delta: Tensor) -> Tensor:
+        # Added in the adapter's precision and rounded to the model's once.
+        weight = self.get_base_weight()
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _live_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.semu_core]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, plus the corrections of the active adapters unless disabled or merged."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        output = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return output
+        for name in self._live_adapters():
+            if self.r[name] > 0:
+                output = self.add_correction(output, x, name)
+            output = self._guard(output, name)
+        return output
+
+    def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
+        core = self.semu_core[adapter_name]
+        if core.requires_grad and torch.is_grad_enabled() and not self.has_basis(adapter_name):
+            return _RefuseTraining.apply(output, core, adapter_name)
+        return output
+
+    def __repr__(self) -> str:
+        return f"semu.{super().__repr__()}"
+
+
+class Linear(SemuLayer):
+    """`torch.nn.Linear` or transformers' `Conv1D` (which stores its weight transposed) with SEMU corrections."""
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base weight is stored `(in, out)`."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
+        return matrix.T if self.fan_in_fan_out else matrix
+
+    def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """`output + ((x V) Rᵀ) Uᵀ`: three thin products, of which autograd keeps only the `(..., r)` middle ones."""
+        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
+        core = self.get_core(adapter_name)
+        # The small bases follow the activations' dtype; only the thin middle is computed in the core's own.
+        hidden = F.linear(x, right.mT.to(x.dtype))
+        hidden = F.linear(hidden.to(core.dtype), core)
+        return output + F.linear(hidden.to(output.dtype), left.to(output.dtype))
+
+
+class Conv2d(SemuLayer):
+    """`torch.nn.Conv2d` with SEMU corrections: any stride, padding, padding mode, dilation and groups.
+
+    With a weight of shape `(out, in / groups, *kernel)`, `flatten` reads it as one `out × (in/groups · kernel)` matrix
+    and runs the correction as a convolution to `r` channels, the core, and a 1×1 convolution. `per_channel` reads it as
+    `in / groups` matrices `out × kernel`; there the dense correction is cheaper than its factors, so it joins the base
+    weight in one convolution.
+    """
+
+    def _per_channel(self, adapter_name: str) -> bool:
+        return self.configs[adapter_name].conv_mode == "per_channel"
+
+    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
+        if self._per_channel(adapter_name):
+            return weight.flatten(2).transpose(0, 1)  # (in / groups, out, kernel)
+        return weight.flatten(1)
+
+    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
+        shape = self.get_base_layer().weight.shape
+        if self._per_channel(adapter_name):
+            return matrix.transpose(0, 1).reshape(shape)
+        return matrix.reshape(shape)
+
+    def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """`output` plus the correction's convolution, with `(N, out, H, W)` the shape of `output`."""
+        base = self.get_base_layer()
+        if self._per_channel(adapter_name):
+            return output + base._conv_forward(x, self.get_delta_weight(adapter_name).to(x.dtype), None)
+        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
+        core = self.get_core(adapter_name)
+        groups, rank = base.groups, self.r[adapter_name]
+        filters = right.mT.reshape(rank, *base.weight.shape[1:]).to(x.dtype)
+        # Every group of input channels meets the same filters, and its outputs their own rows of U R.
+        hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
+        pointwise = (1,) * (base.weight.dim() - 2)
+        mixed = (left @ core).to(output.dtype).reshape(-1, rank, *pointwise)
+        return output + F.conv2d(hidden.to(output.dtype), mixed, groups=groups)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self._live_adapters()
+        dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
+        if self.disable_adapters or self.merged or dense != names or isinstance(self.base_layer, BaseTunerLayer):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        delta = sum(self.get_delta_weight(name) for name in dense)
+        output = base._conv_forward(x, self._base_weight_plus(delta), base.bias) if dense else base(x, *args, **kwargs)
+        for name in dense:
+            output = self._guard(output, name)
+        return output
+
+
+def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def _core_shape(rank: int, kind: str) -> tuple[int, ...]:
+    return (rank,) if kind == "diagonal" else (rank, rank)

@@ -1,0 +1,430 @@
+"""Train what is trainable in a model on forget batches: the loop around an objective, on Accelerate."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .objectives.base import Objective
+from .tuner.layer import SemuLayer
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+
+_STATE_FILE = "unlearn_state.pt"
+
+
+@dataclass
+class UnlearnResult:
+    """What a run did.
+
+    Attributes:
+        history: One entry a step: `step`, `epoch`, `loss`, with retain data `forget_loss` and `retain_loss`, and
+            `metric` at the last step of an epoch where a metric was given.
+        steps: Optimiser steps taken, those before a resume included.
+        examples_seen: Forget examples seen, on all processes.
+        trainable_parameters: How many numbers were trained.
+        seconds: Wall time of this call.
+        stopped_early: Whether the metric stopped the run.
+    """
+
+    history: list[dict[str, float]]
+    steps: int
+    examples_seen: int
+    trainable_parameters: int
+    seconds: float
+    stopped_early: bool
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; what a checkpoint holds beside Accelerate's own files."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch already seen
+    retain_epoch: int = 0
+    retain_batch: int = 0
+    examples: int = 0
+    best_metric: float = -math.inf
+    epochs_without_gain: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def unlearn(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: LossFunction,
+    *,
+    retain_batches: Iterable[Any] | None = None,
+    retain_objective: LossFunction | None = None,
+    epochs: int = 5,
+    max_steps: int | None = None,
+    learning_rate: float = 1e-2,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    max_grad_norm: float | None = None,
+    gradient_accumulation_steps: int = 1,
+    mixed_precision: str | None = None,
+    accelerator: Accelerator | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    patience: int = 2,
+    min_delta: float = 0.01,
+    output_dir: str | Path | None = None,
+    log_with: str | None = None,
+    checkpointing_steps: int | None = None,
+    resume_from_checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Minimise an objective over the model's trainable parameters, in place.
+
+    Works on any PEFT adapter and on plain parameters with `requires_grad`. The model is in eval mode throughout, so
+    that norm statistics stay and dropout is off; its modes come back as they were. It is left on the accelerator's
+    device.
+
+    Args:
+        model: The model. A SEMU adapter must have been initialised.
+        batches: The forget set: a DataLoader, or a list (or other finite iterable) of ready batches.
+        objective: `(model, batch) -> scalar loss`, see [`semu_peft.objectives`].
+        retain_batches: Optional retain data, gone through in a cycle, one batch a step.
+        retain_objective: The loss on it, added to the objective's; weigh it as `0.5 * CrossEntropy()`.
+        epochs: Passes over the forget set.
+        max_steps: Stop after this many optimiser steps.
+        learning_rate: Of the default optimiser, AdamW without weight decay.
+        optimizer: Another optimiser, as a factory `(parameters) -> Optimizer`.
+        scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every optimiser step.
+        max_grad_norm: Clip the gradient's norm to this.
+        gradient_accumulation_steps: Batches per optimiser step.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`, as Accelerate takes it.
+        accelerator: An Accelerator of your own; `mixed_precision`, `gradient_accumulation_steps` and `log_with` are
+            then its affair.
+        metric: `(model) -> float`, higher is better, called after every epoch.
+        patience: Stop after this many epochs in a row without a gain of `min_delta`.
+        min_delta: The least gain that counts.
+        output_dir: Folder of logs and checkpoints.
+        log_with: Accelerate's tracker: `"tensorboard"`, `"wandb"`, `"all"` …
+        checkpointing_steps: Write `output_dir/checkpoint-{step}` every this many steps.
+        resume_from_checkpoint: A checkpoint folder, or `"latest"` in `output_dir`. A run with the same arguments then
+            ends with the weights of an uninterrupted one.
+        seed: Seed of the order of a shuffled DataLoader.
+        progress: Show a progress bar with the running losses.
+
+    Raises:
+        ValueError: There is nothing to train on or nothing to train, arguments contradict each other, or a loss is not
+            finite (the weights are then those of the last good step).
+        RuntimeError: A SEMU adapter has not been initialised.
+        FileNotFoundError: The checkpoint does not exist.
+    """
+    parameters = _trainable_parameters(model)
+    _check_arguments(locals())
+    started = time.perf_counter()
+    own = accelerator is None
+    if accelerator is None:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            mixed_precision=mixed_precision,
+            log_with=log_with,
+            project_config=ProjectConfiguration(project_dir=str(output_dir) if output_dir else None),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        )
+    accumulation = accelerator.gradient_accumulation_steps
+    # AdamW's weight decay would pull the core back to zero, that is, towards remembering.
+    make = optimizer or (lambda trained: torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0))
+    forget = _as_loader(batches, "batches")
+    retain = _as_loader(retain_batches, "retain_batches") if retain_batches is not None else None
+    # What Accelerate changes in things that are the caller's.
+    bare_forward = model.__dict__.get("forward")
+    samplers = [(loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) for loader in (forget, retain) if loader]
+    prepared, optimizer_, forget = accelerator.prepare(model, make(parameters), forget)
+    retain = accelerator.prepare(retain) if retain is not None else None
+    steps_per_epoch = math.ceil(len(forget) / accumulation)
+    total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
+    schedule = scheduler(optimizer_.optimizer, total_steps) if scheduler else None
+    objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
+
+    state = _Progress()
+    if resume_from_checkpoint is not None:
+        folder = _find_checkpoint(resume_from_checkpoint, output_dir)
+        state = _load_checkpoint(accelerator, folder, schedule, objectives)
+    if own and log_with:
+        accelerator.init_trackers("semu_unlearn")
+    bar = tqdm(
+        total=total_steps, initial=state.step, desc="Unlearning",
+        disable=not progress or not accelerator.is_local_main_process,
+    )  # fmt: skip
+    stopped = metric is not None and state.epochs_without_gain >= patience
+    with _eval_mode(model):
+        try:
+            retain_stream = _cycle(retain, state) if retain is not None else None
+            while state.step < total_steps and not stopped:
+                losses: list[dict[str, float]] = []
+                for batch in _rest_of_epoch(forget, state.epoch, state.batch):
+                    state.batch += 1
+                    last = state.batch % accumulation == 0 or state.batch == len(forget)
+                    parts = {"forget_loss": objective(prepared, batch)}
+                    if retain_stream is not None and retain_objective is not None:
+                        parts["retain_loss"] = retain_objective(prepared, next(retain_stream))
+                    loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
+                    values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
+                    if not math.isfinite(values["loss"]):
+                        optimizer_.zero_grad()
+                        raise ValueError(
+                            f"The loss is {values['loss']} at step {state.step} (batch {state.batch - 1} of epoch "
+                            f"{state.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm`, or check that batch."
+                        )
+                    losses.append(values)
+                    state.examples += _batch_size(batch) * accelerator.num_processes
+                    if last:
+                        accelerator.backward(loss)
+                    else:
+                        with accelerator.no_sync(prepared):
+                            accelerator.backward(loss)
+                        continue
+                    if max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(parameters, max_grad_norm)
+                    optimizer_.step()
+                    optimizer_.zero_grad()
+                    if schedule is not None and not optimizer_.step_was_skipped:
+                        schedule.step()
+                    state.step += 1
+                    entry = {key: sum(value[key] for value in losses) / len(losses) for key in values}
+                    losses.clear()
+                    if retain_stream is None:
+                        del entry["forget_loss"]
+                    state.history.append({"step": state.step, "epoch": state.epoch, **entry})
+                    bar.update()
+                    bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items()})
+                    accelerator.log(entry, step=state.step)
+                    if state.batch == len(forget):
+                        state.epoch, state.batch = state.epoch + 1, 0
+                        if metric is not None:
+                            stopped = _judge(metric, model, state, patience, min_delta)
+                            accelerator.log({"metric": state.history[-1]["metric"]}, step=state.step)
+                    if checkpointing_steps and state.step % checkpointing_steps == 0:
+                        _save_checkpoint(accelerator, Path(output_dir or ""), state, schedule, objectives)
+                    if state.step >= total_steps or stopped:
+                        break
+        finally:
+            bar.close()
+            _unwrap(accelerator, model, prepared, bare_forward)
+            for batch_sampler, sampler in samplers:
+                if sampler is not None:
+                    batch_sampler.sampler = sampler
+    if own:
+        accelerator.end_training()
+        accelerator.free_memory()
+    return UnlearnResult(
+        history=state.history,
+        steps=state.step,
+        examples_seen=state.examples,
+        trainable_parameters=sum(parameter.numel() for parameter in parameters),
+        seconds=time.perf_counter() - started,
+        stopped_early=stopped,
+    )
+
+
+# ---- before the run ----
+
+
+def _trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, SemuLayer):
+            for adapter in layer.active_adapters:
+                core = layer.semu_core[adapter] if adapter in layer.semu_core else None
+                if core is not None and core.requires_grad and not layer.has_basis(adapter):
+                    raise RuntimeError(
+                        f"The SEMU adapter {adapter!r} has no basis yet (layer {name!r}). Call "
+                        "`initialize_semu_weights(model, batches, objective)` before `unlearn`."
+                    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+    if not parameters:
+        raise ValueError(
+            "`model` has no trainable parameter. An adapter loaded for inference is frozen: load it with "
+            "`is_trainable=True`, or activate it with `set_adapter`."
+        )
+    return parameters
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    for name in ("epochs", "max_steps", "gradient_accumulation_steps", "checkpointing_steps", "patience"):
+        value = given[name]
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    if (given["retain_batches"] is None) != (given["retain_objective"] is None):
+        raise ValueError("`retain_batches` and `retain_objective` belong together: give both or neither.")
+    needs_folder = [name for name in ("checkpointing_steps", "log_with") if given[name] is not None]
+    if given["output_dir"] is None and needs_folder:
+        raise ValueError(f"`{needs_folder[0]}` writes files: set `output_dir` as well.")
+
+
+def _as_loader(batches: Iterable[Any], name: str) -> DataLoader[Any]:
+    loader = batches if isinstance(batches, DataLoader) else _ready_batches(batches)
+    try:
+        count = len(loader)
+    except TypeError as error:
+        raise ValueError(f"`{name}` must have a length; wrap an iterable dataset into a list of batches.") from error
+    if count == 0:
+        raise ValueError(f"`{name}` is empty: expected at least one batch.")
+    return loader
+
+
+def _ready_batches(batches: Iterable[Any]) -> DataLoader[Any]:
+    return DataLoader(list(batches), batch_size=1, shuffle=False, collate_fn=_only)  # type: ignore[arg-type]
+
+
+def _only(items: list[Any]) -> Any:
+    return items[0]
+
+
+# ---- during the run ----
+
+
+def _rest_of_epoch(loader: DataLoader[Any], epoch: int, seen: int) -> Iterator[Any]:
+    """The batches of an epoch, without those already seen before a resume."""
+    loader.set_epoch(epoch)  # type: ignore[attr-defined]
+    if seen == 0:
+        yield from loader
+        return
+    # Making an iterator draws from the global generator, which the run that is resumed had done before it was saved.
+    random_state = torch.get_rng_state()
+    iterator = iter(skip_first_batches(loader, seen))
+    first = next(iterator, None)
+    torch.set_rng_state(random_state)
+    if first is not None:
+        yield first
+        yield from iterator
+
+
+def _cycle(loader: DataLoader[Any], state: _Progress) -> Iterator[Any]:
+    while True:
+        for batch in _rest_of_epoch(loader, state.retain_epoch, state.retain_batch):
+            state.retain_batch += 1
+            yield batch
+        state.retain_epoch, state.retain_batch = state.retain_epoch + 1, 0
+
+
+def _batch_size(batch: Any) -> int:
+    values = list(batch.values()) if hasattr(batch, "values") else list(batch)
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 1)
+
+
+def _judge(
+    metric: Callable[[nn.Module], float], model: nn.Module, state: _Progress, patience: int, min_delta: float
+) -> bool:
+    with torch.no_grad():
+        value = float(metric(model))
+    model.eval()
+    state.history[-1]["metric"] = value
+    if value >= state.best_metric + min_delta:
+        state.best_metric, state.epochs_without_gain = value, 0
+    else:
+        state.epochs_without_gain += 1
+    return state.epochs_without_gain >= patience
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _unwrap(accelerator: Accelerator, model: nn.Module, prepared: nn.Module, bare_forward: Any) -> None:
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    # Accelerate leaves a bound `forward` on the instance, which copies of the model would share with it.
+    if bare_forward is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.forward = bare_forward
+
+
+# ---- checkpoints ----
+
+
+def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: _Progress,
+    schedule: LRScheduler | None,
+    objectives: list[Objective],
+) -> None:
+    folder = output_dir / f"checkpoint-{state.step}"
+    partial = folder.with_suffix(".partial")
+
+    def keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+        weights[:] = [_trainable_state(accelerator.unwrap_model(model)) for model in models]
+
+    if accelerator.is_main_process and partial.exists():
+        shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+    hook = accelerator.register_save_state_pre_hook(keep_trainable)
+    try:
+        accelerator.save_state(str(partial))
+    finally:
+        hook.remove()
+    if accelerator.is_main_process:
+        torch.save(
+            {
+                "progress": vars(state),
+                "scheduler": schedule.state_dict() if schedule is not None else None,
+                "objectives": [objective.state_dict() for objective in objectives],
+            },
+            partial / _STATE_FILE,
+        )
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def _load_checkpoint(
+    accelerator: Accelerator, folder: Path, schedule: LRScheduler | None, objectives: list[Objective]
+) -> _Progress:
+    accelerator.load_state(str(folder), strict=False)
+    saved = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
+    if schedule is not None and saved["scheduler"] is not None:
+        schedule.load_state_dict(saved["scheduler"])
+    for objective, objective_state in zip(objectives, saved["objectives"], strict=True):
+        objective.load_state_dict(objective_state)
+    return _Progress(**saved["progress"])
+
+
+def _find_checkpoint(wanted: str | Path, output_dir: str | Path | None) -> Path:
+    folder = Path(wanted)
+    if wanted == "latest":
+        if output_dir is None:
+            raise ValueError('`resume_from_checkpoint="latest"` looks in `output_dir`: set it as well.')
+        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+        if not found:
+            raise FileNotFoundError(f"No checkpoint in {output_dir}: expected a folder `checkpoint-STEP`.")
+        folder = max(found, key=lambda path: int(path.name.split("-")[-1]))
+    if not (folder / _STATE_FILE).is_file():
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint`: {folder} is not a checkpoint of `unlearn` (it has no {_STATE_FILE})."
+        )
+    return folder
