@@ -1,6 +1,7 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from . import objectives
+from .export import RerankReport, rerank, save_as_lora, to_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, register
 from .unlearn import UnlearnResult, unlearn
@@ -9,6 +10,7 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "RerankReport",
     "SemuConfig",
     "SemuLayer",
     "SemuModel",
@@ -16,5 +18,8 @@ __all__ = [
     "UnlearnResult",
     "initialize_semu_weights",
     "objectives",
+    "rerank",
+    "save_as_lora",
+    "to_lora",
     "unlearn",
 ]

@@ -151,7 +151,9 @@ def unlearn(
     retain = _as_loader(retain_batches, "retain_batches") if retain_batches is not None else None
     # What Accelerate changes in things that are the caller's.
     bare_forward = model.__dict__.get("forward")
-    samplers = [(loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) for loader in (forget, retain) if loader]
+    samplers: list[tuple[Any, Any]] = [
+        (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) for loader in (forget, retain) if loader
+    ]
     prepared, optimizer_, forget = accelerator.prepare(model, make(parameters), forget)
     retain = accelerator.prepare(retain) if retain is not None else None
     steps_per_epoch = math.ceil(len(forget) / accumulation)
@@ -187,7 +189,7 @@ def unlearn(
                         optimizer_.zero_grad()
                         raise ValueError(
                             f"The loss is {values['loss']} at step {state.step} (batch {state.batch - 1} of epoch "
-                            f"{state.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm`, or check that batch."
+                            f"{state.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm` or check that batch."
                         )
                     losses.append(values)
                     state.examples += _batch_size(batch) * accelerator.num_processes
@@ -247,7 +249,7 @@ def _trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     for name, layer in model.named_modules():
         if isinstance(layer, SemuLayer):
             for adapter in layer.active_adapters:
-                core = layer.semu_core[adapter] if adapter in layer.semu_core else None
+                core = layer.semu_core.get(adapter)
                 if core is not None and core.requires_grad and not layer.has_basis(adapter):
                     raise RuntimeError(
                         f"The SEMU adapter {adapter!r} has no basis yet (layer {name!r}). Call "

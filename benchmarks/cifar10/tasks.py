@@ -12,7 +12,7 @@ from pretrain import Recipe, cached_model
 from torch import nn
 from torch.utils.data import TensorDataset
 
-CLASS_RECIPE = Recipe(epochs=8, augment=True)
+CLASS_RECIPE = Recipe(epochs=6, augment=True)
 # No augmentation and few images: the models memorise, so that there is something to forget.
 RANDOM_RECIPE = Recipe(epochs=20, augment=False)
 RANDOM_IMAGES = 10_000

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import written_whole
+from semu_peft.files import written_whole
 
 # The four metrics of SalUn and SEMU that the average gap runs over, and the names tables give them.
 GAP_METRICS = {

@@ -8,6 +8,7 @@ from .classification import (
     InvertedHinge,
     RandomLabel,
     UniformDistribution,
+    UnseenConfidence,
 )
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Objective",
     "RandomLabel",
     "UniformDistribution",
+    "UnseenConfidence",
     "WeightedSum",
 ]

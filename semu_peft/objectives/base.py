@@ -26,7 +26,7 @@ class Objective(ABC):
         """What must be saved to go on exactly: the random state, where there is one."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most objectives have no state
         """Restore what `state_dict` returned."""
 
     def __mul__(self, weight: float) -> WeightedSum:

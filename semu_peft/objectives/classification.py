@@ -23,6 +23,15 @@ def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
 
+def _original(model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """The original model's logits, without a graph, and the labels."""
+    with torch.no_grad():
+        if reference is not None:
+            return _call(reference, batch)
+        with adapters_off(model):
+            return _call(model, batch)
+
+
 @dataclass
 class CrossEntropy(Objective):
     """`−log p(y | x)`: the ordinary training loss, for retain data."""
@@ -76,13 +85,7 @@ class DecoupledDistillation(Objective):
     reference: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        # In eval mode, whatever mode the model is in, a frozen reference has one prediction for one input.
-        with torch.no_grad():
-            if self.reference is not None:
-                original, labels = _call(self.reference.eval(), batch)
-            else:
-                with adapters_off(model):
-                    original, labels = _call(model, batch)
+        original, labels = _original(model, batch, self.reference)
         struck_out = original.scatter(1, labels.unsqueeze(1), float("-inf"))
         target = struck_out.softmax(-1)
         logits, _ = _call(model, batch)
@@ -90,8 +93,52 @@ class DecoupledDistillation(Objective):
 
 
 @dataclass
+class UnseenConfidence(Objective):
+    """Treat forget examples as the model treats data that it has never seen: the target for random forgetting.
+
+    A model that was retrained without some training examples is right about most of them, with the confidence of unseen
+    data. So the examples of a batch are ranked by the original model's confidence in their labels, and the target of
+    the one at quantile `t` puts the confidence at quantile `t` of unseen data on the true class; the rest goes to the
+    other classes as the original model divides it. The loss is `KL(q ‖ p)`. Batches should hold tens of examples, or
+    the quantiles are coarse.
+
+    Args:
+        confidences: True-class confidences of the original model on labelled data that it was not trained on, `(M,)`;
+            see [`Predictions.confidence`][semu_peft.evaluation.Predictions].
+        reference: A frozen original model. By default the model itself with its adapters switched off.
+
+    Raises:
+        ValueError: `confidences` is empty or not within [0, 1].
+    """
+
+    confidences: Tensor = field(repr=False)
+    reference: nn.Module | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        confidences = self.confidences.detach().flatten().float().cpu()
+        if not confidences.numel() or not ((confidences >= 0) & (confidences <= 1)).all():
+            raise ValueError(
+                f"`confidences` must be probabilities in [0, 1], at least one, got {confidences.numel()} values"
+                + (f" from {confidences.min()} to {confidences.max()}." if confidences.numel() else ".")
+            )
+        self.confidences = confidences
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        original, labels = _original(model, batch, self.reference)
+        index = labels.unsqueeze(1)
+        struck_out = original.scatter(1, index, float("-inf"))
+        # The margin orders examples whose confidence has saturated at 1.
+        margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
+        quantile = (margin.argsort().argsort() + 0.5) / len(labels)
+        confidence = torch.quantile(self.confidences.to(quantile.device), quantile).unsqueeze(1)
+        target = ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
+        logits, _ = _call(model, batch)
+        return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+
+
+@dataclass
 class InvertedHinge(Objective):
-    """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded, and zero when another class is certain (LoKU, arXiv 2408.06621)."""
+    """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621)."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = _call(model, batch)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from semu_peft.evaluation.classification import Predictions
-from semu_peft.evaluation.files import written_whole
+from semu_peft.files import written_whole
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
 if TYPE_CHECKING:
@@ -281,8 +281,7 @@ def _light_to_dark() -> Colormap:
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(colormaps["magma_r"](torch.linspace(0, 0.8, 256).numpy()))
-    colours.set_bad("#e0e0e0")
-    return colours
+    return colours.with_extremes(bad="#e0e0e0")
 
 
 def _depth_colours(count: int) -> list[Any]:

@@ -51,9 +51,7 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     values = torch.where(values > noise, values, torch.zeros_like(values))
     rank = rank_for_energy(values, explained_variance)
     rank = rank if max_rank is None else min(rank, max_rank)
-    return Factors(
-        left[..., :rank].clone(), right_transposed.mT[..., :rank].clone(), values, _share(values, rank)
-    )
+    return Factors(left[..., :rank].clone(), right_transposed.mT[..., :rank].clone(), values, _share(values, rank))
 
 
 def _share(values: Tensor, rank: int) -> float:

@@ -103,8 +103,8 @@ def _check_loss(loss: Any, index: int) -> None:
         )
     if not torch.isfinite(loss):
         raise ValueError(
-            f"`objective` is {loss.item()} for batch {index} of `batches`. Check that batch's inputs and labels for NaN, "
-            "infinite or out-of-range values."
+            f"`objective` is {loss.item()} for batch {index} of `batches`. Check that batch's inputs and labels for "
+            "NaN, infinite or out-of-range values."
         )
     if not loss.requires_grad:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def initialize_semu_weights(
     layers = semu_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
     with _switched_off(layers, adapter_name):
         gradients, count = accumulate_gradients(model, weights, batches, objective, progress=progress)
 
@@ -82,7 +82,7 @@ def initialize_semu_weights(
 
 
 def remove_component(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The part of a gradient that is orthogonal to the weights, `G − (⟨G, W⟩ / ‖W‖²) W`, same shape and dtype as `G`."""
+    """The part of a gradient that is orthogonal to the weights, `G − (⟨G, W⟩ / ‖W‖²) W`, shaped like `G`."""
     direction = weight.detach().to(gradient)
     squared_norm = direction.square().sum()
     if squared_norm == 0:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .layer import SemuLayer
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that the adapters were put into, out of a `PeftModel` and a distributed wrapper where there are any."""
+    root: Any = getattr(model, "module", model)
+    return root.get_base_model() if hasattr(root, "get_base_model") else root
 
 
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
@@ -17,8 +25,7 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
     Raises:
         ValueError: No layer of the model carries a SEMU adapter of that name.
     """
-    root = model.module if hasattr(model, "module") else model
-    root = root.get_base_model() if hasattr(root, "get_base_model") else root
+    root = base_model(model)
     found = {
         name: layer
         for name, layer in root.named_modules()

@@ -45,5 +45,5 @@ def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
         if rank_pattern and shape[-1] != expected:
             raise ValueError(
                 f"{path} has rank {shape[-1]} at layer {name!r} where `rank_pattern` of the adapter_config.json beside "
-                f"it says {expected}. The two files are not from the same adapter: take both from one `save_pretrained`."
+                f"it says {expected}. The two files are not from one adapter: take both from one `save_pretrained`."
             )

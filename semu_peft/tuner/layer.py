@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -70,7 +70,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     # ---- the geometry of the weight, which each layer type defines ----
 
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
-        """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, that is factorised."""
+        """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, to factorise."""
         raise NotImplementedError
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
@@ -94,7 +94,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = 1.0
-        matrix = self.weight_to_matrix(self.get_base_layer().weight.detach(), adapter_name)
+        matrix = self.weight_to_matrix(self.weight.detach(), adapter_name)
         *batch, m, n = matrix.shape
         rank = min(rank, m, n)
         factory: dict[str, Any] = {"dtype": _adapter_dtype(matrix.dtype)}
@@ -137,7 +137,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The shapes do not fit the layer or each other.
         """
-        *batch, m, n = self.weight_to_matrix(self.get_base_layer().weight.detach(), adapter_name).shape
+        *batch, m, n = self.weight_to_matrix(self.weight.detach(), adapter_name).shape
         rank = left.shape[-1]
         core_shape = (*batch, *_core_shape(rank, self.configs[adapter_name].core))
         core = left.new_zeros(core_shape) if core is None else core
@@ -152,21 +152,21 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         self._has_basis[adapter_name] = True
 
     def _assign(self, adapter_name: str, left: Tensor, right: Tensor, core: Tensor) -> None:
-        dtype = _adapter_dtype(self.get_base_layer().weight.dtype)
+        dtype = _adapter_dtype(self.weight.dtype)
         self.r[adapter_name] = left.shape[-1]
         self.semu_U[adapter_name] = left.detach().to(dtype).contiguous()
         self.semu_V[adapter_name] = right.detach().to(dtype).contiguous()
         self.semu_core[adapter_name] = nn.Parameter(core.detach().to(dtype).contiguous())
 
     def has_basis(self, adapter_name: str) -> bool:
-        """Whether the adapter has been initialised or loaded (a layer may then still have rank 0: nothing to forget)."""
+        """Whether the adapter has been initialised or loaded (with rank 0 where there is nothing to forget)."""
         if not self._has_basis[adapter_name] and self.r[adapter_name] > 0:
             self._has_basis[adapter_name] = bool(self.semu_U[adapter_name].any())
         return self._has_basis[adapter_name]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
-        device = device or self.get_base_layer().weight.device
+        device = device or self.weight.device
         if self.semu_core[adapter_name].is_meta or device.type == "meta":
             return
         for tensors in (self.semu_U, self.semu_V):
@@ -220,16 +220,14 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             if self.r[name] > 0:
                 merged = self._base_weight_plus(self.get_delta_weight(name))
                 if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                    )
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
                 self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take all merged corrections out of the base weight again."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
@@ -305,6 +303,11 @@ class Conv2d(SemuLayer):
     weight in one convolution.
     """
 
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The frozen convolution."""
+        return cast(nn.Conv2d, self.get_base_layer())
+
     def _per_channel(self, adapter_name: str) -> bool:
         return self.configs[adapter_name].conv_mode == "per_channel"
 
@@ -314,14 +317,14 @@ class Conv2d(SemuLayer):
         return weight.flatten(1)
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        shape = self.get_base_layer().weight.shape
+        shape = self.conv.weight.shape
         if self._per_channel(adapter_name):
             return matrix.transpose(0, 1).reshape(shape)
         return matrix.reshape(shape)
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """`output` plus the correction's convolution, with `(N, out, H, W)` the shape of `output`."""
-        base = self.get_base_layer()
+        base = self.conv
         if self._per_channel(adapter_name):
             return output + base._conv_forward(x, self.get_delta_weight(adapter_name).to(x.dtype), None)
         left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
@@ -339,9 +342,10 @@ class Conv2d(SemuLayer):
         dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
         if self.disable_adapters or self.merged or dense != names or isinstance(self.base_layer, BaseTunerLayer):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        delta = sum(self.get_delta_weight(name) for name in dense)
-        output = base._conv_forward(x, self._base_weight_plus(delta), base.bias) if dense else base(x, *args, **kwargs)
+        if not dense:
+            return self.base_layer(x, *args, **kwargs)
+        weight = self._base_weight_plus(torch.stack([self.get_delta_weight(name) for name in dense]).sum(0))
+        output = self.conv._conv_forward(x, weight, self.conv.bias)
         for name in dense:
             output = self._guard(output, name)
         return output

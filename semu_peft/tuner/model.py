@@ -37,9 +37,9 @@ class SemuModel(BaseTuner):
 
     prefix: str = "semu_"
     tuner_layer_cls = SemuLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         names = dict(model.named_modules())
         unknown = sorted(set(peft_config.rank_pattern) - set(names))
@@ -56,7 +56,7 @@ class SemuModel(BaseTuner):
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 _layer_class(module, name)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: SemuConfig,
         adapter_name: str,

@@ -20,7 +20,7 @@ def _add_peft_type() -> PeftType:
     member._name_ = NAME
     member._value_ = NAME
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType.__members__)
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
     setattr(PeftType, NAME, member)  # before the maps: afterwards the enumeration refuses the assignment
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member

@@ -1,0 +1,235 @@
+"""Ship a trained adapter: as an exact LoRA that stock PEFT loads, or re-ranked to fewer directions."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .files import written_whole
+from .subspace.ranks import rank_for_energy
+from .tuner.adapted import base_model, semu_layers
+from .tuner.layer import SemuLayer
+
+_PREFIX = "base_model.model."
+
+
+def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Write a SEMU adapter as a LoRA with the same `ΔW`: `B = U R` (times the adapter's scale) and `A = Vᵀ`.
+
+    No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
+    common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
+    Layers of rank 0 are left out.
+
+    Args:
+        model: A model with a SEMU adapter.
+        adapter_name: The adapter to convert.
+
+    Returns:
+        The LoRA's configuration and its state dict with PEFT's file keys, float32. They load with stock PEFT.
+
+    Raises:
+        ValueError: There is no such adapter, it has no direction at all, or a convolution uses what PEFT's LoRA
+            ignores (dilation, a padding mode other than zeros).
+    """
+    state_dict: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    layers = semu_layers(model, adapter_name)
+    for name, layer in layers.items():
+        if layer.r[adapter_name] == 0:
+            continue
+        down, up = _lora_pair(layer, adapter_name, name)
+        ranks[name] = down.shape[0]
+        state_dict[f"{_PREFIX}{name}.lora_A.weight"] = down.contiguous()
+        state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up.contiguous()
+    if not ranks:
+        raise ValueError(
+            f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
+            "`initialize_semu_weights` and train it first."
+        )
+    source = next(iter(layers.values())).configs[adapter_name]
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {_exactly(name): rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,  # with the patterns below, every layer's scaling α / r is 1
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=_target_modules(model, list(ranks)),
+        modules_to_save=source.modules_to_save,
+        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in ranks),
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        task_type=source.task_type,
+        inference_mode=True,
+    )
+    if source.modules_to_save:
+        saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        state_dict.update({key: value for key, value in saved.items() if ".semu_" not in key})
+    return config, state_dict
+
+
+def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
+    """Save a SEMU adapter as a LoRA folder that stock PEFT loads, without `semu_peft` being installed there.
+
+    Args:
+        model: A model with a SEMU adapter.
+        path: The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
+        adapter_name: The adapter to export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: See [`to_lora`][semu_peft.export.to_lora]; nothing is written then.
+    """
+    config, state_dict = to_lora(model, adapter_name)
+    folder = Path(path)
+    with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+        save_file({key: value.cpu() for key, value in state_dict.items()}, file, metadata={"format": "pt"})
+    with written_whole(folder / CONFIG_NAME) as file, TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        file.write_bytes((Path(scratch) / CONFIG_NAME).read_bytes())
+    return folder
+
+
+def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+    """LoRA's `A` `(r, n)` and `B` `(m, r)`, for a convolution as the kernels of two convolutions."""
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Conv2d):
+        return layer.semu_V[adapter_name].mT, layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach()
+    if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":
+        raise ValueError(
+            f"Layer {name!r} has dilation {base.dilation} and padding_mode {base.padding_mode!r}. PEFT's LoRA runs its "
+            "convolutions undilated and padded with zeros, so no LoRA equals this adapter: merge it instead "
+            "(`merge_and_unload`), or leave such layers out of `target_modules`."
+        )
+    if layer.configs[adapter_name].conv_mode == "per_channel":
+        up, down = _exact_factors(layer.get_delta_weight(adapter_name).detach().flatten(1))
+    else:
+        up, down = layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach(), layer.semu_V[adapter_name].mT
+    rank, groups = down.shape[0], base.groups
+    channels = base.in_channels // groups
+    filters = down.reshape(rank, channels, *base.kernel_size)
+    # LoRA's first convolution sees all input channels, so that each group gets a copy that looks at its own only.
+    blocks = filters.new_zeros(groups * rank, base.in_channels, *base.kernel_size)
+    for group in range(groups):
+        blocks[group * rank : (group + 1) * rank, group * channels : (group + 1) * channels] = filters
+    return blocks, up[..., None, None]
+
+
+def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    noise = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[0]
+    rank = max(1, int((values > noise).sum()))
+    return (left[:, :rank] * values[:rank]).to(matrix), right[:rank].to(matrix)
+
+
+def _exactly(name: str) -> str:
+    """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
+    return "^" + name.replace(".", r"\.")
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names as a list where PEFT's matching by ending means just them, else as a regular expression."""
+    endings = tuple(f".{name}" for name in names)
+    if any(other.endswith(endings) for other, _ in base_model(model).named_modules()):
+        return "|".join(_exactly(name)[1:] for name in names)
+    return names
+
+
+# ---- re-ranking ----
+
+
+@dataclass(frozen=True)
+class RerankReport:
+    """What re-ranking did to each layer.
+
+    Attributes:
+        ranks_before: Rank by layer name.
+        ranks_after: Rank by layer name.
+        relative_error: `‖ΔW − ΔW'‖_F / ‖ΔW‖_F` by layer name.
+        total_relative_error: The same over all layers together.
+    """
+
+    ranks_before: dict[str, int]
+    ranks_after: dict[str, int]
+    relative_error: dict[str, float]
+    total_relative_error: float
+
+    def __str__(self) -> str:
+        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
+        return (
+            f"{before} -> {after} directions in {len(self.ranks_after)} layers, error {self.total_relative_error:.2%}"
+        )
+
+
+def rerank(
+    model: nn.Module,
+    *,
+    explained_variance: float | None = None,
+    rank: int | None = None,
+    adapter_name: str = "default",
+) -> RerankReport:
+    """Cut a trained adapter down, in place, to the best approximation of lower rank (Eckart–Young).
+
+    As `U` and `V` are orthonormal, an SVD of the small core, `R = P Σ Qᵀ`, is one of the whole correction:
+    `ΔW = (U P) Σ (V Q)ᵀ`. Each layer keeps its leading directions; the new core is diagonal and the bases stay
+    orthonormal. Optimisers made before hold the old cores.
+
+    Args:
+        model: A model with a trained SEMU adapter.
+        explained_variance: Keep the fewest directions that hold this share of each layer's `‖ΔW‖²`.
+        rank: Keep this many directions at the most; both bounds may be given.
+        adapter_name: The adapter to re-rank.
+
+    Raises:
+        ValueError: Neither bound is given, one is out of range, or the adapter is unknown or merged.
+    """
+    if explained_variance is None and rank is None:
+        raise ValueError("Give `explained_variance`, `rank` or both.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
+    share = 1.0 if explained_variance is None else explained_variance
+    layers = semu_layers(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    before, after, errors = {}, {}, {}
+    lost_total = energy_total = 0.0
+    for name, layer in layers.items():
+        before[name] = layer.r[adapter_name]
+        lost, energy = _rerank_layer(layer, adapter_name, share, rank) if before[name] else (0.0, 0.0)
+        after[name] = layer.configs[adapter_name].rank_pattern[name] = layer.r[adapter_name]
+        errors[name] = math.sqrt(lost / energy) if energy > 0 else 0.0
+        lost_total, energy_total = lost_total + lost, energy_total + energy
+    total = math.sqrt(lost_total / energy_total) if energy_total > 0 else 0.0
+    return RerankReport(before, after, errors, total)
+
+
+@torch.no_grad()
+def _rerank_layer(layer: SemuLayer, adapter_name: str, share: float, cap: int | None) -> tuple[float, float]:
+    """Re-rank one layer; return the squared norm of what was lost and of what there was."""
+    core = layer.semu_core[adapter_name].detach()
+    diagonal = layer.configs[adapter_name].core == "diagonal"
+    matrix = torch.diag_embed(core) if diagonal else core
+    left, values, right = torch.linalg.svd(matrix.double())
+    energy = values.square()
+    rank = max(rank_for_energy(values, share), 1)  # an untrained core keeps one direction to be trained in
+    rank = rank if cap is None else min(rank, cap)
+    kept = values[..., :rank].to(core)
+    layer.set_basis(
+        adapter_name,
+        layer.semu_U[adapter_name] @ left[..., :rank].to(core),
+        layer.semu_V[adapter_name] @ right.mT[..., :rank].to(core),
+        kept if diagonal else torch.diag_embed(kept),
+    )
+    return float(energy[..., rank:].sum()), float(energy.sum())

@@ -1,0 +1,111 @@
+"""The confidence attack, against scikit-learn used directly and against cases whose answer is known."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import SVC
+from torch import Tensor
+
+from semu_peft.evaluation import membership_inference
+
+
+def confidences(count: int, power: float, seed: int) -> Tensor:
+    """Values in [0, 1] that crowd towards 1 as `power` falls."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed)) ** power
+
+
+def test_equals_an_independent_computation() -> None:
+    member, non_member, forget = confidences(80, 0.2, 1), confidences(80, 0.6, 2), confidences(50, 0.4, 3)
+    features = np.concatenate([member.numpy(), non_member.numpy()]).astype(np.float64).reshape(-1, 1)
+    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(features, np.array([1] * 80 + [0] * 80))
+    called_member = attack.predict(forget.numpy().astype(np.float64).reshape(-1, 1))
+    expected = 100 * (1 - called_member.mean())
+    assert 0 < expected < 100
+    # Equal sizes: every example is drawn and their order does not matter to the optimum.
+    assert membership_inference(member, non_member, forget) == pytest.approx(expected, abs=1e-9)
+
+
+def test_repeated_confidences_count_as_often_as_they_occur() -> None:
+    member, non_member = confidences(30, 0.01, 1), confidences(30, 9.0, 2)
+    forget = torch.tensor([1.0] * 3 + [0.0] * 7)
+    assert membership_inference(member, non_member, forget) == 70
+
+
+def test_separable_sets() -> None:
+    member, non_member = 0.9 + 0.1 * confidences(50, 1, 1), 0.1 * confidences(70, 1, 2)
+    assert membership_inference(member, non_member, non_member) == 100
+    assert membership_inference(member, non_member, member) == 0
+    assert membership_inference(non_member, member, member) == 100
+
+
+def test_sets_that_cannot_be_told_apart_give_one_answer_for_all() -> None:
+    same = torch.full((20,), 0.5)
+    assert membership_inference(same, same, same[:5]) in (0, 100)
+
+
+def test_larger_set_is_drawn_down_to_the_smaller() -> None:
+    # Unbalanced, 400 members would outvote 20 non-members everywhere; balanced, the middle belongs to neither.
+    member, non_member = 0.8 + 0.2 * confidences(400, 1, 1), 0.7 + 0.2 * confidences(20, 1, 2)
+    low = torch.full((10,), 0.72)
+    assert membership_inference(member, non_member, low) == 100
+    unbalanced = SVC(C=3, gamma="auto").fit(torch.cat([member, non_member])[:, None].numpy(), [1] * 400 + [0] * 20)
+    assert unbalanced.predict(low[:, None].numpy()).all(), "without the draw the answer would be 0"
+
+
+def test_the_draw_follows_the_seed_and_nothing_else() -> None:
+    member, non_member, forget = confidences(300, 0.4, 1), confidences(60, 0.5, 2), confidences(200, 0.45, 3)
+    by_seed = [membership_inference(member, non_member, forget, seed=seed) for seed in range(6)]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    assert [membership_inference(member, non_member, forget, seed=seed) for seed in range(6)] == by_seed
+    assert len(set(by_seed)) > 1
+    before = torch.random.get_rng_state()
+    membership_inference(member, non_member, forget)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global generator must not be used"
+
+
+def test_max_examples_bounds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tuple[int, int]] = []
+    original = SVC.fit
+
+    def fit(self: SVC, features: np.ndarray, targets: np.ndarray) -> SVC:
+        fitted.append((int((targets == 1).sum()), int((targets == 0).sum())))
+        return original(self, features[::50], targets[::50])  # what is fitted is not the point here
+
+    monkeypatch.setattr(SVC, "fit", fit)
+    member, non_member = confidences(2500, 0.4, 1), confidences(2100, 0.5, 2)
+    for most in (1000, 2200, None):
+        membership_inference(member, non_member, member, max_examples=most)
+    membership_inference(member, non_member, member)
+    assert fitted == [(1000, 1000), (2100, 2100), (2100, 2100), (2000, 2000)]
+
+
+@pytest.mark.parametrize("name", ["member", "non_member", "forget"])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(0), "non-empty vector"),
+        (torch.zeros(3, 2), r"has shape \(3, 2\)"),
+        (torch.tensor([0.5, float("nan")]), r"1 of 2 values outside \[0, 1\] or NaN"),
+        (torch.tensor([0.5, 87.0, -1.0]), r"2 of 3 values outside \[0, 1\]"),
+    ],
+)
+def test_bad_confidences_are_named(name: str, bad: Tensor, message: str) -> None:
+    sets = {key: torch.tensor([0.1, 0.9]) for key in ("member", "non_member", "forget")} | {name: bad}
+    with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+        membership_inference(**sets)
+
+
+def test_max_examples_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="max_examples must be at least 1, or None for no limit; got 0"):
+        membership_inference(*[torch.tensor([0.5])] * 3, max_examples=0)
+
+
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    with pytest.raises(ImportError, match=r"pip install semu-peft\[evaluation\]"):
+        membership_inference(*[torch.tensor([0.5])] * 3)
