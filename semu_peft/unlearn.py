@@ -301,17 +301,17 @@ def _only(items: list[Any]) -> Any:
 def _rest_of_epoch(loader: DataLoader[Any], epoch: int, seen: int) -> Iterator[Any]:
     """The batches of an epoch, without those already seen before a resume."""
     loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    if seen == 0:
-        yield from loader
-        return
-    # Making an iterator draws from the global generator, which the run that is resumed had done before it was saved.
-    random_state = torch.get_rng_state()
-    iterator = iter(skip_first_batches(loader, seen))
-    first = next(iterator, None)
-    torch.set_rng_state(random_state)
-    if first is not None:
-        yield first
-        yield from iterator
+    rest: Any = skip_first_batches(loader, seen) if seen else loader
+    # Making an iterator draws from the global generator; a run that is resumed did that before it was saved.
+    random_state = torch.get_rng_state() if seen else None
+    try:
+        for batch in rest:
+            if random_state is not None:
+                torch.set_rng_state(random_state)
+                random_state = None
+            yield batch
+    finally:
+        rest.end()  # a run that stops in the middle must not leave its loader as Accelerate's active one
 
 
 def _cycle(loader: DataLoader[Any], state: _Progress) -> Iterator[Any]:

@@ -17,6 +17,7 @@ CLASS_RECIPE = Recipe(epochs=6, augment=True)
 RANDOM_RECIPE = Recipe(epochs=20, augment=False)
 RANDOM_IMAGES = 10_000
 RANDOM_SHARE = 0.1
+HELD_OUT_IMAGES = 5_000
 
 
 @dataclass
@@ -29,9 +30,9 @@ class ForgettingTask:
     retain: TensorDataset
     test: TensorDataset
     test_forgotten: TensorDataset | None
+    held_out: TensorDataset | None  # for random forgetting: labelled images that no model trains or is tested on
     original: nn.Module
     gold: nn.Module
-    forget_class: int | None
     seed: int
 
 
@@ -47,7 +48,7 @@ def class_tasks(
         gold = cached_model(cache, f"class-without-{index}", retain, CLASS_RECIPE, seed, compile_model)
         yield ForgettingTask(
             "class", f"class {index}, seed {seed}", subset(train, forgotten), retain, subset(test, ~test_forgotten),
-            subset(test, test_forgotten), original, gold, index, seed,
+            subset(test, test_forgotten), None, original, gold, seed,
         )  # fmt: skip
 
 
@@ -55,9 +56,13 @@ def random_tasks(data: Path, cache: Path, seeds: list[int], compile_model: bool 
     """Forget a random tenth of a 10,000-image training set that the model has memorised."""
     train, test = load_cifar10(data, "train"), load_cifar10(data, "test")
     for seed in seeds:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:RANDOM_IMAGES]
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        held_out = subset(train, order[RANDOM_IMAGES : RANDOM_IMAGES + HELD_OUT_IMAGES])
+        order = order[:RANDOM_IMAGES]
         cut = int(RANDOM_SHARE * RANDOM_IMAGES)
         forget, retain, everything = subset(train, order[:cut]), subset(train, order[cut:]), subset(train, order)
         original = cached_model(cache, "random-original", everything, RANDOM_RECIPE, seed, compile_model)
         gold = cached_model(cache, "random-gold", retain, RANDOM_RECIPE, seed, compile_model)
-        yield ForgettingTask("random", f"seed {seed}", forget, retain, test, None, original, gold, None, seed)
+        yield ForgettingTask(
+            "random", f"seed {seed}", forget, retain, test, None, held_out, original, gold, seed
+        )  # fmt: skip

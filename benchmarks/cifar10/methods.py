@@ -1,0 +1,142 @@
+"""The methods compared: SEMU and its rivals, each from the original model to an unlearned one through one loop."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tasks import ForgettingTask
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft.evaluation import predict
+from semu_peft.objectives import Objective
+from semu_peft.subspace.gradients import accumulate_gradients
+
+# Every convolution and the classifier of the ResNet.
+TARGET_MODULES = r".*(conv1|conv2|stem|shortcut\.0|classifier)"
+BATCH_SIZE = 250
+
+
+@dataclass
+class Unlearned:
+    """A model after unlearning, with what it cost."""
+
+    model: nn.Module
+    trainable_parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: how the original model is changed, and the settings that were chosen for it."""
+
+    name: str
+    run: Callable[[ForgettingTask, float, int], Unlearned]
+    learning_rate: float
+    epochs: int
+
+
+def loader(dataset: TensorDataset, seed: int) -> DataLoader[tuple[Tensor, ...]]:
+    """Shuffled batches, in an order that `seed` fixes."""
+    return DataLoader(dataset, BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+def best_objective(task: ForgettingTask) -> Objective:
+    """A class is struck out; random examples are treated as unseen ones."""
+    if task.kind == "class":
+        return objectives.DecoupledDistillation()
+    return objectives.UnseenConfidence(predict(task.original, DataLoader(task.held_out, 1000)).confidence)
+
+
+def _train(
+    model: nn.Module, task: ForgettingTask, objective: Objective, learning_rate: float, epochs: int, retain: bool
+) -> int:
+    result = unlearn(
+        model,
+        loader(task.forget, task.seed),
+        objective,
+        retain_batches=loader(task.retain, task.seed) if retain else None,
+        retain_objective=objectives.CrossEntropy() if retain else None,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        scheduler=lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
+        seed=task.seed,
+    )
+    return result.trainable_parameters
+
+
+def semu(
+    objective: Callable[[ForgettingTask], Objective], retain: bool = False, **settings: object
+) -> Callable[[ForgettingTask, float, int], Unlearned]:
+    """SEMU with an objective, with or without retain data."""
+
+    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+        started = time.perf_counter()
+        loss = objective(task)
+        model = get_peft_model(copy.deepcopy(task.original), SemuConfig(target_modules=TARGET_MODULES, **settings))
+        initialize_semu_weights(model, loader(task.forget, task.seed), loss)
+        count = _train(model, task, loss, learning_rate, epochs, retain)
+        return Unlearned(model, count, time.perf_counter() - started)
+
+    return run
+
+
+def all_weights(
+    objective: Callable[[ForgettingTask], Objective], saliency: bool = False
+) -> Callable[[ForgettingTask, float, int], Unlearned]:
+    """Every weight is trained, or with `saliency` the half with the largest forget gradients (SalUn, 2310.12508)."""
+
+    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+        started = time.perf_counter()
+        model = copy.deepcopy(task.original)
+        weights = dict(model.named_parameters())
+        count = sum(weight.numel() for weight in weights.values())
+        if saliency:
+            gradients, _ = accumulate_gradients(
+                model, weights, loader(task.forget, task.seed), objectives.GradientAscent()
+            )
+            threshold = torch.cat([gradient.abs().flatten() for gradient in gradients.values()]).median()
+            count = 0
+            for name, weight in weights.items():
+                mask = (gradients[name].abs() >= threshold).to(weight.dtype)
+                weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+                count += int(mask.sum())
+        _train(model, task, objective(task), learning_rate, epochs, retain=False)
+        return Unlearned(model, count, time.perf_counter() - started)
+
+    return run
+
+
+def lora(
+    objective: Callable[[ForgettingTask], Objective], retain: bool, budget: Callable[[ForgettingTask], int]
+) -> Callable[[ForgettingTask, float, int], Unlearned]:
+    """PEFT's LoRA of rank 1 with the same objective, on as many layers as the budget of parameters pays for.
+
+    Layers are taken from the classifier backwards, at least one, until the next would exceed the budget.
+    """
+
+    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+        started = time.perf_counter()
+        model = copy.deepcopy(task.original)
+        names: list[str] = []
+        spent = 0
+        for name, module in reversed(list(model.named_modules())):
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            cost = module.weight[0].numel() + module.weight.shape[0]
+            if names and spent + cost > budget(task):
+                break
+            names, spent = [*names, name], spent + cost
+        torch.manual_seed(task.seed)
+        adapted = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, target_modules=names))
+        count = _train(adapted, task, objective(task), learning_rate, epochs, retain)
+        return Unlearned(adapted, count, time.perf_counter() - started)
+
+    return run
