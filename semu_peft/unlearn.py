@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .objectives.base import Objective
+from .subspace.gradients import check_loss
 from .tuner.layer import SemuLayer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -109,7 +111,8 @@ def unlearn(
         max_steps: Stop after this many optimiser steps.
         learning_rate: Of the default optimiser, AdamW without weight decay.
         optimizer: Another optimiser, as a factory `(parameters) -> Optimizer`.
-        scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every optimiser step.
+        scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every optimiser step. By default
+            the learning rate falls linearly to zero, as in transformers' Trainer.
         max_grad_norm: Clip the gradient's norm to this.
         gradient_accumulation_steps: Batches per optimiser step.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`, as Accelerate takes it.
@@ -158,13 +161,14 @@ def unlearn(
     retain = accelerator.prepare(retain) if retain is not None else None
     steps_per_epoch = math.ceil(len(forget) / accumulation)
     total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
-    schedule = scheduler(optimizer_.optimizer, total_steps) if scheduler else None
+    schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
     objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
 
     state = _Progress()
     if resume_from_checkpoint is not None:
         folder = _find_checkpoint(resume_from_checkpoint, output_dir)
         state = _load_checkpoint(accelerator, folder, schedule, objectives)
+    optimizer_.zero_grad()  # what the caller left in `.grad` is not ours
     if own and log_with:
         accelerator.init_trackers("semu_unlearn")
     bar = tqdm(
@@ -183,6 +187,8 @@ def unlearn(
                     parts = {"forget_loss": objective(prepared, batch)}
                     if retain_stream is not None and retain_objective is not None:
                         parts["retain_loss"] = retain_objective(prepared, next(retain_stream))
+                    for part in parts.values():
+                        check_loss(part, f"batch {state.batch - 1} of epoch {state.epoch}")
                     loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
                     values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
                     if not math.isfinite(values["loss"]):
@@ -193,17 +199,19 @@ def unlearn(
                         )
                     losses.append(values)
                     state.examples += _batch_size(batch) * accelerator.num_processes
-                    if last:
-                        accelerator.backward(loss)
-                    else:
+                    # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean all the same.
+                    first = (state.batch - 1) // accumulation * accumulation
+                    loss = loss * (accumulation / min(accumulation, len(forget) - first))
+                    if not last:
                         with accelerator.no_sync(prepared):
                             accelerator.backward(loss)
                         continue
+                    accelerator.backward(loss)
                     if max_grad_norm is not None:
                         accelerator.clip_grad_norm_(parameters, max_grad_norm)
                     optimizer_.step()
                     optimizer_.zero_grad()
-                    if schedule is not None and not optimizer_.step_was_skipped:
+                    if not optimizer_.step_was_skipped:
                         schedule.step()
                     state.step += 1
                     entry = {key: sum(value[key] for value in losses) / len(losses) for key in values}
@@ -226,6 +234,7 @@ def unlearn(
         finally:
             bar.close()
             _unwrap(accelerator, model, prepared, bare_forward)
+            _release(accelerator, prepared, optimizer_, forget, retain)
             for batch_sampler, sampler in samplers:
                 if sampler is not None:
                     batch_sampler.sampler = sampler
@@ -295,6 +304,10 @@ def _only(items: list[Any]) -> Any:
     return items[0]
 
 
+def _linear_decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    return LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=total_steps)
+
+
 # ---- during the run ----
 
 
@@ -352,8 +365,15 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _release(accelerator: Accelerator, *objects: Any) -> None:
+    """Take what this run prepared out of the accelerator, whose later checkpoints are of later runs."""
+    for registry in (accelerator._models, accelerator._optimizers, accelerator._dataloaders):
+        registry[:] = [item for item in registry if not any(item is released for released in objects)]
+
+
 def _unwrap(accelerator: Accelerator, model: nn.Module, prepared: nn.Module, bare_forward: Any) -> None:
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    model.__dict__.pop("_is_accelerate_prepared", None)
     # Accelerate leaves a bound `forward` on the instance, which copies of the model would share with it.
     if bare_forward is None:
         model.__dict__.pop("forward", None)
@@ -372,7 +392,7 @@ def _save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     state: _Progress,
-    schedule: LRScheduler | None,
+    schedule: LRScheduler,
     objectives: list[Objective],
 ) -> None:
     folder = output_dir / f"checkpoint-{state.step}"
@@ -393,7 +413,7 @@ def _save_checkpoint(
         torch.save(
             {
                 "progress": vars(state),
-                "scheduler": schedule.state_dict() if schedule is not None else None,
+                "scheduler": schedule.state_dict(),
                 "objectives": [objective.state_dict() for objective in objectives],
             },
             partial / _STATE_FILE,
@@ -405,15 +425,29 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    accelerator: Accelerator, folder: Path, schedule: LRScheduler | None, objectives: list[Objective]
+    accelerator: Accelerator, folder: Path, schedule: LRScheduler, objectives: list[Objective]
 ) -> _Progress:
+    for index, model in enumerate(accelerator._models):
+        _check_weights(accelerator.unwrap_model(model), folder / f"model{f'_{index}' if index else ''}.safetensors")
     accelerator.load_state(str(folder), strict=False)
     saved = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-    if schedule is not None and saved["scheduler"] is not None:
-        schedule.load_state_dict(saved["scheduler"])
+    schedule.load_state_dict(saved["scheduler"])
     for objective, objective_state in zip(objectives, saved["objectives"], strict=True):
         objective.load_state_dict(objective_state)
     return _Progress(**saved["progress"])
+
+
+def _check_weights(model: nn.Module, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    expected = {name: tuple(tensor.shape) for name, tensor in _trainable_state(model).items()}
+    if saved != expected:
+        differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
+        raise ValueError(
+            f"`resume_from_checkpoint`: {path.parent} was written for other trained parameters. They differ at "
+            f"{differing[0]!r} ({len(differing)} in all): {saved.get(differing[0])} in the checkpoint, "
+            f"{expected.get(differing[0])} in the model. Resume with the model and adapter of the interrupted run."
+        )
 
 
 def _find_checkpoint(wanted: str | Path, output_dir: str | Path | None) -> Path:

@@ -69,7 +69,12 @@ def accumulate_gradients(
             bar = tqdm(batches, desc="Forget gradients", disable=not progress, leave=False)
             for batch in bar:
                 loss = objective(model, send_to_device(batch, device))
-                _check_loss(loss, count)
+                check_loss(loss, f"batch {count}")
+                if not torch.isfinite(loss):
+                    raise ValueError(
+                        f"`objective` is {loss.item()} for batch {count} of `batches`. Check that batch's inputs and "
+                        "labels for NaN, infinite or out-of-range values."
+                    )
                 loss.backward()
                 count += 1
         finally:
@@ -95,21 +100,25 @@ def accumulate_gradients(
     return {name: sums[id(weight)] for name, weight in weights.items()}, count
 
 
-def _check_loss(loss: Any, index: int) -> None:
+def check_loss(loss: Any, where: str) -> None:
+    """Check that an objective returned a scalar tensor with a gradient.
+
+    Args:
+        loss: What the objective returned.
+        where: The batch, to name in the error.
+
+    Raises:
+        ValueError: It did not.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(
             f"`objective` must return a scalar tensor, got {type(loss).__name__} "
-            f"{tuple(loss.shape) if isinstance(loss, Tensor) else loss!r} for batch {index}."
-        )
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"`objective` is {loss.item()} for batch {index} of `batches`. Check that batch's inputs and labels for "
-            "NaN, infinite or out-of-range values."
+            f"{tuple(loss.shape) if isinstance(loss, Tensor) else repr(loss)} for {where}."
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"`objective` returned a loss without a gradient for batch {index}: it depends on no target layer. Do not "
-            "detach the model's output or call the model under `torch.no_grad`."
+            f"`objective` returned a loss without a gradient for {where}: it depends on nothing that is trained. Do "
+            "not detach the model's output or call the model under `torch.no_grad`."
         )
 
 
