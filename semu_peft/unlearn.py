@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 _STATE_FILE = "unlearn_state.pt"
+_RETAIN_SEED = 2**31  # keeps the draws of the two loaders apart
 
 
 @dataclass
@@ -126,7 +128,7 @@ def unlearn(
         checkpointing_steps: Write `output_dir/checkpoint-{step}` every this many steps.
         resume_from_checkpoint: A checkpoint folder, or `"latest"` in `output_dir`. A run with the same arguments then
             ends with the weights of an uninterrupted one.
-        seed: Seed of the order of a shuffled DataLoader.
+        seed: Seed of what the DataLoaders draw from torch's global generator: orders and augmentations.
         progress: Show a progress bar with the running losses.
 
     Raises:
@@ -178,10 +180,10 @@ def unlearn(
     stopped = metric is not None and state.epochs_without_gain >= patience
     with _eval_mode(model):
         try:
-            retain_stream = _cycle(retain, state) if retain is not None else None
+            retain_stream = _cycle(retain, seed + _RETAIN_SEED, state) if retain is not None else None
             while state.step < total_steps and not stopped:
                 losses: list[dict[str, float]] = []
-                for batch in _rest_of_epoch(forget, state.epoch, state.batch):
+                for batch in _rest_of_epoch(forget, seed, state.epoch, state.batch):
                     state.batch += 1
                     last = state.batch % accumulation == 0 or state.batch == len(forget)
                     parts = {"forget_loss": objective(prepared, batch)}
@@ -192,7 +194,6 @@ def unlearn(
                     loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
                     values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
                     if not math.isfinite(values["loss"]):
-                        optimizer_.zero_grad()
                         raise ValueError(
                             f"The loss is {values['loss']} at step {state.step} (batch {state.batch - 1} of epoch "
                             f"{state.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm` or check that batch."
@@ -233,6 +234,7 @@ def unlearn(
                         break
         finally:
             bar.close()
+            optimizer_.zero_grad()
             _unwrap(accelerator, model, prepared, bare_forward)
             _release(accelerator, prepared, optimizer_, forget, retain)
             for batch_sampler, sampler in samplers:
@@ -311,25 +313,36 @@ def _linear_decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:
 # ---- during the run ----
 
 
-def _rest_of_epoch(loader: DataLoader[Any], epoch: int, seen: int) -> Iterator[Any]:
-    """The batches of an epoch, without those already seen before a resume."""
+def _rest_of_epoch(loader: DataLoader[Any], seed: int, epoch: int, seen: int) -> Iterator[Any]:
+    """The batches of an epoch, without the first `seen`.
+
+    Each epoch of each loader draws from a random state of its own, set by `seed` and `epoch`: a resumed run loads the
+    seen batches again and is then where the interrupted one was, whatever samplers and augmentations had drawn.
+    """
     loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    rest: Any = skip_first_batches(loader, seen) if seen else loader
-    # Making an iterator draws from the global generator; a run that is resumed did that before it was saved.
-    random_state = torch.get_rng_state() if seen else None
+    own = torch.Generator().manual_seed(seed + epoch).get_state()
+    iterator: Iterator[Any] | None = None
     try:
-        for batch in rest:
-            if random_state is not None:
-                torch.set_rng_state(random_state)
-                random_state = None
-            yield batch
+        for index in itertools.count():
+            outside = torch.get_rng_state()
+            torch.set_rng_state(own)
+            try:
+                iterator = iter(loader) if iterator is None else iterator
+                batch = next(iterator, None)
+            finally:
+                own = torch.get_rng_state()
+                torch.set_rng_state(outside)
+            if batch is None:
+                return
+            if index >= seen:
+                yield batch
     finally:
-        rest.end()  # a run that stops in the middle must not leave its loader as Accelerate's active one
+        loader.end()  # type: ignore[attr-defined]  # or a run that stops midway leaves it as Accelerate's active one
 
 
-def _cycle(loader: DataLoader[Any], state: _Progress) -> Iterator[Any]:
+def _cycle(loader: DataLoader[Any], seed: int, state: _Progress) -> Iterator[Any]:
     while True:
-        for batch in _rest_of_epoch(loader, state.retain_epoch, state.retain_batch):
+        for batch in _rest_of_epoch(loader, seed, state.retain_epoch, state.retain_batch):
             state.retain_batch += 1
             yield batch
         state.retain_epoch, state.retain_batch = state.retain_epoch + 1, 0

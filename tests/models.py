@@ -23,6 +23,8 @@ CLASSES = 4
 class Mlp(nn.Module):
     """Three linear layers with dropout, `(N, 6) -> (N, CLASSES)`."""
 
+    targets = ["fc1", "fc2", "head"]
+
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(6, 10)
@@ -37,6 +39,8 @@ class Mlp(nn.Module):
 
 class Cnn(nn.Module):
     """Plain, grouped and strided convolutions with batch norm, `(N, 3, 8, 8) -> (N, CLASSES)`."""
+
+    targets = ["conv1", "conv2", "head"]
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from models import CLASSES, Cnn, Mlp, Snapshot, gpt2, llama, run, sample_input, unet, unet_condition, vit
+from models import Cnn, Mlp, Snapshot, gpt2, llama, run, sample_input, unet, unet_condition, vit
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -500,6 +499,7 @@ def test_auto_peft_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init_weights", [False, "weight"])
 def test_adapter_is_float32_in_a_bfloat16_model(init_weights: bool | str, tmp_path: Path) -> None:
     """Bases stay orthonormal to float32 in a bfloat16 model, at creation and after a round trip."""
+
     def base() -> nn.Module:
         return same_model("vit").to(torch.bfloat16)
 
@@ -518,6 +518,7 @@ def test_adapter_is_float32_in_a_bfloat16_model(init_weights: bool | str, tmp_pa
 
 def test_autocast_adapter_dtype_false(tmp_path: Path) -> None:
     """`autocast_adapter_dtype=False` keeps the adapter in the model's dtype, as PEFT defines it."""
+
     def base() -> nn.Module:
         return same_model("vit").to(torch.bfloat16)
 
@@ -577,8 +578,3 @@ def test_generation() -> None:
     tokens = wrapped.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert tokens.shape == (1, 6)
 
-
-def test_peft_offers_no_image_auto_class() -> None:
-    """Should PEFT gain `AutoPeftModelForImageClassification`, it is to be tested like the other two."""
-    assert not hasattr(peft, "AutoPeftModelForImageClassification")
-    assert CLASSES == vit().config.num_labels
