@@ -355,16 +355,59 @@ def main() -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
     device, output = accelerator.device, args.output
     output.mkdir(parents=True, exist_ok=True)
-
-    print("1. The images, and the model that knows all classes")
-    train_split, test_split, names = read_images(args.data, args.seed)
     set_seed(args.seed)
-    original = load_model(args.model, "--model") if args.model else small_model(train_split[0]["image"], names)
+
+    print("1. The model that knows all classes")
+    train_rows, test_rows, names = read_images(args.data, args.seed)
+    model = load_model(args.model, "--model") if args.model else small_model(train_rows[0]["image"], names)
     has_processor = args.model and (args.model / "preprocessor_config.json").is_file()
     processor = AutoImageProcessor.from_pretrained(args.model) if has_processor else None
-    train_images = prepare_images(train_split, names, original, processor)
-    test_images = prepare_images(test_split, names, original, processor)
-    ...
+    train_images, test_images = (prepare_images(rows, names, model, processor) for rows in (train_rows, test_rows))
+    forgotten, name = find_class(args, model, names)
+    chosen = train_images.labels == forgotten
+    forget_images, retain_images = (Subset(train_images, part.nonzero().flatten().tolist()) for part in (chosen, ~chosen))
+    untested = not (test_images.labels == forgotten).any() or (test_images.labels == forgotten).all()
+    if untested or not len(forget_images) or not len(retain_images):
+        sys.exit(f"--forget-class: {name!r} and the other classes need training and test images each.")
+    base = args.model or output / "original"
+    if not args.model:
+        train(model.to(device), train_images, args.train_epochs, args.seed, "Training")
+        model.save_pretrained(base)
+        model = load_model(base, "--output")  # so that the adapter's configuration names its base model
+    model.to(device)
+
+    def measured(candidate: torch.nn.Module, **costs: Any) -> tuple[ForgettingMetrics, Predictions]:
+        return measure(candidate, train_images, test_images, forgotten, **costs)
+
+    rows: dict[str, ForgettingMetrics] = {}
+    rows["original"], before = measured(model, trainable_parameters=0)
+
+    print(f"2. Forgetting {name!r} with {len(forget_images)} images of it, none of the other classes")
+    unlearned, profile, costs = forget(model, forget_images, args.objective, accelerator, args)
+    rows[f"SEMU {args.objective}"], after = measured(unlearned, **costs)
+    if args.objective != "random-label":
+        other, _, costs = forget(model, forget_images, "random-label", accelerator, args)
+        rows["SEMU random-label (the paper's)"], _ = measured(other, **costs)
+
+    print("3. The model that never saw it")
+    epochs = args.retrain if args.retrain is not None else 0 if args.model else args.train_epochs
+    reference = "retrained" if args.gold or epochs else None
+    if reference:
+        set_seed(args.seed)
+        gold = load_model(args.gold, "--gold") if args.gold else AutoModelForImageClassification.from_config(model.config)
+        gold.to(device)
+        seconds = None if args.gold else train(gold, retain_images, epochs, args.seed, "Retraining")
+        rows[reference], _ = measured(gold, seconds=seconds)
+        
+    table = write_table(rows, reference, output)
+    print("4. What ships")
+    proof_images = torch.stack([test_images[index]["pixel_values"] for index in range(min(64, len(test_images)))])
+    prove(unlearned, model, output / f"adapter-{args.objective}", proof_images, output)
+    class_names = ...
+    plot_confusion(before, after, output / "confusion.png", class_names=..., forgotten=forgotten)
+    plot_spectra(profile, output / "spectra.png")
+    print(table)
+    print(f"Written to {output}: ")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ def unlearn(
     *,
     retain_batches: Iterable[Any] | None = None,
     retain_objective: LossFunction | None = None,
-    epochs: int = 5,
+    epochs: int = 2,
     max_steps: int | None = None,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 3e-2,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory | None = None,
     max_grad_norm: float | None = None,
@@ -109,7 +109,7 @@ def unlearn(
         objective: `(model, batch) -> scalar loss`, see [`semu_peft.objectives`].
         retain_batches: Optional retain data, gone through in a cycle, one batch a step.
         retain_objective: The loss on it, added to the objective's; weigh it as `0.5 * CrossEntropy()`.
-        epochs: Passes over the forget set.
+        epochs: Passes over the forget set. The default suits thousands of examples; with few, aim at 100 steps or so.
         max_steps: Stop after this many optimiser steps.
         learning_rate: Of the default optimiser, AdamW without weight decay.
         optimizer: Another optimiser, as a factory `(parameters) -> Optimizer`.

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tasks import ForgettingTask
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
@@ -21,7 +20,7 @@ from semu_peft.subspace.gradients import accumulate_gradients
 
 # Every convolution and the classifier of the ResNet.
 TARGET_MODULES = r".*(conv1|conv2|stem|shortcut\.0|classifier)"
-BATCH_SIZE = 250
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -49,10 +48,20 @@ def loader(dataset: TensorDataset, seed: int) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def best_objective(task: ForgettingTask) -> Objective:
-    """A class is struck out; random examples are treated as unseen ones."""
-    if task.kind == "class":
-        return objectives.DecoupledDistillation()
-    return objectives.UnseenConfidence(predict(task.original, DataLoader(task.held_out, 1000)).confidence)
+    """A class is struck out; random examples are treated as unseen ones. The original is the adapter switched off."""
+    return _best_objective(task, None)
+
+
+def best_objective_with_copy(task: ForgettingTask) -> Objective:
+    """The same for a model without an adapter, with the original model as a second copy."""
+    return _best_objective(task, task.original)
+
+
+def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Objective:
+    if task.held_out is None:
+        return objectives.DecoupledDistillation(reference)
+    confidences = predict(task.original, DataLoader(task.held_out, 1000)).confidence
+    return objectives.UnseenConfidence(confidences, reference)
 
 
 def _train(
@@ -66,7 +75,6 @@ def _train(
         retain_objective=objectives.CrossEntropy() if retain else None,
         epochs=epochs,
         learning_rate=learning_rate,
-        scheduler=lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
         seed=task.seed,
     )
     return result.trainable_parameters
@@ -80,7 +88,8 @@ def semu(
     def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
         started = time.perf_counter()
         loss = objective(task)
-        model = get_peft_model(copy.deepcopy(task.original), SemuConfig(target_modules=TARGET_MODULES, **settings))
+        config = SemuConfig(**{"target_modules": TARGET_MODULES, **settings})
+        model = get_peft_model(copy.deepcopy(task.original), config)
         initialize_semu_weights(model, loader(task.forget, task.seed), loss)
         count = _train(model, task, loss, learning_rate, epochs, retain)
         return Unlearned(model, count, time.perf_counter() - started)
@@ -89,7 +98,7 @@ def semu(
 
 
 def all_weights(
-    objective: Callable[[ForgettingTask], Objective], saliency: bool = False
+    objective: Callable[[ForgettingTask], Objective], saliency: bool = False, retain: bool = False
 ) -> Callable[[ForgettingTask, float, int], Unlearned]:
     """Every weight is trained, or with `saliency` the half with the largest forget gradients (SalUn, 2310.12508)."""
 
@@ -108,7 +117,7 @@ def all_weights(
                 mask = (gradients[name].abs() >= threshold).to(weight.dtype)
                 weight.register_hook(lambda gradient, mask=mask: gradient * mask)
                 count += int(mask.sum())
-        _train(model, task, objective(task), learning_rate, epochs, retain=False)
+        _train(model, task, objective(task), learning_rate, epochs, retain)
         return Unlearned(model, count, time.perf_counter() - started)
 
     return run

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft.tuner.adapted import semu_layers
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -237,9 +238,19 @@ def adapter(tmp_path: Path) -> Path:
     """A folder with a sound adapter for `vit`, whose base lies beside it."""
     base_model().save_pretrained(tmp_path / "base")
     base = type(base_model()).from_pretrained(tmp_path / "base")
-    config = SemuConfig(target_modules=["q_proj", "fc1"], r=3, init_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    model = trained(base, ["q_proj", "fc1"], 3)
+    model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def trained(base: nn.Module, targets: list[str], rank: int) -> PeftModel:
+    """The base with an adapter whose bases come from data and whose core is not zero."""
+    model = get_peft_model(base, SemuConfig(target_modules=targets, r=rank, explained_variance=1.0))
+    initialize_semu_weights(model, image_batches(), objectives.CrossEntropy(), progress=False)
+    for layer in semu_layers(model).values():
+        nn.init.normal_(layer.semu_core["default"])
+    assert set(model.peft_config["default"].rank_pattern.values()) == {rank}
+    return model
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -301,8 +312,7 @@ def test_foreign_file(load: Callable[[Any, Path], Any], adapter: Path, tmp_path:
 @every_loader
 def test_file_of_another_rank(load: Callable[[Any, Path], Any], adapter: Path, tmp_path: Path) -> None:
     """Weights of other ranks than the configuration's are refused, with layer and both ranks."""
-    config = SemuConfig(target_modules=["q_proj", "fc1"], r=2, init_weights=False)
-    get_peft_model(base_model(), config).save_pretrained(tmp_path / "other")
+    trained(base_model(), ["q_proj", "fc1"], 2).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
     refused(lambda: load(model, adapter), model, adapter, "rank 2", "3", "q_proj", "rank_pattern")
@@ -311,8 +321,7 @@ def test_file_of_another_rank(load: Callable[[Any, Path], Any], adapter: Path, t
 @every_loader
 def test_file_that_lacks_a_layer(load: Callable[[Any, Path], Any], adapter: Path, tmp_path: Path) -> None:
     """Weights for fewer layers than the configuration names are refused, not loaded in part."""
-    config = SemuConfig(target_modules=["q_proj"], r=3, init_weights=False)
-    get_peft_model(base_model(), config).save_pretrained(tmp_path / "other")
+    trained(base_model(), ["q_proj"], 3).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
     refused(lambda: load(model, adapter), model, adapter, "fc1")
@@ -333,7 +342,7 @@ def test_another_width(load: Callable[[Any, Path], Any], adapter: Path) -> None:
     config = base_model().config
     config.hidden_size = 32
     model = vit_of(config)
-    refused(lambda: load(model, adapter), model, adapter, "ViTForImageClassification", "q_proj", "(16, 3)", "(32, 3)")
+    refused(lambda: load(model, adapter), model, adapter, "ViTForImageClassification", "vit.layers.0", "(16, 3)", "32")
 
 
 def vit_of(config: Any) -> Any:
@@ -348,10 +357,12 @@ def test_transformers_load_adapter(damage: str, adapter: Path, tmp_path: Path) -
     if damage == "truncated":
         (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-7])
     elif damage != "another width":
-        target, rank = {"another rank": (["q_proj", "fc1"], 2)}.get(damage, (["q_proj"], 3))
-        config = SemuConfig(target_modules=target, r=rank, init_weights=False)
-        other = LoraConfig(target_modules=target) if damage == "foreign" else config
-        get_peft_model(base_model(), other).save_pretrained(tmp_path / "other")
+        if damage == "foreign":
+            other = get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"]))
+        else:
+            targets, rank = (["q_proj", "fc1"], 2) if damage == "another rank" else (["q_proj"], 3)
+            other = trained(base_model(), targets, rank)
+        other.save_pretrained(tmp_path / "other")
         shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     config = base_model().config
     config.hidden_size = 32 if damage == "another width" else config.hidden_size
@@ -378,8 +389,7 @@ def test_a_refused_second_adapter_leaves_the_first(adapter: Path, tmp_path: Path
     """`load_adapter` of an adapter that does not fit: the model keeps its own adapter, active and unchanged."""
     narrow = base_model().config
     narrow.hidden_size = 8
-    config = SemuConfig(target_modules=["q_proj"], r=3, init_weights=False)
-    get_peft_model(vit_of(narrow), config).save_pretrained(tmp_path / "narrow")
+    trained(vit_of(narrow), ["q_proj"], 3).save_pretrained(tmp_path / "narrow")
     model = PeftModel.from_pretrained(base_model(), adapter, is_trainable=True)
     x = sample_input(base_model())
     expected = run(model, *x)

