@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from .objectives.base import Objective
 from .subspace.gradients import check_loss
 from .tuner.layer import SemuLayer
@@ -30,7 +31,6 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
-_STATE_FILE = "unlearn_state.pt"
 _RETAIN_SEED = 2**31  # keeps the draws of the two loaders apart
 
 
@@ -54,21 +54,6 @@ class UnlearnResult:
     trainable_parameters: int
     seconds: float
     stopped_early: bool
-
-
-@dataclass
-class _Progress:
-    """Where a run stands; what a checkpoint holds beside Accelerate's own files."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch already seen
-    retain_epoch: int = 0
-    retain_batch: int = 0
-    examples: int = 0
-    best_metric: float = -math.inf
-    epochs_without_gain: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def unlearn(
@@ -128,7 +113,8 @@ def unlearn(
         checkpointing_steps: Write `output_dir/checkpoint-{step}` every this many steps.
         resume_from_checkpoint: A checkpoint folder, or `"latest"` in `output_dir`. A run with the same arguments then
             ends with the weights of an uninterrupted one.
-        seed: Seed of what the DataLoaders draw from torch's global generator: orders and augmentations.
+        seed: Seed of what the DataLoaders draw from the global generators of torch, NumPy and Python: orders and
+            augmentations.
         progress: Show a progress bar with the running losses.
 
     Raises:
@@ -166,10 +152,10 @@ def unlearn(
     schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
     objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
 
-    state = _Progress()
+    state = Progress()
     if resume_from_checkpoint is not None:
-        folder = _find_checkpoint(resume_from_checkpoint, output_dir)
-        state = _load_checkpoint(accelerator, folder, schedule, objectives)
+        folder = find_checkpoint(resume_from_checkpoint, output_dir)
+        state = load_checkpoint(accelerator, folder, schedule, objectives)
     optimizer_.zero_grad()  # what the caller left in `.grad` is not ours
     if own and log_with:
         accelerator.init_trackers("semu_unlearn")
@@ -229,7 +215,7 @@ def unlearn(
                             stopped = _judge(metric, model, state, patience, min_delta)
                             accelerator.log({"metric": state.history[-1]["metric"]}, step=state.step)
                     if checkpointing_steps and state.step % checkpointing_steps == 0:
-                        _save_checkpoint(accelerator, Path(output_dir or ""), state, schedule, objectives)
+                        save_checkpoint(accelerator, Path(output_dir or ""), state, schedule, objectives)
                     if state.step >= total_steps or stopped:
                         break
         finally:
@@ -320,18 +306,18 @@ def _rest_of_epoch(loader: DataLoader[Any], seed: int, epoch: int, seen: int) ->
     seen batches again and is then where the interrupted one was, whatever samplers and augmentations had drawn.
     """
     loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    own = torch.Generator().manual_seed(seed + epoch).get_state()
+    own = _seeded_random_states(seed + epoch)
     iterator: Iterator[Any] | None = None
     try:
         for index in itertools.count():
-            outside = torch.get_rng_state()
-            torch.set_rng_state(own)
+            outside = _random_states()
+            _set_random_states(own)
             try:
                 iterator = iter(loader) if iterator is None else iterator
                 batch = next(iterator, None)
             finally:
-                own = torch.get_rng_state()
-                torch.set_rng_state(outside)
+                own = _random_states()
+                _set_random_states(outside)
             if batch is None:
                 return
             if index >= seen:
@@ -340,7 +326,26 @@ def _rest_of_epoch(loader: DataLoader[Any], seed: int, epoch: int, seen: int) ->
         loader.end()  # type: ignore[attr-defined]  # or a run that stops midway leaves it as Accelerate's active one
 
 
-def _cycle(loader: DataLoader[Any], seed: int, state: _Progress) -> Iterator[Any]:
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+def _seeded_random_states(seed: int) -> tuple[Any, ...]:
+    """The states that the generators of torch, NumPy and Python have after seeding, without seeding them."""
+    return (
+        torch.Generator().manual_seed(seed).get_state(),
+        np.random.RandomState(seed % 2**32).get_state(),
+        random.Random(seed).getstate(),
+    )
+
+
+def _cycle(loader: DataLoader[Any], seed: int, state: Progress) -> Iterator[Any]:
     while True:
         for batch in _rest_of_epoch(loader, seed, state.retain_epoch, state.retain_batch):
             state.retain_batch += 1
@@ -354,7 +359,7 @@ def _batch_size(batch: Any) -> int:
 
 
 def _judge(
-    metric: Callable[[nn.Module], float], model: nn.Module, state: _Progress, patience: int, min_delta: float
+    metric: Callable[[nn.Module], float], model: nn.Module, state: Progress, patience: int, min_delta: float
 ) -> bool:
     with torch.no_grad():
         value = float(metric(model))
@@ -392,88 +397,3 @@ def _unwrap(accelerator: Accelerator, model: nn.Module, prepared: nn.Module, bar
         model.__dict__.pop("forward", None)
     else:
         model.forward = bare_forward
-
-
-# ---- checkpoints ----
-
-
-def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    state: _Progress,
-    schedule: LRScheduler,
-    objectives: list[Objective],
-) -> None:
-    folder = output_dir / f"checkpoint-{state.step}"
-    partial = folder.with_suffix(".partial")
-
-    def keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-        weights[:] = [_trainable_state(accelerator.unwrap_model(model)) for model in models]
-
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
-    accelerator.wait_for_everyone()
-    hook = accelerator.register_save_state_pre_hook(keep_trainable)
-    try:
-        accelerator.save_state(str(partial))
-    finally:
-        hook.remove()
-    if accelerator.is_main_process:
-        torch.save(
-            {
-                "progress": vars(state),
-                "scheduler": schedule.state_dict(),
-                "objectives": [objective.state_dict() for objective in objectives],
-            },
-            partial / _STATE_FILE,
-        )
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    accelerator.wait_for_everyone()
-
-
-def _load_checkpoint(
-    accelerator: Accelerator, folder: Path, schedule: LRScheduler, objectives: list[Objective]
-) -> _Progress:
-    for index, model in enumerate(accelerator._models):
-        _check_weights(accelerator.unwrap_model(model), folder / f"model{f'_{index}' if index else ''}.safetensors")
-    accelerator.load_state(str(folder), strict=False)
-    saved = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-    schedule.load_state_dict(saved["scheduler"])
-    for objective, objective_state in zip(objectives, saved["objectives"], strict=True):
-        objective.load_state_dict(objective_state)
-    return _Progress(**saved["progress"])
-
-
-def _check_weights(model: nn.Module, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    expected = {name: tuple(tensor.shape) for name, tensor in _trainable_state(model).items()}
-    if saved != expected:
-        differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
-        raise ValueError(
-            f"`resume_from_checkpoint`: {path.parent} was written for other trained parameters. They differ at "
-            f"{differing[0]!r} ({len(differing)} in all): {saved.get(differing[0])} in the checkpoint, "
-            f"{expected.get(differing[0])} in the model. Resume with the model and adapter of the interrupted run."
-        )
-
-
-def _find_checkpoint(wanted: str | Path, output_dir: str | Path | None) -> Path:
-    folder = Path(wanted)
-    if wanted == "latest":
-        if output_dir is None:
-            raise ValueError('`resume_from_checkpoint="latest"` looks in `output_dir`: set it as well.')
-        found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-        if not found:
-            raise FileNotFoundError(f"No checkpoint in {output_dir}: expected a folder `checkpoint-STEP`.")
-        folder = max(found, key=lambda path: int(path.name.split("-")[-1]))
-    if not (folder / _STATE_FILE).is_file():
-        raise FileNotFoundError(
-            f"`resume_from_checkpoint`: {folder} is not a checkpoint of `unlearn` (it has no {_STATE_FILE})."
-        )
-    return folder
