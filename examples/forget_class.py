@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,21 +27,18 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from image_data import PreparedImages, image_preparation, match_classes, read_images
 from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
     ViTConfig,
@@ -51,7 +49,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives, save_as_lora, unlearn
-from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics, Predictions, evaluate_forgetting, predict
+from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics, evaluate_forgetting, predict
 from semu_peft.report import plot_confusion, plot_spectra
 
 OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
@@ -61,7 +59,18 @@ OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
     "uniform-distribution": objectives.UniformDistribution,
     "gradient-ascent": objectives.GradientAscent,
 }
-KEPT_BYTES = 2**30  # prepared images stay in memory if all of them take no more than this
+
+WRITTEN = {
+    "metrics.json": "the table, and as Markdown in metrics.md",
+    "confusion.png": "what the test images were taken for, before and after",
+    "spectra.png": "each layer's forget gradient, and the rank it was given",
+    "original/": "the model that knew the class",
+    "adapter/": "the SEMU adapter",
+    "adapter-random-label/": "that of the paper's objective",
+    "lora/": "the same as a LoRA for stock PEFT",
+    "merged/": "the same as a stock model",
+    "proofs.json": "by how much their outputs differ",
+}
 
 # Runs where semu_peft is never imported: what is shipped needs transformers and PEFT alone.
 STOCK_PROGRAM = """
@@ -86,134 +95,50 @@ assert "semu_peft" not in sys.modules
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(name: str, help: str, **settings: Any) -> None:
-        parser.add_argument(name, help=f"{help} (default: {settings.get('default')})", **settings)
+    def add(name: str, text: str, **settings: Any) -> None:
+        default = settings.get("default")
+        parser.add_argument(name, help=text if default is None else f"{text} (default: {default})", **settings)
 
-    add("--data", "folder of images whose subfolders are the classes, or a parquet file or folder; else digits", type=Path)
-    add("--model", "folder of an AutoModelForImageClassification; else a small one is trained", type=Path)
-    add("--gold", "folder of that model trained without the class, to compare with", type=Path)
+    add("--data", "folder with a subfolder of images per class, or parquet file or folder; else: digits", type=Path)
+    add("--model", "folder of an AutoModelForImageClassification; else: a small one is trained", type=Path)
+    add("--gold", "folder of such a model trained without the class, to compare with", type=Path)
     add("--train-epochs", "epochs of training the small model", type=int, default=25)
-    add("--retrain", "epochs of training the comparison, 0: none; by default as the small model; 0 with --model", type=int)
-    add("--forget-class", "name or index of the class; by default the digit 3")
-    add("--objective", "what to minimise on the class's images", choices=OBJECTIVES, default="decoupled-distillation")
-    add("--target-modules", "layers to correct: a regular expression of names, or all-linear", default="all-linear")
-    add("--explained-variance", "share of each gradient's energy to keep, in (0, 1]", type=float, default=0.3)
-    add("--learning-rate", "of unlearning; it falls linearly to 0", type=float, default=1e-2)
+    add(
+        "--retrain",
+        "train the model to compare with for so many epochs; else: --train-epochs, none with --model",
+        type=int,
+    )
+    add("--forget-class", "name or index of the class to forget; else: the digit 3")
+    add("--objective", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
+    add("--target-modules", "layers to correct, a regular expression or all-linear; else: the last third")
+    add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.5)
+    add("--learning-rate", "learning rate of unlearning, falling linearly to 0", type=float, default=0.07)
     add("--epochs", "passes over the images to forget", type=int, default=10)
     add("--batch-size", "images to forget per step", type=int, default=64)
-    add("--seed", "of the split, the training and the unlearning", type=int, default=0)
+    add("--seed", "seed of the split, the training and the unlearning", type=int, default=0)
     add("--device", "cpu, or what Accelerate finds", choices=["auto", "cpu"], default="auto")
-    add("--output", "folder for all that is written", type=Path, default=Path("runs/forget_class"))
+    add("--output", "folder for everything written", type=Path, default=Path("runs/forget_class"))
     return parser.parse_args()
 
 
-# ---- the images ----
-
-
-class PreparedImages(Dataset):
-    """Images as a model wants them: `{"pixel_values": (channels, height, width), "labels": class}`."""
-
-    def __init__(self, images: datasets.Dataset, labels: Tensor, prepare: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.labels, self.prepare = images, labels, prepare
-        self.kept: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        pixels = self.kept.get(index)
-        if pixels is None:
-            pixels = self.prepare(self.images[index]["image"])
-            if len(self) * pixels.nbytes <= KEPT_BYTES:
-                self.kept[index] = pixels
-        return {"pixel_values": pixels, "labels": self.labels[index]}
-
-
-def read_images(path: Path | None, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
-    """The training images, the test images (columns `image` and `label`), and the names of the labels."""
-    if path is None:
-        digits = load_digits()
-        images = [Image.fromarray(image) for image in (digits.images * 255 / 16).round().astype(np.uint8)]
-        splits = {"train": datasets.Dataset.from_dict({"image": images, "label": digits.target})}
-    elif path.is_file() and path.suffix == ".parquet":
-        splits = datasets.load_dataset("parquet", data_files={"train": str(path)})
-    elif path.is_dir():
-        kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
-        try:
-            splits = datasets.load_dataset(kind, data_dir=str(path))
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"--data: {path} holds no images and no parquet files: {error}.")
-    else:
-        sys.exit(f"--data: {path} is no folder and no parquet file.")
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    features = train.features
-    image = next((n for n, f in features.items() if isinstance(f, datasets.Image) or "bytes" in f), None)
-    integers = [name for name, feature in features.items() if "int" in (getattr(feature, "dtype", None) or "")]
-    label = next((name for name in integers if "label" in name or len(integers) == 1), None)
-    if image is None or label is None:
-        sys.exit(f"--data: {path} has the columns {features}; expected one of images and one of integer labels "
-                 "(in an image folder: at least two subfolders, the classes).")  # fmt: skip
-
-    labels = list(train[label])
-    names = getattr(features[label], "names", None) or [str(index) for index in range(max(labels) + 1)]
-    test = next((splits[name] for name in ("test", "validation") if name in splits and splits[name] is not train), None)
-    if test is None:
-        if min(labels.count(index) for index in set(labels)) < 2 or len(labels) < 4 * len(names):
-            sys.exit(f"--data: {len(labels)} images are too few to test on a quarter of each of {len(names)} classes.")
-        parts = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
-        train, test = (train.select(part) for part in parts)
-    pair = [part.select_columns([image, label]).rename_columns({image: "image", label: "label"}) for part in (train, test)]
-    return *(part.cast_column("image", datasets.Image()) for part in pair), names
-
-
-def prepare_images(
-    images: datasets.Dataset, names: list[str], model: PreTrainedModel, processor: Callable[..., Any] | None
-) -> PreparedImages:
-    """Bring images to a model's input size, and their labels to its numbers for the classes."""
-    config = model.config
-    if set(names) <= set(config.label2id):
-        classes = [config.label2id[name] for name in names]
-    elif all(name.isdecimal() for name in names):
-        classes = [int(name) for name in names]  # folders come in the order 0, 1, 10, 2
-    elif all(name.startswith("LABEL_") for name in config.label2id):
-        classes = list(range(len(names)))
-    else:
-        sys.exit(f"--data: its classes {names} are not those of --model: {list(config.label2id)}.")
-    if max(classes) >= config.num_labels:
-        sys.exit(f"--model: it has {config.num_labels} classes, fewer than --data: {names}.")
-    channels = getattr(config, "num_channels", 3)
-    size = getattr(config, "image_size", None) or images[0]["image"].size[::-1]
-    height, width = (size, size) if isinstance(size, int) else size
-
-    def prepare(image: Image.Image) -> Tensor:
-        image = image.convert("L" if channels == 1 else "RGB")
-        if processor is not None:
-            return processor(image, return_tensors="pt")["pixel_values"][0]
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 127.5 - 1
-        return torch.from_numpy(pixels).reshape(height, width, channels).permute(2, 0, 1).contiguous()
-
-    return PreparedImages(images, torch.tensor(classes)[torch.tensor(images["label"])], prepare)
-
-
-# ---- the models ----
+# ---- models ----
 
 
 def small_model(example: Image.Image, names: list[str]) -> PreTrainedModel:
-    """An untrained vision transformer for images like this one, scaled to 32 pixels a side at the most."""
+    """An untrained vision transformer for images like this one, scaled to 32 pixels a side or fewer."""
     side = max(4, min(32, *example.size) // 4 * 4)
-    return AutoModelForImageClassification.from_config(
-        ViTConfig(
-            image_size=side,
-            patch_size=side // 4,
-            num_channels=1 if example.mode == "L" else 3,
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=128,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-        )
+    config = ViTConfig(
+        image_size=side,
+        patch_size=side // 4,
+        num_channels=1 if example.mode == "L" else 3,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
     )
+    return AutoModelForImageClassification.from_config(config)
 
 
 def load_model(folder: Path, option: str) -> PreTrainedModel:
@@ -246,56 +171,40 @@ def train(model: PreTrainedModel, images: Dataset, epochs: int, seed: int, title
     return time.perf_counter() - started
 
 
+def last_layers(model: nn.Module) -> list[str]:
+    """The last third of the linear and convolutional layers; what earlier ones compute, all classes need."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return names[-math.ceil(len(names) / 3) :]
+
+
 def forget(
-    original: PreTrainedModel, images: Dataset, name: str, accelerator: Accelerator, args: argparse.Namespace
+    model: PreTrainedModel, images: Dataset, objective_name: str, folder: Path, args: argparse.Namespace
 ) -> tuple[PeftModel, SubspaceProfile, dict[str, Any]]:
-    """Unlearn images in a copy of the model: that copy with its adapter, what the initialisation found, the costs."""
+    """Unlearn the images in a copy of the model, and save the adapter; returns also the spectra and the costs."""
     started = time.perf_counter()
-    objective = OBJECTIVES[name]()
     loader = DataLoader(images, batch_size=args.batch_size, shuffle=True)
-    config = SemuConfig(target_modules=args.target_modules, explained_variance=args.explained_variance)
-    model = get_peft_model(copy.deepcopy(original), config)
-    profile = initialize_semu_weights(model, loader, objective)
+    objective = OBJECTIVES[objective_name]()
+    config = SemuConfig(
+        target_modules=args.target_modules or last_layers(model), explained_variance=args.explained_variance
+    )
+    unlearned = get_peft_model(copy.deepcopy(model), config)
+    profile = initialize_semu_weights(unlearned, loader, objective)
     unlearn(
-        model,
+        unlearned,
         loader,
         objective,
         epochs=args.epochs,
         learning_rate=args.learning_rate,
         scheduler=lambda optimizer, steps: get_linear_schedule_with_warmup(optimizer, 0, steps),
-        accelerator=accelerator,
+        accelerator=args.accelerator,
         seed=args.seed,
     )
     seconds = time.perf_counter() - started
-    folder = args.output / f"adapter-{name}"
-    model.save_pretrained(folder)
-    return model, profile, {"seconds": seconds, "adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
+    unlearned.save_pretrained(folder)
+    return unlearned, profile, {"seconds": seconds, "adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
 
 
-# ---- the evidence ----
-
-
-def measure(
-    model: torch.nn.Module, train: Dataset, test: Dataset, forgotten: int, **costs: Any
-) -> tuple[ForgettingMetrics, Predictions]:
-    """The metrics of a model, and its predictions on all test images."""
-    on_train, on_test = (
-        predict(model, DataLoader(images, batch_size=256), progress=True, name=f"{name} images")
-        for name, images in (("training", train), ("test", test))
-    )
-
-    def part(all_: Predictions, chosen: Tensor) -> Predictions:
-        return Predictions(all_.labels[chosen], all_.predicted[chosen], all_.confidence[chosen], all_.num_classes)
-
-    metrics = evaluate_forgetting(
-        model,
-        forget=part(on_train, on_train.labels == forgotten),
-        retain=part(on_train, on_train.labels != forgotten),
-        test=part(on_test, on_test.labels != forgotten),
-        forgotten_test=part(on_test, on_test.labels == forgotten),
-        **costs,
-    )
-    return metrics, on_test
+# ---- evidence ----
 
 
 def write_table(rows: dict[str, ForgettingMetrics], reference: str | None, output: Path) -> str:
@@ -316,33 +225,34 @@ def write_table(rows: dict[str, ForgettingMetrics], reference: str | None, outpu
 
 
 @torch.no_grad()
-def prove(model: PeftModel, original: PreTrainedModel, adapter: Path, pixel_values: Tensor, output: Path) -> None:
-    """Ship the adapter in every form and check that all give the same logits. Merges the adapter into the model."""
-    model, original = model.cpu().eval(), original.cpu().eval()  # on one device, so that nothing else differs
+def prove(model: PeftModel, original: PreTrainedModel, pixel_values: Tensor, output: Path) -> None:
+    """Ship the adapter in every form and check that all give the same logits. Merges it into the model at the end."""
+    model, original = model.cpu().eval(), original.cpu().eval()  # one device, so that nothing else differs
     base = original.name_or_path
     wanted = model(pixel_values=pixel_values).logits
     with model.disable_adapter():
         switched_off = model(pixel_values=pixel_values).logits
-    reloaded = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(base), adapter).eval()
-    lora = save_as_lora(model, output / "lora")
-    merged, inputs, outputs = output / "merged", output / "proof-inputs.safetensors", output / "proof-outputs.safetensors"
+    stock = AutoModelForImageClassification.from_pretrained(base)
+    reloaded = PeftModel.from_pretrained(stock, output / "adapter").eval()
+    lora, merged = save_as_lora(model, output / "lora"), output / "merged"
     model.merge_and_unload().save_pretrained(merged)
+    inputs, outputs = output / "proof-inputs.safetensors", output / "proof-outputs.safetensors"
     save_file({"pixel_values": pixel_values}, inputs)
     subprocess.run([sys.executable, "-c", STOCK_PROGRAM, base, lora, merged, inputs, outputs], check=True)
-    stock = load_file(outputs)
+    elsewhere = load_file(outputs)
 
-    scale = max(1.0, wanted.abs().max().item())
+    allowed = 1e-5 * max(1.0, wanted.abs().max().item())
     differences = {}
     for name, logits, expected, tolerance in (
-        ("adapter switched off: the original model", switched_off, original(pixel_values=pixel_values).logits, 0),
-        ("adapter reloaded onto the stock model", reloaded(pixel_values=pixel_values).logits, wanted, 1e-5 * scale),
-        ("LoRA, in a process without semu_peft", stock["lora"], wanted, 1e-5 * scale),
-        ("merged checkpoint, in the same process", stock["merged"], wanted, 1e-5 * scale),
+        ("switched off: the original, bit for bit", switched_off, original(pixel_values=pixel_values).logits, 0.0),
+        ("saved, reloaded onto a stock model", reloaded(pixel_values=pixel_values).logits, wanted, allowed),
+        ("as LoRA, in a process without semu_peft", elsewhere["lora"], wanted, allowed),
+        ("merged, stock checkpoint, that process", elsewhere["merged"], wanted, allowed),
     ):
         differences[name] = (logits - expected).abs().max().item()
-        print(f"  {name:<42} max |difference| {differences[name]:.1e} (allowed {tolerance:.1e})")
+        print(f"   {name:<40} max |difference| {differences[name]:.1e}, allowed {tolerance:.1e}")
         if not differences[name] <= tolerance:
-            sys.exit(f"{name}: the outputs differ by {differences[name]:.1e}, more than {tolerance:.1e}.")
+            sys.exit(f"{name}: outputs differ by {differences[name]:.1e}, more than {tolerance:.1e}.")
     (output / "proofs.json").write_text(json.dumps(differences, indent=2) + "\n", encoding="utf-8")
 
 
@@ -352,62 +262,83 @@ def main() -> None:
     disable_progress_bar()
     datasets.disable_progress_bars()
     loaders = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
-    accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
-    device, output = accelerator.device, args.output
+    args.accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
+    device, output = args.accelerator.device, args.output
     output.mkdir(parents=True, exist_ok=True)
-    set_seed(args.seed)
 
     print("1. The model that knows all classes")
     train_rows, test_rows, names = read_images(args.data, args.seed)
-    model = load_model(args.model, "--model") if args.model else small_model(train_rows[0]["image"], names)
-    has_processor = args.model and (args.model / "preprocessor_config.json").is_file()
-    processor = AutoImageProcessor.from_pretrained(args.model) if has_processor else None
-    train_images, test_images = (prepare_images(rows, names, model, processor) for rows in (train_rows, test_rows))
-    forgotten, name = find_class(args, model, names)
-    chosen = train_images.labels == forgotten
-    forget_images, retain_images = (Subset(train_images, part.nonzero().flatten().tolist()) for part in (chosen, ~chosen))
-    untested = not (test_images.labels == forgotten).any() or (test_images.labels == forgotten).all()
-    if untested or not len(forget_images) or not len(retain_images):
-        sys.exit(f"--forget-class: {name!r} and the other classes need training and test images each.")
-    base = args.model or output / "original"
+    set_seed(args.seed)
+    example = train_rows[0]["image"]
+    model = load_model(args.model, "--model") if args.model else small_model(example, names)
+    classes, names = match_classes(names, model)
+    prepare = image_preparation(model, example)
+    train_images, test_images = (
+        PreparedImages(part, torch.tensor(classes)[torch.tensor(part["label"])], prepare)
+        for part in (train_rows, test_rows)
+    )
+    wanted = args.forget_class or ("3" if args.data is None else "")
+    if wanted not in names and not (wanted.isdecimal() and int(wanted) < len(names)):
+        sys.exit(f"--forget-class: {wanted!r} is none of the classes {names}.")
+    forgotten = names.index(wanted) if wanted in names else int(wanted)
+    images = {
+        "forget": train_images.where(train_images.labels == forgotten),
+        "retain": train_images.where(train_images.labels != forgotten),
+        "test": test_images.where(test_images.labels != forgotten),
+        "forgotten_test": test_images.where(test_images.labels == forgotten),
+    }
+    if empty := [name for name, part in images.items() if not len(part)]:
+        sys.exit(f"--forget-class: too few images of {names[forgotten]!r} or of the others: none for {empty}.")
     if not args.model:
         train(model.to(device), train_images, args.train_epochs, args.seed, "Training")
-        model.save_pretrained(base)
-        model = load_model(base, "--output")  # so that the adapter's configuration names its base model
+        model.save_pretrained(output / "original")
+        model = load_model(output / "original", "--output")  # now it has a name, which the adapter's file tells
     model.to(device)
 
-    def measured(candidate: torch.nn.Module, **costs: Any) -> tuple[ForgettingMetrics, Predictions]:
-        return measure(candidate, train_images, test_images, forgotten, **costs)
+    def measured(candidate: nn.Module, **costs: Any) -> ForgettingMetrics:
+        parts = {name: DataLoader(part, batch_size=256) for name, part in images.items()}
+        return evaluate_forgetting(candidate, **parts, progress=True, **costs)
 
-    rows: dict[str, ForgettingMetrics] = {}
-    rows["original"], before = measured(model, trainable_parameters=0)
+    rows = {"original": measured(model, trainable_parameters=0)}
 
-    print(f"2. Forgetting {name!r} with {len(forget_images)} images of it, none of the other classes")
-    unlearned, profile, costs = forget(model, forget_images, args.objective, accelerator, args)
-    rows[f"SEMU {args.objective}"], after = measured(unlearned, **costs)
+    print(f"2. Forgetting {names[forgotten]!r} with its {len(images['forget'])} training images alone")
+    unlearned, profile, costs = forget(model, images["forget"], args.objective, output / "adapter", args)
+    rows[f"SEMU, {args.objective}"] = measured(unlearned, **costs)
     if args.objective != "random-label":
-        other, _, costs = forget(model, forget_images, "random-label", accelerator, args)
-        rows["SEMU random-label (the paper's)"], _ = measured(other, **costs)
+        other, _, costs = forget(model, images["forget"], "random-label", output / "adapter-random-label", args)
+        rows["SEMU, random-label (paper)"] = measured(other, **costs)
 
-    print("3. The model that never saw it")
+    reference = None
     epochs = args.retrain if args.retrain is not None else 0 if args.model else args.train_epochs
-    reference = "retrained" if args.gold or epochs else None
-    if reference:
+    if args.gold or epochs:
+        print("3. The model that never saw it")
+        reference = "retrained"
         set_seed(args.seed)
-        gold = load_model(args.gold, "--gold") if args.gold else AutoModelForImageClassification.from_config(model.config)
+        gold = (
+            load_model(args.gold, "--gold") if args.gold else AutoModelForImageClassification.from_config(model.config)
+        )
         gold.to(device)
-        seconds = None if args.gold else train(gold, retain_images, epochs, args.seed, "Retraining")
-        rows[reference], _ = measured(gold, seconds=seconds)
-        
+        seconds = None if args.gold else train(gold, images["retain"], epochs, args.seed, "Retraining")
+        rows[reference] = measured(gold, seconds=seconds)
+
     table = write_table(rows, reference, output)
-    print("4. What ships")
-    proof_images = torch.stack([test_images[index]["pixel_values"] for index in range(min(64, len(test_images)))])
-    prove(unlearned, model, output / f"adapter-{args.objective}", proof_images, output)
-    class_names = ...
-    plot_confusion(before, after, output / "confusion.png", class_names=..., forgotten=forgotten)
+    tests = DataLoader(test_images, batch_size=256)
+    before, after = (predict(candidate, tests, progress=True) for candidate in (model, unlearned))
+    plot_confusion(before, after, output / "confusion.png", class_names=names, forgotten=forgotten)
     plot_spectra(profile, output / "spectra.png")
-    print(table)
-    print(f"Written to {output}: ")
+
+    print("4. What ships, compared with the adapter in memory")
+    shown = [
+        part[index]["pixel_values"]
+        for part in (images["forgotten_test"], images["test"])
+        for index in range(min(32, len(part)))
+    ]
+    prove(unlearned, model, torch.stack(shown), output)
+
+    print(f"\n{table}\n\nDone in {time.perf_counter() - started:.0f} s. Written to {output}:")
+    for path, content in WRITTEN.items():
+        if (output / path).exists():
+            print(f"   {path:<24}{content}")
 
 
 if __name__ == "__main__":

@@ -578,4 +578,3 @@ def test_generation() -> None:
     wrapped = adapted("gpt2", task_type="CAUSAL_LM")
     tokens = wrapped.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert tokens.shape == (1, 6)
-
