@@ -145,6 +145,7 @@ def unlearn(
     samplers: list[tuple[Any, Any]] = [
         (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) for loader in (forget, retain) if loader
     ]
+    was_prepared = getattr(model, "_is_accelerate_prepared", False)
     prepared, optimizer_, forget = accelerator.prepare(model, make(parameters), forget)
     retain = accelerator.prepare(retain) if retain is not None else None
     steps_per_epoch = math.ceil(len(forget) / accumulation)
@@ -221,7 +222,8 @@ def unlearn(
         finally:
             bar.close()
             optimizer_.zero_grad()
-            _unwrap(accelerator, model, prepared, bare_forward)
+            if not was_prepared:
+                _unwrap(accelerator, model, prepared, bare_forward)
             _release(accelerator, prepared, optimizer_, forget, retain)
             for batch_sampler, sampler in samplers:
                 if sampler is not None:

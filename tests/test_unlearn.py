@@ -442,6 +442,26 @@ def test_the_loader_comes_back_after_a_failure() -> None:
     assert Snapshot.of(model).modes == modes and "forward" not in vars(model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resume_from_checkpoint": "/no/such/folder"},
+        {"scheduler": lambda optimizer, steps: 1 / 0},
+        {"optimizer": lambda parameters: 1 / 0},
+        {"log_with": "no_such_tracker", "output_dir": "."},
+    ],
+    ids=["resume", "scheduler", "optimizer", "tracker"],
+)
+def test_everything_comes_back_after_a_failure_before_the_first_step(options: dict[str, Any]) -> None:
+    """What fails between preparing and the first step leaves neither autocast on the model nor another sampler."""
+    data, model = loader(), semu().train()
+    sampler, before, attributes = data.batch_sampler.sampler, Snapshot.of(model), set(vars(model))
+    with pytest.raises((FileNotFoundError, ZeroDivisionError, ValueError)):
+        unlearn(model, data, CrossEntropy(), mixed_precision="bf16", **QUIET, **options)
+    before.assert_same(model)
+    assert set(vars(model)) == attributes and data.batch_sampler.sampler is sampler
+
+
 def test_shuffling_follows_the_seed() -> None:
     """The order of a shuffled loader is that of `seed`, whatever the global generator; epochs differ."""
 

@@ -130,7 +130,7 @@ class UnseenConfidence(Objective):
         # The margin orders examples whose confidence has saturated at 1.
         margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
         quantile = (margin.argsort().argsort() + 0.5) / len(labels)
-        confidence = torch.quantile(self.confidences.to(quantile.device), quantile).unsqueeze(1)
+        confidence = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
         target = ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
         logits, _ = _call(model, batch)
         return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .layer import SemuLayer
@@ -11,7 +12,7 @@ from .layer import SemuLayer
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the adapters were put into, out of a `PeftModel` and a distributed wrapper where there are any."""
-    root: Any = getattr(model, "module", model)
+    root: Any = extract_model_from_parallel(model)
     return root.get_base_model() if hasattr(root, "get_base_model") else root
 
 

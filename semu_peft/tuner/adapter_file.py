@@ -39,6 +39,12 @@ def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
             f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
             "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
         )
+    lacking = sorted(set(rank_pattern) - {layer.removeprefix("base_model.model.") for layer in cores})
+    if lacking:
+        raise ValueError(
+            f"{path} has no weights for layer {lacking[0]!r} ({len(lacking)} such), which `rank_pattern` of the "
+            "adapter_config.json beside it names. Take both files from one `save_pretrained`."
+        )
     for layer, shape in cores.items():
         name = layer.removeprefix("base_model.model.")
         expected = rank_pattern.get(name, 0)

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_adapter_file
-
-PEFT_TYPE = "SEMU"
+from .peft_type import add_peft_type
 
 
 @dataclass
@@ -90,14 +89,15 @@ class SemuConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = add_peft_type()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
         self._check()
 
     def _check(self) -> None:
         # `not a <= b` also catches NaN, and bool is an int that must not pass for a number.
-        if isinstance(self.explained_variance, bool) or not 0 < self.explained_variance <= 1:
+        number = isinstance(self.explained_variance, (int, float)) and not isinstance(self.explained_variance, bool)
+        if not number or not 0 < self.explained_variance <= 1:
             raise ValueError(
                 f"`explained_variance` must be a share in (0, 1], got {self.explained_variance!r}. Use 0.9 to keep 90% "
                 "of the forget gradient's energy, or 1.0 to keep all of it."
@@ -112,9 +112,9 @@ class SemuConfig(PeftConfig):
                 f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
                 "use `init_weights=True` and call `initialize_semu_weights`."
             )
-        bad_ranks = {name: r for name, r in self.rank_pattern.items() if not isinstance(r, int) or r < 0}
-        if bad_ranks:
-            raise ValueError(f"`rank_pattern` must map layer names to ranks of 0 or more, got {bad_ranks!r}.")
+        ranks = self.rank_pattern.values() if isinstance(self.rank_pattern, dict) else [None]
+        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+            raise ValueError(f"`rank_pattern` must map layer names to ranks of 0 or more, got {self.rank_pattern!r}.")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -214,15 +214,16 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` is set and a merged weight is not finite; the base weight is then unchanged.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.semu_core:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.semu_core]
+        deltas = []
+        for name in names:
             if self.r[name] > 0:
-                merged = self._base_weight_plus(self.get_delta_weight(name))
-                if safe_merge and not torch.isfinite(merged).all():
+                deltas.append(self.get_delta_weight(name))
+                if safe_merge and not torch.isfinite(self._base_weight_plus(deltas[-1])).all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                self.set_base_weight(merged)
-            self.merged_adapters.append(name)
+        for delta in deltas:
+            self.set_base_weight(self._base_weight_plus(delta))
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Take all merged corrections out of the base weight again."""
@@ -289,6 +290,7 @@ class Linear(SemuLayer):
         left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
         core = self.get_core(adapter_name)
         # The small bases follow the activations' dtype; only the thin middle is computed in the core's own.
+        x = _in_range(x)
         hidden = F.linear(x, right.mT.to(x.dtype))
         hidden = F.linear(hidden.to(core.dtype), core)
         return output + F.linear(hidden.to(output.dtype), left.to(output.dtype))
@@ -330,6 +332,7 @@ class Conv2d(SemuLayer):
         left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
         core = self.get_core(adapter_name)
         groups, rank = base.groups, self.r[adapter_name]
+        x = _in_range(x)
         filters = right.mT.reshape(rank, *base.weight.shape[1:]).to(x.dtype)
         # Every group of input channels meets the same filters, and its outputs their own rows of U R.
         hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
@@ -340,7 +343,7 @@ class Conv2d(SemuLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._live_adapters()
         dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
-        if self.disable_adapters or self.merged or dense != names or isinstance(self.base_layer, BaseTunerLayer):
+        if self.disable_adapters or self.merged or dense != names or type(self.base_layer) is not nn.Conv2d:
             return super().forward(x, *args, **kwargs)
         if not dense:
             return self.base_layer(x, *args, **kwargs)
@@ -353,6 +356,11 @@ class Conv2d(SemuLayer):
 
 def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+
+
+def _in_range(x: Tensor) -> Tensor:
+    # A sum over large float16 activations overflows, and a core of zeros would make NaN of it.
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def _core_shape(rank: int, kind: str) -> tuple[int, ...]:

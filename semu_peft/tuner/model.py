@@ -8,10 +8,11 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapted import base_model
 from .config import SemuConfig
 from .layer import Conv2d, Linear, SemuLayer
 
@@ -67,11 +68,11 @@ class SemuModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         ranks = peft_config.rank_pattern
-        key = current_key if current_key in ranks else get_pattern_key(list(ranks), current_key)
-        known = key in ranks
-        rank = ranks[key] if known else 0
+        known = current_key in ranks
+        rank = ranks[current_key] if known else 0
         if peft_config.init_weights is not True:
-            rank = rank if known else (peft_config.r or 0)
+            # A rank that is known comes with weights to load; otherwise the configuration may be used a second time.
+            rank = rank if known and peft_config.inference_mode else (peft_config.r or 0)
         if isinstance(target, SemuLayer):
             target.update_layer(adapter_name, rank=rank, config=peft_config, known=known)
         else:
@@ -103,9 +104,10 @@ class SemuModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = _mismatch(model, adapter_name, remapped)
         if problem:
-            _withdraw(model, adapter_name)
+            if config.inference_mode or not _has_basis(model, adapter_name):
+                _withdraw(model, adapter_name)
             raise ValueError(
-                f"The saved adapter does not fit {type(model).__name__}: {problem} It was trained on another "
+                f"The saved adapter does not fit {type(base_model(model)).__name__}: {problem} It was trained on another "
                 "architecture or rank: load it onto the model named in its adapter_config.json. The model given is "
                 "left as it was."
             )
@@ -114,8 +116,10 @@ class SemuModel(BaseTuner):
 
 def _layer_class(module: nn.Module, name: str) -> type[Linear] | type[Conv2d]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    # The output projection of `nn.MultiheadAttention`, whose own forward nobody calls.
+    never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
     for base_class, layer_class in LAYER_CLASSES.items():
-        if isinstance(base, base_class):
+        if isinstance(base, base_class) and not never_called:
             return layer_class
     supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES)
     raise TypeError(
@@ -148,6 +152,12 @@ def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     return None
 
 
+def _has_basis(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter had been in use before it was to be loaded over."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core]
+    return any(not layer.semu_core[adapter_name].is_meta and layer.has_basis(adapter_name) for layer in layers)
+
+
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter that could not be loaded out of the model again, leaving no trace of it."""
     for name, layer in list(model.named_modules()):
@@ -156,6 +166,9 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             if not layer.semu_core:
                 parent, _, child = _get_submodules(model, name)
                 setattr(parent, child, layer.base_layer)
+        elif isinstance(layer, ModulesToSaveWrapper) and set(layer.modules_to_save) == {adapter_name}:
+            parent, _, child = _get_submodules(model, name)
+            setattr(parent, child, layer.original_module)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
     for module in model.modules():
