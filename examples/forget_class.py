@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from image_data import PreparedImages, image_preparation, match_classes, read_images
+from image_data import PreparedImages, image_preparation, match_classes, read_image, read_images
 from peft import PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
@@ -79,7 +80,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
+from transformers.utils.logging import disable_progress_bar
 
+disable_progress_bar()
 base, lora, merged, inputs, outputs = sys.argv[1:]
 models = {
     "lora": PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(base), lora),
@@ -103,11 +106,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", "folder of an AutoModelForImageClassification; else: a small one is trained", type=Path)
     add("--gold", "folder of such a model trained without the class, to compare with", type=Path)
     add("--train-epochs", "epochs of training the small model", type=int, default=25)
-    add(
-        "--retrain",
-        "train the model to compare with for so many epochs; else: --train-epochs, none with --model",
-        type=int,
-    )
+    add("--retrain", "epochs of training a model without the class; else: --train-epochs, 0 with --model", type=int)
     add("--forget-class", "name or index of the class to forget; else: the digit 3")
     add("--objective", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
     add("--target-modules", "layers to correct, a regular expression or all-linear; else: the last third")
@@ -178,7 +177,12 @@ def last_layers(model: nn.Module) -> list[str]:
 
 
 def forget(
-    model: PreTrainedModel, images: Dataset, objective_name: str, folder: Path, args: argparse.Namespace
+    model: PreTrainedModel,
+    images: Dataset,
+    objective_name: str,
+    folder: Path,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
 ) -> tuple[PeftModel, SubspaceProfile, dict[str, Any]]:
     """Unlearn the images in a copy of the model, and save the adapter; returns also the spectra and the costs."""
     started = time.perf_counter()
@@ -196,7 +200,7 @@ def forget(
         epochs=args.epochs,
         learning_rate=args.learning_rate,
         scheduler=lambda optimizer, steps: get_linear_schedule_with_warmup(optimizer, 0, steps),
-        accelerator=args.accelerator,
+        accelerator=accelerator,
         seed=args.seed,
     )
     seconds = time.perf_counter() - started
@@ -238,7 +242,8 @@ def prove(model: PeftModel, original: PreTrainedModel, pixel_values: Tensor, out
     model.merge_and_unload().save_pretrained(merged)
     inputs, outputs = output / "proof-inputs.safetensors", output / "proof-outputs.safetensors"
     save_file({"pixel_values": pixel_values}, inputs)
-    subprocess.run([sys.executable, "-c", STOCK_PROGRAM, base, lora, merged, inputs, outputs], check=True)
+    python = [sys.executable, "-W", "ignore::FutureWarning", "-c", STOCK_PROGRAM]
+    subprocess.run([*python, base, lora, merged, inputs, outputs], check=True)
     elsewhere = load_file(outputs)
 
     allowed = 1e-5 * max(1.0, wanted.abs().max().item())
@@ -259,17 +264,18 @@ def prove(model: PeftModel, original: PreTrainedModel, pixel_values: Tensor, out
 def main() -> None:
     args = parse_args()
     started = time.perf_counter()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's affair
     disable_progress_bar()
     datasets.disable_progress_bars()
     loaders = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
-    args.accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
-    device, output = args.accelerator.device, args.output
+    accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
+    device, output = accelerator.device, args.output
     output.mkdir(parents=True, exist_ok=True)
 
-    print("1. The model that knows all classes")
+    print("The model that knows all classes")
     train_rows, test_rows, names = read_images(args.data, args.seed)
     set_seed(args.seed)
-    example = train_rows[0]["image"]
+    example = read_image(train_rows, 0)
     model = load_model(args.model, "--model") if args.model else small_model(example, names)
     classes, names = match_classes(names, model)
     prepare = image_preparation(model, example)
@@ -301,23 +307,22 @@ def main() -> None:
 
     rows = {"original": measured(model, trainable_parameters=0)}
 
-    print(f"2. Forgetting {names[forgotten]!r} with its {len(images['forget'])} training images alone")
-    unlearned, profile, costs = forget(model, images["forget"], args.objective, output / "adapter", args)
+    print(f"Forgetting {names[forgotten]!r} with its {len(images['forget'])} training images alone")
+    unlearned, profile, costs = forget(model, images["forget"], args.objective, output / "adapter", accelerator, args)
     rows[f"SEMU, {args.objective}"] = measured(unlearned, **costs)
     if args.objective != "random-label":
-        other, _, costs = forget(model, images["forget"], "random-label", output / "adapter-random-label", args)
+        folder = output / "adapter-random-label"
+        other, _, costs = forget(model, images["forget"], "random-label", folder, accelerator, args)
         rows["SEMU, random-label (paper)"] = measured(other, **costs)
 
     reference = None
     epochs = args.retrain if args.retrain is not None else 0 if args.model else args.train_epochs
     if args.gold or epochs:
-        print("3. The model that never saw it")
+        print("The model that never saw it")
         reference = "retrained"
         set_seed(args.seed)
-        gold = (
-            load_model(args.gold, "--gold") if args.gold else AutoModelForImageClassification.from_config(model.config)
-        )
-        gold.to(device)
+        new = AutoModelForImageClassification.from_config
+        gold = (load_model(args.gold, "--gold") if args.gold else new(model.config)).to(device)
         seconds = None if args.gold else train(gold, images["retain"], epochs, args.seed, "Retraining")
         rows[reference] = measured(gold, seconds=seconds)
 
@@ -327,7 +332,7 @@ def main() -> None:
     plot_confusion(before, after, output / "confusion.png", class_names=names, forgotten=forgotten)
     plot_spectra(profile, output / "spectra.png")
 
-    print("4. What ships, compared with the adapter in memory")
+    print("What ships, compared with the adapter in memory")
     shown = [
         part[index]["pixel_values"]
         for part in (images["forgotten_test"], images["test"])

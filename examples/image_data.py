@@ -30,7 +30,7 @@ class PreparedImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         pixels = self.kept.get(index)
         if pixels is None:
-            pixels = self.prepare(self.images[index]["image"])
+            pixels = self.prepare(read_image(self.images, index))
             if len(self) * pixels.nbytes <= 2**30:
                 self.kept[index] = pixels
         return {"pixel_values": pixels, "labels": self.labels[index]}
@@ -39,34 +39,47 @@ class PreparedImages(Dataset):
         return Subset(self, chosen.nonzero().flatten().tolist())
 
 
+def read_image(images: datasets.Dataset, index: int) -> Image.Image:
+    try:
+        return images[index]["image"]
+    except OSError as error:
+        sys.exit(f"--data: image {index} of {len(images)} cannot be read: {error}")
+
+
+def is_image(feature: object) -> bool:
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+
+
 def read_images(path: Path | None, seed: int) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """The training images, the test images (columns `image` and `label`), and the names of the labels."""
     if path is None:
         digits = load_digits()
         images = [Image.fromarray(image) for image in (digits.images * 255 / 16).round().astype(np.uint8)]
         splits = {"train": datasets.Dataset.from_dict({"image": images, "label": digits.target})}
-    elif path.is_file() and path.suffix == ".parquet":
-        splits = datasets.load_dataset("parquet", data_files={"train": str(path)})
-    elif path.is_dir():
-        kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
+    elif path.is_dir() or (path.is_file() and path.suffix == ".parquet"):
+        parquet = path.is_file() or any(path.rglob("*.parquet"))
+        files = {"data_files": {"train": str(path)}} if path.is_file() else {"data_dir": str(path)}
         try:
-            splits = datasets.load_dataset(kind, data_dir=str(path))
-        except (OSError, ValueError) as error:
-            sys.exit(f"--data: {path} holds no images and no parquet files: {error}")
+            splits = datasets.load_dataset("parquet" if parquet else "imagefolder", **files)
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            sys.exit(f"--data: {path} holds no readable {'parquet file' if parquet else 'images'}: {error}")
     else:
         sys.exit(f"--data: {path} is no folder and no parquet file.")
 
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     test = next((splits[name] for name in ("test", "validation") if name in splits and splits[name] is not train), None)
     features = train.features
-    image = next((name for name, f in features.items() if isinstance(f, datasets.Image) or "bytes" in f), None)
+    image = next((name for name, f in features.items() if is_image(f)), None)
     integers = [name for name, feature in features.items() if "int" in (getattr(feature, "dtype", None) or "")]
     label = next((name for name in integers if "label" in name or len(integers) == 1), None)
     if image is None or label is None:
         sys.exit(f"--data: {path} has the columns {dict(features)}; expected images and integer labels (in a folder "
                  "of images: two subfolders or more, named like the classes).")  # fmt: skip
     labels = list(train[label])
-    names = getattr(features[label], "names", None) or [str(index) for index in range(max(labels) + 1)]
+    found = {*labels, *(test[label] if test is not None else ())}
+    if not found or None in found or min(found) < 0:
+        sys.exit(f"--data: column {label!r} of {path} has no, missing or negative labels; expected classes from 0 on.")
+    names = getattr(features[label], "names", None) or [str(index) for index in range(max(found) + 1)]
     if test is None:
         if min(labels.count(index) for index in set(labels)) < 2 or len(labels) < 4 * len(names):
             sys.exit(f"--data: {len(labels)} images are too few to test on a quarter of each of {len(names)} classes.")

@@ -146,27 +146,29 @@ def unlearn(
         (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) for loader in (forget, retain) if loader
     ]
     was_prepared = getattr(model, "_is_accelerate_prepared", False)
-    prepared, optimizer_, forget = accelerator.prepare(model, make(parameters), forget)
-    retain = accelerator.prepare(retain) if retain is not None else None
-    steps_per_epoch = math.ceil(len(forget) / accumulation)
-    total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
-    schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
-    objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
+    bar: Any = None  # none of what follows may leave a trace when it fails
+    prepared, optimizer_ = model, make(parameters)
+    try:
+        prepared, optimizer_, forget = accelerator.prepare(model, optimizer_, forget)
+        retain = accelerator.prepare(retain) if retain is not None else None
+        steps_per_epoch = math.ceil(len(forget) / accumulation)
+        total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
+        schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
+        objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
 
-    state = Progress()
-    if resume_from_checkpoint is not None:
-        folder = find_checkpoint(resume_from_checkpoint, output_dir)
-        state = load_checkpoint(accelerator, folder, schedule, objectives)
-    optimizer_.zero_grad()  # what the caller left in `.grad` is not ours
-    if own and log_with:
-        accelerator.init_trackers("semu_unlearn")
-    bar = tqdm(
-        total=total_steps, initial=state.step, desc="Unlearning",
-        disable=not progress or not accelerator.is_local_main_process,
-    )  # fmt: skip
-    stopped = metric is not None and state.epochs_without_gain >= patience
-    with _eval_mode(model):
-        try:
+        state = Progress()
+        if resume_from_checkpoint is not None:
+            folder = find_checkpoint(resume_from_checkpoint, output_dir)
+            state = load_checkpoint(accelerator, folder, schedule, objectives)
+        optimizer_.zero_grad()  # what the caller left in `.grad` is not ours
+        if own and log_with:
+            accelerator.init_trackers("semu_unlearn")
+        bar = tqdm(
+            total=total_steps, initial=state.step, desc="Unlearning",
+            disable=not progress or not accelerator.is_local_main_process,
+        )  # fmt: skip
+        stopped = metric is not None and state.epochs_without_gain >= patience
+        with _eval_mode(model):
             retain_stream = _cycle(retain, seed + _RETAIN_SEED, state) if retain is not None else None
             while state.step < total_steps and not stopped:
                 losses: list[dict[str, float]] = []
@@ -187,7 +189,7 @@ def unlearn(
                         )
                     losses.append(values)
                     state.examples += _batch_size(batch) * accelerator.num_processes
-                    # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean all the same.
+                    # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean as well.
                     first = (state.batch - 1) // accumulation * accumulation
                     loss = loss * (accumulation / min(accumulation, len(forget) - first))
                     if not last:
@@ -219,15 +221,17 @@ def unlearn(
                         save_checkpoint(accelerator, Path(output_dir or ""), state, schedule, objectives)
                     if state.step >= total_steps or stopped:
                         break
-        finally:
+    finally:
+        if bar is not None:
             bar.close()
-            optimizer_.zero_grad()
-            if not was_prepared:
-                _unwrap(accelerator, model, prepared, bare_forward)
-            _release(accelerator, prepared, optimizer_, forget, retain)
-            for batch_sampler, sampler in samplers:
-                if sampler is not None:
-                    batch_sampler.sampler = sampler
+        optimizer_.zero_grad()
+        if not was_prepared:
+            _unwrap(accelerator, model, prepared, bare_forward)
+            _release(accelerator, prepared)
+        _release(accelerator, optimizer_, forget, retain)
+        for batch_sampler, sampler in samplers:
+            if sampler is not None:
+                batch_sampler.sampler = sampler
     if own:
         accelerator.end_training()
         accelerator.free_memory()

@@ -371,7 +371,7 @@ def test_ones_own_accelerator() -> None:
 def test_a_model_that_is_prepared_already(tmp_path: Path) -> None:
     """A model that the caller's Accelerator has prepared stays prepared, and stays in its checkpoints."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model = accelerator.prepare(semu())
+    model = accelerator.prepare(semu().eval())
     x = vector_batches()[0][0]
     attributes, expected = dict(vars(model)), model(x)
     unlearn(model, vector_batches(), CrossEntropy(), accelerator=accelerator, epochs=1, learning_rate=1e-12, **QUIET)

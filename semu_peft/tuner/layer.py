@@ -337,8 +337,8 @@ class Conv2d(SemuLayer):
         # Every group of input channels meets the same filters, and its outputs their own rows of U R.
         hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
         pointwise = (1,) * (base.weight.dim() - 2)
-        mixed = (left @ core).to(output.dtype).reshape(-1, rank, *pointwise)
-        return output + F.conv2d(hidden.to(output.dtype), mixed, groups=groups)
+        mixed = (left @ core).to(hidden.dtype).reshape(-1, rank, *pointwise)
+        return output + F.conv2d(hidden, mixed, groups=groups).to(output.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = self._live_adapters()

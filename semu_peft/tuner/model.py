@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -40,7 +41,17 @@ class SemuModel(BaseTuner):
     tuner_layer_cls = SemuLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # Ranks are written into the configuration, so each adapter has its own, whatever else the caller uses it for.
+        own = copy.deepcopy(peft_config)
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = own
+        return super()._prepare_adapter_config(own, model_config)
+
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
+        if "_requires_grad_before" not in vars(self):
+            self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         names = dict(model.named_modules())
         unknown = sorted(set(peft_config.rank_pattern) - set(names))
@@ -50,11 +61,16 @@ class SemuModel(BaseTuner):
                 "in all). The adapter was made for another architecture: load it onto the model it was trained on, or "
                 "clear `rank_pattern` to start afresh."
             )
-        if peft_config.target_modules == "all-linear":
-            return
+        targets: SemuConfig = peft_config
+        wanted: Any = nn.Module
+        if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
+            targets, wanted = copy.copy(peft_config), (nn.Linear, Conv1D)
+            targets.target_modules = ".*"
         inside = tuple(f"{name}." for name, module in names.items() if isinstance(module, BaseTunerLayer))
         for name, module in names.items():
-            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
+            if not name or name.startswith(inside) or not isinstance(module, wanted):
+                continue
+            if self._check_target_module_exists(targets, name):
                 _layer_class(module, name)
 
     def _create_and_replace(  # type: ignore[override]
@@ -71,8 +87,7 @@ class SemuModel(BaseTuner):
         known = current_key in ranks
         rank = ranks[current_key] if known else 0
         if peft_config.init_weights is not True:
-            # A rank that is known comes with weights to load; otherwise the configuration may be used a second time.
-            rank = rank if known and peft_config.inference_mode else (peft_config.r or 0)
+            rank = rank if known else (peft_config.r or 0)
         if isinstance(target, SemuLayer):
             target.update_layer(adapter_name, rank=rank, config=peft_config, known=known)
         else:
@@ -104,12 +119,12 @@ class SemuModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = _mismatch(model, adapter_name, remapped)
         if problem:
+            name = type(base_model(model)).__name__
             if config.inference_mode or not _has_basis(model, adapter_name):
                 _withdraw(model, adapter_name)
             raise ValueError(
-                f"The saved adapter does not fit {type(base_model(model)).__name__}: {problem} It was trained on another "
-                "architecture or rank: load it onto the model named in its adapter_config.json. The model given is "
-                "left as it was."
+                f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
+                "load it onto the model named in its adapter_config.json. The model given is left as it was."
             )
         return remapped
 
@@ -171,6 +186,9 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             setattr(parent, child, layer.original_module)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
-    for module in model.modules():
-        if not configs and isinstance(module, BaseTuner) and "peft_config" in vars(module.model):
-            del module.model.peft_config
+    for module in list(model.modules()):
+        if not configs and isinstance(module, SemuModel):
+            if "peft_config" in vars(module.model):
+                del module.model.peft_config
+            for parameter, flag in module._requires_grad_before:
+                parameter.requires_grad_(flag)

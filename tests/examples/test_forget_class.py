@@ -187,10 +187,16 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
         (animals / ["cat", "dog", "cow"][digit]).mkdir(parents=True, exist_ok=True)
         image.save(animals / ["cat", "dog", "cow"][digit] / f"{number}.png")
     data, model = write_image_folder(folder / "photos"), write_model(folder / "model")
+    damaged = write_image_folder(folder / "damaged")
+    for image_file in damaged.rglob("*.png"):
+        image_file.write_bytes(image_file.read_bytes()[:40])
+    (folder / "cut.parquet").write_bytes((folder / "text.parquet").read_bytes()[:-20])
     return {
         "no such path": (["--data", folder / "nowhere"], "nowhere is no folder"),
-        "empty folder": (["--data", folder / "nothing"], "holds no images"),
+        "empty folder": (["--data", folder / "nothing"], "holds no readable images"),
         "no image column": (["--data", folder / "text.parquet"], "expected images and integer labels"),
+        "damaged parquet": (["--data", folder / "cut.parquet"], "holds no readable parquet"),
+        "damaged image": (["--data", damaged, "--forget-class", "two"], "cannot be read"),
         "too few": (["--data", few, "--forget-class", "two"], "too few"),
         "no class named": (["--data", data], "none of the classes"),
         "unknown class": (["--data", data, "--forget-class", "seven"], "'seven' is none of the classes ['one'"),
@@ -202,8 +208,8 @@ def bad_input(folder: Path) -> dict[str, tuple[list[Any], str]]:
 
 @pytest.mark.parametrize(
     "case",
-    ["no such path", "empty folder", "no image column", "too few", "no class named", "unknown class",
-     "index too large", "no model", "other classes"],
+    ["no such path", "empty folder", "no image column", "damaged parquet", "damaged image", "too few",
+     "no class named", "unknown class", "index too large", "no model", "other classes"],
 )  # fmt: skip
 def test_bad_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import forget_class
