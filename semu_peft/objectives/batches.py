@@ -66,7 +66,7 @@ def call_model(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Labels must be integer class indices, got dtype {labels.dtype}.")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ValueError(
-            f"Labels must lie between 0 and {logits.shape[1] - 1}, the classes of the logits; got values from "
-            f"{int(labels.min())} to {int(labels.max())}."
+            f"The labels run from {int(labels.min())} to {int(labels.max())}; expected 0 to {logits.shape[1] - 1}, as "
+            f"the model has {logits.shape[1]} classes."
         )
     return logits, labels
