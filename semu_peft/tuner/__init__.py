@@ -1,7 +1,9 @@
 """What sits in the model: enough to load, run, merge and ship an adapter."""
 
 from .config import SemuConfig
-from .layer import Conv2d, Linear, SemuLayer
+from .conv import Conv2d
+from .layer import SemuLayer
+from .linear import Linear
 from .model import SemuModel
 from .registration import register
 

@@ -1,16 +1,14 @@
-"""The layers: a frozen base layer and, for each adapter, the correction `U R Vᵀ` of its weight."""
+"""What every SEMU layer has in common: a frozen base layer and, for each adapter, the correction `U R Vᵀ`."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from .config import SemuConfig
 
@@ -271,94 +269,12 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         return f"semu.{super().__repr__()}"
 
 
-class Linear(SemuLayer):
-    """`torch.nn.Linear` or transformers' `Conv1D` (which stores its weight transposed) with SEMU corrections."""
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Whether the base weight is stored `(in, out)`."""
-        return isinstance(self.get_base_layer(), Conv1D)
-
-    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
-        return weight.T if self.fan_in_fan_out else weight
-
-    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        return matrix.T if self.fan_in_fan_out else matrix
-
-    def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """`output + ((x V) Rᵀ) Uᵀ`: three thin products, of which autograd keeps only the `(..., r)` middle ones."""
-        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
-        core = self.get_core(adapter_name)
-        # The small bases follow the activations' dtype; only the thin middle is computed in the core's own.
-        x = _in_range(x)
-        hidden = F.linear(x, right.mT.to(x.dtype))
-        hidden = F.linear(hidden.to(core.dtype), core)
-        return output + F.linear(hidden.to(output.dtype), left.to(output.dtype))
-
-
-class Conv2d(SemuLayer):
-    """`torch.nn.Conv2d` with SEMU corrections: any stride, padding, padding mode, dilation and groups.
-
-    With a weight of shape `(out, in / groups, *kernel)`, `flatten` reads it as one `out × (in/groups · kernel)` matrix
-    and runs the correction as a convolution to `r` channels, the core, and a 1×1 convolution. `per_channel` reads it as
-    `in / groups` matrices `out × kernel`; there the dense correction is cheaper than its factors, so it joins the base
-    weight in one convolution.
-    """
-
-    @property
-    def conv(self) -> nn.Conv2d:
-        """The frozen convolution."""
-        return cast(nn.Conv2d, self.get_base_layer())
-
-    def _per_channel(self, adapter_name: str) -> bool:
-        return self.configs[adapter_name].conv_mode == "per_channel"
-
-    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
-        if self._per_channel(adapter_name):
-            return weight.flatten(2).transpose(0, 1)  # (in / groups, out, kernel)
-        return weight.flatten(1)
-
-    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        shape = self.conv.weight.shape
-        if self._per_channel(adapter_name):
-            return matrix.transpose(0, 1).reshape(shape)
-        return matrix.reshape(shape)
-
-    def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """`output` plus the correction's convolution, with `(N, out, H, W)` the shape of `output`."""
-        base = self.conv
-        if self._per_channel(adapter_name):
-            return output + base._conv_forward(x, self.get_delta_weight(adapter_name).to(x.dtype), None)
-        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
-        core = self.get_core(adapter_name)
-        groups, rank = base.groups, self.r[adapter_name]
-        x = _in_range(x)
-        filters = right.mT.reshape(rank, *base.weight.shape[1:]).to(x.dtype)
-        # Every group of input channels meets the same filters, and its outputs their own rows of U R.
-        hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
-        pointwise = (1,) * (base.weight.dim() - 2)
-        mixed = (left @ core).to(hidden.dtype).reshape(-1, rank, *pointwise)
-        return output + F.conv2d(hidden, mixed, groups=groups).to(output.dtype)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self._live_adapters()
-        dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
-        if self.disable_adapters or self.merged or dense != names or type(self.base_layer) is not nn.Conv2d:
-            return super().forward(x, *args, **kwargs)
-        if not dense:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self._base_weight_plus(torch.stack([self.get_delta_weight(name) for name in dense]).sum(0))
-        output = self.conv._conv_forward(x, weight, self.conv.bias)
-        for name in dense:
-            output = self._guard(output, name)
-        return output
-
-
 def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
 
-def _in_range(x: Tensor) -> Tensor:
+def in_range(x: Tensor) -> Tensor:
+    """`x`, in float32 where it is float16."""
     # A sum over large float16 activations overflows, and a core of zeros would make NaN of it.
     return x.float() if x.dtype == torch.float16 else x
 

@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model
 from .config import SemuConfig
-from .layer import Conv2d, Linear, SemuLayer
+from .conv import Conv2d
+from .layer import SemuLayer
+from .linear import Linear
 
 LAYER_CLASSES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {
     nn.Linear: Linear,
