@@ -31,11 +31,15 @@ class SemuConfig(PeftConfig):
         explained_variance (`float`, defaults to 0.9):
             γ in (0, 1]: each layer keeps the fewest leading singular directions of its forget gradient whose squared
             singular values sum to at least this share of the total.
+        explained_variance_pattern (`dict[str, float]`):
+            Another γ for some layers: by name, name ending or regular expression, the first that matches. The paper
+            uses 1.0 for the attention layers of diffusion models.
         r (`int`, *optional*):
             Upper bound on every layer's rank. With `init_weights="weight"` or `False`, where no gradient decides, it
             *is* the rank.
         rank_pattern (`dict[str, int]`):
             The rank of each layer by its full name. Written by the initialisation, so that loading needs no data.
+            Given before it, by name, name ending or regular expression, it fixes those layers' ranks instead of γ.
         orthogonal_to_weight (`bool`, defaults to `False`):
             Remove from each forget gradient its component along the layer's weight before factorising it.
         conv_mode (`"flatten"` or `"per_channel"`, defaults to `"flatten"`):
@@ -70,6 +74,9 @@ class SemuConfig(PeftConfig):
     explained_variance: float = field(
         default=0.9, metadata={"help": "Share of the forget gradient's energy that the kept directions explain."}
     )
+    explained_variance_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Another explained_variance by layer name, ending or pattern."}
+    )
     r: int | None = field(default=None, metadata={"help": "Upper bound on every layer's rank."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Rank by full layer name; written by the initialisation."}
@@ -95,12 +102,15 @@ class SemuConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        # `not a <= b` also catches NaN, and bool is an int that must not pass for a number.
-        number = isinstance(self.explained_variance, (int, float)) and not isinstance(self.explained_variance, bool)
-        if not number or not 0 < self.explained_variance <= 1:
+        if not _is_share(self.explained_variance):
             raise ValueError(
                 f"`explained_variance` must be a share in (0, 1], got {self.explained_variance!r}. Use 0.9 to keep 90% "
                 "of the forget gradient's energy, or 1.0 to keep all of it."
+            )
+        pattern = self.explained_variance_pattern
+        if not isinstance(pattern, dict) or not all(map(_is_share, pattern.values())):
+            raise ValueError(
+                f"`explained_variance_pattern` must map layer names or patterns to shares in (0, 1], got {pattern!r}."
             )
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
@@ -139,6 +149,11 @@ class SemuConfig(PeftConfig):
         if folder.is_dir():
             check_adapter_file(folder, config.rank_pattern)
         return config
+
+
+def _is_share(value: object) -> bool:
+    # bool is an int that must not pass for a number, and the comparison is false for NaN.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _as_set(names: Any) -> Any:

@@ -71,6 +71,10 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, to factorise."""
         raise NotImplementedError
 
+    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
+        """The shape of what [`weight_to_matrix`] returns: `(m, n)`, or `(batch, m, n)`."""
+        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
+
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
         """The inverse of [`weight_to_matrix`]."""
         raise NotImplementedError
@@ -135,7 +139,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The shapes do not fit the layer or each other.
         """
-        *batch, m, n = self.weight_to_matrix(self.weight.detach(), adapter_name).shape
+        *batch, m, n = self.matrix_shape(adapter_name)
         rank = left.shape[-1]
         core_shape = (*batch, *_core_shape(rank, self.configs[adapter_name].core))
         core = left.new_zeros(core_shape) if core is None else core

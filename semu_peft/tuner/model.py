@@ -18,6 +18,7 @@ from .config import SemuConfig
 from .conv import Conv2d
 from .layer import SemuLayer
 from .linear import Linear
+from .patterns import match_pattern, name_matches
 
 LAYER_CLASSES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {
     nn.Linear: Linear,
@@ -56,13 +57,17 @@ class SemuModel(BaseTuner):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         names = dict(model.named_modules())
-        unknown = sorted(set(peft_config.rank_pattern) - set(names))
+        patterns = peft_config.rank_pattern
+        unknown = [key for key in sorted(patterns) if not any(name_matches(name, key) for name in names)]
         if unknown:
             raise ValueError(
                 f"`rank_pattern` names layers that {type(model).__name__} does not have: {unknown[:3]} ({len(unknown)} "
                 "in all). The adapter was made for another architecture: load it onto the model it was trained on, or "
                 "clear `rank_pattern` to start afresh."
             )
+        # A key that is a layer's full name means that layer alone; the others are endings or expressions.
+        loose = {key: rank for key, rank in patterns.items() if key not in names}
+        peft_config.rank_pattern = {}
         targets: SemuConfig = peft_config
         wanted: Any = nn.Module
         if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
@@ -74,6 +79,8 @@ class SemuModel(BaseTuner):
                 continue
             if self._check_target_module_exists(targets, name):
                 _layer_class(module, name)
+                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
+                    peft_config.rank_pattern[name] = rank
 
     def _create_and_replace(  # type: ignore[override]
         self,
