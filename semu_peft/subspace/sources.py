@@ -78,6 +78,8 @@ class LayerSource(GradientSource):
             changed = None
             if not output.requires_grad:  # nothing before this layer is differentiated
                 output = changed = _BeginGraph.apply(output, anchor)
+            elif output._is_view():  # a hook on a view is lost when the model changes the view in place
+                output = changed = torch.ops.aten._unsafe_view(output, output.shape)
             inputs = (args or tuple(kwargs.values()))[0]
             kept = [_Keep.apply(inputs.detach(), anchor).grad_fn]
 

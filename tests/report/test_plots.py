@@ -141,7 +141,7 @@ def test_spectra_show_normalised_values_and_ranks(tmp_path: Path, drawn: list[Fi
     assert [label.get_text() for label in ranks.get_yticklabels()] == ["fc", "conv", "dead"]
     assert [text.get_text().strip() for text in ranks.texts] == [
         "2 of 8 · 95.2%",
-        "1 of 2 · 90.0%",
+        "1 of 2 · 99.0%",
         "1 of 8 · no gradient",
     ]
     assert ranks.yaxis_inverted(), "the first layer stands on top"
