@@ -105,7 +105,7 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
 def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
     """LoRA's `A` `(r, n)` and `B` `(m, r)`, for a convolution as the kernels of two convolutions."""
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Conv2d):
+    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return layer.semu_V[adapter_name].mT, layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach()
     if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":
         raise ValueError(
@@ -124,7 +124,7 @@ def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, 
     blocks = filters.new_zeros(groups * rank, base.in_channels, *base.kernel_size)
     for group in range(groups):
         blocks[group * rank : (group + 1) * rank, group * channels : (group + 1) * channels] = filters
-    return blocks, up[..., None, None]
+    return blocks, up.reshape(*up.shape, *(1 for _ in base.kernel_size))
 
 
 def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

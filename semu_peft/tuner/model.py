@@ -15,14 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model
 from .config import SemuConfig
-from .conv import Conv2d
+from .conv import Conv1d, Conv2d, Conv3d
 from .layer import SemuLayer
 from .linear import Linear
 
-LAYER_CLASSES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {
+LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Linear: Linear,
     Conv1D: Linear,
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
 }
 
 
@@ -131,7 +133,7 @@ class SemuModel(BaseTuner):
         return remapped
 
 
-def _layer_class(module: nn.Module, name: str) -> type[Linear] | type[Conv2d]:
+def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     # The output projection of `nn.MultiheadAttention`, whose own forward nobody calls.
     never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)

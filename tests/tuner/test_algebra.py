@@ -15,31 +15,48 @@ from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, SemuLayer
 from semu_peft.tuner import Conv2d, Linear
+from semu_peft.tuner.model import LAYER_CLASSES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"kernel_size": 3},
-    "pointwise": {"kernel_size": 1},
-    "no_bias": {"kernel_size": 3, "bias": False},
-    "rectangular": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
-    "same": {"kernel_size": 3, "padding": "same", "dilation": 2},
-    "valid": {"kernel_size": 2, "padding": "valid"},
-    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
-    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
-    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
-    "reflect": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
-    "replicate_groups": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "groups": 2},
+CONVOLUTIONS: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
+    nn.Conv1d: {
+        "plain": {"kernel_size": 3, "stride": 2, "padding": 1},
+        "same_groups": {"kernel_size": 3, "padding": "same", "dilation": 2, "groups": 2},
+        "depthwise_circular": {"kernel_size": 4, "padding": 2, "padding_mode": "circular", "groups": 4, "bias": False},
+    },
+    nn.Conv2d: {
+        "plain": {"kernel_size": 3},
+        "pointwise": {"kernel_size": 1},
+        "no_bias": {"kernel_size": 3, "bias": False},
+        "rectangular": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+        "same": {"kernel_size": 3, "padding": "same", "dilation": 2},
+        "valid": {"kernel_size": 2, "padding": "valid"},
+        "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
+        "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
+        "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+        "reflect": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
+        "replicate_groups": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "groups": 2},
+    },
+    nn.Conv3d: {
+        "plain": {"kernel_size": (2, 3, 1), "stride": (1, 2, 1), "padding": (1, 0, 0)},
+        "groups_dilated": {"kernel_size": 2, "padding": 1, "dilation": (1, 2, 1), "groups": 2},
+        "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    },
 }
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(5, 7),
     "linear_no_bias": lambda: nn.Linear(6, 3, bias=False),
-    "conv1d": lambda: Conv1D(7, 5),
-    **{f"conv2d_{name}": lambda options=options: nn.Conv2d(4, 8, **options) for name, options in CONVOLUTIONS.items()},
+    "transposed": lambda: Conv1D(7, 5),
+    **{
+        f"{kind.__name__.lower()}_{name}": lambda kind=kind, options=options: kind(4, 8, **options)
+        for kind, geometries in CONVOLUTIONS.items()
+        for name, options in geometries.items()
+    },
 }
 CASES = [
     pytest.param(name, mode, core, id=f"{name}-{mode}-{core}")
     for name in BASES
-    for mode in (("flatten", "per_channel") if name.startswith("conv2d") else ("flatten",))
+    for mode in (("flatten", "per_channel") if name.startswith("conv") else ("flatten",))
     for core in ("full", "diagonal")
 ]
 every_case = pytest.mark.parametrize(("name", "mode", "core"), CASES)
@@ -63,10 +80,18 @@ def make(
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
     config = SemuConfig(conv_mode=mode, core=core, **{"r": rank, "init_weights": False, **kw})
-    layer_class = Conv2d if isinstance(base, nn.Conv2d) else Linear
-    layer = layer_class(base, "default", config, rank=0 if config.init_weights is True else rank)
-    x = torch.randn(2, 4, 7, 6) if isinstance(base, nn.Conv2d) else torch.randn(2, 3, features(base))
-    return layer, x.to(dtype)
+    layer = LAYER_CLASSES[type(base)](base, "default", config, rank=0 if config.init_weights is True else rank)
+    return layer, sample_input(base).to(dtype)
+
+
+def sample_input(base: nn.Module) -> Tensor:
+    if is_convolution(base):
+        return torch.randn(2, 4, *(7, 6, 5)[: base.weight.dim() - 2])
+    return torch.randn(2, 3, features(base))
+
+
+def is_convolution(base: nn.Module) -> bool:
+    return isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def features(base: nn.Module) -> int:
@@ -80,7 +105,7 @@ def factors(layer: SemuLayer, adapter: str = "default") -> tuple[Tensor, Tensor,
     if layer.configs[adapter].core == "diagonal":
         core = core.unsqueeze(-1) * torch.eye(core.shape[-1], dtype=core.dtype)
     base = layer.get_base_layer()
-    if isinstance(base, nn.Conv2d):
+    if is_convolution(base):
         kernel = base.weight.shape[2:]
         if layer.configs[adapter].conv_mode == "per_channel":
             right = right.reshape(right.shape[0], *kernel, -1)
@@ -98,8 +123,8 @@ def dense_delta(layer: SemuLayer, adapter: str = "default") -> Tensor:
     if isinstance(base, nn.Linear):
         return torch.einsum("op,pq,iq->oi", left, core, right)
     if layer.configs[adapter].conv_mode == "per_channel":
-        return torch.einsum("iop,ipq,ihwq->oihw", left, core, right)
-    return torch.einsum("op,pq,ihwq->oihw", left, core, right)
+        return torch.einsum("iop,ipq,i...q->oi...", left, core, right)
+    return torch.einsum("op,pq,i...q->oi...", left, core, right)
 
 
 def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> Tensor:
@@ -111,9 +136,9 @@ def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> T
     elif isinstance(base, nn.Linear):
         result = torch.einsum("op,oi,iq->pq", left, gradient, right)
     elif layer.configs[adapter].conv_mode == "per_channel":
-        result = torch.einsum("iop,oihw,ihwq->ipq", left, gradient, right)
+        result = torch.einsum("iop,oik,ikq->ipq", left, gradient.flatten(2), right.flatten(1, -2))
     else:
-        result = torch.einsum("op,oihw,ihwq->pq", left, gradient, right)
+        result = torch.einsum("op,oik,ikq->pq", left, gradient.flatten(2), right.flatten(1, -2))
     return result.diagonal(dim1=-2, dim2=-1) if layer.configs[adapter].core == "diagonal" else result
 
 
@@ -195,7 +220,7 @@ def test_only_the_core_is_a_parameter(name: str, mode: str, core: str) -> None:
         torch.testing.assert_close(basis.mT @ basis, identity, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv1d"])
+@pytest.mark.parametrize("name", ["linear", "transposed"])
 def test_backward_keeps_no_copy_of_the_input(name: str) -> None:
     """What autograd keeps of a frozen linear layer with an adapter are the thin activations, never the input."""
     layer, _ = make(name, rank=2)
@@ -266,7 +291,7 @@ def test_merge_and_unmerge(name: str, mode: str, core: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
 def test_safe_merge_refuses_a_broken_core(name: str, value: float) -> None:
     """A core that is not finite is not merged: the error names the adapter and the weight is unchanged."""
     layer, _ = make(name)
@@ -289,7 +314,7 @@ def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
 def test_scale_dials_the_correction(name: str, mode: str) -> None:
     """At scale s the layer computes with W + s ΔW, merges so, and at scale 0 is the base layer to the last bit."""
     layer, x = make(name, mode, dtype=torch.float64)
@@ -312,7 +337,7 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("modes", [("flatten", "flatten"), ("per_channel", "per_channel"), ("flatten", "per_channel")])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_plain", "conv2d_depthwise"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise"])
 def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     """Two active adapters of different rank, core and mode correct by the sum, forward, merged and in gradients."""
     layer, x = make(name, modes[0], dtype=torch.float64)
@@ -377,7 +402,7 @@ def test_set_basis_checks_shapes(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
 def test_autocast(name: str, mode: str) -> None:
     """Under bfloat16 autocast the layer is right to bfloat16, a zero core is bit-identical, R's gradient is float32."""
     layer, x = make(name, mode)
@@ -394,7 +419,7 @@ def test_autocast(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4, 5), (0, 5)])
-@pytest.mark.parametrize("name", ["linear", "conv1d"])
+@pytest.mark.parametrize("name", ["linear", "transposed"])
 def test_linear_takes_any_leading_dimensions(name: str, shape: tuple[int, ...]) -> None:
     """Inputs of any number of leading dimensions, none and empty ones included."""
     layer, _ = make(name, dtype=torch.float64)
@@ -403,16 +428,18 @@ def test_linear_takes_any_leading_dimensions(name: str, shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["conv2d_groups", "conv2d_circular", "conv2d_same"])
+@pytest.mark.parametrize("name", ["conv1d_plain", "conv2d_groups", "conv2d_circular", "conv2d_same", "conv3d_plain"])
 def test_convolution_takes_one_image_and_channels_last(name: str, mode: str) -> None:
-    """An image without a batch dimension, and memory in channels-last order, which is kept."""
+    """An input without a batch dimension, and memory in channels-last order, which is kept."""
     layer, x = make(name, mode, dtype=torch.float64)
     reference = dense(layer, dense_delta(layer))
     torch.testing.assert_close(layer(x[0]), reference(x[0]))
-    layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    output = layer(x)
-    torch.testing.assert_close(output, reference(x))
-    assert output.stride() == reference.to(memory_format=torch.channels_last)(x).stride()
+    if x.dim() > 3:
+        order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        layer, x = layer.to(memory_format=order), x.to(memory_format=order)
+        output = layer(x)
+        torch.testing.assert_close(output, reference(x))
+        assert output.stride() == reference.to(memory_format=order)(x).stride()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
