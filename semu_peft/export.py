@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .files import written_whole
 from .subspace.ranks import rank_for_energy
 from .tuner.adapted import base_model, semu_layers
+from .tuner.embedding import Embedding
 from .tuner.layer import SemuLayer
 
 _PREFIX = "base_model.model."
@@ -49,8 +50,9 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
             continue
         down, up = _lora_pair(layer, adapter_name, name)
         ranks[name] = down.shape[0]
-        state_dict[f"{_PREFIX}{name}.lora_A.weight"] = down.contiguous()
-        state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up.contiguous()
+        key = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
+        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.contiguous()
+        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.contiguous()
     if not ranks:
         raise ValueError(
             f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
@@ -105,6 +107,9 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
 def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
     """LoRA's `A` `(r, n)` and `B` `(m, r)`, for a convolution as the kernels of two convolutions."""
     base = layer.get_base_layer()
+    if isinstance(layer, Embedding):  # LoRA's embedding weight is (B A)ᵀ
+        left = layer.token_basis(adapter_name)
+        return left.mT, layer.semu_V[adapter_name] @ layer.get_core(adapter_name).detach().mT
     if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return layer.semu_V[adapter_name].mT, layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach()
     if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":

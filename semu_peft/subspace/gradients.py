@@ -57,7 +57,9 @@ def accumulate_gradients(
         if id(weight) in sums:
             sums[id(weight)].add_(weight.grad)
         else:
-            sums[id(weight)] = weight.grad.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            # An embedding's gradient may be sparse; its sum is dense, so that it does not grow with every batch.
+            sums[id(weight)] = weight.grad.to_dense().to(dtype, copy=True)
         weight.grad = None
 
     count = 0

@@ -2,9 +2,10 @@
 
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
 from .model import SemuModel
 from .registration import register
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Linear", "SemuConfig", "SemuLayer", "SemuModel", "register"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "SemuConfig", "SemuLayer", "SemuModel", "register"]

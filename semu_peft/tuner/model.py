@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapted import base_model
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
 
@@ -25,6 +26,7 @@ LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.Embedding: Embedding,
 }
 
 
@@ -135,14 +137,13 @@ class SemuModel(BaseTuner):
 
 def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    # The output projection of `nn.MultiheadAttention`, whose own forward nobody calls.
-    never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    for base_class, layer_class in LAYER_CLASSES.items():
-        if isinstance(base, base_class) and not never_called:
-            return layer_class
+    kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
+    reason = LAYER_CLASSES[kind].refusal(base) if kind else "that type is not supported"
+    if kind and reason is None:
+        return LAYER_CLASSES[kind]
     supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES)
     raise TypeError(
-        f"Target module {name!r} is a {type(base).__name__}, which SEMU does not support. Supported are {supported}: "
+        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported}: "
         "name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, SemuLayer
 from semu_peft.tuner import Conv2d, Linear
-from semu_peft.tuner.model import LAYER_CLASSES
+from semu_peft.tuner.model import _layer_class
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CONVOLUTIONS: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
@@ -43,6 +43,19 @@ CONVOLUTIONS: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
         "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
     },
 }
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma has it."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(5, 7),
     "linear_no_bias": lambda: nn.Linear(6, 3, bias=False),
@@ -52,6 +65,9 @@ BASES: dict[str, Callable[[], nn.Module]] = {
         for kind, geometries in CONVOLUTIONS.items()
         for name, options in geometries.items()
     },
+    "embedding": lambda: nn.Embedding(9, 5),
+    "embedding_sparse": lambda: nn.Embedding(4, 6, sparse=True),
+    "embedding_scaled": lambda: ScaledEmbedding(9, 5),
 }
 CASES = [
     pytest.param(name, mode, core, id=f"{name}-{mode}-{core}")
@@ -80,14 +96,22 @@ def make(
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
     config = SemuConfig(conv_mode=mode, core=core, **{"r": rank, "init_weights": False, **kw})
-    layer = LAYER_CLASSES[type(base)](base, "default", config, rank=0 if config.init_weights is True else rank)
-    return layer, sample_input(base).to(dtype)
+    layer = _layer_class(base, name)(base, "default", config, rank=0 if config.init_weights is True else rank)
+    x = sample_input(base)
+    return layer, x.to(dtype) if x.is_floating_point() else x
 
 
 def sample_input(base: nn.Module) -> Tensor:
     if is_convolution(base):
         return torch.randn(2, 4, *(7, 6, 5)[: base.weight.dim() - 2])
+    if isinstance(base, nn.Embedding):
+        return torch.randint(base.num_embeddings, (3, 4))
     return torch.randn(2, 3, features(base))
+
+
+def double(x: Tensor) -> Tensor:
+    """Activations in float64; tokens as they are."""
+    return x.double() if x.is_floating_point() else x
 
 
 def is_convolution(base: nn.Module) -> bool:
@@ -120,7 +144,7 @@ def dense_delta(layer: SemuLayer, adapter: str = "default") -> Tensor:
     base = layer.get_base_layer()
     if isinstance(base, Conv1D):
         return torch.einsum("op,pq,iq->io", left, core, right)
-    if isinstance(base, nn.Linear):
+    if isinstance(base, (nn.Linear, nn.Embedding)):
         return torch.einsum("op,pq,iq->oi", left, core, right)
     if layer.configs[adapter].conv_mode == "per_channel":
         return torch.einsum("iop,ipq,i...q->oi...", left, core, right)
@@ -130,10 +154,11 @@ def dense_delta(layer: SemuLayer, adapter: str = "default") -> Tensor:
 def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> Tensor:
     """Uᵀ G V, the gradient of R, from the gradient of the dense weight."""
     left, _, right = factors(layer, adapter)
+    gradient = gradient.to_dense()
     base = layer.get_base_layer()
     if isinstance(base, Conv1D):
         result = torch.einsum("op,io,iq->pq", left, gradient, right)
-    elif isinstance(base, nn.Linear):
+    elif isinstance(base, (nn.Linear, nn.Embedding)):
         result = torch.einsum("op,oi,iq->pq", left, gradient, right)
     elif layer.configs[adapter].conv_mode == "per_channel":
         result = torch.einsum("iop,oik,ikq->ipq", left, gradient.flatten(2), right.flatten(1, -2))
@@ -156,7 +181,7 @@ def tolerance(layer: SemuLayer, x: Tensor, dtype: torch.dtype) -> float:
     for parameter in reference.parameters():
         parameter.data.abs_()
     reference.weight.data += delta
-    return 8 * torch.finfo(dtype).eps * float(reference(x.double().abs()).max())
+    return 8 * torch.finfo(dtype).eps * float(reference(double(x).abs()).max())
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float) -> None:
@@ -181,7 +206,7 @@ def test_forward_is_the_base_layer_with_the_dense_sum(name: str, mode: str, core
     layer, x = make(name, mode, core, dtype)
     output = layer(x)
     assert output.dtype == dtype
-    assert_close(output, dense(layer, dense_delta(layer))(x.double()), tolerance(layer, x, dtype))
+    assert_close(output, dense(layer, dense_delta(layer))(double(x)), tolerance(layer, x, dtype))
     assert not torch.equal(output, layer.base_layer(x))
 
 
@@ -189,21 +214,23 @@ def test_forward_is_the_base_layer_with_the_dense_sum(name: str, mode: str, core
 def test_gradients_are_those_of_the_dense_weight(name: str, mode: str, core: str, dtype: torch.dtype) -> None:
     """∂L/∂R = Uᵀ G V with G the dense weight's gradient, ∂L/∂x as for the dense weight, and nothing else gets one."""
     layer, x = make(name, mode, core, dtype)
-    x.requires_grad_(True)
+    x.requires_grad_(x.is_floating_point())
     upstream = torch.randn_like(layer(x))
     layer(x).backward(upstream)
 
     reference = dense(layer, dense_delta(layer)).requires_grad_(True)
-    x_dense = x.detach().double().requires_grad_(True)
+    x_dense = double(x.detach()).requires_grad_(x.requires_grad)
     reference(x_dense).backward(upstream.double())
 
     gradient = layer.semu_core["default"].grad
-    assert gradient is not None and x.grad is not None and x_dense.grad is not None
+    assert gradient is not None
     expected = projected(layer, reference.weight.grad)
     eps = torch.finfo(dtype).eps
     assert gradient.dtype == layer.semu_core["default"].dtype
-    assert_close(gradient, expected, 40 * eps * float(reference.weight.grad.abs().max()))
-    assert_close(x.grad, x_dense.grad, 40 * eps * max(1.0, float(x_dense.grad.abs().max())))
+    assert_close(gradient, expected, 40 * eps * float(reference.weight.grad.to_dense().abs().max()))
+    if x.requires_grad:
+        assert x.grad is not None and x_dense.grad is not None
+        assert_close(x.grad, x_dense.grad, 40 * eps * max(1.0, float(x_dense.grad.abs().max())))
     assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
 
 
@@ -291,7 +318,7 @@ def test_merge_and_unmerge(name: str, mode: str, core: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
 def test_safe_merge_refuses_a_broken_core(name: str, value: float) -> None:
     """A core that is not finite is not merged: the error names the adapter and the weight is unchanged."""
     layer, _ = make(name)
@@ -314,7 +341,7 @@ def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
 def test_scale_dials_the_correction(name: str, mode: str) -> None:
     """At scale s the layer computes with W + s ΔW, merges so, and at scale 0 is the base layer to the last bit."""
     layer, x = make(name, mode, dtype=torch.float64)
@@ -337,7 +364,7 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("modes", [("flatten", "flatten"), ("per_channel", "per_channel"), ("flatten", "per_channel")])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise", "embedding"])
 def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     """Two active adapters of different rank, core and mode correct by the sum, forward, merged and in gradients."""
     layer, x = make(name, modes[0], dtype=torch.float64)
@@ -402,15 +429,16 @@ def test_set_basis_checks_shapes(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
 def test_autocast(name: str, mode: str) -> None:
     """Under bfloat16 autocast the layer is right to bfloat16, a zero core is bit-identical, R's gradient is float32."""
     layer, x = make(name, mode)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
-    assert output.dtype == torch.bfloat16
+        expected = layer.base_layer(x).dtype
+    assert output.dtype == expected == (torch.bfloat16 if x.is_floating_point() else torch.float32)
     atol = tolerance(layer, x, torch.bfloat16)
-    assert_close(output, dense(layer, dense_delta(layer))(x.double()), atol)
+    assert_close(output, dense(layer, dense_delta(layer))(double(x)), atol)
     output.float().sum().backward()
     assert layer.semu_core["default"].grad.dtype == torch.float32
     layer.semu_core["default"].data.zero_()
