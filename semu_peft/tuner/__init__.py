@@ -6,6 +6,18 @@ from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
 from .model import SemuModel
+from .parameter import ParamWrapper
 from .registration import register
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "SemuConfig", "SemuLayer", "SemuModel", "register"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "ParamWrapper",
+    "SemuConfig",
+    "SemuLayer",
+    "SemuModel",
+    "register",
+]

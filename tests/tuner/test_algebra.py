@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, SemuLayer
-from semu_peft.tuner import Conv2d, Linear
+from semu_peft.tuner import Conv2d, Linear, ParamWrapper
 from semu_peft.tuner.model import _layer_class
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -56,6 +56,17 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.embed_scale.to(self.weight.dtype)
 
 
+class Experts(nn.Module):
+    """Three experts in one parameter, `(3, N, in)` to `(3, N, out)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = nn.Parameter(torch.randn(3, 7, 5) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,eni->eno", self.bank, x)
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(5, 7),
     "linear_no_bias": lambda: nn.Linear(6, 3, bias=False),
@@ -68,6 +79,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(9, 5),
     "embedding_sparse": lambda: nn.Embedding(4, 6, sparse=True),
     "embedding_scaled": lambda: ScaledEmbedding(9, 5),
+    "experts": Experts,
 }
 CASES = [
     pytest.param(name, mode, core, id=f"{name}-{mode}-{core}")
@@ -96,7 +108,11 @@ def make(
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
     config = SemuConfig(conv_mode=mode, core=core, **{"r": rank, "init_weights": False, **kw})
-    layer = _layer_class(base, name)(base, "default", config, rank=0 if config.init_weights is True else rank)
+    rank = 0 if config.init_weights is True else rank
+    if isinstance(base, Experts):
+        layer: SemuLayer = ParamWrapper(base, "default", config, rank, parameter_name="bank")
+    else:
+        layer = _layer_class(base, name)(base, "default", config, rank)
     x = sample_input(base)
     return layer, x.to(dtype) if x.is_floating_point() else x
 
@@ -106,7 +122,11 @@ def sample_input(base: nn.Module) -> Tensor:
         return torch.randn(2, 4, *(7, 6, 5)[: base.weight.dim() - 2])
     if isinstance(base, nn.Embedding):
         return torch.randint(base.num_embeddings, (3, 4))
-    return torch.randn(2, 3, features(base))
+    return torch.randn(3, 4, 5) if isinstance(base, Experts) else torch.randn(2, 3, features(base))
+
+
+def weight_of(base: nn.Module) -> Any:
+    return base.bank if isinstance(base, Experts) else base.weight
 
 
 def double(x: Tensor) -> Tensor:
@@ -146,6 +166,8 @@ def dense_delta(layer: SemuLayer, adapter: str = "default") -> Tensor:
         return torch.einsum("op,pq,iq->io", left, core, right)
     if isinstance(base, (nn.Linear, nn.Embedding)):
         return torch.einsum("op,pq,iq->oi", left, core, right)
+    if isinstance(base, Experts):
+        return torch.einsum("eop,epq,eiq->eoi", left, core, right)
     if layer.configs[adapter].conv_mode == "per_channel":
         return torch.einsum("iop,ipq,i...q->oi...", left, core, right)
     return torch.einsum("op,pq,i...q->oi...", left, core, right)
@@ -160,6 +182,8 @@ def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> T
         result = torch.einsum("op,io,iq->pq", left, gradient, right)
     elif isinstance(base, (nn.Linear, nn.Embedding)):
         result = torch.einsum("op,oi,iq->pq", left, gradient, right)
+    elif isinstance(base, Experts):
+        result = torch.einsum("eop,eoi,eiq->epq", left, gradient, right)
     elif layer.configs[adapter].conv_mode == "per_channel":
         result = torch.einsum("iop,oik,ikq->ipq", left, gradient.flatten(2), right.flatten(1, -2))
     else:
@@ -170,7 +194,7 @@ def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> T
 def dense(layer: SemuLayer, delta: Tensor | float) -> nn.Module:
     """The base layer in float64 with `delta` added to its weight."""
     reference = copy.deepcopy(layer.get_base_layer()).double()
-    reference.weight.data += delta
+    weight_of(reference).data += delta
     return reference
 
 
@@ -180,7 +204,7 @@ def tolerance(layer: SemuLayer, x: Tensor, dtype: torch.dtype) -> float:
     delta = sum((dense_delta(layer, name).abs() for name in layer.semu_core), torch.zeros(()))
     for parameter in reference.parameters():
         parameter.data.abs_()
-    reference.weight.data += delta
+    weight_of(reference).data += delta
     return 8 * torch.finfo(dtype).eps * float(reference(double(x).abs()).max())
 
 
@@ -195,7 +219,7 @@ def test_delta_weight_is_u_r_v(name: str, mode: str, core: str) -> None:
     """`get_delta_weight` is U R Vᵀ in the shape of the weight, and has the norm of R since U and V are orthonormal."""
     layer, _ = make(name, mode, core)
     delta = layer.get_delta_weight("default")
-    assert delta.shape == layer.get_base_layer().weight.shape
+    assert delta.shape == weight_of(layer.base_layer).shape
     torch.testing.assert_close(delta.double(), dense_delta(layer), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(delta.norm(), layer.semu_core["default"].norm(), atol=1e-6, rtol=1e-5)
 
@@ -224,10 +248,10 @@ def test_gradients_are_those_of_the_dense_weight(name: str, mode: str, core: str
 
     gradient = layer.semu_core["default"].grad
     assert gradient is not None
-    expected = projected(layer, reference.weight.grad)
+    expected = projected(layer, weight_of(reference).grad)
     eps = torch.finfo(dtype).eps
     assert gradient.dtype == layer.semu_core["default"].dtype
-    assert_close(gradient, expected, 40 * eps * float(reference.weight.grad.to_dense().abs().max()))
+    assert_close(gradient, expected, 40 * eps * float(weight_of(reference).grad.to_dense().abs().max()))
     if x.requires_grad:
         assert x.grad is not None and x_dense.grad is not None
         assert_close(x.grad, x_dense.grad, 40 * eps * max(1.0, float(x_dense.grad.abs().max())))
@@ -273,21 +297,21 @@ def test_a_core_of_zeros_is_bit_identical(name: str, mode: str, core: str, dtype
 def test_an_uninitialised_adapter_is_bit_identical(name: str, mode: str, core: str, dtype: torch.dtype) -> None:
     """Before its initialisation an adapter has rank 0, does nothing, and merges to the same weight."""
     layer, x = make(name, mode, core, dtype, r=None, init_weights=True)
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     assert layer.r["default"] == 0 and not layer.has_basis("default")
     assert torch.equal(layer(x), layer.base_layer(x))
     assert not layer.get_delta_weight("default").any()
     layer.merge()
-    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(weight_of(layer.base_layer), weight)
     layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(weight_of(layer.base_layer), weight)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("linear", "flatten"), ("conv2d_plain", "flatten")])
 def test_a_core_of_zeros_survives_large_half_precision_activations(name: str, mode: str) -> None:
     """With R = 0 a float16 output stays the base layer's where the sum x V alone would overflow float16."""
     layer, x = make(name, mode, dtype=torch.float16, rank=1)
-    layer.base_layer.weight.data.mul_(1e-3)
+    weight_of(layer.base_layer).data.mul_(1e-3)
     layer.semu_core["default"].data.zero_()
     right = layer.semu_V["default"]
     layer.semu_V["default"] = torch.full_like(right, right.shape[0] ** -0.5)
@@ -301,32 +325,32 @@ def test_merge_and_unmerge(name: str, mode: str, core: str, dtype: torch.dtype) 
     """Merging adds ΔW to the weight once, rounded once; the output stays; unmerging takes it out again."""
     layer, x = make(name, mode, core, dtype)
     base = layer.base_layer
-    weight, expected = base.weight.clone(), layer(x)
+    weight, expected = weight_of(base).clone(), layer(x)
     eps = torch.finfo(dtype).eps
     layer.merge(safe_merge=True)
-    merged = base.weight.clone()
+    merged = weight_of(base).clone()
     assert merged.dtype == dtype
     target = weight.double() + dense_delta(layer)
     assert ((merged.double() - target).abs() <= eps * target.abs() + 1e-6).all()
     assert_close(layer(x), expected.double(), 2 * tolerance(layer, x, dtype))
     layer.merge()
-    assert torch.equal(base.weight, merged), "merged twice"
+    assert torch.equal(weight_of(base), merged), "merged twice"
     layer.unmerge()
     assert not layer.merged
-    assert ((base.weight - weight).abs() <= 2 * eps * (weight.abs() + merged.abs()) + 1e-9).all()
+    assert ((weight_of(base) - weight).abs() <= 2 * eps * (weight.abs() + merged.abs()) + 1e-9).all()
     assert_close(layer(x), expected.double(), 2 * tolerance(layer, x, dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_safe_merge_refuses_a_broken_core(name: str, value: float) -> None:
     """A core that is not finite is not merged: the error names the adapter and the weight is unchanged."""
     layer, _ = make(name)
     layer.semu_core["default"].data.view(-1)[0] = value
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     with pytest.raises(ValueError, match="default"):
         layer.merge(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+    assert torch.equal(weight_of(layer.base_layer), weight) and not layer.merged
 
 
 def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
@@ -334,14 +358,14 @@ def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
     layer, _ = make("linear")
     layer.update_layer("broken", 2, SemuConfig(r=2, init_weights=False))
     layer.semu_core["broken"].data.fill_(float("nan"))
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     with pytest.raises(ValueError, match="broken"):
         layer.merge(safe_merge=True, adapter_names=["default", "broken"])
-    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+    assert torch.equal(weight_of(layer.base_layer), weight) and not layer.merged
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_scale_dials_the_correction(name: str, mode: str) -> None:
     """At scale s the layer computes with W + s ΔW, merges so, and at scale 0 is the base layer to the last bit."""
     layer, x = make(name, mode, dtype=torch.float64)
@@ -354,9 +378,9 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
         set_to()
         torch.testing.assert_close(layer(x), dense(layer, scale * dense_delta(layer))(x))
     layer.set_scale("default", 0.25)
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     layer.merge()
-    torch.testing.assert_close(layer.base_layer.weight.data, weight + 0.25 * dense_delta(layer))
+    torch.testing.assert_close(weight_of(layer.base_layer).data, weight + 0.25 * dense_delta(layer))
     layer.unmerge()
     layer.set_scale("default", 0.0)
     layer.set_scale("no such adapter", 2.0)
@@ -364,7 +388,7 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("modes", [("flatten", "flatten"), ("per_channel", "per_channel"), ("flatten", "per_channel")])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise", "embedding"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise", "embedding", "experts"])
 def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     """Two active adapters of different rank, core and mode correct by the sum, forward, merged and in gradients."""
     layer, x = make(name, modes[0], dtype=torch.float64)
@@ -380,7 +404,7 @@ def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     expected.square().sum().backward()
     for adapter in ("default", "other"):
         torch.testing.assert_close(
-            layer.semu_core[adapter].grad, projected(layer, reference.weight.grad, adapter), atol=1e-9, rtol=1e-7
+            layer.semu_core[adapter].grad, projected(layer, weight_of(reference).grad, adapter), atol=1e-9, rtol=1e-7
         )
     layer.merge()
     torch.testing.assert_close(layer(x), expected)
@@ -407,7 +431,7 @@ def test_disabled_adapters_are_bit_identical(name: str, mode: str, core: str) ->
 def test_weight_and_matrix_are_inverse(name: str, mode: str, core: str) -> None:
     """`matrix_to_weight` undoes `weight_to_matrix`, whose matrices have the shapes of the bases."""
     layer, _ = make(name, mode, core)
-    weight = layer.base_layer.weight
+    weight = weight_of(layer.base_layer)
     matrix = layer.weight_to_matrix(weight, "default")
     assert matrix.shape[-2:] == (layer.semu_U["default"].shape[-2], layer.semu_V["default"].shape[-2])
     assert torch.equal(layer.matrix_to_weight(matrix, "default"), weight)
@@ -429,7 +453,7 @@ def test_set_basis_checks_shapes(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_autocast(name: str, mode: str) -> None:
     """Under bfloat16 autocast the layer is right to bfloat16, a zero core is bit-identical, R's gradient is float32."""
     layer, x = make(name, mode)
@@ -510,5 +534,5 @@ def test_convolution_of_any_shape(
     output.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(
-        layer.semu_core["default"].grad, projected(layer, reference.weight.grad), atol=1e-8, rtol=1e-6
+        layer.semu_core["default"].grad, projected(layer, weight_of(reference).grad), atol=1e-8, rtol=1e-6
     )
