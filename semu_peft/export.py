@@ -18,7 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from .files import written_whole
 from .subspace.ranks import rank_for_energy
 from .tuner.adapted import base_model, semu_layers
+from .tuner.adapter_file import without_wrappers
+from .tuner.embedding import Embedding
 from .tuner.layer import SemuLayer
+from .tuner.parameter import ParamWrapper
 
 _PREFIX = "base_model.model."
 
@@ -28,7 +31,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
     common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
-    Layers of rank 0 are left out.
+    Layers of rank 0 are left out. Corrected parameters become LoRA's `target_parameters`.
 
     Args:
         model: A model with a SEMU adapter.
@@ -39,18 +42,28 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
 
     Raises:
         ValueError: There is no such adapter, it has no direction at all, or a convolution uses what PEFT's LoRA
-            ignores (dilation, a padding mode other than zeros).
+            ignores (dilation, a padding mode other than zeros), or a parameter is one that LoRA cannot be given.
     """
     state_dict: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     layers = semu_layers(model, adapter_name)
+    parameters = {
+        name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper) and layer.r[adapter_name] > 0
+    }
     for name, layer in layers.items():
-        if layer.r[adapter_name] == 0:
+        if layer.r[adapter_name] == 0 or isinstance(layer, ParamWrapper):
             continue
         down, up = _lora_pair(layer, adapter_name, name)
         ranks[name] = down.shape[0]
-        state_dict[f"{_PREFIX}{name}.lora_A.weight"] = down.contiguous()
-        state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up.contiguous()
+        key = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
+        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.contiguous()
+        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.contiguous()
+    modules = list(ranks)
+    for name, place in _lora_places(model, parameters).items():
+        down, up = _lora_pair_of_parameter(parameters[name], adapter_name, name)
+        ranks[name] = parameters[name].r[adapter_name]
+        state_dict[f"{_PREFIX}{place}.lora_A.weight"] = down.contiguous()
+        state_dict[f"{_PREFIX}{place}.lora_B.weight"] = up.contiguous()
     if not ranks:
         raise ValueError(
             f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
@@ -64,9 +77,10 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         lora_alpha=common,  # with the patterns below, every layer's scaling α / r is 1
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_target_modules(model, list(ranks)),
+        target_modules=_target_modules(model, modules),
+        target_parameters=list(parameters) or None,
         modules_to_save=source.modules_to_save,
-        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in ranks),
+        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in modules),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
@@ -105,7 +119,10 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
 def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
     """LoRA's `A` `(r, n)` and `B` `(m, r)`, for a convolution as the kernels of two convolutions."""
     base = layer.get_base_layer()
-    if not isinstance(base, nn.Conv2d):
+    if isinstance(layer, Embedding):  # LoRA's embedding weight is (B A)ᵀ
+        left = layer.token_basis(adapter_name)
+        return left.mT, layer.semu_V[adapter_name] @ layer.get_core(adapter_name).detach().mT
+    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return layer.semu_V[adapter_name].mT, layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach()
     if any(step != 1 for step in base.dilation) or base.padding_mode != "zeros":
         raise ValueError(
@@ -124,7 +141,40 @@ def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, 
     blocks = filters.new_zeros(groups * rank, base.in_channels, *base.kernel_size)
     for group in range(groups):
         blocks[group * rank : (group + 1) * rank, group * channels : (group + 1) * channels] = filters
-    return blocks, up[..., None, None]
+    return blocks, up.reshape(*up.shape, *(1 for _ in base.kernel_size))
+
+
+def _lora_places(model: nn.Module, parameters: dict[str, ParamWrapper]) -> dict[str, str]:
+    """Where PEFT's LoRA puts the correction of each parameter: wrappers around each other, the first one inmost."""
+    every = [without_wrappers(name) for name, _ in base_model(model).named_parameters()]
+    places = {}
+    for name, layer in parameters.items():
+        also = [other for other in every if other.endswith(f".{name}") and other not in parameters]
+        if also:
+            raise ValueError(
+                f"LoRA's `target_parameters` cannot name {name!r} without {also[0]!r}, which ends alike and is not "
+                "corrected: merge the adapter instead (`merge_and_unload`)."
+            )
+        owner = name.removesuffix(f".{layer.parameter_name}")
+        mates = [own for own, _ in layer.get_base_layer().named_parameters(recurse=False)]
+        mates = [own for own in mates if f"{owner}.{own}" in parameters]
+        places[name] = owner + ".base_layer" * (len(mates) - 1 - mates.index(layer.parameter_name))
+    return places
+
+
+def _lora_pair_of_parameter(layer: ParamWrapper, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+    """LoRA's `A` `(experts · r, n)` and `B` `(m, r · experts)`, in PEFT's order of experts and ranks."""
+    up, down = layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach(), layer.semu_V[adapter_name]
+    if up.dim() == 2:
+        return down.mT, up
+    if getattr(layer.get_base_layer(), "is_transposed", False):  # stored (experts, in, out)
+        if len(up) == 1:
+            raise ValueError(
+                f"Parameter {name!r} is a single transposed expert, which PEFT's LoRA does not add up: merge the "
+                "adapter instead (`merge_and_unload`)."
+            )
+        up, down = down, up
+    return down.mT.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
 
 
 def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,23 +29,27 @@ class Block(nn.Module):
         return torch.relu(self.conv(x))
 
 class Network(nn.Module):
-    """Two layers called `conv`, one name an ending of the other; a grouped convolution; a Conv1D."""
+    """Two layers called `conv`, one name an ending of the other; convolutions of 1 to 3 dimensions; a Conv1D."""
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.block = Block()
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.series = nn.Conv1d(8, 8, 3, padding="same", groups=2)
+        self.volume = nn.Conv3d(8, 8, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 0))
         self.linear = nn.Linear(8, 6)
         self.conv1d = Conv1D(5, 6)
         self.head = nn.Linear(5, 4)
     def forward(self, x):
-        x = self.grouped(self.block(torch.relu(self.conv(x)))).mean((2, 3))
+        x = self.grouped(self.block(torch.relu(self.conv(x))))
+        x = self.volume(torch.relu(x)[..., None, :, :]).flatten(2)
+        x = self.series(torch.relu(x)).mean(2)
         return self.head(self.conv1d(torch.relu(self.linear(x))))
 '''
 namespace: dict[str, type[nn.Module]] = {}
 exec(NETWORK, namespace)
 Network = namespace["Network"]
-TARGETS = ["conv", "block.conv", "grouped", "linear", "conv1d"]
+TARGETS = ["conv", "block.conv", "grouped", "series", "volume", "linear", "conv1d"]
 
 
 def adapted(**settings: object) -> PeftModel:
@@ -121,9 +125,10 @@ def test_modules_to_save_travel_with_the_lora(images: Tensor, tmp_path: Path) ->
     torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"dilation": 2}, {"padding_mode": "reflect"}])
-def test_what_no_lora_can_equal_is_refused(settings: dict[str, object], tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, **settings))
+@pytest.mark.parametrize("settings", [{"dilation": 2}, {"padding_mode": "circular"}])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_what_no_lora_can_equal_is_refused(kind: type[nn.Module], settings: dict[str, object], tmp_path: Path) -> None:
+    network = nn.Sequential(kind(3, 4, 3, padding=1, **settings))
     model = get_peft_model(network, SemuConfig(target_modules=["0"], init_weights=False, r=2))
     with pytest.raises(ValueError, match="'0'.*merge_and_unload"):
         save_as_lora(model, tmp_path / "lora")

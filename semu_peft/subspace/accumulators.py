@@ -78,7 +78,7 @@ class ExactSum(Accumulator):
 
 
 @dataclass(frozen=True)
-class TestMatrices:
+class RandomMatrices:
     """The random matrices of sketches of one shape, `(m, s)`, `(n, s)` and `(m, ERROR_PROBES)`, standard normal."""
 
     left: Tensor
@@ -86,7 +86,7 @@ class TestMatrices:
     probes: Tensor
 
 
-class TestMatrixPool:
+class RandomMatrixPool:
     """Draws each test matrix once: layers of equal sides share theirs.
 
     Args:
@@ -97,8 +97,8 @@ class TestMatrixPool:
         self.seed = seed
         self._drawn: dict[tuple[int, int, str, torch.device], Tensor] = {}
 
-    def of(self, m: int, n: int, columns: int, device: torch.device) -> TestMatrices:
-        return TestMatrices(
+    def of(self, m: int, n: int, columns: int, device: torch.device) -> RandomMatrices:
+        return RandomMatrices(
             self._draw(m, columns, "left", device),
             self._draw(n, columns, "right", device),
             self._draw(m, ERROR_PROBES, "probes", device),
@@ -132,7 +132,7 @@ class Sketch(Accumulator):
         device: Where the sketch is kept and computed.
     """
 
-    def __init__(self, shape: tuple[int, int], size: int, pool: TestMatrixPool, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], size: int, pool: RandomMatrixPool, device: torch.device) -> None:
         self.shape = shape
         m, n = shape
         self.size = size

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.config import SemuConfig
-from semu_peft.tuner.conv import Conv2d
+from semu_peft.tuner.conv import ConvNd
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import Linear
 from semu_peft.tuner.patterns import match_pattern
 
-from .accumulators import Accumulator, ExactSum, Sketch, TestMatrixPool
+from .accumulators import Accumulator, ExactSum, Sketch, RandomMatrixPool
 from .factorize import Factors
 from .gradients import Objective, stream_gradients, sum_dtype
 from .processes import from_main_process, in_several_processes
@@ -96,7 +96,7 @@ def initialize_semu_weights(
     # A distributed wrapper would wait for gradients of the cores, which this pass does not make.
     runner = extract_model_from_parallel(model)
     sources, aliases = _sources(plain, layers, adapter_name)
-    pool = TestMatrixPool(seed)
+    pool = RandomMatrixPool(seed)
 
     def accumulators() -> dict[str, Accumulator]:
         size = sketch_size if accumulate == "sketch" else None
@@ -177,7 +177,7 @@ def _sources(
         elif isinstance(layer, Linear):
             sources[name] = LayerSource(layer, token_gradients)
             continue
-        elif isinstance(layer, Conv2d) and len(layer.matrix_shape(adapter_name)) == 2 and layer.conv.groups == 1:
+        elif isinstance(layer, ConvNd) and len(layer.matrix_shape(adapter_name)) == 2 and layer.conv.groups == 1:
             sources[name] = LayerSource(layer, conv_gradients(layer.conv))
             continue
         if not carries_gradient:
@@ -190,7 +190,7 @@ def _sources(
 
 
 def _accumulator(
-    layer: SemuLayer, adapter_name: str, sketch_size: int | None, pool: TestMatrixPool, device: Any
+    layer: SemuLayer, adapter_name: str, sketch_size: int | None, pool: RandomMatrixPool, device: Any
 ) -> Accumulator:
     shape = layer.matrix_shape(adapter_name)
     weight: Any = layer.weight

@@ -8,6 +8,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .layer import SemuLayer
+from .parameter import ParamWrapper, parameter_path
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -19,6 +20,8 @@ def base_model(model: nn.Module) -> nn.Module:
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
     """The layers that carry the adapter, by their full names in the base model (the keys of `rank_pattern`).
 
+    Where a parameter is corrected instead of a layer, it is the parameter's full name.
+
     Args:
         model: A `PeftModel`, a model with an injected adapter, or either inside a distributed wrapper.
         adapter_name: The adapter's name.
@@ -28,7 +31,7 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
     """
     root = base_model(model)
     found = {
-        name: layer
+        parameter_path(name, layer) if isinstance(layer, ParamWrapper) else name: layer
         for name, layer in root.named_modules()
         if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core
     }

@@ -39,17 +39,30 @@ def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
             f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
             "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
         )
-    lacking = sorted(set(rank_pattern) - {layer.removeprefix("base_model.model.") for layer in cores})
+    ranks = {layer.removeprefix("base_model.model."): shape[-1] for layer, shape in cores.items()}
+    # Where parameters are corrected instead of a layer, the file has the module that holds them, once for each.
+    owners = {without_wrappers(name) for name in ranks if name not in rank_pattern}
+    lacking = sorted(name for name in set(rank_pattern) - set(ranks) if not _inside(name, owners))
     if lacking:
         raise ValueError(
             f"{path} has no weights for layer {lacking[0]!r} ({len(lacking)} such), which `rank_pattern` of the "
             "adapter_config.json beside it names. Take both files from one `save_pretrained`."
         )
-    for layer, shape in cores.items():
-        name = layer.removeprefix("base_model.model.")
-        expected = rank_pattern.get(name, 0)
-        if rank_pattern and shape[-1] != expected:
+    for name, rank in ranks.items():
+        owned = [known for key, known in rank_pattern.items() if _inside(key, {without_wrappers(name)})]
+        expected = [rank_pattern[name]] if name in rank_pattern else owned or [0]
+        if rank_pattern and rank not in expected:
             raise ValueError(
-                f"{path} has rank {shape[-1]} at layer {name!r} where `rank_pattern` of the adapter_config.json beside "
-                f"it says {expected}. The two files are not from one adapter: take both from one `save_pretrained`."
+                f"{path} has rank {rank} at layer {name!r} where `rank_pattern` of the adapter_config.json beside "
+                f"it says {expected[0]}. The two files are not from one adapter: take both from one `save_pretrained`."
             )
+
+
+def _inside(parameter: str, owners: set[str]) -> bool:
+    parts = parameter.split(".")
+    return any(".".join(parts[:count]) in owners for count in range(1, len(parts)))
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a module or parameter has in the model without adapters."""
+    return name.replace(".base_layer", "")

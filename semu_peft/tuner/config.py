@@ -26,6 +26,11 @@ class SemuConfig(PeftConfig):
             Restrict `target_modules` (when it is a list) to these layer indices.
         layers_pattern (`list[str] | str`, *optional*):
             Name of the module list that `layers_to_transform` counts in, where PEFT cannot tell.
+        target_parameters (`list[str]`, *optional*):
+            Names or name endings of parameters of two or three dimensions to correct, for weights that no layer of a
+            supported type holds. Fused experts `(experts, m, n)`, as in transformers' mixtures
+            (`["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`), get bases and a core for each expert.
+            With `target_modules=[]` nothing else is corrected.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained in full and saved beside the adapter.
         explained_variance (`float`, defaults to 0.9):
@@ -54,6 +59,7 @@ class SemuConfig(PeftConfig):
 
     Raises:
         ValueError: A value is outside its range, or two values contradict each other.
+        TypeError: `target_parameters` is a string.
     """
 
     target_modules: list[str] | str | None = field(
@@ -67,6 +73,9 @@ class SemuConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names or name endings of parameters to correct, such as fused experts."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter."}
@@ -114,6 +123,8 @@ class SemuConfig(PeftConfig):
             )
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"`target_parameters` must be a list of names or None, got {self.target_parameters!r}.")
         _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
         _check_choice("core", self.core, ("full", "diagonal"))
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))

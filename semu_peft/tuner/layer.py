@@ -65,6 +65,11 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, rank, config, known)
 
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        """Why a base layer cannot be corrected although its type is supported, and the mend; `None` where it can."""
+        return None
+
     # ---- the geometry of the weight, which each layer type defines ----
 
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +11,12 @@ from .layer import SemuLayer, in_range
 
 class Linear(SemuLayer):
     """`torch.nn.Linear` or transformers' `Conv1D` (which stores its weight transposed) with SEMU corrections."""
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "`nn.MultiheadAttention` reads its weight without calling it; target the attention module itself"
+        return None
 
     @property
     def fan_in_fan_out(self) -> bool:

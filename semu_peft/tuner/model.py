@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -14,16 +15,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model
+from .adapter_file import without_wrappers
 from .config import SemuConfig
-from .conv import Conv2d
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
+from .parameter import ParamWrapper
 from .patterns import match_pattern, name_matches
 
-LAYER_CLASSES: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {
+LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Linear: Linear,
     Conv1D: Linear,
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.Embedding: Embedding,
 }
 
 
@@ -46,19 +53,45 @@ class SemuModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # Ranks are written into the configuration, so each adapter has its own, whatever else the caller uses it for.
-        own = copy.deepcopy(peft_config)
+        own: Any = copy.deepcopy(peft_config)
         for name, config in self.peft_config.items():
             if config is peft_config:
                 self.peft_config[name] = own
+        if own.target_modules is None and own.target_parameters:
+            default = self.target_module_mapping.get(model_config["model_type"])
+            own.target_modules = default if isinstance(default, str) else set(default or ())
         return super()._prepare_adapter_config(own, model_config)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # PEFT looks for these among the layers alone; `_prepare_model` refuses names that the model does not have.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+            super().inject_adapter(*args, **kwargs)
+
+    def _check_new_adapter_config(self, config: SemuConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(getattr(other, "target_parameters", None) or ())
+            if wanted and theirs and wanted != theirs:  # a file names a wrapper by its place among the others
+                raise ValueError(
+                    "All adapters of a model must have the same `target_parameters`, if any: the new one has "
+                    f"{sorted(wanted)}, {name!r} has {sorted(theirs)}."
+                )
 
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         names = dict(model.named_modules())
+        parameters = {
+            without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
         patterns = peft_config.rank_pattern
-        unknown = [key for key in sorted(patterns) if not any(name_matches(name, key) for name in names)]
+        known = {*names, *parameters}
+        unknown = [
+            key for key in sorted(patterns) if key not in known and not any(name_matches(name, key) for name in known)
+        ]
         if unknown:
             raise ValueError(
                 f"`rank_pattern` names layers that {type(model).__name__} does not have: {unknown[:3]} ({len(unknown)} "
@@ -66,7 +99,7 @@ class SemuModel(BaseTuner):
                 "clear `rank_pattern` to start afresh."
             )
         # A key that is a layer's full name means that layer alone; the others are endings or expressions.
-        loose = {key: rank for key, rank in patterns.items() if key not in names}
+        loose = {key: rank for key, rank in patterns.items() if key not in known}
         peft_config.rank_pattern = {}
         targets: SemuConfig = peft_config
         wanted: Any = nn.Module
@@ -81,6 +114,13 @@ class SemuModel(BaseTuner):
                 _layer_class(module, name)
                 if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
                     peft_config.rank_pattern[name] = rank
+        for name, parameter in parameters.items():
+            if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
+                owner = name.rpartition(".")[0]
+                also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
+                _check_parameter(model, name, parameter, also)
+                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
+                    peft_config.rank_pattern[name] = rank
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -92,22 +132,38 @@ class SemuModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks = peft_config.rank_pattern
-        known = current_key in ranks
-        rank = ranks[current_key] if known else 0
-        if peft_config.init_weights is not True:
-            rank = rank if known else (peft_config.r or 0)
-        if isinstance(target, SemuLayer):
-            target.update_layer(adapter_name, rank=rank, config=peft_config, known=known)
-        else:
-            layer_class = _layer_class(target, current_key)
-            new_module = layer_class(target, adapter_name, config=peft_config, rank=rank, known=known)
+        layer = self._correct(peft_config, adapter_name, target, current_key, parameter_name)
+        if layer is not target:
             if adapter_name not in self.active_adapters:
-                new_module.requires_grad_(False)
-            self._replace_module(parent, target_name, new_module, target)
-            target = new_module
-        if peft_config.init_weights is not True:
-            ranks[current_key] = target.r[adapter_name]
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _correct(
+        self, config: SemuConfig, adapter_name: str, target: nn.Module, name: str, parameter_name: str | None
+    ) -> nn.Module:
+        """Add the adapter to a layer, or to a parameter of it, under its full `name`; return what takes its place."""
+        ranks = config.rank_pattern
+        known = name in ranks
+        rank = ranks[name] if known else 0
+        if config.init_weights is not True:
+            rank = rank if known else (config.r or 0)
+        existing: nn.Module | None = target
+        if parameter_name is not None:
+            existing = target.wrapper_of(parameter_name) if isinstance(target, ParamWrapper) else None
+        if isinstance(existing, SemuLayer):
+            existing.update_layer(adapter_name, rank=rank, config=config, known=known)
+            layer, result = existing, target
+        elif parameter_name is not None:
+            result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
+        else:
+            result = layer = _layer_class(target, name)(target, adapter_name, config, rank, known)
+        if config.init_weights is not True:
+            ranks[name] = layer.r[adapter_name]
+        return result
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT would also hang the child's `weight` onto it, which a module with corrected parameters need not have.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
@@ -115,7 +171,7 @@ class SemuModel(BaseTuner):
             return
         for layer in self.model.modules():
             if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
-                dtype = layer.get_base_layer().weight.dtype
+                dtype = layer.weight.dtype
                 if dtype.is_floating_point:
                     layer.semu_U[adapter_name] = layer.semu_U[adapter_name].to(dtype)
                     layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)
@@ -138,18 +194,42 @@ class SemuModel(BaseTuner):
         return remapped
 
 
-def _layer_class(module: nn.Module, name: str) -> type[Linear] | type[Conv2d]:
+def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    # The output projection of `nn.MultiheadAttention`, whose own forward nobody calls.
-    never_called = isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    for base_class, layer_class in LAYER_CLASSES.items():
-        if isinstance(base, base_class) and not never_called:
-            return layer_class
+    kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
+    reason = LAYER_CLASSES[kind].refusal(base) if kind else "that type is not supported"
+    if kind and reason is None:
+        return LAYER_CLASSES[kind]
     supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES)
     raise TypeError(
-        f"Target module {name!r} is a {type(base).__name__}, which SEMU does not support. Supported are {supported}: "
+        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported}: "
         "name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
+
+
+def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
+    """Raise unless the parameter of that full name in the model without adapters can be corrected as one."""
+    owner_name, _, short_name = name.rpartition(".")
+    if not owner_name:
+        raise ValueError(
+            f"Target parameter {name!r} belongs to the top-level {type(model).__name__}, where nothing can be put in "
+            "its place. Put the model into a module of its own, or take another parameter."
+        )
+    owner: Any = model.get_submodule(owner_name)
+    if also_as_layer or (isinstance(owner, SemuLayer) and not isinstance(owner, ParamWrapper)):
+        raise ValueError(
+            f"{owner_name!r} is named in `target_modules` and its {short_name!r} in `target_parameters`. Leave one of "
+            "them out; with `target_modules=[]` only the parameters are corrected."
+        )
+    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
+    reason = Linear.refusal(owner)
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+        reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
+    if reason:
+        raise TypeError(
+            f"SEMU cannot correct target parameter {name!r}: {reason}. Supported are floating-point parameters of two "
+            "or three dimensions, of modules that are called; name layers in `target_modules` instead."
+        )
 
 
 def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
@@ -184,7 +264,7 @@ def _has_basis(model: nn.Module, adapter_name: str) -> bool:
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter that could not be loaded out of the model again, leaving no trace of it."""
-    for name, layer in list(model.named_modules()):
+    for name, layer in reversed(list(model.named_modules())):  # wrappers around each other: the inner one first
         if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
             layer.delete_adapter(adapter_name)
             if not layer.semu_core:

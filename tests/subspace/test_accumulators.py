@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft.subspace.accumulators import Accumulator, ExactSum, Sketch, TestMatrixPool
+from semu_peft.subspace.accumulators import Accumulator, ExactSum, Sketch, RandomMatrixPool
 from semu_peft.subspace.batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def decaying(m: int, n: int, rate: float = 0.7) -> Tensor:
 
 
 def sketch(m: int, n: int, size: int = 24, seed: int = 0) -> Sketch:
-    return Sketch((m, n), size, TestMatrixPool(seed), CPU)
+    return Sketch((m, n), size, RandomMatrixPool(seed), CPU)
 
 
 CONVS = {

@@ -14,32 +14,77 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, SemuLayer
-from semu_peft.tuner import Conv2d, Linear
+from semu_peft.tuner import Conv2d, Linear, ParamWrapper
+from semu_peft.tuner.model import _layer_class
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-CONVOLUTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"kernel_size": 3},
-    "pointwise": {"kernel_size": 1},
-    "no_bias": {"kernel_size": 3, "bias": False},
-    "rectangular": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
-    "same": {"kernel_size": 3, "padding": "same", "dilation": 2},
-    "valid": {"kernel_size": 2, "padding": "valid"},
-    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
-    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
-    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
-    "reflect": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
-    "replicate_groups": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "groups": 2},
+CONVOLUTIONS: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
+    nn.Conv1d: {
+        "plain": {"kernel_size": 3, "stride": 2, "padding": 1},
+        "same_groups": {"kernel_size": 3, "padding": "same", "dilation": 2, "groups": 2},
+        "depthwise_circular": {"kernel_size": 4, "padding": 2, "padding_mode": "circular", "groups": 4, "bias": False},
+    },
+    nn.Conv2d: {
+        "plain": {"kernel_size": 3},
+        "pointwise": {"kernel_size": 1},
+        "no_bias": {"kernel_size": 3, "bias": False},
+        "rectangular": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+        "same": {"kernel_size": 3, "padding": "same", "dilation": 2},
+        "valid": {"kernel_size": 2, "padding": "valid"},
+        "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
+        "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
+        "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+        "reflect": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect", "stride": 2},
+        "replicate_groups": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "groups": 2},
+    },
+    nn.Conv3d: {
+        "plain": {"kernel_size": (2, 3, 1), "stride": (1, 2, 1), "padding": (1, 0, 0)},
+        "groups_dilated": {"kernel_size": 2, "padding": 1, "dilation": (1, 2, 1), "groups": 2},
+        "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    },
 }
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma has it."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter, `(3, N, in)` to `(3, N, out)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = nn.Parameter(torch.randn(3, 7, 5) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,eni->eno", self.bank, x)
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(5, 7),
     "linear_no_bias": lambda: nn.Linear(6, 3, bias=False),
-    "conv1d": lambda: Conv1D(7, 5),
-    **{f"conv2d_{name}": lambda options=options: nn.Conv2d(4, 8, **options) for name, options in CONVOLUTIONS.items()},
+    "transposed": lambda: Conv1D(7, 5),
+    **{
+        f"{kind.__name__.lower()}_{name}": lambda kind=kind, options=options: kind(4, 8, **options)
+        for kind, geometries in CONVOLUTIONS.items()
+        for name, options in geometries.items()
+    },
+    "embedding": lambda: nn.Embedding(9, 5),
+    "embedding_sparse": lambda: nn.Embedding(4, 6, sparse=True),
+    "embedding_scaled": lambda: ScaledEmbedding(9, 5),
+    "experts": Experts,
 }
 CASES = [
     pytest.param(name, mode, core, id=f"{name}-{mode}-{core}")
     for name in BASES
-    for mode in (("flatten", "per_channel") if name.startswith("conv2d") else ("flatten",))
+    for mode in (("flatten", "per_channel") if name.startswith("conv") else ("flatten",))
     for core in ("full", "diagonal")
 ]
 every_case = pytest.mark.parametrize(("name", "mode", "core"), CASES)
@@ -63,10 +108,34 @@ def make(
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
     config = SemuConfig(conv_mode=mode, core=core, **{"r": rank, "init_weights": False, **kw})
-    layer_class = Conv2d if isinstance(base, nn.Conv2d) else Linear
-    layer = layer_class(base, "default", config, rank=0 if config.init_weights is True else rank)
-    x = torch.randn(2, 4, 7, 6) if isinstance(base, nn.Conv2d) else torch.randn(2, 3, features(base))
-    return layer, x.to(dtype)
+    rank = 0 if config.init_weights is True else rank
+    if isinstance(base, Experts):
+        layer: SemuLayer = ParamWrapper(base, "default", config, rank, parameter_name="bank")
+    else:
+        layer = _layer_class(base, name)(base, "default", config, rank)
+    x = sample_input(base)
+    return layer, x.to(dtype) if x.is_floating_point() else x
+
+
+def sample_input(base: nn.Module) -> Tensor:
+    if is_convolution(base):
+        return torch.randn(2, 4, *(7, 6, 5)[: base.weight.dim() - 2])
+    if isinstance(base, nn.Embedding):
+        return torch.randint(base.num_embeddings, (3, 4))
+    return torch.randn(3, 4, 5) if isinstance(base, Experts) else torch.randn(2, 3, features(base))
+
+
+def weight_of(base: nn.Module) -> Any:
+    return base.bank if isinstance(base, Experts) else base.weight
+
+
+def double(x: Tensor) -> Tensor:
+    """Activations in float64; tokens as they are."""
+    return x.double() if x.is_floating_point() else x
+
+
+def is_convolution(base: nn.Module) -> bool:
+    return isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def features(base: nn.Module) -> int:
@@ -80,7 +149,7 @@ def factors(layer: SemuLayer, adapter: str = "default") -> tuple[Tensor, Tensor,
     if layer.configs[adapter].core == "diagonal":
         core = core.unsqueeze(-1) * torch.eye(core.shape[-1], dtype=core.dtype)
     base = layer.get_base_layer()
-    if isinstance(base, nn.Conv2d):
+    if is_convolution(base):
         kernel = base.weight.shape[2:]
         if layer.configs[adapter].conv_mode == "per_channel":
             right = right.reshape(right.shape[0], *kernel, -1)
@@ -95,32 +164,37 @@ def dense_delta(layer: SemuLayer, adapter: str = "default") -> Tensor:
     base = layer.get_base_layer()
     if isinstance(base, Conv1D):
         return torch.einsum("op,pq,iq->io", left, core, right)
-    if isinstance(base, nn.Linear):
+    if isinstance(base, (nn.Linear, nn.Embedding)):
         return torch.einsum("op,pq,iq->oi", left, core, right)
+    if isinstance(base, Experts):
+        return torch.einsum("eop,epq,eiq->eoi", left, core, right)
     if layer.configs[adapter].conv_mode == "per_channel":
-        return torch.einsum("iop,ipq,ihwq->oihw", left, core, right)
-    return torch.einsum("op,pq,ihwq->oihw", left, core, right)
+        return torch.einsum("iop,ipq,i...q->oi...", left, core, right)
+    return torch.einsum("op,pq,i...q->oi...", left, core, right)
 
 
 def projected(layer: SemuLayer, gradient: Tensor, adapter: str = "default") -> Tensor:
     """Uᵀ G V, the gradient of R, from the gradient of the dense weight."""
     left, _, right = factors(layer, adapter)
+    gradient = gradient.to_dense()
     base = layer.get_base_layer()
     if isinstance(base, Conv1D):
         result = torch.einsum("op,io,iq->pq", left, gradient, right)
-    elif isinstance(base, nn.Linear):
+    elif isinstance(base, (nn.Linear, nn.Embedding)):
         result = torch.einsum("op,oi,iq->pq", left, gradient, right)
+    elif isinstance(base, Experts):
+        result = torch.einsum("eop,eoi,eiq->epq", left, gradient, right)
     elif layer.configs[adapter].conv_mode == "per_channel":
-        result = torch.einsum("iop,oihw,ihwq->ipq", left, gradient, right)
+        result = torch.einsum("iop,oik,ikq->ipq", left, gradient.flatten(2), right.flatten(1, -2))
     else:
-        result = torch.einsum("op,oihw,ihwq->pq", left, gradient, right)
+        result = torch.einsum("op,oik,ikq->pq", left, gradient.flatten(2), right.flatten(1, -2))
     return result.diagonal(dim1=-2, dim2=-1) if layer.configs[adapter].core == "diagonal" else result
 
 
 def dense(layer: SemuLayer, delta: Tensor | float) -> nn.Module:
     """The base layer in float64 with `delta` added to its weight."""
     reference = copy.deepcopy(layer.get_base_layer()).double()
-    reference.weight.data += delta
+    weight_of(reference).data += delta
     return reference
 
 
@@ -130,8 +204,8 @@ def tolerance(layer: SemuLayer, x: Tensor, dtype: torch.dtype) -> float:
     delta = sum((dense_delta(layer, name).abs() for name in layer.semu_core), torch.zeros(()))
     for parameter in reference.parameters():
         parameter.data.abs_()
-    reference.weight.data += delta
-    return 8 * torch.finfo(dtype).eps * float(reference(x.double().abs()).max())
+    weight_of(reference).data += delta
+    return 8 * torch.finfo(dtype).eps * float(reference(double(x).abs()).max())
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float) -> None:
@@ -145,7 +219,7 @@ def test_delta_weight_is_u_r_v(name: str, mode: str, core: str) -> None:
     """`get_delta_weight` is U R Vᵀ in the shape of the weight, and has the norm of R since U and V are orthonormal."""
     layer, _ = make(name, mode, core)
     delta = layer.get_delta_weight("default")
-    assert delta.shape == layer.get_base_layer().weight.shape
+    assert delta.shape == weight_of(layer.base_layer).shape
     torch.testing.assert_close(delta.double(), dense_delta(layer), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(delta.norm(), layer.semu_core["default"].norm(), atol=1e-6, rtol=1e-5)
 
@@ -156,7 +230,7 @@ def test_forward_is_the_base_layer_with_the_dense_sum(name: str, mode: str, core
     layer, x = make(name, mode, core, dtype)
     output = layer(x)
     assert output.dtype == dtype
-    assert_close(output, dense(layer, dense_delta(layer))(x.double()), tolerance(layer, x, dtype))
+    assert_close(output, dense(layer, dense_delta(layer))(double(x)), tolerance(layer, x, dtype))
     assert not torch.equal(output, layer.base_layer(x))
 
 
@@ -164,21 +238,23 @@ def test_forward_is_the_base_layer_with_the_dense_sum(name: str, mode: str, core
 def test_gradients_are_those_of_the_dense_weight(name: str, mode: str, core: str, dtype: torch.dtype) -> None:
     """∂L/∂R = Uᵀ G V with G the dense weight's gradient, ∂L/∂x as for the dense weight, and nothing else gets one."""
     layer, x = make(name, mode, core, dtype)
-    x.requires_grad_(True)
+    x.requires_grad_(x.is_floating_point())
     upstream = torch.randn_like(layer(x))
     layer(x).backward(upstream)
 
     reference = dense(layer, dense_delta(layer)).requires_grad_(True)
-    x_dense = x.detach().double().requires_grad_(True)
+    x_dense = double(x.detach()).requires_grad_(x.requires_grad)
     reference(x_dense).backward(upstream.double())
 
     gradient = layer.semu_core["default"].grad
-    assert gradient is not None and x.grad is not None and x_dense.grad is not None
-    expected = projected(layer, reference.weight.grad)
+    assert gradient is not None
+    expected = projected(layer, weight_of(reference).grad)
     eps = torch.finfo(dtype).eps
     assert gradient.dtype == layer.semu_core["default"].dtype
-    assert_close(gradient, expected, 40 * eps * float(reference.weight.grad.abs().max()))
-    assert_close(x.grad, x_dense.grad, 40 * eps * max(1.0, float(x_dense.grad.abs().max())))
+    assert_close(gradient, expected, 40 * eps * float(weight_of(reference).grad.to_dense().abs().max()))
+    if x.requires_grad:
+        assert x.grad is not None and x_dense.grad is not None
+        assert_close(x.grad, x_dense.grad, 40 * eps * max(1.0, float(x_dense.grad.abs().max())))
     assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
 
 
@@ -195,7 +271,7 @@ def test_only_the_core_is_a_parameter(name: str, mode: str, core: str) -> None:
         torch.testing.assert_close(basis.mT @ basis, identity, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv1d"])
+@pytest.mark.parametrize("name", ["linear", "transposed"])
 def test_backward_keeps_no_copy_of_the_input(name: str) -> None:
     """What autograd keeps of a frozen linear layer with an adapter are the thin activations, never the input."""
     layer, _ = make(name, rank=2)
@@ -221,21 +297,21 @@ def test_a_core_of_zeros_is_bit_identical(name: str, mode: str, core: str, dtype
 def test_an_uninitialised_adapter_is_bit_identical(name: str, mode: str, core: str, dtype: torch.dtype) -> None:
     """Before its initialisation an adapter has rank 0, does nothing, and merges to the same weight."""
     layer, x = make(name, mode, core, dtype, r=None, init_weights=True)
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     assert layer.r["default"] == 0 and not layer.has_basis("default")
     assert torch.equal(layer(x), layer.base_layer(x))
     assert not layer.get_delta_weight("default").any()
     layer.merge()
-    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(weight_of(layer.base_layer), weight)
     layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(weight_of(layer.base_layer), weight)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("linear", "flatten"), ("conv2d_plain", "flatten")])
 def test_a_core_of_zeros_survives_large_half_precision_activations(name: str, mode: str) -> None:
     """With R = 0 a float16 output stays the base layer's where the sum x V alone would overflow float16."""
     layer, x = make(name, mode, dtype=torch.float16, rank=1)
-    layer.base_layer.weight.data.mul_(1e-3)
+    weight_of(layer.base_layer).data.mul_(1e-3)
     layer.semu_core["default"].data.zero_()
     right = layer.semu_V["default"]
     layer.semu_V["default"] = torch.full_like(right, right.shape[0] ** -0.5)
@@ -249,32 +325,32 @@ def test_merge_and_unmerge(name: str, mode: str, core: str, dtype: torch.dtype) 
     """Merging adds ΔW to the weight once, rounded once; the output stays; unmerging takes it out again."""
     layer, x = make(name, mode, core, dtype)
     base = layer.base_layer
-    weight, expected = base.weight.clone(), layer(x)
+    weight, expected = weight_of(base).clone(), layer(x)
     eps = torch.finfo(dtype).eps
     layer.merge(safe_merge=True)
-    merged = base.weight.clone()
+    merged = weight_of(base).clone()
     assert merged.dtype == dtype
     target = weight.double() + dense_delta(layer)
     assert ((merged.double() - target).abs() <= eps * target.abs() + 1e-6).all()
     assert_close(layer(x), expected.double(), 2 * tolerance(layer, x, dtype))
     layer.merge()
-    assert torch.equal(base.weight, merged), "merged twice"
+    assert torch.equal(weight_of(base), merged), "merged twice"
     layer.unmerge()
     assert not layer.merged
-    assert ((base.weight - weight).abs() <= 2 * eps * (weight.abs() + merged.abs()) + 1e-9).all()
+    assert ((weight_of(base) - weight).abs() <= 2 * eps * (weight.abs() + merged.abs()) + 1e-9).all()
     assert_close(layer(x), expected.double(), 2 * tolerance(layer, x, dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_safe_merge_refuses_a_broken_core(name: str, value: float) -> None:
     """A core that is not finite is not merged: the error names the adapter and the weight is unchanged."""
     layer, _ = make(name)
     layer.semu_core["default"].data.view(-1)[0] = value
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     with pytest.raises(ValueError, match="default"):
         layer.merge(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+    assert torch.equal(weight_of(layer.base_layer), weight) and not layer.merged
 
 
 def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
@@ -282,14 +358,14 @@ def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
     layer, _ = make("linear")
     layer.update_layer("broken", 2, SemuConfig(r=2, init_weights=False))
     layer.semu_core["broken"].data.fill_(float("nan"))
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     with pytest.raises(ValueError, match="broken"):
         layer.merge(safe_merge=True, adapter_names=["default", "broken"])
-    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+    assert torch.equal(weight_of(layer.base_layer), weight) and not layer.merged
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_scale_dials_the_correction(name: str, mode: str) -> None:
     """At scale s the layer computes with W + s ΔW, merges so, and at scale 0 is the base layer to the last bit."""
     layer, x = make(name, mode, dtype=torch.float64)
@@ -302,9 +378,9 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
         set_to()
         torch.testing.assert_close(layer(x), dense(layer, scale * dense_delta(layer))(x))
     layer.set_scale("default", 0.25)
-    weight = layer.base_layer.weight.clone()
+    weight = weight_of(layer.base_layer).clone()
     layer.merge()
-    torch.testing.assert_close(layer.base_layer.weight.data, weight + 0.25 * dense_delta(layer))
+    torch.testing.assert_close(weight_of(layer.base_layer).data, weight + 0.25 * dense_delta(layer))
     layer.unmerge()
     layer.set_scale("default", 0.0)
     layer.set_scale("no such adapter", 2.0)
@@ -312,7 +388,7 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("modes", [("flatten", "flatten"), ("per_channel", "per_channel"), ("flatten", "per_channel")])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_plain", "conv2d_depthwise"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_plain", "conv2d_depthwise", "embedding", "experts"])
 def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     """Two active adapters of different rank, core and mode correct by the sum, forward, merged and in gradients."""
     layer, x = make(name, modes[0], dtype=torch.float64)
@@ -328,7 +404,7 @@ def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     expected.square().sum().backward()
     for adapter in ("default", "other"):
         torch.testing.assert_close(
-            layer.semu_core[adapter].grad, projected(layer, reference.weight.grad, adapter), atol=1e-9, rtol=1e-7
+            layer.semu_core[adapter].grad, projected(layer, weight_of(reference).grad, adapter), atol=1e-9, rtol=1e-7
         )
     layer.merge()
     torch.testing.assert_close(layer(x), expected)
@@ -355,7 +431,7 @@ def test_disabled_adapters_are_bit_identical(name: str, mode: str, core: str) ->
 def test_weight_and_matrix_are_inverse(name: str, mode: str, core: str) -> None:
     """`matrix_to_weight` undoes `weight_to_matrix`, whose matrices have the shapes of the bases."""
     layer, _ = make(name, mode, core)
-    weight = layer.base_layer.weight
+    weight = weight_of(layer.base_layer)
     matrix = layer.weight_to_matrix(weight, "default")
     assert matrix.shape[-2:] == (layer.semu_U["default"].shape[-2], layer.semu_V["default"].shape[-2])
     assert torch.equal(layer.matrix_to_weight(matrix, "default"), weight)
@@ -377,15 +453,16 @@ def test_set_basis_checks_shapes(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["linear", "conv1d", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d_groups", "embedding_scaled", "experts"])
 def test_autocast(name: str, mode: str) -> None:
     """Under bfloat16 autocast the layer is right to bfloat16, a zero core is bit-identical, R's gradient is float32."""
     layer, x = make(name, mode)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
-    assert output.dtype == torch.bfloat16
+        expected = layer.base_layer(x).dtype
+    assert output.dtype == expected == (torch.bfloat16 if x.is_floating_point() else torch.float32)
     atol = tolerance(layer, x, torch.bfloat16)
-    assert_close(output, dense(layer, dense_delta(layer))(x.double()), atol)
+    assert_close(output, dense(layer, dense_delta(layer))(double(x)), atol)
     output.float().sum().backward()
     assert layer.semu_core["default"].grad.dtype == torch.float32
     layer.semu_core["default"].data.zero_()
@@ -394,7 +471,7 @@ def test_autocast(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4, 5), (0, 5)])
-@pytest.mark.parametrize("name", ["linear", "conv1d"])
+@pytest.mark.parametrize("name", ["linear", "transposed"])
 def test_linear_takes_any_leading_dimensions(name: str, shape: tuple[int, ...]) -> None:
     """Inputs of any number of leading dimensions, none and empty ones included."""
     layer, _ = make(name, dtype=torch.float64)
@@ -403,16 +480,18 @@ def test_linear_takes_any_leading_dimensions(name: str, shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
-@pytest.mark.parametrize("name", ["conv2d_groups", "conv2d_circular", "conv2d_same"])
+@pytest.mark.parametrize("name", ["conv1d_plain", "conv2d_groups", "conv2d_circular", "conv2d_same", "conv3d_plain"])
 def test_convolution_takes_one_image_and_channels_last(name: str, mode: str) -> None:
-    """An image without a batch dimension, and memory in channels-last order, which is kept."""
+    """An input without a batch dimension, and memory in channels-last order, which is kept."""
     layer, x = make(name, mode, dtype=torch.float64)
     reference = dense(layer, dense_delta(layer))
     torch.testing.assert_close(layer(x[0]), reference(x[0]))
-    layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    output = layer(x)
-    torch.testing.assert_close(output, reference(x))
-    assert output.stride() == reference.to(memory_format=torch.channels_last)(x).stride()
+    if x.dim() > 3:
+        order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        layer, x = layer.to(memory_format=order), x.to(memory_format=order)
+        output = layer(x)
+        torch.testing.assert_close(output, reference(x))
+        assert output.stride() == reference.to(memory_format=order)(x).stride()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -455,5 +534,5 @@ def test_convolution_of_any_shape(
     output.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(
-        layer.semu_core["default"].grad, projected(layer, reference.weight.grad), atol=1e-8, rtol=1e-6
+        layer.semu_core["default"].grad, projected(layer, weight_of(reference).grad), atol=1e-8, rtol=1e-6
     )

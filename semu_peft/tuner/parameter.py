@@ -1,0 +1,116 @@
+"""The correction of a parameter that no layer of its own holds, such as the fused experts of a mixture."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .adapter_file import without_wrappers
+from .config import SemuConfig
+from .layer import SemuLayer
+
+
+class ParamWrapper(SemuLayer):
+    """A module with SEMU corrections of one of its parameters, named in `SemuConfig.target_parameters`.
+
+    A parameter `(m, n)` is one matrix; `(experts, m, n)` is a batch of them, each expert with bases and a core of its
+    own and one rank for all. In the forward pass the module runs with `W + U R Vᵀ` in the parameter's place, which is
+    rounded to the parameter's dtype as merging rounds it, so that both compute the same. The module itself is not
+    written to. Several parameters of one module are corrected by wrappers around each other.
+
+    PEFT finds wrapped parameters by the name of this class.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SemuConfig,
+        rank: int = 0,
+        known: bool = False,
+        *,
+        parameter_name: str,
+    ) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer, adapter_name, config, rank, known)
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward missing attributes to the wrapped module, which other modules may ask for them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen parameter."""
+        return cast(nn.Parameter, attrgetter(self.parameter_name)(self.get_base_layer()))
+
+    def get_base_weight(self) -> Tensor:
+        return self.weight.data
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        self.weight.data = weight_data
+
+    def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
+        return weight
+
+    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
+        return matrix
+
+    def wrapper_of(self, parameter_name: str) -> ParamWrapper | None:
+        """This wrapper or the one inside it that corrects the parameter of that name."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if layer.parameter_name == parameter_name:
+                return layer
+            layer = layer.base_layer
+        return None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Called by PEFT to take this wrapper, and those inside it, off the module."""
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output at the corrected parameter."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"A module whose parameter ({self.parameter_name!r}) is corrected has one weight for the whole batch, "
+                "so `adapter_names` cannot choose adapters by example. Run one batch an adapter instead."
+            )
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self._live_adapters()
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        weight: Tensor = self.weight
+        for name in names:
+            if self.r[name] > 0:
+                delta = self.get_delta_weight(name)
+                weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            weight = self._guard(weight, name)
+        inside, path = self.base_layer, self.parameter_name
+        while isinstance(inside, ParamWrapper):
+            inside, path = inside.base_layer, f"base_layer.{path}"
+        return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
+
+
+def parameter_path(module_name: str, wrapper: ParamWrapper) -> str:
+    """The full name of a wrapped parameter in the base model, from the wrapper's own in the wrapped one."""
+    return f"{without_wrappers(module_name)}.{wrapper.parameter_name}"
