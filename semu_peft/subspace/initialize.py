@@ -93,6 +93,11 @@ def initialize_semu_weights(
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
     plain = base_model(model)
+    if any(hasattr(layer.semu_core[adapter_name], "full_tensor") for layer in layers.values()):
+        raise ValueError(
+            f"The cores of the adapter {adapter_name!r} are sharded, and the initialisation gives them other shapes. "
+            "Shard the base model first and add the adapter then, or initialise before sharding."
+        )
     # A distributed wrapper would wait for gradients of the cores, which this pass does not make.
     runner = extract_model_from_parallel(model)
     sources, aliases = _sources(plain, layers, adapter_name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft.subspace.accumulators import Accumulator, ExactSum, Sketch, RandomMatrixPool
+from semu_peft.subspace.accumulators import Accumulator, ExactSum, RandomMatrixPool, Sketch
 from semu_peft.subspace.batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
 
 CPU = torch.device("cpu")
