@@ -1,6 +1,7 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from . import objectives
+from .diffusers_layout import save_as_diffusers_lora
 from .export import RerankReport, rerank, save_as_lora, to_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, register
@@ -19,6 +20,7 @@ __all__ = [
     "initialize_semu_weights",
     "objectives",
     "rerank",
+    "save_as_diffusers_lora",
     "save_as_lora",
     "to_lora",
     "unlearn",

@@ -23,7 +23,9 @@ from .tuner.layer import SemuLayer
 _PREFIX = "base_model.model."
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", *, uniform_rank: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Write a SEMU adapter as a LoRA with the same `ΔW`: `B = U R` (times the adapter's scale) and `A = Vᵀ`.
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
@@ -33,6 +35,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     Args:
         model: A model with a SEMU adapter.
         adapter_name: The adapter to convert.
+        uniform_rank: Pad every layer to the largest rank with zeros. The file grows and `ΔW` stays as it is; programs
+            that read one rank for all layers (vLLM) need it.
 
     Returns:
         The LoRA's configuration and its state dict with PEFT's file keys, float32. They load with stock PEFT.
@@ -41,21 +45,25 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         ValueError: There is no such adapter, it has no direction at all, or a convolution uses what PEFT's LoRA
             ignores (dilation, a padding mode other than zeros).
     """
-    state_dict: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     layers = semu_layers(model, adapter_name)
     for name, layer in layers.items():
         if layer.r[adapter_name] == 0:
             continue
         down, up = _lora_pair(layer, adapter_name, name)
-        ranks[name] = down.shape[0]
-        state_dict[f"{_PREFIX}{name}.lora_A.weight"] = down.contiguous()
-        state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up.contiguous()
-    if not ranks:
+        pairs[name] = down.contiguous(), up.contiguous()
+    if not pairs:
         raise ValueError(
             f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
             "`initialize_semu_weights` and train it first."
         )
+    if uniform_rank:
+        pairs = _padded(pairs)
+    ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
+    state_dict = {}
+    for name, (down, up) in pairs.items():
+        state_dict[f"{_PREFIX}{name}.lora_A.weight"] = down
+        state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up
     source = next(iter(layers.values())).configs[adapter_name]
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {_exactly(name): rank for name, rank in ranks.items() if rank != common}
@@ -78,13 +86,16 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     return config, state_dict
 
 
-def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
+def save_as_lora(
+    model: nn.Module, path: str | Path, adapter_name: str = "default", *, uniform_rank: bool = False
+) -> Path:
     """Save a SEMU adapter as a LoRA folder that stock PEFT loads, without `semu_peft` being installed there.
 
     Args:
         model: A model with a SEMU adapter.
         path: The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
         adapter_name: The adapter to export.
+        uniform_rank: Pad every layer to the largest rank with zeros, as vLLM needs it.
 
     Returns:
         The folder.
@@ -92,7 +103,7 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
     Raises:
         ValueError: See [`to_lora`][semu_peft.export.to_lora]; nothing is written then.
     """
-    config, state_dict = to_lora(model, adapter_name)
+    config, state_dict = to_lora(model, adapter_name, uniform_rank=uniform_rank)
     folder = Path(path)
     with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as file:
         save_file({key: value.cpu() for key, value in state_dict.items()}, file, metadata={"format": "pt"})
@@ -125,6 +136,22 @@ def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, 
     for group in range(groups):
         blocks[group * rank : (group + 1) * rank, group * channels : (group + 1) * channels] = filters
     return blocks, up[..., None, None]
+
+
+def _padded(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """All pairs at the largest rank, filled with zeros; in a grouped convolution each group's share of the rank."""
+    groups = {name: down.shape[0] // up.shape[1] for name, (down, up) in pairs.items()}
+    step = math.lcm(*groups.values())
+    rank = math.ceil(max(down.shape[0] for down, _ in pairs.values()) / step) * step
+    padded = {}
+    for name, (down, up) in pairs.items():
+        count, share = groups[name], up.shape[1]
+        wide_down = down.new_zeros(count, rank // count, *down.shape[1:])
+        wide_up = up.new_zeros(up.shape[0], rank // count, *up.shape[2:])
+        wide_down[:, :share] = down.unflatten(0, (count, share))
+        wide_up[:, :share] = up
+        padded[name] = wide_down.flatten(0, 1), wide_up
+    return padded
 
 
 def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

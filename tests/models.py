@@ -124,6 +124,38 @@ def unet() -> Any:
     ).eval()
 
 
+def dit() -> Any:
+    """Diffusers' diffusion transformer, conditioned on a class."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
+    ).eval()  # fmt: skip
+
+
+def sd3() -> Any:
+    """The diffusion transformer of Stable Diffusion 3, which has `load_lora_adapter`."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=6,
+        pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
+def clip_text() -> Any:
+    """The text encoder of Stable Diffusion."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+        max_position_embeddings=16, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
 def vector_batches(count: int = 3, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Labelled batches for `Mlp`."""
     draw = torch.Generator().manual_seed(seed)
@@ -162,6 +194,10 @@ def sample_input(model: nn.Module) -> tuple[Any, ...]:
         return image, 3
     if type(model).__name__ == "UNet2DConditionModel":
         return image, 3, torch.randn(2, 4, 8, generator=draw)
+    if type(model).__name__ == "SD3Transformer2DModel":
+        return image, torch.randn(2, 4, 8, generator=draw), torch.randn(2, 6, generator=draw), torch.tensor([3, 5])
+    if type(model).__name__ == "DiTTransformer2DModel":
+        return image, torch.tensor([3, 5]), torch.tensor([1, 2])
     return (image,)
 
 
