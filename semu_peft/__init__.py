@@ -4,7 +4,7 @@ from . import objectives
 from .diffusers_layout import save_as_diffusers_lora
 from .export import RerankReport, rerank, save_as_lora, to_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
-from .tuner import SemuConfig, SemuLayer, SemuModel, register
+from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
 from .unlearn import UnlearnResult, unlearn
 
 register()
@@ -17,11 +17,13 @@ __all__ = [
     "SemuModel",
     "SubspaceProfile",
     "UnlearnResult",
+    "hotswap_adapter",
     "initialize_semu_weights",
     "objectives",
     "rerank",
     "save_as_diffusers_lora",
     "save_as_lora",
+    "set_scale",
     "to_lora",
     "unlearn",
 ]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .files import written_whole
 from .subspace.ranks import rank_for_energy
-from .tuner.adapted import base_model, semu_layers
+from .tuner.adapted import exactly, semu_layers, targets_for
 from .tuner.layer import SemuLayer
 
 _PREFIX = "base_model.model."
@@ -66,13 +66,13 @@ def to_lora(
         state_dict[f"{_PREFIX}{name}.lora_B.weight"] = up
     source = next(iter(layers.values())).configs[adapter_name]
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {_exactly(name): rank for name, rank in ranks.items() if rank != common}
+    others = {exactly(name): rank for name, rank in ranks.items() if rank != common}
     config = LoraConfig(
         r=common,
         lora_alpha=common,  # with the patterns below, every layer's scaling α / r is 1
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_target_modules(model, list(ranks)),
+        target_modules=targets_for(model, list(ranks)),
         modules_to_save=source.modules_to_save,
         fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in ranks),
         base_model_name_or_path=source.base_model_name_or_path,
@@ -159,19 +159,6 @@ def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     noise = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[0]
     rank = max(1, int((values > noise).sum()))
     return (left[:, :rank] * values[:rank]).to(matrix), right[:rank].to(matrix)
-
-
-def _exactly(name: str) -> str:
-    """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
-    return "^" + name.replace(".", r"\.")
-
-
-def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The names as a list where PEFT's matching by ending means just them, else as a regular expression."""
-    endings = tuple(f".{name}" for name in names)
-    if any(other.endswith(endings) for other, _ in base_model(model).named_modules()):
-        return "|".join(_exactly(name)[1:] for name in names)
-    return names
 
 
 # ---- re-ranking ----

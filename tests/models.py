@@ -89,6 +89,17 @@ def llama() -> LlamaForCausalLM:
     ).eval()
 
 
+def t5() -> Any:
+    """An encoder-decoder language model."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
 def unet_condition() -> Any:
     """Diffusers' text-conditioned U-Net, which has `add_adapter`."""
     from diffusers import UNet2DConditionModel

@@ -11,6 +11,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from semu_peft.tuner.eval_mode import eval_mode
+
 Objective = Callable[[nn.Module, Any], Tensor]
 
 
@@ -44,7 +46,12 @@ def accumulate_gradients(
             never received a gradient; a weight's dtype cannot carry one.
     """
     for name, weight in weights.items():
-        if not weight.is_floating_point():
+        if weight.is_meta:
+            raise ValueError(
+                f"The weight of layer {name!r} is on the meta device: it is offloaded, or not loaded at all. "
+                "Initialise the adapter on a model that is loaded whole, save it, and load it onto the offloaded one."
+            )
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:  # float8 has no arithmetic of its own
             raise ValueError(
                 f"The weight of layer {name!r} has dtype {weight.dtype}, which cannot carry a gradient. Load the model "
                 "unquantised to initialise the adapter, or leave the layer out of `target_modules`."
@@ -128,19 +135,16 @@ def _only_differentiable(model: nn.Module, weights: list[nn.Parameter]) -> Itera
     parameters = list({id(p): p for p in (*model.parameters(), *weights)}.values())
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [weight.grad for weight in weights]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         for parameter in parameters:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
-        for module, training in modes:
-            module.training = training

@@ -2,9 +2,11 @@
 
 from .config import SemuConfig
 from .conv import Conv2d
+from .hotswap import hotswap_adapter
 from .layer import SemuLayer
 from .linear import Linear
 from .model import SemuModel
 from .registration import register
+from .scale import set_scale
 
-__all__ = ["Conv2d", "Linear", "SemuConfig", "SemuLayer", "SemuModel", "register"]
+__all__ = ["Conv2d", "Linear", "SemuConfig", "SemuLayer", "SemuModel", "hotswap_adapter", "register", "set_scale"]
