@@ -3,6 +3,7 @@
 from . import objectives
 from .diffusers_layout import save_as_diffusers_lora
 from .export import RerankReport, rerank, save_as_lora, to_lora
+from .from_lora import from_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
 from .unlearn import UnlearnResult, unlearn
@@ -17,6 +18,7 @@ __all__ = [
     "SemuModel",
     "SubspaceProfile",
     "UnlearnResult",
+    "from_lora",
     "hotswap_adapter",
     "initialize_semu_weights",
     "objectives",

@@ -21,6 +21,7 @@ from .tuner.adapted import exactly, semu_layers, targets_for
 from .tuner.layer import SemuLayer
 
 _PREFIX = "base_model.model."
+_LORA_BIAS = {"none": "none", "all": "all", "semu_only": "lora_only"}
 
 
 def to_lora(
@@ -30,7 +31,7 @@ def to_lora(
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
     common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
-    Layers of rank 0 are left out.
+    Layers of rank 0 are left out. `modules_to_save`, trained biases and token rows go along.
 
     Args:
         model: A model with a SEMU adapter.
@@ -74,15 +75,21 @@ def to_lora(
         alpha_pattern=dict(others),
         target_modules=targets_for(model, list(ranks)),
         modules_to_save=source.modules_to_save,
+        bias=_LORA_BIAS[source.bias],  # type: ignore[arg-type]
+        trainable_token_indices=source.trainable_token_indices,
         fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in ranks),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
         inference_mode=True,
     )
-    if source.modules_to_save:
+    if source.modules_to_save or source.trainable_token_indices or source.bias != "none":
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state_dict.update({key: value for key, value in saved.items() if ".semu_" not in key})
+        bare = {f"{_PREFIX}{name}.base_layer.": f"{_PREFIX}{name}." for name in layers if name not in ranks}
+        for key, value in saved.items():
+            if ".semu_" not in key:
+                layer, _, parameter = key.rpartition(".")
+                state_dict[bare.get(f"{layer}.", f"{layer}.") + parameter] = value
     return config, state_dict
 
 
