@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_adapter_file
+from .model_card import fill_model_card
 from .peft_type import add_peft_type
 
 
@@ -148,6 +149,11 @@ class SemuConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`, where sets are sorted lists: one adapter, one file."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
+        super().save_pretrained(save_directory, **kwargs)
+        fill_model_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(
