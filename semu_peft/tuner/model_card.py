@@ -57,30 +57,35 @@ _SETTINGS = (
 
 
 def fill_model_card(folder: Path, config: SemuConfig) -> None:
-    """Put the adapter's own description in the place of a blank model card.
+    """Put the adapter's own description in the place of a blank model card, and SEMU's tags on any.
 
-    A card that somebody has written, or no card at all, is left alone. The metadata of the card (base model, library)
-    are kept, with SEMU's tags added.
+    What somebody has written is kept; where there is no card, none is made.
 
     Args:
         folder: The folder that the adapter was saved to.
         config: The adapter's configuration.
     """
     path = folder / "README.md"
-    if not path.is_file() or _BLANK not in (text := path.read_text(encoding="utf-8")):
+    if not path.is_file():
         return
-    card = ModelCard(text)
-    ranks = [rank for rank in config.rank_pattern.values() if rank > 0]
+    card = ModelCard(path.read_text(encoding="utf-8"))
     tags = [tag for tag in card.data.get("tags") or [] if not tag.endswith(":")]  # of a base model without a name
     card.data["tags"] = sorted({*tags, *_TAGS})
-    if not card.data.get("base_model"):
-        card.data.pop("base_model")
-    card.text = _TEXT.format(
+    if not card.data.get("base_model", None):
+        card.data.pop("base_model", None)
+    if _BLANK in card.text:
+        versions = [line for line in card.text.splitlines() if line.startswith("- PEFT ")]
+        card.text = _description(folder.name, config, versions)
+    card.save(path)
+
+
+def _description(name: str, config: SemuConfig, versions: list[str]) -> str:
+    ranks = [rank for rank in config.rank_pattern.values() if rank > 0]
+    return _TEXT.format(
         base=f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "its base model",
         layers=len(ranks),
         ranks=" to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "0 (not initialised yet)",
-        folder=folder.name,
-        settings="\n".join(f"| `{name}` | `{getattr(config, name)!r}` |" for name in _SETTINGS),
-        versions="\n".join(line for line in text.splitlines() if line.startswith("- PEFT ")),
+        folder=name,
+        settings="\n".join(f"| `{field}` | `{getattr(config, field)!r}` |" for field in _SETTINGS),
+        versions="\n".join(versions),
     )
-    card.save(path)

@@ -177,7 +177,8 @@ else:
     before = memory("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
     model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
-    assert all(layer.semu_U["default"].sum() > 0 for layer in semu_layers(model).values())
+    for layer in semu_layers(model).values():  # read it all
+        assert sum(part["default"].sum() for part in (layer.semu_U, layer.semu_V, layer.semu_core)) > 0
     print(memory("VmHWM") - before)
 """
 
@@ -205,15 +206,12 @@ def test_model_card(tmp_path: Path) -> None:
     card = ModelCard.load(path)
     assert {"semu", "machine-unlearning"} <= set(card.data["tags"])
     assert card.data["library_name"] == "peft" and card.data["base_model"] == str(tmp_path / "vit")
-    assert (
-        "weights of 4 layers" in card.text
-        and "rank 3 to 3" in card.text
-        and "[More Information Needed]" not in card.text
-    )
+    assert "of 4 layers" in card.text and "of rank 3 " in card.text and "[More Information Needed]" not in card.text
     assert "- PEFT " in card.text
     path.write_text(path.read_text() + "\nForgot all ships, UA 99.\n")
     model.save_pretrained(tmp_path / "forget-ships")
     assert "Forgot all ships, UA 99." in path.read_text()
+    assert {"semu", "machine-unlearning"} <= set(ModelCard.load(path).data["tags"])
     adapted().save_pretrained(tmp_path / "nameless")
     assert "base_model" not in ModelCard.load(tmp_path / "nameless" / CARD).data.to_dict()
 
