@@ -11,9 +11,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from semu_peft.tuner.eval_mode import eval_mode
+
 from .accumulators import Accumulator, ExactSum
 from .processes import sum_over_processes
-from .sources import GradientSource, WeightSource
+from .sources import GradientSource, WeightSource, carries_gradient
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -130,10 +132,10 @@ def accumulate_gradients(
     """
     first: dict[int, str] = {}
     for name, weight in weights.items():
-        if not weight.is_floating_point():
+        if not carries_gradient(weight):
             raise ValueError(
-                f"The weight {name!r} has dtype {weight.dtype}, which cannot carry a gradient. Load the model "
-                "unquantised, or leave this weight out."
+                f"The weight {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a gradient. Load "
+                "the model unquantised and whole, or leave this weight out."
             )
         first.setdefault(id(weight), name)
     sources = {name: WeightSource(weights[name]) for name in first.values()}
@@ -184,19 +186,16 @@ def _only_differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> I
     parameters = list({id(p): p for p in (*model.parameters(), *weights)}.values())
     flags = [parameter.requires_grad for parameter in parameters]
     gradients = [weight.grad for weight in weights]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         for parameter in parameters:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
-        for module, training in modes:
-            module.training = training

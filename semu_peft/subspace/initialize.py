@@ -22,14 +22,14 @@ from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import Linear
 from semu_peft.tuner.patterns import match_pattern
 
-from .accumulators import Accumulator, ExactSum, Sketch, RandomMatrixPool
+from .accumulators import Accumulator, ExactSum, RandomMatrixPool, Sketch
 from .factorize import Factors
 from .gradients import Objective, stream_gradients, sum_dtype
 from .processes import from_main_process, in_several_processes
 from .profile import LayerSpectrum, SubspaceProfile, budget_ranks, give_basis
 from .ranks import RankBudget, check_explained_variance
 from .retain import Overlap, RetainSubspace
-from .sources import GradientSource, LayerSource, WeightSource, conv_gradients, token_gradients
+from .sources import GradientSource, LayerSource, WeightSource, carries_gradient, conv_gradients, token_gradients
 
 
 def initialize_semu_weights(
@@ -173,8 +173,7 @@ def _sources(
     first: dict[int, str] = {}
     for name, layer in layers.items():
         weight: Any = layer.weight
-        carries_gradient = weight.is_floating_point() and not weight.is_meta
-        if uses[id(weight)] > 1 and carries_gradient:
+        if uses[id(weight)] > 1 and carries_gradient(weight):
             if id(weight) in first:
                 aliases[name] = first[id(weight)]
                 continue
@@ -185,7 +184,7 @@ def _sources(
         elif isinstance(layer, ConvNd) and len(layer.matrix_shape(adapter_name)) == 2 and layer.conv.groups == 1:
             sources[name] = LayerSource(layer, conv_gradients(layer.conv))
             continue
-        if not carries_gradient:
+        if not carries_gradient(weight):
             raise ValueError(
                 f"The weight of layer {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a "
                 "gradient. Load this layer unquantised and not offloaded, or leave it out of `target_modules`."

@@ -17,6 +17,11 @@ Fold = Callable[[BatchGradient], None]
 _TOKENS_AT_ONCE = 8192  # bounds the float32 copies of half-precision activations
 
 
+def carries_gradient(weight: Tensor) -> bool:
+    """Whether autograd can differentiate by this weight: it is there, and of a dtype with arithmetic of its own."""
+    return weight.is_floating_point() and weight.dtype.itemsize >= 2 and not weight.is_meta
+
+
 class GradientSource(ABC):
     """One weight whose gradient is wanted, and the way to get at it."""
 

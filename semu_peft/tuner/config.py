@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_adapter_file
+from .model_card import fill_model_card
 from .peft_type import add_peft_type
 
 
@@ -56,6 +57,14 @@ class SemuConfig(PeftConfig):
             `True`: the adapter does nothing until [`~semu_peft.initialize_semu_weights`] has seen forget data.
             `"weight"`: the leading singular vectors of the weight itself, no data needed (the LoRA-XS basis).
             `False`: random orthonormal bases and a random core, for tests.
+        bias (`"none"`, `"all"` or `"semu_only"`, defaults to `"none"`):
+            Which biases are trained in full, saved beside the adapter: none, all of the model's, or those of the
+            corrected layers. As in LoRA they change in the model itself, also while the adapter is switched off.
+        trainable_token_indices (`list[int] | dict[str, list[int]]`, *optional*):
+            Rows of the token embedding (or of the layers named) that are trained in full, by token index.
+        save_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*):
+            The dtype of the bases `U` and `V` in a saved file; the core keeps its own. Loading takes the orthonormal
+            matrix nearest to the rounded one, in float32. `None` saves the bases as they are.
 
     Raises:
         ValueError: A value is outside its range, or two values contradict each other.
@@ -103,6 +112,16 @@ class SemuConfig(PeftConfig):
         default=True, metadata={"help": "True: from forget data; 'weight': from the weight; False: random."}
     )
 
+    bias: Literal["none", "all", "semu_only"] = field(
+        default="none", metadata={"help": "Which biases are trained in full: none, all, or the corrected layers'."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embedding that are trained in full."}
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "The dtype of the bases in a saved file."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
@@ -128,6 +147,8 @@ class SemuConfig(PeftConfig):
         _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
         _check_choice("core", self.core, ("full", "diagonal"))
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))
+        _check_choice("bias", self.bias, ("none", "all", "semu_only"))
+        _check_choice("save_dtype", self.save_dtype, (None, "float32", "bfloat16", "float16"))
         if self.init_weights is not True and self.r is None:
             raise ValueError(
                 f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
@@ -145,6 +166,15 @@ class SemuConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` only says where to count `layers_to_transform`; set that as well.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`, where sets are sorted lists: one adapter, one file."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
+        super().save_pretrained(save_directory, **kwargs)
+        fill_model_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -14,15 +17,18 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapted import base_model
+from .adapted import base_model, semu_layers, targets_for
 from .adapter_file import without_wrappers
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
+from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
 from .patterns import match_pattern, name_matches
+from .reduced_bases import restored_bases, rounded_bases
+from .weighted import CombinationType, WeightedSum
 
 LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Linear: Linear,
@@ -162,7 +168,8 @@ class SemuModel(BaseTuner):
         return result
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT would also hang the child's `weight` onto it, which a module with corrected parameters need not have.
+        # PEFT's own would move the adapter of an offloaded layer to the meta device, and hang the child's `weight` onto
+        # the new module, which one with corrected parameters or trained token rows need not have.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -177,10 +184,99 @@ class SemuModel(BaseTuner):
                     layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)
                     layer.semu_core[adapter_name].data = layer.semu_core[adapter_name].data.to(dtype)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook for `model(..., adapter_names=[...])`: an adapter for each example of the batch."""
+        names = kwargs.get("adapter_names")
+        with adapter_per_example(self.model, names, kwargs.get("num_beams") or 1) if names else nullcontext():
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter whose correction is the weighted sum of others', `ΔW = Σ wᵢ ΔWᵢ`, each at its current scale.
+
+        As in LoRA the new adapter is neither active nor trainable until `set_adapter`. Its bases are orthonormal and
+        its cores full. A layer's dense weight is formed only by the `combination_type`s that look at single entries.
+
+        Args:
+            adapters: Names of the adapters to add up; a layer takes part with those that it carries.
+            weights: Their weights, which may be negative.
+            adapter_name: The new adapter's name.
+            combination_type: `"cat"`: exact, of the sum of the ranks (call [`rerank`][semu_peft.export.rerank] to cut
+                it by energy). `"svd"`: the best approximation of rank `svd_rank`. `"linear"`: the sum of the cores,
+                exact, for adapters that share their bases. `"ties_svd"`, `"dare_linear_svd"`, `"dare_ties_svd"` and
+                `"magnitude_prune_svd"` as in LoRA: on the dense corrections, then as `"svd"`.
+            svd_rank: The rank of the result, or less where there is no more; each layer's largest by default.
+            density: Share of the entries to keep, for the last four.
+            majority_sign_method: `"total"` or `"frequency"`, for `"ties_svd"` and `"dare_ties_svd"`.
+
+        Raises:
+            ValueError: The name is taken, an adapter does not exist, an argument is out of range, or the adapters
+                cannot be added up: different `conv_mode`, different bases with `"linear"`, `trainable_token_indices`,
+                or one `modules_to_save` in more than one of them. The model is as before then.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} already exists. Delete it first, or give the sum another name.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        rule = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        saved = _modules_to_save_of(self.model, adapters)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if any(config.trainable_token_indices for config in configs):
+            raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
+        layers = {key: layer for name in adapters for key, layer in semu_layers(self.model, name).items()}
+        convolutions = [key for key, layer in layers.items() if layer.weight.dim() > 2]
+        if convolutions and len({config.conv_mode for config in configs}) > 1:
+            raise ValueError(
+                f"{adapters} read convolutions ({convolutions[0]!r} …) with different `conv_mode`, so their bases have "
+                "nothing in common. Combine adapters of one `conv_mode`."
+            )
+        sums = {key: rule.at(layer, key) for key, layer in layers.items()}
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            target_modules=targets_for(self.model, list(layers)),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
+            rank_pattern={key: core.shape[-1] for key, (_, _, core) in sums.items()},
+            r=None,
+            core="full",
+            init_weights=True,
+            bias="none",
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for key, factors in sums.items():
+            layers[key].set_basis(adapter_name, *factors)
+        for wrapper, name in saved.items():
+            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
+
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SemuConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return rounded_bases(found, config.save_dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = restored_bases(state_dict, config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = _mismatch(model, adapter_name, remapped)
         if problem:
@@ -230,6 +326,26 @@ def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_
             f"SEMU cannot correct target parameter {name!r}: {reason}. Supported are floating-point parameters of two "
             "or three dimensions, of modules that are called; name layers in `target_modules` instead."
         )
+
+
+def _modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesToSaveWrapper, str]:
+    """The modules that one of the adapters trains in full, and which.
+
+    Raises:
+        ValueError: Several of them train the same module, which cannot be added up.
+    """
+    found: dict[ModulesToSaveWrapper, str] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            users = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+            if len(users) > 1:
+                raise ValueError(
+                    "Cannot add weighted adapters if they target the same module with modules_to_save, but "
+                    f"{users} all train {name!r}."
+                )
+            if users:
+                found[wrapper] = users[0]
+    return found
 
 
 def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
