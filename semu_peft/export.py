@@ -41,8 +41,9 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         The LoRA's configuration and its state dict with PEFT's file keys, float32. They load with stock PEFT.
 
     Raises:
-        ValueError: There is no such adapter, it has no direction at all, or a convolution uses what PEFT's LoRA
-            ignores (dilation, a padding mode other than zeros), or a parameter is one that LoRA cannot be given.
+        ValueError: There is no such adapter, it has no direction at all, or PEFT's LoRA cannot carry it: it ignores a
+            convolution's dilation and padding modes other than zeros, adds up the weights of an
+            `nn.MultiheadAttention` wrongly, and cannot name every parameter.
     """
     state_dict: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -80,7 +81,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         target_modules=_target_modules(model, modules),
         target_parameters=list(parameters) or None,
         modules_to_save=source.modules_to_save,
-        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in modules),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
@@ -149,6 +150,12 @@ def _lora_places(model: nn.Module, parameters: dict[str, ParamWrapper]) -> dict[
     every = [without_wrappers(name) for name, _ in base_model(model).named_parameters()]
     places = {}
     for name, layer in parameters.items():
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} belongs to an `nn.MultiheadAttention`. PEFT's LoRA of it adds the correction of `out_proj` "
+                "twice (peft 0.21, github.com/huggingface/peft/pull/3774), so no file is right wherever it is loaded: "
+                "merge the adapter instead (`merge_and_unload`), or leave attentions out of `target_modules`."
+            )
         also = [other for other in every if other.endswith(f".{name}") and other not in parameters]
         if also:
             raise ValueError(

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model
 from .adapter_file import without_wrappers
+from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
@@ -30,6 +31,7 @@ LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
     nn.Embedding: Embedding,
+    nn.MultiheadAttention: ParamWrapper,
 }
 
 
@@ -120,8 +122,16 @@ class SemuModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = self._correct(peft_config, adapter_name, target, current_key, parameter_name)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is None and isinstance(base, nn.MultiheadAttention):
+            layer = target
+            for weight in attention_weights(base):
+                layer = self._correct(peft_config, adapter_name, layer, f"{current_key}.{weight}", weight)
+        else:
+            layer = self._correct(peft_config, adapter_name, target, current_key, parameter_name)
         if layer is not target:
+            keep_called(layer, parent)
+            self._handles = [*vars(self).get("_handles", ()), *keep_padded(self.model, current_key)]
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -152,6 +162,15 @@ class SemuModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would also hang the child's `weight` onto it, which a module with corrected parameters need not have.
         setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._remove_hooks()
+        return model
+
+    def _remove_hooks(self) -> None:
+        for handle in vars(self).pop("_handles", ()):
+            handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
@@ -211,6 +230,8 @@ def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_
         )
     owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
     reason = Linear.refusal(owner)
+    if isinstance(owner, nn.MultiheadAttention):
+        reason = "an attention is corrected as a whole, so name the module in `target_modules`"
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
         reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
     if reason:
@@ -267,5 +288,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         if not configs and isinstance(module, SemuModel):
             if "peft_config" in vars(module.model):
                 del module.model.peft_config
+            module._remove_hooks()
             for parameter, flag in module._requires_grad_before:
                 parameter.requires_grad_(flag)
