@@ -22,6 +22,7 @@ from .tuner.adapter_file import without_wrappers
 from .tuner.embedding import Embedding
 from .tuner.layer import SemuLayer
 from .tuner.parameter import ParamWrapper
+from .tuner.tied import TiedLayer
 
 _PREFIX = "base_model.model."
 
@@ -31,7 +32,8 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
     common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
-    Layers of rank 0 are left out. Corrected parameters become LoRA's `target_parameters`.
+    Layers of rank 0 are left out. A layer tied to the embedding gets a pair of its own; PEFT warns that it cannot merge
+    both into one weight. Corrected parameters become LoRA's `target_parameters`.
 
     Args:
         model: A model with a SEMU adapter.
@@ -51,14 +53,15 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     parameters = {
         name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper) and layer.r[adapter_name] > 0
     }
-    for name, layer in layers.items():
-        if layer.r[adapter_name] == 0 or isinstance(layer, ParamWrapper):
+    tied = {name: layer for name, layer in base_model(model).named_modules() if isinstance(layer, TiedLayer)}
+    for name, layer in {**layers, **tied}.items():
+        if layer.r.get(adapter_name, 0) == 0 or isinstance(layer, ParamWrapper):
             continue
         down, up = _lora_pair(layer, adapter_name, name)
         ranks[name] = down.shape[0]
         key = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
-        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.contiguous()
-        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.contiguous()
+        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.contiguous().clone()
+        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.contiguous().clone()
     modules = list(ranks)
     for name, place in _lora_places(model, parameters).items():
         down, up = _lora_pair_of_parameter(parameters[name], adapter_name, name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
 from .parameter import ParamWrapper
+from .tied import TiedLayer
 
 LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Linear: Linear,
@@ -79,6 +81,41 @@ class SemuModel(BaseTuner):
                     "All adapters of a model must have the same `target_parameters`, if any: the new one has "
                     f"{sorted(wanted)}, {name!r} has {sorted(theirs)}."
                 )
+            if getattr(other, "ensure_weight_tying", False) != config.ensure_weight_tying:
+                raise ValueError(
+                    "All adapters of a model must have the same `ensure_weight_tying`: the new one has "
+                    f"{config.ensure_weight_tying}, {name!r} has {not config.ensure_weight_tying}."
+                )
+
+    def _check_tied_modules(self, model: Any, peft_config: Any) -> None:
+        # PEFT knows tied layers by two usual names; here the embedding counts by whatever name it is targeted.
+        if peft_config.ensure_weight_tying and peft_config.target_modules and hasattr(model, "get_input_embeddings"):
+            embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
+            tied = self._get_module_names_tied_with_embedding()
+            if tied and self._check_target_module_exists(peft_config, embedding):
+                self._add_targets_to_tie(peft_config, tied)
+                return
+        super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        if not all(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values()):
+            super()._check_merge_allowed()  # warns of tied weights, which are merged once where they are tied here
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied = {without_wrappers(name) for name in tied_weight_keys}
+        peft_config.target_modules_to_tie = tied
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        wanted = peft_config.target_modules
+        if isinstance(wanted, str):
+            peft_config.target_modules = rf"(?:{wanted}|^{re.escape(embedding)}$)"
+        else:
+            peft_config.target_modules = _untied(wanted, tied) | {embedding}
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied = {without_wrappers(name) for name in tied_weight_keys}
+        peft_config.modules_to_tie = tied
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        peft_config.modules_to_save = sorted(_untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
 
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
@@ -104,7 +141,9 @@ class SemuModel(BaseTuner):
         for name, module in names.items():
             if not name or name.startswith(inside) or not isinstance(module, wanted):
                 continue
-            if self._check_target_module_exists(targets, name):
+            if self._check_tied_module_exists(peft_config, name):
+                _check_tied(model, module, name)
+            elif self._check_target_module_exists(targets, name):
                 _layer_class(module, name)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
@@ -123,8 +162,11 @@ class SemuModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is None and isinstance(base, nn.MultiheadAttention):
-            layer = target
+        layer: nn.Module = target
+        if self._check_tied_module_exists(peft_config, current_key):
+            if not isinstance(target, TiedLayer):
+                layer = TiedLayer.of(target, self.model.get_input_embeddings())
+        elif parameter_name is None and isinstance(base, nn.MultiheadAttention):
             for weight in attention_weights(base):
                 layer = self._correct(peft_config, adapter_name, layer, f"{current_key}.{weight}", weight)
         else:
@@ -214,6 +256,24 @@ def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     )
 
 
+def _untied(names: Any, tied: set[str]) -> set[str]:
+    """The names, or name endings, but those that mean one of the tied modules."""
+    return {name for name in names or () if not any(f".{key}".endswith(f".{name}") for key in tied)}
+
+
+def _check_tied(model: Any, module: nn.Module, name: str) -> None:
+    """Raise unless a module that is to be tied to the input embedding has its weight, and no adapter of its own."""
+    source = model.get_input_embeddings()
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, TiedLayer):
+        raise ValueError(f"{name!r} has an adapter of its own already, so that it cannot be tied to the embedding now.")
+    if not isinstance(base, (nn.Linear, nn.Embedding)) or base.weight is not source.weight:
+        raise ValueError(
+            f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
+            "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
+        )
+
+
 def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
     """Raise unless the parameter of that full name in the model without adapters can be corrected as one."""
     owner_name, _, short_name = name.rpartition(".")
@@ -245,7 +305,7 @@ def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     """Say in a sentence how the adapter's tensors in `state_dict` differ from those in `model`, if they do."""
     expected: dict[str, torch.Size] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer):
             for kind in ("semu_U", "semu_V", "semu_core"):
                 expected[f"{name}.{kind}.{adapter_name}"] = getattr(layer, kind)[adapter_name].shape
     found = {
