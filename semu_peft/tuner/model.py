@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,8 +23,9 @@ from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import SemuLayer
-from .linear import Linear
+from .linear import UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
+from .quantized import QuantizedLinear, quantization_backend
 from .tied import TiedLayer
 
 LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
@@ -196,7 +198,9 @@ class SemuModel(BaseTuner):
         elif parameter_name is not None:
             result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
         else:
-            result = layer = _layer_class(target, name)(target, adapter_name, config, rank, known)
+            layer_class = _layer_class(target, name)
+            more = get_quantization_kwargs(self.model) if layer_class is QuantizedLinear else {}
+            result = layer = layer_class(target, adapter_name, config, rank, known, **more)
         if config.init_weights is not True:
             ranks[name] = layer.r[adapter_name]
         return result
@@ -245,14 +249,19 @@ class SemuModel(BaseTuner):
 
 def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = quantization_backend(base)
+    if backend is not None and backend.supports_merge:
+        return QuantizedLinear
     kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
-    reason = LAYER_CLASSES[kind].refusal(base) if kind else "that type is not supported"
-    if kind and reason is None:
-        return LAYER_CLASSES[kind]
-    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES)
+    reason: str | None = UNKNOWN_QUANTIZATION if backend else "that type is not supported"
+    if kind and not backend:
+        reason = LAYER_CLASSES[kind].refusal(base)
+        if reason is None:
+            return LAYER_CLASSES[kind]
+    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
     raise TypeError(
-        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported}: "
-        "name such layers in `target_modules`, or put this one into `exclude_modules`."
+        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
+        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
 
 
