@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .layer import SemuLayer, in_range
 
 
-class _ConvNd(SemuLayer):
+class ConvNd(SemuLayer):
     """A convolution with SEMU corrections: any stride, padding, padding mode, dilation and groups.
 
     With a weight of shape `(out, in / groups, *kernel)`, `flatten` reads it as one `out × (in/groups · kernel)` matrix
@@ -76,19 +76,19 @@ class _ConvNd(SemuLayer):
         return output
 
 
-class Conv1d(_ConvNd):
+class Conv1d(ConvNd):
     """`torch.nn.Conv1d` with SEMU corrections."""
 
     convolution = staticmethod(F.conv1d)
 
 
-class Conv2d(_ConvNd):
+class Conv2d(ConvNd):
     """`torch.nn.Conv2d` with SEMU corrections."""
 
     convolution = staticmethod(F.conv2d)
 
 
-class Conv3d(_ConvNd):
+class Conv3d(ConvNd):
     """`torch.nn.Conv3d` with SEMU corrections."""
 
     convolution = staticmethod(F.conv3d)

@@ -23,7 +23,7 @@ from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import SemuLayer
-from .linear import UNKNOWN_QUANTIZATION, Linear
+from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
 from .quantized import QuantizedLinear, quantization_backend
 from .tied import TiedLayer
@@ -298,9 +298,9 @@ def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_
             "them out; with `target_modules=[]` only the parameters are corrected."
         )
     owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-    reason = Linear.refusal(owner)
-    if isinstance(owner, nn.MultiheadAttention):
-        reason = "an attention is corrected as a whole, so name the module in `target_modules`"
+    reason = None
+    if isinstance(owner, (nn.MultiheadAttention, NEVER_CALLED)):
+        reason = "an `nn.MultiheadAttention` is corrected as a whole, so name the module in `target_modules`"
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
         reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
     if reason:

@@ -229,3 +229,16 @@ def test_decoder() -> None:
             plain.get_parameter(f"{name}.{parameter}").data += delta
     torch.testing.assert_close(run(model, x, memory), run(plain, x, memory), atol=1e-5, rtol=0)
     assert (run(model, x, memory) - before).abs().max() > 0.05
+
+
+def test_compiles_into_one_graph() -> None:
+    """`torch.compile` follows the corrected weights without a break, forward and backward."""
+    model, x = adapted(block(), ["attn", "fc"]), inputs()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, x), run(model, x), atol=1e-5, rtol=0)
+    compiled(x).square().sum().backward()
+    compiled_gradients = [layer.semu_core["default"].grad.clone() for layer in semu_layers(model).values()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for layer, gradient in zip(semu_layers(model).values(), compiled_gradients, strict=True):
+        torch.testing.assert_close(layer.semu_core["default"].grad, gradient, atol=1e-4, rtol=1e-4)

@@ -177,7 +177,9 @@ def test_merging_rounds_as_the_quantisation_does(quantized: Callable[[], nn.Sequ
             layer.merge(safe_merge=True)
         error = layer.get_base_weight().float() - weight - delta
         assert type(layer.get_base_layer()) is kind
-        assert error.square().mean() < min(4 * coarse.square().mean(), 0.2 * delta.square().mean())
+        growth = (weight + delta).abs().max() / weight.abs().max()  # of the range that the few bits cover
+        assert error.square().mean() < 3 * growth**2 * coarse.square().mean()
+        assert error.square().mean() < 0.2 * delta.square().mean()
     merged = run(model, x)
     model = model.merge_and_unload()
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
