@@ -22,6 +22,7 @@ from .tuner.adapter_file import without_wrappers
 from .tuner.embedding import Embedding
 from .tuner.layer import SemuLayer
 from .tuner.parameter import ParamWrapper
+from .tuner.tied import TiedLayer
 
 _PREFIX = "base_model.model."
 _LORA_BIAS = {"none": "none", "all": "all", "semu_only": "lora_only"}
@@ -34,8 +35,9 @@ def to_lora(
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
     common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
-    Layers of rank 0 are left out. Corrected parameters become LoRA's `target_parameters`; `modules_to_save`, trained
-    biases and token rows go along.
+    Layers of rank 0 are left out. A layer tied to the embedding gets a pair of its own; PEFT warns that it cannot merge
+    both into one weight. Corrected parameters become LoRA's `target_parameters`; `modules_to_save`, trained biases and
+    token rows go along.
 
     Args:
         model: A model with a SEMU adapter.
@@ -47,19 +49,21 @@ def to_lora(
         The LoRA's configuration and its state dict with PEFT's file keys, float32. They load with stock PEFT.
 
     Raises:
-        ValueError: There is no such adapter, it has no direction at all, or a convolution uses what PEFT's LoRA
-            ignores (dilation, a padding mode other than zeros), or a parameter is one that LoRA cannot be given.
+        ValueError: There is no such adapter, it has no direction at all, or PEFT's LoRA cannot carry it: it ignores a
+            convolution's dilation and padding modes other than zeros, adds up the weights of an
+            `nn.MultiheadAttention` wrongly, and cannot name every parameter.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     layers = semu_layers(model, adapter_name)
     parameters = {
         name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper) and layer.r[adapter_name] > 0
     }
-    for name, layer in layers.items():
-        if layer.r[adapter_name] == 0 or isinstance(layer, ParamWrapper):
+    tied = {name: layer for name, layer in base_model(model).named_modules() if isinstance(layer, TiedLayer)}
+    for name, layer in {**layers, **tied}.items():
+        if layer.r.get(adapter_name, 0) == 0 or isinstance(layer, ParamWrapper):
             continue
         down, up = _lora_pair(layer, adapter_name, name)
-        pairs[name] = down.contiguous(), up.contiguous()
+        pairs[name] = down.contiguous().clone(), up.contiguous().clone()  # tied layers share their bases
     if not pairs and not parameters:
         raise ValueError(
             f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
@@ -75,7 +79,7 @@ def to_lora(
     ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
     state_dict: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
-        key = "lora_embedding_{}" if isinstance(layers[name], Embedding) else "lora_{}.weight"
+        key = "lora_embedding_{}" if isinstance(layers.get(name), Embedding) else "lora_{}.weight"
         state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down
         state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up
     for name, place in _lora_places(model, parameters).items():
@@ -96,7 +100,7 @@ def to_lora(
         modules_to_save=source.modules_to_save,
         bias=_LORA_BIAS[source.bias],  # type: ignore[arg-type]
         trainable_token_indices=source.trainable_token_indices,
-        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in pairs),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
@@ -172,6 +176,12 @@ def _lora_places(model: nn.Module, parameters: dict[str, ParamWrapper]) -> dict[
     every = [without_wrappers(name) for name, _ in base_model(model).named_parameters()]
     places = {}
     for name, layer in parameters.items():
+        if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} belongs to an `nn.MultiheadAttention`. PEFT's LoRA of it adds the correction of `out_proj` "
+                "twice (peft 0.21, github.com/huggingface/peft/pull/3774), so no file is right wherever it is loaded: "
+                "merge the adapter instead (`merge_and_unload`), or leave attentions out of `target_modules`."
+            )
         also = [other for other in every if other.endswith(f".{name}") and other not in parameters]
         if also:
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from .layer import SemuLayer
 from .parameter import ParamWrapper, parameter_path
+from .tied import TiedLayer
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -20,7 +21,8 @@ def base_model(model: nn.Module) -> nn.Module:
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
     """The layers that carry the adapter, by their full names in the base model (the keys of `rank_pattern`).
 
-    Where a parameter is corrected instead of a layer, it is the parameter's full name.
+    Where a parameter is corrected instead of a layer, it is the parameter's full name. Layers tied to another, which
+    compute with its adapter, are not listed.
 
     Args:
         model: A `PeftModel`, a model with an injected adapter, or either inside a distributed wrapper.
@@ -33,7 +35,7 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
     found = {
         parameter_path(name, layer) if isinstance(layer, ParamWrapper) else name: layer
         for name, layer in root.named_modules()
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer)
     }
     if not found:
         names = sorted({name for layer in root.modules() if isinstance(layer, SemuLayer) for name in layer.semu_core})

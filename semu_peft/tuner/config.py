@@ -34,6 +34,11 @@ class SemuConfig(PeftConfig):
             With `target_modules=[]` nothing else is corrected.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained in full and saved beside the adapter.
+        ensure_weight_tying (`bool`, defaults to `False`):
+            Where the head or a further embedding shares its weight with the input embedding and one of them is named
+            in `target_modules`, correct the shared weight once, for all of them. Without it, each layer named has a
+            correction of its own, which cannot be merged into one weight; PEFT warns then. Layers in
+            `modules_to_save` are tied likewise.
         explained_variance (`float`, defaults to 0.9):
             γ in (0, 1]: each layer keeps the fewest leading singular directions of its forget gradient whose squared
             singular values sum to at least this share of the total.
@@ -89,6 +94,9 @@ class SemuConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter."}
     )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Give layers that share the input embedding's weight one correction."}
+    )
     explained_variance: float = field(
         default=0.9, metadata={"help": "Share of the forget gradient's energy that the kept directions explain."}
     )
@@ -127,6 +135,9 @@ class SemuConfig(PeftConfig):
         self.peft_type = add_peft_type()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+        if self.ensure_weight_tying:  # filled by PEFT's search for tied layers, and not saved
+            self.modules_to_tie: set[str] | None = None
+            self.target_modules_to_tie: set[str] | None = None
         self._check()
 
     def _check(self) -> None:

@@ -79,13 +79,13 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, to factorise."""
         raise NotImplementedError
 
-    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
-        """The shape of what [`weight_to_matrix`] returns: `(m, n)`, or `(batch, m, n)`."""
-        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
-
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
         """The inverse of [`weight_to_matrix`]."""
         raise NotImplementedError
+
+    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
+        """`(m, n)`, or `(batch, m, n)`: the shape of the weight read as a matrix."""
+        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """Return `output + (U R Vᵀ)(x)` for one adapter, without forming the dense weight."""
@@ -104,10 +104,9 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = 1.0
-        matrix = self.weight_to_matrix(self.weight.detach(), adapter_name)
-        *batch, m, n = matrix.shape
+        *batch, m, n = self.matrix_shape(adapter_name)
         rank = min(rank, m, n)
-        factory: dict[str, Any] = {"dtype": _adapter_dtype(matrix.dtype)}
+        factory: dict[str, Any] = {"dtype": _adapter_dtype(self.weight.dtype)}
         self._assign(
             adapter_name,
             torch.zeros(*batch, m, rank, **factory),
@@ -116,20 +115,19 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         )
         self._has_basis[adapter_name] = known and rank == 0
         if config.init_weights is not True and not self.semu_core[adapter_name].is_meta:
-            self._initialize_without_data(adapter_name, matrix, rank)
+            self._initialize_without_data(adapter_name, rank)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _initialize_without_data(self, adapter_name: str, matrix: Tensor, rank: int) -> None:
+    def _initialize_without_data(self, adapter_name: str, rank: int) -> None:
         config = self.configs[adapter_name]
-        dtype = _adapter_dtype(matrix.dtype)
         if config.init_weights == "weight":
             with onload_layer(self):
-                matrix = self.weight_to_matrix(self.weight.detach(), adapter_name)
-                left, _, right = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
+                matrix = self.weight_to_matrix(self.get_base_weight().detach(), adapter_name)
+                left, _, right = torch.linalg.svd(matrix.to(_adapter_dtype(matrix.dtype)), full_matrices=False)
             self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
             return
-        *batch, m, n = matrix.shape
+        *batch, m, n = self.matrix_shape(adapter_name)
         self.set_basis(
             adapter_name,
             torch.linalg.qr(torch.randn(*batch, m, rank))[0],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .layer import SemuLayer, in_range
+
+NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear  # an attention's output projection
+UNKNOWN_QUANTIZATION = "it is quantised in a way that SEMU does not know; load it unquantised or with bitsandbytes"
 
 
 class Linear(SemuLayer):
@@ -14,9 +18,11 @@ class Linear(SemuLayer):
 
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> str | None:
-        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if isinstance(base_layer, NEVER_CALLED):
             return "`nn.MultiheadAttention` reads its weight without calling it; target the attention module itself"
-        return None
+        dtype = getattr(getattr(base_layer, "weight", None), "dtype", torch.int8)
+        scaled = dtype.itemsize < 2 and type(base_layer) is not nn.Linear  # as in transformers' 8-bit float layers
+        return UNKNOWN_QUANTIZATION if scaled or not dtype.is_floating_point else None
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,23 +12,27 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model, semu_layers, targets_for
 from .adapter_file import without_wrappers
+from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import SemuLayer
-from .linear import Linear
+from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
 from .patterns import match_pattern, name_matches
+from .quantized import QuantizedLinear, quantization_backend
 from .reduced_bases import restored_bases, rounded_bases
+from .tied import TiedLayer
 from .weighted import CombinationType, WeightedSum
 
 LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
@@ -37,6 +42,7 @@ LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
     nn.Embedding: Embedding,
+    nn.MultiheadAttention: ParamWrapper,
 }
 
 
@@ -84,6 +90,41 @@ class SemuModel(BaseTuner):
                     "All adapters of a model must have the same `target_parameters`, if any: the new one has "
                     f"{sorted(wanted)}, {name!r} has {sorted(theirs)}."
                 )
+            if getattr(other, "ensure_weight_tying", False) != config.ensure_weight_tying:
+                raise ValueError(
+                    "All adapters of a model must have the same `ensure_weight_tying`: the new one has "
+                    f"{config.ensure_weight_tying}, {name!r} has {not config.ensure_weight_tying}."
+                )
+
+    def _check_tied_modules(self, model: Any, peft_config: Any) -> None:
+        # PEFT knows tied layers by two usual names; here the embedding counts by whatever name it is targeted.
+        if peft_config.ensure_weight_tying and peft_config.target_modules and hasattr(model, "get_input_embeddings"):
+            embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
+            tied = self._get_module_names_tied_with_embedding()
+            if tied and self._check_target_module_exists(peft_config, embedding):
+                self._add_targets_to_tie(peft_config, tied)
+                return
+        super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        if not all(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values()):
+            super()._check_merge_allowed()  # warns of tied weights, which are merged once where they are tied here
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied = {without_wrappers(name) for name in tied_weight_keys}
+        peft_config.target_modules_to_tie = tied
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        wanted = peft_config.target_modules
+        if isinstance(wanted, str):
+            peft_config.target_modules = rf"(?:{wanted}|^{re.escape(embedding)}$)"
+        else:
+            peft_config.target_modules = _untied(wanted, tied) | {embedding}
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        tied = {without_wrappers(name) for name in tied_weight_keys}
+        peft_config.modules_to_tie = tied
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        peft_config.modules_to_save = sorted(_untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
 
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
@@ -116,7 +157,9 @@ class SemuModel(BaseTuner):
         for name, module in names.items():
             if not name or name.startswith(inside) or not isinstance(module, wanted):
                 continue
-            if self._check_target_module_exists(targets, name):
+            if self._check_tied_module_exists(peft_config, name):
+                _check_tied(model, module, name)
+            elif self._check_target_module_exists(targets, name):
                 _layer_class(module, name)
                 if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
                     peft_config.rank_pattern[name] = rank
@@ -138,8 +181,19 @@ class SemuModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = self._correct(peft_config, adapter_name, target, current_key, parameter_name)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer: nn.Module = target
+        if self._check_tied_module_exists(peft_config, current_key):
+            if not isinstance(target, TiedLayer):
+                layer = TiedLayer.of(target, self.model.get_input_embeddings())
+        elif parameter_name is None and isinstance(base, nn.MultiheadAttention):
+            for weight in attention_weights(base):
+                layer = self._correct(peft_config, adapter_name, layer, f"{current_key}.{weight}", weight)
+        else:
+            layer = self._correct(peft_config, adapter_name, target, current_key, parameter_name)
         if layer is not target:
+            keep_called(layer, parent)
+            self._handles = [*vars(self).get("_handles", ()), *keep_padded(self.model, current_key)]
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -162,7 +216,9 @@ class SemuModel(BaseTuner):
         elif parameter_name is not None:
             result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
         else:
-            result = layer = _layer_class(target, name)(target, adapter_name, config, rank, known)
+            layer_class = _layer_class(target, name)
+            more = get_quantization_kwargs(self.model) if layer_class is QuantizedLinear else {}
+            result = layer = layer_class(target, adapter_name, config, rank, known, **more)
         if config.init_weights is not True:
             ranks[name] = layer.r[adapter_name]
         return result
@@ -171,6 +227,15 @@ class SemuModel(BaseTuner):
         # PEFT's own would move the adapter of an offloaded layer to the meta device, and hang the child's `weight` onto
         # the new module, which one with corrected parameters or trained token rows need not have.
         setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._remove_hooks()
+        return model
+
+    def _remove_hooks(self) -> None:
+        for handle in vars(self).pop("_handles", ()):
+            handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
@@ -292,15 +357,38 @@ class SemuModel(BaseTuner):
 
 def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = quantization_backend(base)
+    if backend is not None and backend.supports_merge:
+        return QuantizedLinear
     kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
-    reason = LAYER_CLASSES[kind].refusal(base) if kind else "that type is not supported"
-    if kind and reason is None:
-        return LAYER_CLASSES[kind]
-    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES)
+    reason: str | None = UNKNOWN_QUANTIZATION if backend else "that type is not supported"
+    if kind and not backend:
+        reason = LAYER_CLASSES[kind].refusal(base)
+        if reason is None:
+            return LAYER_CLASSES[kind]
+    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
     raise TypeError(
-        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported}: "
-        "name such layers in `target_modules`, or put this one into `exclude_modules`."
+        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
+        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
+
+
+def _untied(names: Any, tied: set[str]) -> set[str]:
+    """The names, or name endings, but those that mean one of the tied modules."""
+    return {name for name in names or () if not any(f".{key}".endswith(f".{name}") for key in tied)}
+
+
+def _check_tied(model: Any, module: nn.Module, name: str) -> None:
+    """Raise unless a module that is to be tied to the input embedding has its weight, and no adapter of its own."""
+    source = model.get_input_embeddings()
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, TiedLayer):
+        raise ValueError(f"{name!r} has an adapter of its own already, so that it cannot be tied to the embedding now.")
+    if not isinstance(base, (nn.Linear, nn.Embedding)) or base.weight is not source.weight:
+        raise ValueError(
+            f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
+            "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
+        )
 
 
 def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
@@ -318,7 +406,9 @@ def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_
             "them out; with `target_modules=[]` only the parameters are corrected."
         )
     owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-    reason = Linear.refusal(owner)
+    reason = None
+    if isinstance(owner, (nn.MultiheadAttention, NEVER_CALLED)):
+        reason = "an `nn.MultiheadAttention` is corrected as a whole, so name the module in `target_modules`"
     if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
         reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
     if reason:
@@ -352,7 +442,7 @@ def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     """Say in a sentence how the adapter's tensors in `state_dict` differ from those in `model`, if they do."""
     expected: dict[str, torch.Size] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer):
             for kind in ("semu_U", "semu_V", "semu_core"):
                 expected[f"{name}.{kind}.{adapter_name}"] = getattr(layer, kind)[adapter_name].shape
     found = {
@@ -395,5 +485,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         if not configs and isinstance(module, SemuModel):
             if "peft_config" in vars(module.model):
                 del module.model.peft_config
+            module._remove_hooks()
             for parameter, flag in module._requires_grad_before:
                 parameter.requires_grad_(flag)

@@ -108,7 +108,7 @@ every_way = pytest.mark.parametrize("wrap", WAYS_IN, ids=["get_peft_model", "inj
 
 
 @every_way
-@pytest.mark.parametrize("bad", ["recurrent", "up", "norm", "attention"])
+@pytest.mark.parametrize("bad", ["recurrent", "up", "norm"])
 def test_unsupported_layer(wrap: Callable[[nn.Module, SemuConfig], Any], bad: str) -> None:
     """The layer, its type and the supported types are named, and no layer has been replaced, not even earlier ones."""
     model = Mixed()

@@ -223,6 +223,18 @@ def test_training_before_initialisation() -> None:
         loss(model, tokens()).backward()
 
 
+def test_gradient_checkpointing() -> None:
+    """Recomputed in the backward pass, the experts are the corrected ones."""
+    model, ids = adapted("mixtral"), tokens()
+    loss(model, ids).backward()
+    expected = {name: layer.semu_core["default"].grad.clone() for name, layer in semu_layers(model).items()}
+    model.zero_grad()
+    model.base_model.model.gradient_checkpointing_enable()
+    loss(model.train(), ids).backward()
+    for name, layer in semu_layers(model).items():
+        torch.testing.assert_close(layer.semu_core["default"].grad, expected[name])
+
+
 def test_no_choice_of_adapter_by_example() -> None:
     model = adapted("mixtral")
     experts = model.base_model.model.model.layers[0].mlp.experts

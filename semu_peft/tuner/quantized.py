@@ -1,0 +1,62 @@
+"""The correction of quantised linear layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from .config import SemuConfig
+from .linear import Linear
+
+
+class QuantizedLinear(Linear):
+    """A linear layer quantised by bitsandbytes (8 or 4 bits), torchao or HQQ, with SEMU corrections.
+
+    The correction is computed beside the quantised layer and leaves it alone. Merging dequantises the weight, adds the
+    correction and quantises again, as PEFT's LoRA does, so that it rounds the correction too; unmerging rounds once
+    more.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SemuConfig,
+        rank: int = 0,
+        known: bool = False,
+        **quantization: Any,
+    ) -> None:
+        self.quantization_backend = quantization_backend(base_layer, **quantization)
+        super().__init__(base_layer, adapter_name, config, rank, known)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as it is stored, not in the shape that it stands for."""
+        base: Any = self.get_base_layer()
+        return base.weight if hasattr(base, "weight") else base.W_q
+
+    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
+        base: Any = self.get_base_layer()
+        return (base.out_features, base.in_features)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        warnings.warn("Merging into a quantised weight rounds the correction to its few bits.", stacklevel=2)
+        super().merge(safe_merge, adapter_names)
+
+
+def quantization_backend(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """PEFT's handler of a quantised layer; `None` where the layer is not quantised, as far as PEFT knows."""
+    if type(getattr(base_layer, "weight", None)) is nn.Parameter:
+        return None  # without importing every quantisation library to find out
+    return resolve_quantization_backend(base_layer, **{"get_apply_tensor_subclass": _no_config, **quantization})
+
+
+def _no_config() -> None:
+    raise TypeError(
+        "torchao can merge into a quantised weight only where the model carries its quantisation configuration: load "
+        "it with `from_pretrained(..., quantization_config=TorchAoConfig(...))`, or keep the adapter apart."
+    )

@@ -1,0 +1,75 @@
+"""The correction of layers that share their weight with the input embedding, such as a tied language model head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .config import SemuConfig
+from .embedding import Embedding
+from .layer import SemuLayer
+from .linear import Linear
+
+
+class TiedLayer(SemuLayer):
+    """A layer whose weight is the input embedding's and that computes with the embedding's adapters, by reference.
+
+    It owns nothing: a tied weight has one correction, which is initialised, trained, saved and merged where the
+    embedding is. `SemuConfig.ensure_weight_tying` puts such layers in.
+    """
+
+    def __init__(self, base_layer: nn.Module, source: Embedding) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self._source = (source,)  # in a tuple, so that the embedding is not registered a second time
+        self._disable_adapters = source.disable_adapters
+        self._active_adapter = source.active_adapter
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("semu_V", "semu_core", "r", "scaling", "configs", "_has_basis"):
+            return getattr(self.source, name)
+        return super().__getattr__(name)
+
+    @property
+    def source(self) -> Embedding:
+        """The embedding that the weight is tied to."""
+        return self._source[0]
+
+    @property
+    def semu_U(self) -> Any:  # type: ignore[override]
+        return {name: self.source.token_basis(name) for name in self.source.semu_U}
+
+    @property
+    def merged(self) -> bool:
+        return self.source.merged
+
+    def update_layer(self, adapter_name: str, rank: int, config: SemuConfig, known: bool = False) -> None:
+        """Nothing to add here: the embedding has the adapter."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to add here: the embedding's merge has changed the weight of both."""
+
+    def unmerge(self) -> None:
+        if self.source.merged:
+            self.source.unmerge()
+
+    def scale_layer(self, scale: float) -> None:
+        """Nothing to scale here: the scale is the embedding's."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Nothing to scale here: the scale is the embedding's."""
+
+    @classmethod
+    def of(cls, base_layer: nn.Module, source: Embedding) -> TiedLayer:
+        """Tie a linear layer or an embedding to `source`."""
+        tied_class = TiedLinear if isinstance(base_layer, nn.Linear) else TiedEmbedding
+        return tied_class(base_layer, source)
+
+
+class TiedLinear(TiedLayer, Linear):
+    """A head tied to the input embedding: `W` is `(vocabulary, dimension)` in both."""
+
+
+class TiedEmbedding(TiedLayer, Embedding):
+    """A further embedding tied to the first, as in T5."""
