@@ -65,14 +65,14 @@ def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Object
 
 
 def _train(
-    model: nn.Module, task: ForgettingTask, objective: Objective, learning_rate: float, epochs: int, retain: bool
+    model: nn.Module, task: ForgettingTask, objective: Objective, learning_rate: float, epochs: int, retain: float
 ) -> int:
     result = unlearn(
         model,
         loader(task.forget, task.seed),
         objective,
         retain_batches=loader(task.retain, task.seed) if retain else None,
-        retain_objective=objectives.CrossEntropy() if retain else None,
+        retain_objective=retain * objectives.CrossEntropy() if retain else None,
         epochs=epochs,
         learning_rate=learning_rate,
         seed=task.seed,
@@ -81,9 +81,9 @@ def _train(
 
 
 def semu(
-    objective: Callable[[ForgettingTask], Objective], retain: bool = False, **settings: object
+    objective: Callable[[ForgettingTask], Objective], retain: float = 0.0, **settings: object
 ) -> Callable[[ForgettingTask, float, int], Unlearned]:
-    """SEMU with an objective, with or without retain data."""
+    """SEMU with an objective, and `retain` times the loss on retain data."""
 
     def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
         started = time.perf_counter()
@@ -98,7 +98,7 @@ def semu(
 
 
 def all_weights(
-    objective: Callable[[ForgettingTask], Objective], saliency: bool = False, retain: bool = False
+    objective: Callable[[ForgettingTask], Objective], saliency: bool = False, retain: float = 0.0
 ) -> Callable[[ForgettingTask, float, int], Unlearned]:
     """Every weight is trained, or with `saliency` the half with the largest forget gradients (SalUn, 2310.12508)."""
 
@@ -124,27 +124,31 @@ def all_weights(
 
 
 def lora(
-    objective: Callable[[ForgettingTask], Objective], retain: bool, budget: Callable[[ForgettingTask], int]
+    objective: Callable[[ForgettingTask], Objective], retain: float, budget: Callable[[ForgettingTask], int]
 ) -> Callable[[ForgettingTask, float, int], Unlearned]:
-    """PEFT's LoRA of rank 1 with the same objective, on as many layers as the budget of parameters pays for.
+    """PEFT's LoRA with the same objective and about as many trained parameters as the budget says.
 
-    Layers are taken from the classifier backwards, at least one, until the next would exceed the budget.
+    On all layers, at the rank that comes nearest to the budget. Where rank 1 on all of them is too dear, rank 1 on
+    layers from the classifier backwards, at least one, until the next would exceed the budget.
     """
 
     def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
         started = time.perf_counter()
         model = copy.deepcopy(task.original)
-        names: list[str] = []
-        spent = 0
-        for name, module in reversed(list(model.named_modules())):
-            if not isinstance(module, (nn.Conv2d, nn.Linear)):
-                continue
-            cost = module.weight[0].numel() + module.weight.shape[0]
-            if names and spent + cost > budget(task):
-                break
-            names, spent = [*names, name], spent + cost
+        costs = {
+            name: module.weight[0].numel() + module.weight.shape[0]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+        }
+        rank, names = round(budget(task) / sum(costs.values())), list(costs)
+        if rank == 0:
+            rank, names, left = 1, [], budget(task)
+            for name, cost in reversed(costs.items()):
+                if names and cost > left:
+                    break
+                names, left = [*names, name], left - cost
         torch.manual_seed(task.seed)
-        adapted = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, target_modules=names))
+        adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
         count = _train(adapted, task, objective(task), learning_rate, epochs, retain)
         return Unlearned(adapted, count, time.perf_counter() - started)
 

@@ -50,25 +50,25 @@ def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
         return [
             Method("SEMU, all layers", semu(best_objective), 3e-2, 2),
             Method("SEMU, classifier only", semu(best_objective, target_modules="classifier"), 1e-1, 1),
-            Method("SEMU, all layers, with retain data", semu(best_objective, retain=True), 3e-2, 1),
+            Method("SEMU, all layers, with retain data", semu(best_objective, retain=1.0), 3e-2, 1),
             Method("SEMU, all layers, random labels (paper)", semu(random_label), 3e-3, 1),
-            Method("LoRA of the same size, same objective", lora(best_objective, False, budget), 1e-2, 1),
+            Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 1e-2, 1),
             Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 1),
             Method("all weights, random labels", all_weights(random_label), 1e-4, 1),
             Method("all weights, gradient ascent", all_weights(gradient_ascent), 1e-5, 1),
-            Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=True), 1e-4, 1),
+            Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0), 1e-4, 1),
         ]
     wide = {"explained_variance": 0.99}
     return [
-        Method("SEMU", semu(best_objective, **wide), 2e-2, 20),
-        Method("SEMU, with retain data", semu(best_objective, retain=True, **wide), 2e-2, 20),
+        Method("SEMU", semu(best_objective, **wide), 3e-3, 40),
+        Method("SEMU, with retain data", semu(best_objective, retain=4.0, **wide), 1e-2, 40),
         Method("SEMU, random labels (paper)", semu(random_label, **wide), 1e-3, 10),
-        Method("LoRA of the same size, same objective", lora(best_objective, False, budget), 1e-2, 20),
-        Method("LoRA, same objective, with retain data", lora(best_objective, True, budget), 1e-2, 20),
+        Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 5e-3, 40),
+        Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget), 1e-2, 40),
         Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 10),
         Method("all weights, random labels", all_weights(random_label), 3e-5, 10),
         Method("all weights, gradient ascent", all_weights(gradient_ascent), 1e-5, 10),
-        Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=True), 1e-4, 10),
+        Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0), 1e-4, 10),
     ]
 
 

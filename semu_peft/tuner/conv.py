@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cost import dense_is_cheaper
 from .layer import SemuLayer, in_range
 
 
@@ -59,23 +60,18 @@ class ConvNd(SemuLayer):
         mixed = (left @ core).to(hidden.dtype).reshape(-1, rank, *pointwise)
         return output + self.convolution(hidden, mixed, groups=groups).to(output.dtype)
 
-    def _is_plain(self) -> bool:
-        return type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
+        base = self.conv
+        if type(self.base_layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not x.numel():
+            return False
+        if any(self._per_channel(name) for name in adapter_names):
+            return True
+        m, n = base.out_channels, base.weight[0].numel()
+        positions = x.numel() // base.in_channels // math.prod(base.stride)
+        return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), positions)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            return super().forward(x, *args, **kwargs)
-        names = self._live_adapters()
-        dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
-        if self.disable_adapters or self.merged or dense != names or not self._is_plain():
-            return super().forward(x, *args, **kwargs)
-        if not dense:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self._base_weight_plus(torch.stack([self.get_delta_weight(name) for name in dense]).sum(0))
-        output = self.conv._conv_forward(x, weight, self.conv.bias)
-        for name in dense:
-            output = self._guard(output, name)
-        return output
+    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.conv._conv_forward(x, weight, self.conv.bias)
 
 
 class Conv1d(ConvNd):

@@ -91,6 +91,14 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Return `output + (U R Vᵀ)(x)` for one adapter, without forming the dense weight."""
         raise NotImplementedError
 
+    def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
+        """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all."""
+        return False
+
+    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The base layer's output with another weight, for layers whose corrections may join it."""
+        raise NotImplementedError
+
     # ---- life of an adapter ----
 
     def update_layer(self, adapter_name: str, rank: int, config: SemuConfig, known: bool = False) -> None:
@@ -285,14 +293,18 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        output = self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged or adapter_names is not None else self._live_adapters()
+        corrections = [name for name in names if self.r[name] > 0]
+        if corrections and self.joins_weight(corrections, x):
+            deltas = [self.get_delta_weight(name) for name in corrections]
+            output = self.run_base(x, self._base_weight_plus(sum(deltas[1:], deltas[0])))
+        else:
+            output = self.base_layer(x, *args, **kwargs)
+            for name in corrections:
+                output = self.add_correction(output, x, name)
         if adapter_names is not None:
             return self._correct_each(output, x, adapter_names)
-        if self.merged:
-            return output
-        for name in self._live_adapters():
-            if self.r[name] > 0:
-                output = self.add_correction(output, x, name)
+        for name in names:
             output = self._guard(output, name)
         return output
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .cost import dense_is_cheaper
 from .layer import SemuLayer, in_range
 
 NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear  # an attention's output projection
@@ -38,6 +41,15 @@ class Linear(SemuLayer):
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
         return matrix.T if self.fan_in_fan_out else matrix
+
+    def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
+        if type(self.base_layer) is not nn.Linear or not x.numel():
+            return False
+        m, n = self.base_layer.weight.shape
+        return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), x.numel() // n)
+
+    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, cast(nn.Linear, self.base_layer).bias)
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """`output + ((x V) Rᵀ) Uᵀ`: three thin products, of which autograd keeps only the `(..., r)` middle ones."""
