@@ -63,7 +63,7 @@ def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
         Method("SEMU", semu(best_objective, **wide), 3e-3, 40),
         Method("SEMU, with retain data", semu(best_objective, retain=4.0, **wide), 1e-2, 40),
         Method("SEMU, random labels (paper)", semu(random_label, **wide), 1e-3, 10),
-        Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 5e-3, 40),
+        Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 1e-2, 40),
         Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget), 1e-2, 40),
         Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 10),
         Method("all weights, random labels", all_weights(random_label), 3e-5, 10),

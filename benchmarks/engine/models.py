@@ -1,0 +1,116 @@
+"""Real architectures with random weights, their inputs, and the layers that are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One architecture under measurement.
+
+    Attributes:
+        build: Makes the model.
+        batch: `(seed) -> keyword inputs` of one batch.
+        loss: `(model, batch) -> scalar`.
+        targets: Which layers are adapted, as PEFT's `target_modules`.
+    """
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Any]]
+    loss: Callable[[nn.Module, dict[str, Any]], Tensor]
+    targets: str
+
+
+def _draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _vit(layers: int) -> Subject:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    def batch(seed: int) -> dict[str, Any]:
+        images = torch.randn(4, 3, 224, 224, generator=_draw(seed))
+        return {"pixel_values": images, "labels": torch.randint(10, (4,), generator=_draw(seed))}
+
+    return Subject(
+        lambda: ViTForImageClassification(ViTConfig(num_hidden_layers=layers, num_labels=10)),
+        batch,
+        lambda model, inputs: model(**inputs).loss,
+        r".*layers\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])",
+    )
+
+
+def _llama(layers: int, **shape: int) -> Subject:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "vocab_size": 32_000,
+    } | shape  # fmt: skip
+
+    def batch(seed: int) -> dict[str, Any]:
+        tokens = torch.randint(32_000, (2, 256), generator=_draw(seed))
+        return {"input_ids": tokens, "labels": tokens}
+
+    return Subject(
+        lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes)),
+        batch,
+        lambda model, inputs: model(**inputs).loss,
+        r".*layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    )
+
+
+def _unet(**shape: Any) -> Subject:
+    from diffusers import UNet2DConditionModel
+
+    sizes = {"cross_attention_dim": 768, "sample_size": 64} | shape
+    width = sizes["cross_attention_dim"]
+
+    def batch(seed: int) -> dict[str, Any]:
+        draw = _draw(seed)
+        return {
+            "sample": torch.randn(1, 4, 64, 64, generator=draw),
+            "timestep": torch.randint(1000, (1,), generator=draw),
+            "encoder_hidden_states": torch.randn(1, 77, width, generator=draw),
+            "noise": torch.randn(1, 4, 64, 64, generator=draw),
+        }
+
+    def loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)
+        noise = inputs.pop("noise")
+        return (model(**inputs).sample - noise).square().mean()
+
+    return Subject(
+        lambda: UNet2DConditionModel(**sizes),
+        batch,
+        loss,
+        r".*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)",
+    )
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "vit-b16": lambda: _vit(12),
+    "llama-0.4b": lambda: _llama(24),
+    "sd15-unet": _unet,
+    # For a GPU of 80 GB or more.
+    "llama-8b": lambda: _llama(
+        32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    ),
+    "sdxl-unet": lambda: _unet(
+        cross_attention_dim=2048,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+    ),
+    # The same kinds of layers, small enough to try the benchmark itself.
+    "vit-tiny": lambda: _vit(2),
+}

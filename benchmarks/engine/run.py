@@ -1,0 +1,365 @@
+"""Time and memory of finding a subspace and of training in it, beside the floor, the published method and LoRA.
+
+    python benchmarks/engine/run.py --subject vit-b16
+
+Each figure is a ratio of two things measured in this one run, on this machine. Times: all variants take turns in one
+process, round after round, and the fastest turn of each counts, as other work can only slow a turn down. On a CPU it is
+processor time; set OMP_NUM_THREADS=1, or idle threads count too. Memory: each
+variant runs in a fresh process, and its peak is the resident set beyond what Python and its imports took; on a GPU, the
+peak of allocated memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import published
+import torch
+import transformers
+from models import SUBJECTS, Subject
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft.subspace.gradients import accumulate_gradients
+from semu_peft.tuner.adapted import semu_layers
+
+RANKS = (16, 64)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batches_of(subject: Subject, count: int) -> list[Any]:
+    return [{key: value.to(DEVICE) for key, value in subject.batch(seed).items()} for seed in range(count)]
+
+
+def built(subject: Subject, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return subject.build().to(dtype).eval().requires_grad_(False)
+
+
+def target_names(model: nn.Module, subject: Subject) -> list[str]:
+    return list(semu_layers(get_peft_model(model, SemuConfig(target_modules=subject.targets))))
+
+
+# ---- what is measured ----
+
+
+def floor_pass(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
+    """One forward and backward pass over the batches, with the targets' weight gradients."""
+    names = arguments.names
+    weights = [model.get_submodule(name).weight for name in names]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in batches:
+        subject.loss(model, batch).backward()
+        for weight in weights:
+            weight.grad = None
+    model.requires_grad_(False)
+
+
+def extraction(accumulate: str) -> Callable[..., None]:
+    def run(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
+        wrapped = get_peft_model(
+            model, SemuConfig(target_modules=subject.targets, explained_variance=arguments.explained_variance)
+        )
+        initialize_semu_weights(
+            wrapped, batches, subject.loss, accumulate=accumulate, sketch_size=arguments.sketch_size, progress=False
+        )
+        wrapped.unload()
+
+    return run
+
+
+def published_extraction(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
+    published.extract(model, arguments.names, batches, subject.loss, arguments.explained_variance)
+    model.zero_grad()
+    model.requires_grad_(False)
+
+
+def floor_step(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
+    """One forward and one input-gradient backward: no adapter on frozen weights can do with less."""
+    first = next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Embedding)))
+    handle = first.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    try:
+        subject.loss(model, batches[0]).backward()
+    finally:
+        handle.remove()
+
+
+def adapter(kind: str, rank: int, **settings: Any) -> Callable[[nn.Module, Subject], nn.Module]:
+    def wrap(model: nn.Module, subject: Subject) -> nn.Module:
+        if kind == "lora":
+            return get_peft_model(model, LoraConfig(r=rank, target_modules=subject.targets, **settings))
+        return get_peft_model(model, SemuConfig(r=rank, target_modules=subject.targets, init_weights=False))
+
+    return wrap
+
+
+def step(model: nn.Module, subject: Subject, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+    subject.loss(model, batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+EXTRACTIONS: dict[str, Callable[..., None]] = {
+    "floor pass": floor_pass,
+    "exact": extraction("exact"),
+    "sketch": extraction("sketch"),
+    "published": published_extraction,
+}
+
+
+# ---- time ----
+
+
+def seconds(call: Callable[[], None]) -> float:
+    """Processor time of this process on a CPU, which other work on the machine disturbs least; wall time on a GPU."""
+    gc.collect()
+    if DEVICE.type == "cpu":
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def time_extractions(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    batches = batches_of(subject, arguments.batches)
+    best: dict[str, float] = {}
+    for turn in range(arguments.rounds):
+        for name, run in EXTRACTIONS.items():
+            if turn and name == "published":
+                continue  # minutes of decompositions, which one turn measures well enough
+            model = built(subject, arguments.dtype)
+            taken = seconds(partial(run, model, subject, batches, arguments))
+            best[name] = min(best.get(name, taken), taken)
+            print(f"  {name}: {taken:.2f} s", flush=True)
+            del model
+    return best
+
+
+def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    (batch,) = batches_of(subject, 1)
+    model = built(subject, arguments.dtype)
+    best: dict[str, float] = {}
+    for _ in range(arguments.rounds):
+        for name in ["floor step", *(f"{kind} {rank}" for rank in RANKS for kind in ("lora", "semu"))]:
+            turns = range(1 + arguments.steps)
+            if name == "floor step":
+                times = [seconds(partial(floor_step, model, subject, [batch], arguments)) for _ in turns]
+            else:
+                kind, rank = name.split()
+                wrapped = adapter(kind, int(rank))(model, subject)
+                optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+                times = [seconds(partial(step, wrapped, subject, batch, optimizer)) for _ in turns]
+                model = wrapped.unload().requires_grad_(False)
+            best[name] = min(best.get(name, times[1]), *times[1:])
+            print(f"  {name}: {best[name]:.3f} s", flush=True)
+    return best
+
+
+def time_initialisations(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """LoRA's own data-driven initialisations over the same batches, at rank 16."""
+    from peft import LoraGAConfig, preprocess_loraga
+
+    batches = batches_of(subject, arguments.batches)
+    model = built(subject, arguments.dtype)
+    config = LoraConfig(
+        r=16, target_modules=subject.targets, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
+
+    def train_step() -> None:
+        for batch in batches:
+            subject.loss(model, batch).backward()
+
+    def run() -> None:
+        preprocess_loraga(model, config, train_step)
+        get_peft_model(model, config)
+
+    model.requires_grad_(True)
+    return {"LoRA-GA": seconds(run)}
+
+
+# ---- memory ----
+
+
+def peak_memory(subject: Subject, variant: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Peak in MiB of one variant, run here and now, in all and beyond the loaded model."""
+    before = _resident()
+    model = built(subject, arguments.dtype)
+    loaded = _resident()
+    if variant in EXTRACTIONS:
+        EXTRACTIONS[variant](model, subject, batches_of(subject, 2), arguments)
+    elif variant == "floor step":
+        floor_step(model, subject, batches_of(subject, 1), arguments)
+    else:
+        kind, rank = variant.split()
+        wrapped = adapter(kind, int(rank))(model, subject)
+        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
+        for batch in batches_of(subject, 2):
+            step(wrapped, subject, batch, optimizer)
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak - before, peak - loaded
+
+
+def _resident() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    variants = [*EXTRACTIONS, "floor step", *(f"{kind} {rank}" for rank in RANKS for kind in ("lora", "semu"))]
+    found = {}
+    for variant in variants:
+        command = [
+            sys.executable, __file__, "--subject", arguments.subject, "--memory-of", variant,
+            "--explained-variance", str(arguments.explained_variance), "--sketch-size", str(arguments.sketch_size),
+        ]  # fmt: skip
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[variant] = tuple(json.loads(output.splitlines()[-1]))
+        print(f"  {variant}: {found[variant][0]:.0f} MiB, {found[variant][1]:.0f} beyond the model", flush=True)
+    return found
+
+
+# ---- quality ----
+
+
+def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """The sketch's share of what the exact directions catch, at the exact rank, over all layers."""
+    batches = batches_of(subject, arguments.batches)
+    model = get_peft_model(
+        built(subject, arguments.dtype),
+        SemuConfig(target_modules=subject.targets, explained_variance=arguments.explained_variance),
+    )
+    exact = initialize_semu_weights(model, batches, subject.loss, progress=False)
+    energy = sum(float(layer.singular_values[: layer.rank].double().square().sum()) for layer in exact.layers.values())
+    sketched = initialize_semu_weights(
+        model, batches, subject.loss, accumulate="sketch", sketch_size=arguments.sketch_size,
+        keep_explained_variance=1.0, progress=False,
+    )  # fmt: skip
+    layers = semu_layers(model)
+    weights = {name: layer.weight for name, layer in layers.items()}
+    gradients, _ = accumulate_gradients(model, weights, batches, subject.loss, progress=False)
+    caught = 0.0
+    for name, gradient in gradients.items():
+        matrix = layers[name].weight_to_matrix(gradient, "default")
+        found = sketched.layers[name].directions.leading(exact.ranks[name])
+        caught += float((found.left.to(matrix).mT @ matrix @ found.right.to(matrix)).double().square().sum())
+    ranks = sorted(exact.ranks.values())
+    return {
+        "captured": caught / energy,
+        "median rank": ranks[len(ranks) // 2],
+        "largest rank": ranks[-1],
+        "layers sketched": sum(layer.estimated for layer in sketched.layers.values()),
+        "layers": len(ranks),
+    }
+
+
+# ---- the table ----
+
+
+def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], quality: dict[str, float]) -> list[str]:
+    def row(figure: str, value: float, goal: str) -> str:
+        return f"| {figure} | {value:.2f} | {goal} |"
+
+    def total(variant: str) -> float:
+        return memory[variant][0]
+
+    rows = ["| figure | measured | goal |", "| --- | --- | --- |"]
+    for kind in ("exact", "sketch"):
+        rows.append(row(f"extraction time / floor pass, {kind}", times[kind] / times["floor pass"], "≤ 1.15"))
+    rows += [
+        row("published method's time / extraction time, exact", times["published"] / times["exact"], "≥ 5"),
+        row("published method's time / extraction time, sketch", times["published"] / times["sketch"], "≥ 5"),
+        row("extraction's peak memory (sketch) / LoRA step, rank 16", total("sketch") / total("lora 16"), "≤ 1.0"),
+        row("extraction's peak memory (exact) / published", total("exact") / total("published"), "≤ 1/3"),
+        row("extraction's peak memory (sketch) / published", total("sketch") / total("published"), "≤ 1/3"),
+    ]
+    for rank, goal in zip(RANKS, ("≤ 1.0", "≤ 0.95"), strict=True):
+        rows.append(row(f"step time / LoRA step, rank {rank}", times[f"semu {rank}"] / times[f"lora {rank}"], goal))
+    for rank in RANKS:
+        rows.append(
+            row(f"step's peak memory / LoRA step, rank {rank}", total(f"semu {rank}") / total(f"lora {rank}"), "≤ 0.9")
+        )
+        beyond = memory[f"semu {rank}"][1] / memory[f"lora {rank}"][1]
+        rows.append(row(f"the same, beyond the model's weights, rank {rank}", beyond, ""))
+    rows.append(row("step time / floor step, rank 16", times["semu 16"] / times["floor step"], "≤ 1.10"))
+    rows.append(row("sketch's captured energy / exact, at the exact rank", quality["captured"], "≥ 0.98"))
+    if "LoRA-GA" in times:
+        rows.append(row("extraction time (exact) / LoRA-GA's", times["exact"] / times["LoRA-GA"], ""))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", choices=list(SUBJECTS), required=True)
+    parser.add_argument("--batches", type=int, default=8, help="forget batches of an extraction")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
+    parser.add_argument("--steps", type=int, default=3, help="training steps a turn, after one to warm up")
+    parser.add_argument("--sketch-size", type=int, default=64)
+    parser.add_argument("--explained-variance", type=float, default=0.9)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    subject = SUBJECTS[arguments.subject]()
+    with torch.device("meta"):
+        arguments.names = target_names(subject.build(), subject)
+    if arguments.memory_of:
+        print(json.dumps(peak_memory(subject, arguments.memory_of, arguments)))
+        return
+    print("memory", flush=True)
+    memory = measure_memory(arguments)
+    print("training steps", flush=True)
+    times = time_steps(subject, arguments)
+    print("extraction", flush=True)
+    times |= time_extractions(subject, arguments)
+    times |= time_initialisations(subject, arguments)
+    print("captured energy", flush=True)
+    quality = captured_energy(subject, arguments)
+    table = "\n".join(ratios(times, memory, quality))
+    print(table)
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+    document = {
+        "command": "python benchmarks/engine/run.py " + " ".join(sys.argv[1:]),
+        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads,
+        "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
+        "table": table,
+        "seconds": times,
+        "peak_mib": {name: {"total": a, "beyond_model": b} for name, (a, b) in memory.items()},
+        "quality": quality,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"engine_{arguments.subject}.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
+    temporary.rename(path)
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
