@@ -147,14 +147,15 @@ def unlearn(
     ]
     was_prepared = getattr(model, "_is_accelerate_prepared", False)
     bar: Any = None  # none of what follows may leave a trace when it fails
-    prepared, optimizer_ = model, make(parameters)
+    bare_optimizer = make(parameters)
+    prepared, optimizer_ = model, bare_optimizer
     try:
         prepared, optimizer_, forget = accelerator.prepare(model, optimizer_, forget)
         parameters = _trained(model)  # FSDP has put sharded ones in their places
         retain = accelerator.prepare(retain) if retain is not None else None
         steps_per_epoch = math.ceil(len(forget) / accumulation)
         total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
-        schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
+        schedule = (scheduler or _linear_decay)(bare_optimizer, total_steps)  # DeepSpeed's is no torch Optimizer
         objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
 
         state = Progress()
