@@ -39,8 +39,8 @@ class UnlearnResult:
     """What a run did.
 
     Attributes:
-        history: One entry a step: `step`, `epoch`, `loss`, with retain data `forget_loss` and `retain_loss`, and
-            `metric` at the last step of an epoch where a metric was given.
+        history: One entry a step: `step`, `epoch`, `loss` (the mean over all processes), with retain data `forget_loss`
+            and `retain_loss`, and `metric` at the last step of an epoch where a metric was given.
         steps: Optimiser steps taken, those before a resume included.
         examples_seen: Forget examples seen, on all processes.
         trainable_parameters: How many numbers were trained.
@@ -147,13 +147,15 @@ def unlearn(
     ]
     was_prepared = getattr(model, "_is_accelerate_prepared", False)
     bar: Any = None  # none of what follows may leave a trace when it fails
-    prepared, optimizer_ = model, make(parameters)
+    bare_optimizer = make(parameters)
+    prepared, optimizer_ = model, bare_optimizer
     try:
         prepared, optimizer_, forget = accelerator.prepare(model, optimizer_, forget)
+        parameters = _trained(model)  # FSDP has put sharded ones in their places
         retain = accelerator.prepare(retain) if retain is not None else None
         steps_per_epoch = math.ceil(len(forget) / accumulation)
         total_steps = min(epochs * steps_per_epoch, max_steps or epochs * steps_per_epoch)
-        schedule = (scheduler or _linear_decay)(optimizer_.optimizer, total_steps)
+        schedule = (scheduler or _linear_decay)(bare_optimizer, total_steps)  # DeepSpeed's is no torch Optimizer
         objectives = [loss for loss in (objective, retain_objective) if isinstance(loss, Objective)]
 
         state = Progress()
@@ -205,6 +207,7 @@ def unlearn(
                         schedule.step()
                     state.step += 1
                     entry = {key: sum(value[key] for value in losses) / len(losses) for key in values}
+                    entry = _mean_over_processes(accelerator, entry)
                     losses.clear()
                     if retain_stream is None:
                         del entry["forget_loss"]
@@ -258,13 +261,17 @@ def _trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
                         f"The SEMU adapter {adapter!r} has no basis yet (layer {name!r}). Call "
                         "`initialize_semu_weights(model, batches, objective)` before `unlearn`."
                     )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+    parameters = _trained(model)
     if not parameters:
         raise ValueError(
             "`model` has no trainable parameter. An adapter loaded for inference is frozen: load it with "
             "`is_trainable=True`, or activate it with `set_adapter`."
         )
     return parameters
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
@@ -357,6 +364,13 @@ def _cycle(loader: DataLoader[Any], seed: int, state: Progress) -> Iterator[Any]
             state.retain_batch += 1
             yield batch
         state.retain_epoch, state.retain_batch = state.retain_epoch + 1, 0
+
+
+def _mean_over_processes(accelerator: Accelerator, entry: dict[str, float]) -> dict[str, float]:
+    if accelerator.num_processes == 1:
+        return entry
+    values = torch.tensor(list(entry.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(entry, accelerator.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def _batch_size(batch: Any) -> int:
