@@ -1,9 +1,11 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from . import objectives
+from .diffusers_layout import save_as_diffusers_lora
 from .export import RerankReport, rerank, save_as_lora, to_lora
+from .from_lora import from_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
-from .tuner import SemuConfig, SemuLayer, SemuModel, register
+from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
 from .unlearn import UnlearnResult, unlearn
 
 register()
@@ -16,10 +18,14 @@ __all__ = [
     "SemuModel",
     "SubspaceProfile",
     "UnlearnResult",
+    "from_lora",
+    "hotswap_adapter",
     "initialize_semu_weights",
     "objectives",
     "rerank",
+    "save_as_diffusers_lora",
     "save_as_lora",
+    "set_scale",
     "to_lora",
     "unlearn",
 ]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .files import written_whole
 from .subspace.ranks import rank_for_energy
-from .tuner.adapted import base_model, semu_layers
+from .tuner.adapted import base_model, exactly, semu_layers, targets_for
 from .tuner.adapter_file import without_wrappers
 from .tuner.embedding import Embedding
 from .tuner.layer import SemuLayer
@@ -25,19 +25,25 @@ from .tuner.parameter import ParamWrapper
 from .tuner.tied import TiedLayer
 
 _PREFIX = "base_model.model."
+_LORA_BIAS = {"none": "none", "all": "all", "semu_only": "lora_only"}
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", *, uniform_rank: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Write a SEMU adapter as a LoRA with the same `ΔW`: `B = U R` (times the adapter's scale) and `A = Vᵀ`.
 
     No decomposition and no approximation is needed, except that a convolution read channel by channel, which has no
     common basis, is factorised numerically. A grouped convolution of rank `r` becomes a LoRA of rank `groups · r`.
     Layers of rank 0 are left out. A layer tied to the embedding gets a pair of its own; PEFT warns that it cannot merge
-    both into one weight. Corrected parameters become LoRA's `target_parameters`.
+    both into one weight. Corrected parameters become LoRA's `target_parameters`; `modules_to_save`, trained biases and
+    token rows go along.
 
     Args:
         model: A model with a SEMU adapter.
         adapter_name: The adapter to convert.
+        uniform_rank: Pad every layer to the largest rank with zeros. The file grows and `ΔW` stays as it is; programs
+            that read one rank for all layers (vLLM) need it.
 
     Returns:
         The LoRA's configuration and its state dict with PEFT's file keys, float32. They load with stock PEFT.
@@ -47,8 +53,7 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
             convolution's dilation and padding modes other than zeros, adds up the weights of an
             `nn.MultiheadAttention` wrongly, and cannot name every parameter.
     """
-    state_dict: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     layers = semu_layers(model, adapter_name)
     parameters = {
         name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper) and layer.r[adapter_name] > 0
@@ -58,51 +63,70 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         if layer.r.get(adapter_name, 0) == 0 or isinstance(layer, ParamWrapper):
             continue
         down, up = _lora_pair(layer, adapter_name, name)
-        ranks[name] = down.shape[0]
-        key = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
-        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.contiguous().clone()
-        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.contiguous().clone()
-    modules = list(ranks)
+        pairs[name] = down.contiguous(), up.contiguous()
+    if not pairs and not parameters:
+        raise ValueError(
+            f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
+            "`initialize_semu_weights` and train it first."
+        )
+    if uniform_rank and parameters:
+        raise ValueError(
+            f"`uniform_rank` pads layers, and the adapter also corrects the parameter {next(iter(parameters))!r}: "
+            "export it without, or merge the adapter (`merge_and_unload`)."
+        )
+    if uniform_rank:
+        pairs = _padded(pairs)
+    ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
+    state_dict: dict[str, Tensor] = {}
+    for name, (down, up) in pairs.items():
+        key = "lora_embedding_{}" if isinstance({**layers, **tied}[name], Embedding) else "lora_{}.weight"
+        # A layer tied to another has the same bases, and a file may not hold one tensor twice.
+        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.clone() if name in tied else down
+        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.clone() if name in tied else up
     for name, place in _lora_places(model, parameters).items():
         down, up = _lora_pair_of_parameter(parameters[name], adapter_name, name)
         ranks[name] = parameters[name].r[adapter_name]
         state_dict[f"{_PREFIX}{place}.lora_A.weight"] = down.contiguous()
         state_dict[f"{_PREFIX}{place}.lora_B.weight"] = up.contiguous()
-    if not ranks:
-        raise ValueError(
-            f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
-            "`initialize_semu_weights` and train it first."
-        )
     source = next(iter(layers.values())).configs[adapter_name]
     common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {_exactly(name): rank for name, rank in ranks.items() if rank != common}
+    others = {exactly(name): rank for name, rank in ranks.items() if rank != common}
     config = LoraConfig(
         r=common,
         lora_alpha=common,  # with the patterns below, every layer's scaling α / r is 1
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_target_modules(model, modules),
+        target_modules=targets_for(model, list(pairs)),
         target_parameters=list(parameters) or None,
         modules_to_save=source.modules_to_save,
-        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        bias=_LORA_BIAS[source.bias],  # type: ignore[arg-type]
+        trainable_token_indices=source.trainable_token_indices,
+        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in pairs if name in layers),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,
         inference_mode=True,
     )
-    if source.modules_to_save:
+    if source.modules_to_save or source.trainable_token_indices or source.bias != "none":
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state_dict.update({key: value for key, value in saved.items() if ".semu_" not in key})
+        bare = {f"{_PREFIX}{name}.base_layer.": f"{_PREFIX}{name}." for name in layers if name not in ranks}
+        for key, value in saved.items():
+            if ".semu_" not in key:
+                layer, _, parameter = key.rpartition(".")
+                state_dict[bare.get(f"{layer}.", f"{layer}.") + parameter] = value
     return config, state_dict
 
 
-def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
+def save_as_lora(
+    model: nn.Module, path: str | Path, adapter_name: str = "default", *, uniform_rank: bool = False
+) -> Path:
     """Save a SEMU adapter as a LoRA folder that stock PEFT loads, without `semu_peft` being installed there.
 
     Args:
         model: A model with a SEMU adapter.
         path: The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
         adapter_name: The adapter to export.
+        uniform_rank: Pad every layer to the largest rank with zeros, as vLLM needs it.
 
     Returns:
         The folder.
@@ -110,7 +134,7 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
     Raises:
         ValueError: See [`to_lora`][semu_peft.export.to_lora]; nothing is written then.
     """
-    config, state_dict = to_lora(model, adapter_name)
+    config, state_dict = to_lora(model, adapter_name, uniform_rank=uniform_rank)
     folder = Path(path)
     with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as file:
         save_file({key: value.cpu() for key, value in state_dict.items()}, file, metadata={"format": "pt"})
@@ -187,24 +211,27 @@ def _lora_pair_of_parameter(layer: ParamWrapper, adapter_name: str, name: str) -
     return down.mT.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
 
 
+def _padded(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """All pairs at the largest rank, filled with zeros; in a grouped convolution each group's share of the rank."""
+    groups = {name: down.shape[0] // up.shape[1] for name, (down, up) in pairs.items()}
+    step = math.lcm(*groups.values())
+    rank = math.ceil(max(down.shape[0] for down, _ in pairs.values()) / step) * step
+    padded = {}
+    for name, (down, up) in pairs.items():
+        count, share = groups[name], up.shape[1]
+        wide_down = down.new_zeros(count, rank // count, *down.shape[1:])
+        wide_up = up.new_zeros(up.shape[0], rank // count, *up.shape[2:])
+        wide_down[:, :share] = down.unflatten(0, (count, share))
+        wide_up[:, :share] = up
+        padded[name] = wide_down.flatten(0, 1), wide_up
+    return padded
+
+
 def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     noise = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[0]
     rank = max(1, int((values > noise).sum()))
     return (left[:, :rank] * values[:rank]).to(matrix), right[:rank].to(matrix)
-
-
-def _exactly(name: str) -> str:
-    """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
-    return "^" + name.replace(".", r"\.")
-
-
-def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The names as a list where PEFT's matching by ending means just them, else as a regular expression."""
-    endings = tuple(f".{name}" for name in names)
-    if any(other.endswith(endings) for other, _ in base_model(model).named_modules()):
-        return "|".join(_exactly(name)[1:] for name in names)
-    return names
 
 
 # ---- re-ranking ----

@@ -7,7 +7,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from .objectives.base import Objective
 from .subspace.gradients import check_loss
+from .tuner.eval_mode import eval_mode, same_modes
 from .tuner.layer import SemuLayer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -168,7 +168,7 @@ def unlearn(
             disable=not progress or not accelerator.is_local_main_process,
         )  # fmt: skip
         stopped = metric is not None and state.epochs_without_gain >= patience
-        with _eval_mode(model):
+        with eval_mode(model):
             retain_stream = _cycle(retain, seed + _RETAIN_SEED, state) if retain is not None else None
             while state.step < total_steps and not stopped:
                 losses: list[dict[str, float]] = []
@@ -367,26 +367,14 @@ def _batch_size(batch: Any) -> int:
 def _judge(
     metric: Callable[[nn.Module], float], model: nn.Module, state: Progress, patience: int, min_delta: float
 ) -> bool:
-    with torch.no_grad():
+    with torch.no_grad(), same_modes(model):
         value = float(metric(model))
-    model.eval()
     state.history[-1]["metric"] = value
     if value >= state.best_metric + min_delta:
         state.best_metric, state.epochs_without_gain = value, 0
     else:
         state.epochs_without_gain += 1
     return state.epochs_without_gain >= patience
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _release(accelerator: Accelerator, *objects: Any) -> None:

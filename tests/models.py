@@ -89,6 +89,17 @@ def llama() -> LlamaForCausalLM:
     ).eval()
 
 
+def t5() -> Any:
+    """An encoder-decoder language model."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
 def unet_condition() -> Any:
     """Diffusers' text-conditioned U-Net, which has `add_adapter`."""
     from diffusers import UNet2DConditionModel
@@ -122,6 +133,38 @@ def unet() -> Any:
         in_channels=3,
         out_channels=3,
     ).eval()
+
+
+def dit() -> Any:
+    """Diffusers' diffusion transformer, conditioned on a class."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3,
+        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
+    ).eval()  # fmt: skip
+
+
+def sd3() -> Any:
+    """The diffusion transformer of Stable Diffusion 3, which has `load_lora_adapter`."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=6,
+        pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+
+
+def clip_text() -> Any:
+    """The text encoder of Stable Diffusion."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+        max_position_embeddings=16, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
 
 
 def vector_batches(count: int = 3, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -162,6 +205,10 @@ def sample_input(model: nn.Module) -> tuple[Any, ...]:
         return image, 3
     if type(model).__name__ == "UNet2DConditionModel":
         return image, 3, torch.randn(2, 4, 8, generator=draw)
+    if type(model).__name__ == "SD3Transformer2DModel":
+        return image, torch.randn(2, 4, 8, generator=draw), torch.randn(2, 6, generator=draw), torch.tensor([3, 5])
+    if type(model).__name__ == "DiTTransformer2DModel":
+        return image, torch.tensor([3, 5]), torch.tensor([1, 2])
     return (image,)
 
 

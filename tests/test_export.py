@@ -114,6 +114,20 @@ def test_the_delta_weight_of_the_lora_is_that_of_the_adapter() -> None:
     assert config.lora_alpha == config.r and config.rank_pattern == config.alpha_pattern
 
 
+def test_uniform_rank_pads_with_zeros(images: Tensor, tmp_path: Path) -> None:
+    """One rank for all layers, as vLLM wants it: no patterns, the same output in stock PEFT, grouped layers too."""
+    model = adapted(rank_pattern={"linear": 1, "conv": 2})
+    with torch.no_grad():
+        expected = model(images)
+    config, state = to_lora(model, uniform_rank=True)
+    assert config.r == config.lora_alpha == 12 and not config.rank_pattern and not config.alpha_pattern
+    assert {value.shape[0] for key, value in state.items() if "lora_A" in key} == {12}
+    save_as_lora(model, tmp_path, uniform_rank=True)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Network(), tmp_path).eval()
+    torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=0)
+
+
 def test_modules_to_save_travel_with_the_lora(images: Tensor, tmp_path: Path) -> None:
     model = adapted(modules_to_save=["head"])
     with torch.no_grad():

@@ -44,3 +44,21 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
             "Add one with `get_peft_model(model, SemuConfig(...))`, or name one of these."
         )
     return found
+
+
+def exactly(name: str) -> str:
+    """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
+    return "^" + name.replace(".", r"\.")
+
+
+def targets_for(model: nn.Module, names: list[str]) -> list[str] | str:
+    """`target_modules` for just these layers: a list where PEFT's matching by ending means them alone, else a pattern.
+
+    Args:
+        model: The model, with or without adapters.
+        names: Full names in the base model.
+    """
+    endings = tuple(f".{name}" for name in names)
+    if any(other.endswith(endings) for other, _ in base_model(model).named_modules()):
+        return "|".join(exactly(name)[1:] for name in names)
+    return names

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_adapter_file
+from .model_card import fill_model_card
 from .peft_type import add_peft_type
 
 
@@ -41,11 +42,15 @@ class SemuConfig(PeftConfig):
         explained_variance (`float`, defaults to 0.9):
             γ in (0, 1]: each layer keeps the fewest leading singular directions of its forget gradient whose squared
             singular values sum to at least this share of the total.
+        explained_variance_pattern (`dict[str, float]`):
+            Another γ for some layers: by name, name ending or regular expression, the first that matches. The paper
+            uses 1.0 for the attention layers of diffusion models.
         r (`int`, *optional*):
             Upper bound on every layer's rank. With `init_weights="weight"` or `False`, where no gradient decides, it
             *is* the rank.
         rank_pattern (`dict[str, int]`):
             The rank of each layer by its full name. Written by the initialisation, so that loading needs no data.
+            Given before it, by name, name ending or regular expression, it fixes those layers' ranks instead of γ.
         orthogonal_to_weight (`bool`, defaults to `False`):
             Remove from each forget gradient its component along the layer's weight before factorising it.
         conv_mode (`"flatten"` or `"per_channel"`, defaults to `"flatten"`):
@@ -57,6 +62,14 @@ class SemuConfig(PeftConfig):
             `True`: the adapter does nothing until [`~semu_peft.initialize_semu_weights`] has seen forget data.
             `"weight"`: the leading singular vectors of the weight itself, no data needed (the LoRA-XS basis).
             `False`: random orthonormal bases and a random core, for tests.
+        bias (`"none"`, `"all"` or `"semu_only"`, defaults to `"none"`):
+            Which biases are trained in full, saved beside the adapter: none, all of the model's, or those of the
+            corrected layers. As in LoRA they change in the model itself, also while the adapter is switched off.
+        trainable_token_indices (`list[int] | dict[str, list[int]]`, *optional*):
+            Rows of the token embedding (or of the layers named) that are trained in full, by token index.
+        save_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*):
+            The dtype of the bases `U` and `V` in a saved file; the core keeps its own. Loading takes the orthonormal
+            matrix nearest to the rounded one, in float32. `None` saves the bases as they are.
 
     Raises:
         ValueError: A value is outside its range, or two values contradict each other.
@@ -87,6 +100,9 @@ class SemuConfig(PeftConfig):
     explained_variance: float = field(
         default=0.9, metadata={"help": "Share of the forget gradient's energy that the kept directions explain."}
     )
+    explained_variance_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Another explained_variance by layer name, ending or pattern."}
+    )
     r: int | None = field(default=None, metadata={"help": "Upper bound on every layer's rank."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Rank by full layer name; written by the initialisation."}
@@ -104,6 +120,16 @@ class SemuConfig(PeftConfig):
         default=True, metadata={"help": "True: from forget data; 'weight': from the weight; False: random."}
     )
 
+    bias: Literal["none", "all", "semu_only"] = field(
+        default="none", metadata={"help": "Which biases are trained in full: none, all, or the corrected layers'."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embedding that are trained in full."}
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "The dtype of the bases in a saved file."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
@@ -115,12 +141,15 @@ class SemuConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        # `not a <= b` also catches NaN, and bool is an int that must not pass for a number.
-        number = isinstance(self.explained_variance, (int, float)) and not isinstance(self.explained_variance, bool)
-        if not number or not 0 < self.explained_variance <= 1:
+        if not _is_share(self.explained_variance):
             raise ValueError(
                 f"`explained_variance` must be a share in (0, 1], got {self.explained_variance!r}. Use 0.9 to keep 90% "
                 "of the forget gradient's energy, or 1.0 to keep all of it."
+            )
+        pattern = self.explained_variance_pattern
+        if not isinstance(pattern, dict) or not all(map(_is_share, pattern.values())):
+            raise ValueError(
+                f"`explained_variance_pattern` must map layer names or patterns to shares in (0, 1], got {pattern!r}."
             )
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
@@ -129,6 +158,8 @@ class SemuConfig(PeftConfig):
         _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
         _check_choice("core", self.core, ("full", "diagonal"))
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))
+        _check_choice("bias", self.bias, ("none", "all", "semu_only"))
+        _check_choice("save_dtype", self.save_dtype, (None, "float32", "bfloat16", "float16"))
         if self.init_weights is not True and self.r is None:
             raise ValueError(
                 f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
@@ -147,6 +178,15 @@ class SemuConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` only says where to count `layers_to_transform`; set that as well.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in `adapter_config.json`, where sets are sorted lists: one adapter, one file."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
+        super().save_pretrained(save_directory, **kwargs)
+        fill_model_card(Path(save_directory), self)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
@@ -161,6 +201,11 @@ class SemuConfig(PeftConfig):
         if folder.is_dir():
             check_adapter_file(folder, config.rank_pattern)
         return config
+
+
+def _is_share(value: object) -> bool:
+    # bool is an int that must not pass for a number, and the comparison is false for NaN.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _as_set(names: Any) -> Any:

@@ -63,6 +63,8 @@ class ConvNd(SemuLayer):
         return type(self.base_layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            return super().forward(x, *args, **kwargs)
         names = self._live_adapters()
         dense = [name for name in names if self._per_channel(name) and self.r[name] > 0]
         if self.disable_adapters or self.merged or dense != names or not self._is_plain():

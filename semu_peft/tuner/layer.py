@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .config import SemuConfig
+
+BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
 
 
 class _RefuseTraining(torch.autograd.Function):
@@ -76,13 +79,13 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, to factorise."""
         raise NotImplementedError
 
+    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
+        """The shape of what [`weight_to_matrix`] returns: `(m, n)`, or `(batch, m, n)`."""
+        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
+
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
         """The inverse of [`weight_to_matrix`]."""
         raise NotImplementedError
-
-    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
-        """`(m, n)`, or `(batch, m, n)`: the shape of the weight read as a matrix."""
-        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """Return `output + (U R Vᵀ)(x)` for one adapter, without forming the dense weight."""
@@ -119,8 +122,9 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     def _initialize_without_data(self, adapter_name: str, rank: int) -> None:
         config = self.configs[adapter_name]
         if config.init_weights == "weight":
-            matrix = self.weight_to_matrix(self.get_base_weight().detach(), adapter_name)
-            left, _, right = torch.linalg.svd(matrix.to(_adapter_dtype(matrix.dtype)), full_matrices=False)
+            with onload_layer(self):
+                matrix = self.weight_to_matrix(self.get_base_weight().detach(), adapter_name)
+                left, _, right = torch.linalg.svd(matrix.to(_adapter_dtype(matrix.dtype)), full_matrices=False)
             self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
             return
         *batch, m, n = self.matrix_shape(adapter_name)
@@ -173,12 +177,21 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
         device = device or self.weight.device
-        if self.semu_core[adapter_name].is_meta or device.type == "meta":
+        if device.type == "meta":
+            device = self.execution_device
+        if self.semu_core[adapter_name].is_meta or device is None:
             return
         for tensors in (self.semu_U, self.semu_V):
             tensors[adapter_name] = tensors[adapter_name].to(device)
         core = self.semu_core[adapter_name]
         core.data = core.data.to(device)
+
+    @property
+    def execution_device(self) -> torch.device | None:
+        """Where Accelerate runs the base layer while its weights are offloaded; `None` where they are not."""
+        hook: Any = getattr(self.get_base_layer(), "_hf_hook", None)
+        device = hook.execution_device if getattr(hook, "offload", False) else None
+        return None if device is None else torch.device(device)
 
     # ---- scale, as diffusers and PEFT set it ----
 
@@ -246,25 +259,62 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The bare layer, with the corrections added to its weight where `merge` is set.
+
+        A layer of another method beneath this one (SEMU injected over LoRA) is merged and taken off as well.
+        """
+        layer: Any = self
+        while isinstance(layer, BaseTunerLayer):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer  # type: ignore[attr-defined]
+        return layer
 
     def _live_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.semu_core]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output, plus the corrections of the active adapters unless disabled or merged."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output, plus the corrections of the active adapters unless disabled or merged.
+
+        `adapter_names` gives each example an adapter of its own instead of the active ones.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         output = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._correct_each(output, x, adapter_names)
         if self.merged:
             return output
         for name in self._live_adapters():
             if self.r[name] > 0:
                 output = self.add_correction(output, x, name)
             output = self._guard(output, name)
+        return output
+
+    def _correct_each(self, output: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Add to each row of `output` the correction of the adapter that the row names, as LoRA does for a mixed batch.
+
+        A name that this layer does not carry stands for no correction.
+        """
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE or not self.r.get(name):
+                continue
+            rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            output = output.index_copy(0, rows, self.add_correction(output[rows], x[rows], name))
         return output
 
     def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
@@ -278,7 +328,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
 
 def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_range(x: Tensor) -> Tensor:

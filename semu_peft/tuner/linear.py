@@ -29,6 +29,10 @@ class Linear(SemuLayer):
         """Whether the base weight is stored `(in, out)`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora`, which knows linear layers only, converts this layer."""
+        return True
+
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight
 

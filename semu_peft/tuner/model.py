@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -16,27 +19,19 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapted import base_model
+from .adapted import base_model, semu_layers, targets_for
 from .adapter_file import without_wrappers
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
-from .conv import Conv1d, Conv2d, Conv3d
-from .embedding import Embedding
 from .layer import SemuLayer
-from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
+from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
-from .quantized import QuantizedLinear, quantization_backend
+from .patterns import match_pattern, name_matches
+from .quantized import QuantizedLinear
+from .reduced_bases import restored_bases, rounded_bases
+from .targets import check_parameter, check_tied, layer_class, untied
 from .tied import TiedLayer
-
-LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
-    nn.Linear: Linear,
-    Conv1D: Linear,
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
-    nn.Embedding: Embedding,
-    nn.MultiheadAttention: ParamWrapper,
-}
+from .weighted import CombinationType, WeightedSum
 
 
 class SemuModel(BaseTuner):
@@ -111,13 +106,13 @@ class SemuModel(BaseTuner):
         if isinstance(wanted, str):
             peft_config.target_modules = rf"(?:{wanted}|^{re.escape(embedding)}$)"
         else:
-            peft_config.target_modules = _untied(wanted, tied) | {embedding}
+            peft_config.target_modules = untied(wanted, tied) | {embedding}
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         tied = {without_wrappers(name) for name in tied_weight_keys}
         peft_config.modules_to_tie = tied
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        peft_config.modules_to_save = sorted(_untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
+        peft_config.modules_to_save = sorted(untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
 
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
@@ -127,13 +122,20 @@ class SemuModel(BaseTuner):
         parameters = {
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        unknown = sorted(set(peft_config.rank_pattern) - set(names) - set(parameters))
+        patterns = peft_config.rank_pattern
+        known = {*names, *parameters}
+        unknown = [
+            key for key in sorted(patterns) if key not in known and not any(name_matches(name, key) for name in known)
+        ]
         if unknown:
             raise ValueError(
                 f"`rank_pattern` names layers that {type(model).__name__} does not have: {unknown[:3]} ({len(unknown)} "
                 "in all). The adapter was made for another architecture: load it onto the model it was trained on, or "
                 "clear `rank_pattern` to start afresh."
             )
+        # A key that is a layer's full name means that layer alone; the others are endings or expressions.
+        loose = {key: rank for key, rank in patterns.items() if key not in known}
+        peft_config.rank_pattern = {}
         targets: SemuConfig = peft_config
         wanted: Any = nn.Module
         if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
@@ -144,14 +146,18 @@ class SemuModel(BaseTuner):
             if not name or name.startswith(inside) or not isinstance(module, wanted):
                 continue
             if self._check_tied_module_exists(peft_config, name):
-                _check_tied(model, module, name)
+                check_tied(model, module, name)
             elif self._check_target_module_exists(targets, name):
-                _layer_class(module, name)
+                layer_class(module, name)
+                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
+                    peft_config.rank_pattern[name] = rank
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
                 also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
-                _check_parameter(model, name, parameter, also)
+                check_parameter(model, name, parameter, also)
+                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
+                    peft_config.rank_pattern[name] = rank
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -198,15 +204,16 @@ class SemuModel(BaseTuner):
         elif parameter_name is not None:
             result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
         else:
-            layer_class = _layer_class(target, name)
-            more = get_quantization_kwargs(self.model) if layer_class is QuantizedLinear else {}
-            result = layer = layer_class(target, adapter_name, config, rank, known, **more)
+            kind = layer_class(target, name)
+            more = get_quantization_kwargs(self.model) if kind is QuantizedLinear else {}
+            result = layer = kind(target, adapter_name, config, rank, known, **more)
         if config.init_weights is not True:
             ranks[name] = layer.r[adapter_name]
         return result
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT would also hang the child's `weight` onto it, which a module with corrected parameters need not have.
+        # PEFT's own would move the adapter of an offloaded layer to the meta device, and hang the child's `weight` onto
+        # the new module, which one with corrected parameters or trained token rows need not have.
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -230,10 +237,99 @@ class SemuModel(BaseTuner):
                     layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)
                     layer.semu_core[adapter_name].data = layer.semu_core[adapter_name].data.to(dtype)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook for `model(..., adapter_names=[...])`: an adapter for each example of the batch."""
+        names = kwargs.get("adapter_names")
+        with adapter_per_example(self.model, names, kwargs.get("num_beams") or 1) if names else nullcontext():
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "svd",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter whose correction is the weighted sum of others', `ΔW = Σ wᵢ ΔWᵢ`, each at its current scale.
+
+        As in LoRA the new adapter is neither active nor trainable until `set_adapter`. Its bases are orthonormal and
+        its cores full. A layer's dense weight is formed only by the `combination_type`s that look at single entries.
+
+        Args:
+            adapters: Names of the adapters to add up; a layer takes part with those that it carries.
+            weights: Their weights, which may be negative.
+            adapter_name: The new adapter's name.
+            combination_type: `"cat"`: exact, of the sum of the ranks (call [`rerank`][semu_peft.export.rerank] to cut
+                it by energy). `"svd"`: the best approximation of rank `svd_rank`. `"linear"`: the sum of the cores,
+                exact, for adapters that share their bases. `"ties_svd"`, `"dare_linear_svd"`, `"dare_ties_svd"` and
+                `"magnitude_prune_svd"` as in LoRA: on the dense corrections, then as `"svd"`.
+            svd_rank: The rank of the result, or less where there is no more; each layer's largest by default.
+            density: Share of the entries to keep, for the last four.
+            majority_sign_method: `"total"` or `"frequency"`, for `"ties_svd"` and `"dare_ties_svd"`.
+
+        Raises:
+            ValueError: The name is taken, an adapter does not exist, an argument is out of range, or the adapters
+                cannot be added up: different `conv_mode`, different bases with `"linear"`, `trainable_token_indices`,
+                or one `modules_to_save` in more than one of them. The model is as before then.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} already exists. Delete it first, or give the sum another name.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        rule = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        saved = _modules_to_save_of(self.model, adapters)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if any(config.trainable_token_indices for config in configs):
+            raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
+        layers = {key: layer for name in adapters for key, layer in semu_layers(self.model, name).items()}
+        convolutions = [key for key, layer in layers.items() if layer.weight.dim() > 2]
+        if convolutions and len({config.conv_mode for config in configs}) > 1:
+            raise ValueError(
+                f"{adapters} read convolutions ({convolutions[0]!r} …) with different `conv_mode`, so their bases have "
+                "nothing in common. Combine adapters of one `conv_mode`."
+            )
+        sums = {key: rule.at(layer, key) for key, layer in layers.items()}
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            target_modules=targets_for(self.model, list(layers)),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
+            rank_pattern={key: core.shape[-1] for key, (_, _, core) in sums.items()},
+            r=None,
+            core="full",
+            init_weights=True,
+            bias="none",
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for key, factors in sums.items():
+            layers[key].set_basis(adapter_name, *factors)
+        for wrapper, name in saved.items():
+            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
+
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SemuConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return rounded_bases(found, config.save_dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = restored_bases(state_dict, config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = _mismatch(model, adapter_name, remapped)
         if problem:
@@ -247,67 +343,24 @@ class SemuModel(BaseTuner):
         return remapped
 
 
-def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    backend = quantization_backend(base)
-    if backend is not None and backend.supports_merge:
-        return QuantizedLinear
-    kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
-    reason: str | None = UNKNOWN_QUANTIZATION if backend else "that type is not supported"
-    if kind and not backend:
-        reason = LAYER_CLASSES[kind].refusal(base)
-        if reason is None:
-            return LAYER_CLASSES[kind]
-    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
-    raise TypeError(
-        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
-        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
-    )
+def _modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesToSaveWrapper, str]:
+    """The modules that one of the adapters trains in full, and which.
 
-
-def _untied(names: Any, tied: set[str]) -> set[str]:
-    """The names, or name endings, but those that mean one of the tied modules."""
-    return {name for name in names or () if not any(f".{key}".endswith(f".{name}") for key in tied)}
-
-
-def _check_tied(model: Any, module: nn.Module, name: str) -> None:
-    """Raise unless a module that is to be tied to the input embedding has its weight, and no adapter of its own."""
-    source = model.get_input_embeddings()
-    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, TiedLayer):
-        raise ValueError(f"{name!r} has an adapter of its own already, so that it cannot be tied to the embedding now.")
-    if not isinstance(base, (nn.Linear, nn.Embedding)) or base.weight is not source.weight:
-        raise ValueError(
-            f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
-            "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
-        )
-
-
-def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
-    """Raise unless the parameter of that full name in the model without adapters can be corrected as one."""
-    owner_name, _, short_name = name.rpartition(".")
-    if not owner_name:
-        raise ValueError(
-            f"Target parameter {name!r} belongs to the top-level {type(model).__name__}, where nothing can be put in "
-            "its place. Put the model into a module of its own, or take another parameter."
-        )
-    owner: Any = model.get_submodule(owner_name)
-    if also_as_layer or (isinstance(owner, SemuLayer) and not isinstance(owner, ParamWrapper)):
-        raise ValueError(
-            f"{owner_name!r} is named in `target_modules` and its {short_name!r} in `target_parameters`. Leave one of "
-            "them out; with `target_modules=[]` only the parameters are corrected."
-        )
-    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-    reason = None
-    if isinstance(owner, (nn.MultiheadAttention, NEVER_CALLED)):
-        reason = "an `nn.MultiheadAttention` is corrected as a whole, so name the module in `target_modules`"
-    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
-        reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
-    if reason:
-        raise TypeError(
-            f"SEMU cannot correct target parameter {name!r}: {reason}. Supported are floating-point parameters of two "
-            "or three dimensions, of modules that are called; name layers in `target_modules` instead."
-        )
+    Raises:
+        ValueError: Several of them train the same module, which cannot be added up.
+    """
+    found: dict[ModulesToSaveWrapper, str] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            users = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+            if len(users) > 1:
+                raise ValueError(
+                    "Cannot add weighted adapters if they target the same module with modules_to_save, but "
+                    f"{users} all train {name!r}."
+                )
+            if users:
+                found[wrapper] = users[0]
+    return found
 
 
 def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:

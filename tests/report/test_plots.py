@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 from semu_peft.evaluation import Predictions
 from semu_peft.report import plot_confusion, plot_spectra
+from semu_peft.subspace.factorize import Factors
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
 
@@ -23,7 +24,9 @@ def predictions(labels: list[int], predicted: list[int], num_classes: int | None
 
 
 def spectrum(values: list[Any], rank: int, shape: tuple[int, ...] = (8, 8)) -> LayerSpectrum:
-    return LayerSpectrum(torch.tensor(values), rank, 0.9, shape)
+    known = torch.tensor(values)
+    bases = [known.new_zeros(*known.shape[:-1], size, rank) for size in shape[-2:]]
+    return LayerSpectrum(Factors(*bases, known, known.double().square().sum(-1)), rank, shape)
 
 
 BEFORE = predictions([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], 2)
@@ -137,8 +140,8 @@ def test_spectra_show_normalised_values_and_ranks(tmp_path: Path, drawn: list[Fi
     assert [bar.get_width() for bar in ranks.patches] == [2, 1, 1]
     assert [label.get_text() for label in ranks.get_yticklabels()] == ["fc", "conv", "dead"]
     assert [text.get_text().strip() for text in ranks.texts] == [
-        "2 of 8 · 90.0%",
-        "1 of 2 · 90.0%",
+        "2 of 8 · 95.2%",
+        "1 of 2 · 99.0%",
         "1 of 8 · no gradient",
     ]
     assert ranks.yaxis_inverted(), "the first layer stands on top"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives
-from semu_peft.subspace.initialize import remove_component
+from semu_peft.subspace.accumulators import ExactSum
+from semu_peft.subspace.batch_gradient import DenseGradient
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET = objectives.CrossEntropy()
@@ -107,13 +108,20 @@ def test_conv1d_gradient_is_read_transposed() -> None:
 
 def test_removed_component_is_orthogonal_to_the_weights() -> None:
     """⟨G − (⟨G,W⟩/‖W‖²) W, W⟩ = 0, what is orthogonal already stays, and a weight of zeros removes nothing."""
-    gradient, weight = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
-    cleaned = remove_component(gradient, weight)
+
+    def removed(gradient: Tensor, weight: Tensor) -> Tensor:
+        total = ExactSum(tuple(gradient.shape), torch.float32, gradient.device)
+        total.add(DenseGradient(gradient))
+        total.remove_component(weight)
+        return total.total
+
+    gradient, weight = torch.randn(5, 36), torch.randn(5, 36)
+    cleaned = removed(gradient, weight)
     assert abs(float((cleaned * weight).sum())) < 1e-4 * float(gradient.norm() * weight.norm())
-    torch.testing.assert_close(remove_component(cleaned, weight), cleaned, atol=1e-6, rtol=1e-5)
-    assert torch.equal(remove_component(gradient, torch.zeros_like(weight)), gradient)
-    assert remove_component(3.0 * weight, weight).norm() < 1e-5 * weight.norm()
-    assert remove_component(gradient, weight.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(removed(cleaned, weight), cleaned, atol=1e-6, rtol=1e-5)
+    assert torch.equal(removed(gradient, torch.zeros_like(weight)), gradient)
+    assert removed(3.0 * weight, weight).norm() < 1e-5 * weight.norm()
+    assert removed(gradient, weight.bfloat16()).dtype == torch.float32
 
 
 def test_the_output_is_bit_identical_and_the_model_untouched() -> None:

@@ -1,0 +1,137 @@
+"""Keep the forget subspace away from what the retain data would change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .factorize import Factors
+from .ranks import check_explained_variance, rank_for_energy
+
+
+@dataclass(frozen=True)
+class RetainSubspace:
+    """Take the retained data's gradients into account when the forget subspace is chosen.
+
+    - `rule="project"` removes from the forget basis what lies in the leading retain subspace, so that to first order a
+      step of the core leaves the retain loss as it is (Geometric Disentanglement, see the concepts page). It is enough
+      to do so on one side: with `V ⊥ V_retain`, `⟨U R Vᵀ, G_retain⟩ = 0` for every core `R`.
+    - `rule="ratio"` keeps the forget directions with the largest ratio of forget to retain energy,
+      `‖G v‖² / (‖G_retain v‖² + λ)`, `λ = ‖G_retain‖² / n`: a generalised eigenproblem within the forget basis.
+
+    Args:
+        batches: Retain batches.
+        objective: The loss on them, for example `CrossEntropy()`.
+        rule: `"project"` or `"ratio"`.
+        explained_variance: Share of the retain gradient's energy that the retain subspace explains.
+        side: For `"project"`: remove it from the `"input"` basis `V`, from the `"output"` basis `U`, or from `"both"`.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    batches: Iterable[Any] = field(repr=False)
+    objective: Callable[[nn.Module, Any], Tensor] = field(repr=False)
+    rule: Literal["project", "ratio"] = "project"
+    explained_variance: float = 0.9
+    side: Literal["input", "output", "both"] = "input"
+
+    def __post_init__(self) -> None:
+        check_explained_variance(self.explained_variance)
+        for name, choices in (("rule", ("project", "ratio")), ("side", ("input", "output", "both"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+
+    def apply(self, forget: Factors, retain: Factors, explained_variance: float) -> Factors:
+        """The forget directions that this rule leaves, by their energy.
+
+        Args:
+            forget: The forget gradient's leading directions, those to choose from.
+            retain: The retain gradient's leading directions.
+            explained_variance: γ; the ratio rule keeps the fewest directions that explain it, or all.
+        """
+        if forget.rank == 0 or retain.rank == 0:
+            return forget
+        if self.rule == "project":
+            return _project(forget, retain, self.side)
+        return _best_ratios(forget, retain, explained_variance)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of a forget basis lies in a retain subspace, as the cosines of their principal angles.
+
+    Attributes:
+        inputs: Between the two bases of input directions, `(min(r, r_retain),)`, descending.
+        outputs: Between the two bases of output directions.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def between(cls, forget: Factors, retain: Factors) -> Overlap:
+        return cls(_cosines(forget.right, retain.right), _cosines(forget.left, retain.left))
+
+
+def _cosines(first: Tensor, second: Tensor) -> Tensor:
+    return torch.linalg.svdvals(first.double().mT @ second.double()).clamp_max(1.0).float().cpu()
+
+
+def _project(forget: Factors, retain: Factors, side: str) -> Factors:
+    left, right = forget.left.double(), forget.right.double()
+    values = forget.singular_values[..., : forget.rank].double()
+    if side in ("output", "both"):
+        left = _outside(left, retain.left.double())
+    if side in ("input", "both"):
+        right = _outside(right, retain.right.double())
+    return _refactored(forget, left * values.unsqueeze(-2), right)
+
+
+def _outside(basis: Tensor, other: Tensor) -> Tensor:
+    """Each column less its part in the span of `other`; twice, for the rounding of the first time."""
+    for _ in range(2):
+        basis = basis - other @ (other.mT @ basis)
+    return basis
+
+
+def _refactored(origin: Factors, left: Tensor, right: Tensor) -> Factors:
+    """The singular value decomposition of `left rightᵀ`, `(m, q)` and `(n, q)`, as what is left of `origin`."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right)
+    u, values, vt = torch.linalg.svd(r_left @ r_right.mT)
+    # What rounding leaves of a direction that was removed whole is no direction.
+    noise = 1e-6 * origin.singular_values[..., :1].double()
+    values = torch.where(values > noise, values, torch.zeros_like(values))
+    known = origin.singular_values[..., : origin.rank].double().square().sum(-1)
+    energy = (origin.energy - known).clamp_min(0) + values.square().sum(-1)
+    dtype = origin.left.dtype
+    return replace(
+        origin,
+        left=(q_left @ u).to(dtype),
+        right=(q_right @ vt.mT).to(dtype),
+        singular_values=values.to(dtype),
+        energy=energy,
+    )
+
+
+def _best_ratios(forget: Factors, retain: Factors, explained_variance: float) -> Factors:
+    values = forget.singular_values[..., : forget.rank].double()
+    right = forget.right.double()
+    seen = (right.mT @ retain.right.double()) * retain.singular_values[..., : retain.rank].double().unsqueeze(-2)
+    size = right.shape[-2]
+    floor = (retain.energy / size).clamp_min(torch.finfo(torch.float64).tiny)
+    penalty = seen @ seen.mT + floor[..., None, None] * torch.eye(forget.rank, dtype=seen.dtype, device=seen.device)
+    # max over x of (x' S² x) / (x' penalty x): whiten by the penalty, then an ordinary eigenproblem.
+    lower = torch.linalg.cholesky(penalty)
+    scaled = torch.linalg.solve_triangular(lower, torch.diag_embed(values), upper=False)
+    directions = torch.linalg.eigh(scaled @ scaled.mT)[1].flip(-1)
+    chosen = torch.linalg.qr(torch.linalg.solve_triangular(lower.mT, directions, upper=True))[0]
+    weighted = values.unsqueeze(-1) * chosen  # G V = U S, along the chosen directions
+    caught = weighted.square().sum(-2).sqrt()
+    rank = rank_for_energy(caught, explained_variance, forget.energy)
+    return _refactored(forget, forget.left.double() @ weighted[..., :rank], right @ chosen[..., :rank])

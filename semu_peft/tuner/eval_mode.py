@@ -1,0 +1,70 @@
+"""Eval mode for a whole pass of training, with activations recomputed where the model was told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module back into its own train or eval mode after the context."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module back into its own mode afterwards.
+
+    Transformers recomputes activations (`model.gradient_checkpointing_enable()`) only in layers that are in train mode.
+    Those layers are put into train mode just while they decide that, and are in eval mode while they compute, so that
+    dropout is off in them as everywhere.
+
+    Args:
+        model: Any model. Backward passes belong inside the context, as they recompute in it.
+    """
+    recomputing = [vars(module) for module in model.modules() if _recomputes(module)]
+    functions = [attributes["_gradient_checkpointing_func"] for attributes in recomputing]
+    with same_modes(model):
+        model.eval()
+        for attributes, function in zip(recomputing, functions, strict=True):
+            attributes["training"] = True
+            attributes["_gradient_checkpointing_func"] = _in_eval_mode(attributes, function)
+        try:
+            yield
+        finally:
+            for attributes, function in zip(recomputing, functions, strict=True):
+                attributes["_gradient_checkpointing_func"] = function
+
+
+def _recomputes(module: nn.Module) -> bool:
+    # Transformers' `GradientCheckpointingLayer`, told by what `gradient_checkpointing_enable` sets on it. Whole models
+    # carry the same attributes in older releases, and only ask them of their layers.
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    active = "GradientCheckpointingLayer" in kinds and getattr(module, "gradient_checkpointing", False)
+    return active and "_gradient_checkpointing_func" in vars(module)
+
+
+def _in_eval_mode(layer: dict[str, Any], checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def compute(*inputs: Any) -> Any:  # also when the backward pass recomputes it
+            layer["training"] = False
+            try:
+                return function(*inputs)
+            finally:
+                layer["training"] = True
+
+        # A cache would be filled twice, and attention would look at each token twice. Transformers takes it out of the
+        # keyword arguments; models in train mode do not even pass it by position.
+        return checkpoint(compute, *(None if isinstance(value, Cache) else value for value in args))
+
+    return run

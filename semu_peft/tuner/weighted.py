@@ -1,0 +1,131 @@
+"""A new adapter as the weighted sum of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
+from torch import Tensor
+
+from .layer import SemuLayer
+
+Factors = tuple[Tensor, Tensor, Tensor]  # U, V, R
+
+CombinationType = Literal["cat", "svd", "linear", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """How adapters are added up at one layer; the arguments are those of
+    [`add_weighted_adapter`][semu_peft.tuner.model.SemuModel.add_weighted_adapter].
+
+    Raises:
+        ValueError: An argument is unknown, out of range or missing, or there is not one weight for each adapter.
+    """
+
+    adapters: Sequence[str]
+    weights: Sequence[float]
+    combination_type: CombinationType = "svd"
+    svd_rank: int | None = None
+    density: float | None = None
+    majority_sign_method: Literal["total", "frequency"] = "total"
+
+    def __post_init__(self) -> None:
+        if not self.adapters or len(self.adapters) != len(self.weights):
+            raise ValueError(
+                "`adapters` and `weights` must have the same length of at least 1, got "
+                f"{len(self.adapters)} and {len(self.weights)}."
+            )
+        if self.combination_type not in get_args(CombinationType):
+            raise ValueError(
+                f"Invalid combination_type: {self.combination_type!r}. SEMU knows {get_args(CombinationType)}; those "
+                "of LoRA that work on single entries of its two factors have no counterpart here."
+            )
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"`svd_rank` must be a positive integer or None, got {self.svd_rank!r}.")
+        if self._elementwise and (self.density is None or not 0 <= self.density <= 1):
+            raise ValueError(
+                f"`combination_type={self.combination_type!r}` needs `density`, the share of entries to keep, in "
+                f"[0, 1]; got {self.density!r}."
+            )
+
+    @property
+    def _elementwise(self) -> bool:
+        return self.combination_type not in ("cat", "svd", "linear")
+
+    @torch.no_grad()
+    def at(self, layer: SemuLayer, name: str) -> Factors:
+        """The sum at one layer, of those adapters that the layer carries, as `U`, `V` and a full core.
+
+        Args:
+            layer: The layer.
+            name: Its name, for errors.
+
+        Raises:
+            ValueError: The adapters have different bases where the combination adds up their cores.
+        """
+        parts = [(key, weight) for key, weight in zip(self.adapters, self.weights, strict=True) if key in layer.r]
+        if self.combination_type == "linear":
+            return self._sum_of_cores(layer, name, parts)
+        largest = max(layer.r[key] for key, _ in parts)
+        if self._elementwise:
+            return _leading(*self._dense_sum(layer, parts), self.svd_rank or largest)
+        left, right, core = _concatenated(layer, parts)
+        if self.combination_type == "cat":
+            square = core.shape[-1] == core.shape[-2]
+            return (left, right, core) if square else _leading(left, right, core, min(core.shape[-2:]))
+        return _leading(left, right, core, self.svd_rank or largest)
+
+    def _sum_of_cores(self, layer: SemuLayer, name: str, parts: list[tuple[str, float]]) -> Factors:
+        first = parts[0][0]
+        left, right = layer.semu_U[first], layer.semu_V[first]
+        if any(
+            not torch.equal(layer.semu_U[key], left) or not torch.equal(layer.semu_V[key], right) for key, _ in parts
+        ):
+            raise ValueError(
+                f"`combination_type='linear'` adds up cores, and the adapters have different bases at layer {name!r}. "
+                "Use 'cat', which is exact, or 'svd', the best sum of lower rank."
+            )
+        return left, right, sum((weight * layer.get_core(key) for key, weight in parts), torch.zeros(()))
+
+    def _dense_sum(self, layer: SemuLayer, parts: list[tuple[str, float]]) -> Factors:
+        rules: dict[str, Callable[..., Tensor]] = {
+            "ties_svd": ties,
+            "dare_linear_svd": dare_linear,
+            "dare_ties_svd": dare_ties,
+            "magnitude_prune_svd": magnitude_prune,
+        }
+        deltas = [layer.weight_to_matrix(layer.get_delta_weight(key), key) for key, _ in parts]
+        weights = torch.tensor([weight for _, weight in parts], dtype=deltas[0].dtype, device=deltas[0].device)
+        options = [self.majority_sign_method] if "ties" in self.combination_type else []
+        total = rules[self.combination_type](deltas, weights, self.density, *options)
+        m, n = total.shape[-2:]
+        left, right = (torch.eye(size, dtype=total.dtype, device=total.device) for size in (m, n))
+        return left, right, total
+
+
+def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> Factors:
+    """`Σ wᵢ Uᵢ Rᵢ Vᵢᵀ` as one `U R Vᵀ` with orthonormal bases.
+
+    With `[U₁ U₂ …] = Q_u T_u` and `[V₁ V₂ …] = Q_v T_v` it is `Q_u (T_u diag(w₁ R₁, w₂ R₂, …) T_vᵀ) Q_vᵀ`. The core in
+    brackets is square unless one of the bases has more columns than its space has dimensions.
+    """
+    left, left_mix = torch.linalg.qr(torch.cat([layer.semu_U[key] for key, _ in parts], -1).double())
+    right, right_mix = torch.linalg.qr(torch.cat([layer.semu_V[key] for key, _ in parts], -1).double())
+    ranks = [layer.r[key] for key, _ in parts]
+    blocks = left.new_zeros(*left.shape[:-2], sum(ranks), sum(ranks))
+    start = 0
+    for (key, weight), rank in zip(parts, ranks, strict=True):
+        blocks[..., start : start + rank, start : start + rank] = weight * layer.get_core(key).double()
+        start += rank
+    return left, right, left_mix @ blocks @ right_mix.mT
+
+
+def _leading(left: Tensor, right: Tensor, core: Tensor, rank: int) -> Factors:
+    """The best approximation of `U R Vᵀ` of this rank (Eckart–Young), from the SVD of the small core."""
+    inner_left, values, inner_right = torch.linalg.svd(core, full_matrices=False)
+    inner_left, values, inner_right = inner_left[..., :rank], values[..., :rank], inner_right[..., :rank, :]
+    return left @ inner_left, right @ inner_right.mT, torch.diag_embed(values)

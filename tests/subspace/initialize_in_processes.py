@@ -1,0 +1,81 @@
+"""One of several processes that initialise an adapter together: `python initialize_in_processes.py WRAPPER FOLDER`.
+
+Each brings the batches of its rank and writes the profile that it ends with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft.tuner.adapted import semu_layers
+
+BATCHES = 4
+
+
+class Network(nn.Module):
+    """Linear layers and convolutions, one of them differentiated as a parameter (it has groups)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(12, 12, 3, groups=2), nn.Flatten()
+        )
+        self.hidden = nn.Sequential(nn.Linear(12 * 16, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh())
+        self.head = nn.Linear(30, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.body(x)))
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(5, 3, 6, 6, generator=draw), torch.randint(4, (5,), generator=draw)) for _ in range(BATCHES)]
+
+
+def config(wrapper: str) -> SemuConfig:
+    # FSDP makes the gradient of a sharded parameter its own affair; the grouped convolution needs it.
+    targets = ["hidden.0", "hidden.2", "head", "body.0"] + ([] if wrapper == "fsdp2" else ["body.2"])
+    return SemuConfig(target_modules=targets, explained_variance=0.95, orthogonal_to_weight=True)
+
+
+def main(wrapper: str, folder: Path) -> None:
+    state = PartialState(cpu=True)
+    mine = batches()[state.process_index :: state.num_processes]
+    model: nn.Module = network()
+    if wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (state.num_processes,))
+        for part in (model.body, model.hidden, model):
+            fully_shard(part, mesh=mesh)
+    model = get_peft_model(model, config(wrapper))
+    wrapped = model
+    if wrapper == "ddp":
+        model.get_base_model().head.base_layer.bias.requires_grad_(True)  # DDP wants something to train
+        wrapped = DistributedDataParallel(model)
+    for accumulate in ("exact", "sketch"):
+        profile = initialize_semu_weights(
+            wrapped, mine, objectives.CrossEntropy(), accumulate=accumulate, sketch_size=8, progress=False
+        )
+        profile.save(folder / f"{accumulate}-{state.process_index}.safetensors")
+        bases = {n: layer.semu_U["default"] for n, layer in semu_layers(model).items()}
+        assert all(torch.equal(profile.layers[n].directions.left, basis) for n, basis in bases.items())
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,115 @@
+"""One budget for all layers: spent greedily, never exceeded; ranks and γ by pattern."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Mlp, vector_batches
+from peft import get_peft_model
+
+from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft.subspace import RankBudget
+from semu_peft.subspace.ranks import Candidate, spread_budget
+from semu_peft.tuner.adapted import semu_layers
+
+FORGET = objectives.CrossEntropy()
+
+
+def candidate(energies: list[float], **settings: object) -> Candidate:
+    return Candidate(torch.tensor(energies, dtype=torch.float64), float(sum(energies)), **settings)
+
+
+def test_directions_go_where_they_explain_most() -> None:
+    """Relative to the model large gradients get all; relative to the layer both get a share."""
+    layers = {"loud": candidate([100.0, 50.0, 40.0]), "quiet": candidate([1.0, 0.1, 0.01])}
+    assert spread_budget(layers, RankBudget(3, relative_to="model")) == {"loud": 3, "quiet": 0}
+    assert spread_budget(layers, RankBudget(3, relative_to="layer")) == {"loud": 2, "quiet": 1}
+
+
+def test_parameters_are_counted_as_the_core_has_them() -> None:
+    """A full core costs r², a diagonal one r, a convolution read by channel as many times."""
+    full, diagonal = candidate([4.0, 3.0, 2.0]), candidate([4.0, 3.0, 2.0], diagonal=True)
+    channels = candidate([4.0, 3.0, 2.0], matrices=5)
+    assert [c.cost(3) for c in (full, diagonal, channels)] == [9, 3, 45]
+    assert spread_budget({"a": full}, RankBudget(8, "parameters")) == {"a": 2}
+    assert spread_budget({"a": diagonal}, RankBudget(8, "parameters")) == {"a": 3}
+    assert spread_budget({"a": channels}, RankBudget(19, "parameters")) == {"a": 1}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.lists(st.floats(0.01, 100), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.sampled_from(["directions", "parameters"]),
+)
+def test_the_budget_is_kept_and_well_spent(values: list[list[float]], total: int, unit: str) -> None:
+    """Never more than the budget; for directions no other spending explains more."""
+    layers = {str(i): candidate(sorted(energies, reverse=True)) for i, energies in enumerate(values)}
+    ranks = spread_budget(layers, RankBudget(total, unit, "model"))
+
+    def spent(choice: dict[str, int]) -> int:
+        return sum(layers[n].cost(r) if unit == "parameters" else r for n, r in choice.items())
+
+    def explained(choice: dict[str, int]) -> float:
+        return sum(float(layers[n].energies[:r].sum()) for n, r in choice.items())
+
+    assert spent(ranks) <= total
+    if unit == "directions":
+        options = itertools.product(*(range(len(layer.energies) + 1) for layer in layers.values()))
+        best = max(explained(c) for o in options if spent(c := dict(zip(layers, o, strict=True))) <= total)
+        assert explained(ranks) == pytest.approx(best)
+
+
+def test_budget_of_a_model() -> None:
+    """The initialised ranks add up to the budget; γ and `r` stay upper bounds; too small a budget is refused."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=Mlp.targets, explained_variance=1.0, r=3))
+    profile = initialize_semu_weights(model, vector_batches(), FORGET, rank_budget=RankBudget(5), progress=False)
+    assert sum(profile.ranks.values()) == 5 and max(profile.ranks.values()) <= 3
+    for name, layer in semu_layers(model).items():
+        assert layer.r["default"] == profile.ranks[name] == model.peft_config["default"].rank_pattern[name]
+    profile = initialize_semu_weights(
+        model, vector_batches(), FORGET, rank_budget=RankBudget(20, "parameters", "model"), progress=False
+    )
+    assert 11 <= sum(rank * rank for rank in profile.ranks.values()) <= 20
+    assert sum(p.numel() for n, p in model.named_parameters() if "semu_core" in n) <= 20
+
+
+@pytest.mark.parametrize(
+    "settings_", [{"total": 0}, {"total": True}, {"total": 2, "unit": "layers"}, {"total": 2, "relative_to": "x"}]
+)
+def test_bad_budgets(settings_: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"total|unit|relative_to"):
+        RankBudget(**settings_)
+
+
+def test_explained_variance_by_pattern() -> None:
+    """The first pattern that matches a layer's name or its end gives its γ."""
+    config = SemuConfig(
+        target_modules=Mlp.targets, explained_variance=0.3, explained_variance_pattern={r"fc\d": 1.0, "head": 0.9}
+    )
+    model = get_peft_model(Mlp(), config)
+    profile = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)
+    assert profile.layers["fc1"].explained_variance > 0.9999 and profile.layers["fc2"].explained_variance > 0.9999
+    assert 0.9 <= profile.layers["head"].explained_variance < 1
+
+
+@pytest.mark.parametrize("pattern", [{"fc1": 0.0}, {"fc1": 1.5}, {"fc1": True}, ["fc1"]])
+def test_bad_explained_variance_pattern(pattern: object) -> None:
+    with pytest.raises(ValueError, match="explained_variance_pattern"):
+        SemuConfig(explained_variance_pattern=pattern)
+
+
+def test_rank_pattern_fixes_ranks_before_the_first_initialisation() -> None:
+    """By ending or expression; afterwards the pattern holds full names, and a new initialisation goes by γ."""
+    config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.3, rank_pattern={r"fc.": 4})
+    model = get_peft_model(Mlp(), config)
+    assert not any(layer.has_basis("default") for layer in semu_layers(model).values())
+    profile = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)
+    assert profile.ranks["fc1"] == profile.ranks["fc2"] == 4 and profile.ranks["head"] == 1
+    assert model.peft_config["default"].rank_pattern == profile.ranks
+    again = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)
+    assert again.ranks["fc1"] < 4

@@ -1,0 +1,62 @@
+"""Two processes that share the work find the bases of one process that does it alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from initialize_in_processes import batches, config, network
+from peft import get_peft_model
+
+from semu_peft import SubspaceProfile, initialize_semu_weights, objectives
+
+WORKER = Path(__file__).with_name("initialize_in_processes.py")
+
+
+def run_two(wrapper: str, folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    workers = []
+    for rank, log in enumerate(logs):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as file:
+            workers.append(
+                subprocess.Popen([sys.executable, str(WORKER), wrapper, str(folder)], env=own, stdout=file, stderr=file)
+            )
+    try:
+        codes = [worker.wait(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+def test_two_processes_find_the_bases_of_one(wrapper: str, tmp_path: Path) -> None:
+    """Sums are taken over processes: exact and sketched, in DDP's wrapper, and with the base weights sharded."""
+    run_two(wrapper, tmp_path)
+    for accumulate in ("exact", "sketch"):
+        model = get_peft_model(network(), config(wrapper))
+        alone = initialize_semu_weights(
+            model, batches(), objectives.CrossEntropy(), accumulate=accumulate, sketch_size=8, progress=False
+        )
+        first, second = (SubspaceProfile.load(tmp_path / f"{accumulate}-{rank}.safetensors") for rank in range(2))
+        assert first.batches == second.batches == alone.batches and first.ranks == second.ranks == alone.ranks
+        for name, layer in alone.layers.items():
+            one, two = first.layers[name].directions, second.layers[name].directions
+            assert torch.equal(one.left, two.left) and torch.equal(one.right, two.right)
+            values, expected = one.singular_values[: layer.rank], layer.singular_values[: layer.rank]
+            torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-3)
+            for mine, other in ((one.left, layer.directions.left), (one.right, layer.directions.right)):
+                assert torch.linalg.svdvals(mine.T @ other).min() > 0.999

@@ -1,0 +1,141 @@
+"""Retain-aware subspaces: first-order silence on the retained data, and directions by their ratio."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Cnn, Mlp, image_batches, vector_batches
+from peft import get_peft_model
+from torch import Tensor
+
+from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft.subspace import Factors, Overlap, RetainSubspace, leading_factors
+from semu_peft.tuner.adapted import semu_layers
+
+FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()
+
+
+def factors_of(matrix: Tensor, gamma: float = 1.0) -> Factors:
+    return leading_factors(matrix, gamma)
+
+
+def rule(**settings: object) -> RetainSubspace:
+    return RetainSubspace([], RETAIN, **settings)
+
+
+def product(factors: Factors) -> Tensor:
+    return factors.left * factors.singular_values[..., None, : factors.rank] @ factors.right.mT
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+@pytest.mark.parametrize("shape", [(12, 9), (3, 8, 6)])
+def test_projection_leaves_what_lies_outside(side: str, shape: tuple[int, ...]) -> None:
+    """`G (1 − V V')`, `(1 − U U') G` or both, with bases that no core can turn back."""
+    forget, retain = torch.randn(shape), torch.randn(*shape[:-1], 3) @ torch.randn(*shape[:-2], 3, shape[-1])
+    kept = factors_of(retain, 0.9)
+    result = rule(side=side).apply(factors_of(forget), kept, 0.9)
+    expected = forget.double()
+    if side in ("output", "both"):
+        expected = expected - kept.left.double() @ (kept.left.double().mT @ expected)
+    if side in ("input", "both"):
+        expected = expected - (expected @ kept.right.double()) @ kept.right.double().mT
+    torch.testing.assert_close(product(result).double(), expected, atol=1e-4, rtol=1e-4)
+    energy = expected.square().sum((-2, -1))
+    torch.testing.assert_close(result.energy, energy, atol=1e-3, rtol=1e-4)
+    result = result.reaching(0.95)
+    for basis, other, touched in (
+        (result.left, kept.left, side in ("output", "both")),
+        (result.right, kept.right, side in ("input", "both")),
+    ):
+        identity = torch.eye(result.rank).expand(*basis.shape[:-2], -1, -1)
+        torch.testing.assert_close(basis.mT @ basis, identity, atol=1e-5, rtol=0)
+        if touched:
+            assert (basis.mT @ other).abs().max() < 1e-4
+
+
+def test_projection_of_what_lies_inside_leaves_nothing() -> None:
+    """A forget gradient within the retain subspace has no direction left, and no invented one."""
+    retain = torch.randn(10, 2) @ torch.randn(2, 8)
+    result = rule().apply(factors_of(3 * retain), factors_of(retain, 1.0), 0.9)
+    assert result.reaching(1.0).rank == 0
+
+
+def test_ratio_prefers_directions_that_the_retain_data_leave_alone() -> None:
+    """Of two forget directions the one without retain energy comes first, though it is the weaker one."""
+    left, right = torch.linalg.qr(torch.randn(20, 3))[0], torch.linalg.qr(torch.randn(15, 3))[0]
+    forget = left[:, :2] * torch.tensor([2.0, 1.9]) @ right[:, :2].T
+    retain = 5.0 * left[:, :1] @ right[:, :1].T + 0.1 * left[:, 2:] @ right[:, 2:].T
+    one = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 0.4)
+    assert one.rank == 1
+    assert (one.right[:, 0] @ right[:, 1]).abs() > 0.99 and (one.left[:, 0] @ left[:, 1]).abs() > 0.99
+    both = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1.0)
+    torch.testing.assert_close(product(both), forget, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (3, 8, 6)])
+def test_ratio_is_the_generalised_singular_value_problem(shape: tuple[int, ...]) -> None:
+    """The first direction maximises ‖G v‖² / (‖G_retain v‖² + λ) among all."""
+    forget, retain = torch.randn(shape), torch.randn(shape)
+    result = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1e-9)
+    assert result.rank == 1
+
+    def ratio(v: Tensor) -> Tensor:
+        floor = retain.square().sum((-2, -1)) / shape[-1]
+        return (forget @ v).square().sum((-2, -1)) / ((retain @ v).square().sum((-2, -1)) + floor)
+
+    best = ratio(result.right)
+    for _ in range(200):
+        v = torch.nn.functional.normalize(torch.randn(*shape[:-2], shape[-1], 1), dim=-2)
+        assert (ratio(v) <= best * (1 + 1e-4)).all()
+    nearby = torch.nn.functional.normalize(result.right + 0.01 * torch.randn_like(result.right), dim=-2)
+    assert (ratio(nearby) <= best * (1 + 1e-4)).all()
+
+
+def test_overlap_is_the_principal_angles() -> None:
+    """1 for a shared direction, 0 for an orthogonal one, cos φ in between."""
+    e = torch.eye(4)
+    mixed = torch.stack([e[0], (0.6 * e[1] + 0.8 * e[2])], 1)
+    one = Factors(mixed, mixed, torch.ones(2), torch.tensor(2.0))
+    other = Factors(e[:, :2].clone(), e[:, 2:].clone(), torch.ones(2), torch.tensor(2.0))
+    overlap = Overlap.between(one, other)
+    torch.testing.assert_close(overlap.outputs, torch.tensor([1.0, 0.6]))
+    torch.testing.assert_close(overlap.inputs, torch.tensor([0.8, 0.0]))
+
+
+@pytest.mark.parametrize("accumulate", ["exact", "sketch"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "cnn_per_channel"])
+def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> None:
+    """With the whole retain gradient projected out, the retain loss's gradient in the core is zero; not without."""
+    model, batches = (Mlp(), vector_batches) if name == "mlp" else (Cnn(), image_batches)
+    mode = "per_channel" if name.endswith("per_channel") else "flatten"
+    targets = [target for target in model.targets if target not in ("head",)]
+    config = SemuConfig(target_modules=targets, explained_variance=0.99, conv_mode=mode)
+    wrapped = get_peft_model(model.eval(), config)
+    slopes = {}
+    for aware in (False, True):
+        retain = RetainSubspace(batches(2, 1, seed=5), RETAIN, explained_variance=1.0) if aware else None
+        profile = initialize_semu_weights(
+            wrapped, batches(3), FORGET, retain=retain, accumulate=accumulate, sketch_size=4, progress=False
+        )
+        wrapped.zero_grad()
+        for batch in batches(2, 1, seed=5):
+            RETAIN(wrapped, batch).backward()
+        slopes[aware] = {n: layer.semu_core["default"].grad for n, layer in semu_layers(wrapped).items()}
+        assert all((layer.overlap is not None) == aware for layer in profile.layers.values())
+    silent = sum(float(slope.square().sum()) for slope in slopes[True].values())
+    loud = sum(float(slope.square().sum()) for slope in slopes[False].values())
+    assert loud > 0 and silent < 1e-6 * loud
+    assert sum(profile.ranks.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "keep"}, "`rule` must be one of"),
+        ({"side": "left"}, "`side` must be one of"),
+        ({"explained_variance": 0.0}, "explained_variance"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rule(**settings)
