@@ -63,7 +63,7 @@ def to_lora(
         if layer.r.get(adapter_name, 0) == 0 or isinstance(layer, ParamWrapper):
             continue
         down, up = _lora_pair(layer, adapter_name, name)
-        pairs[name] = down.contiguous().clone(), up.contiguous().clone()  # tied layers share their bases
+        pairs[name] = down.contiguous(), up.contiguous()
     if not pairs and not parameters:
         raise ValueError(
             f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
@@ -79,9 +79,10 @@ def to_lora(
     ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
     state_dict: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
-        key = "lora_embedding_{}" if isinstance(layers.get(name), Embedding) else "lora_{}.weight"
-        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down
-        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up
+        key = "lora_embedding_{}" if isinstance({**layers, **tied}[name], Embedding) else "lora_{}.weight"
+        # A layer tied to another has the same bases, and a file may not hold one tensor twice.
+        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.clone() if name in tied else down
+        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.clone() if name in tied else up
     for name, place in _lora_places(model, parameters).items():
         down, up = _lora_pair_of_parameter(parameters[name], adapter_name, name)
         ranks[name] = parameters[name].r[adapter_name]
@@ -100,7 +101,7 @@ def to_lora(
         modules_to_save=source.modules_to_save,
         bias=_LORA_BIAS[source.bias],  # type: ignore[arg-type]
         trainable_token_indices=source.trainable_token_indices,
-        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in pairs if name in layers),
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         task_type=source.task_type,

@@ -79,13 +79,13 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Read a tensor shaped like the base weight as the matrix `(m, n)`, or batch of matrices, to factorise."""
         raise NotImplementedError
 
-    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        """The inverse of [`weight_to_matrix`]."""
-        raise NotImplementedError
-
     def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
         """`(m, n)`, or `(batch, m, n)`: the shape of the weight read as a matrix."""
         return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
+
+    def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
+        """The inverse of [`weight_to_matrix`]."""
+        raise NotImplementedError
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """Return `output + (U R Vᵀ)(x)` for one adapter, without forming the dense weight."""
@@ -263,9 +263,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
 
     def _base_weight_plus(self, delta: Tensor) -> Tensor:
-        # Added in the adapter's precision and rounded to the model's once.
-        weight = self.get_base_weight()
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        return _sum_in_dtype_of(self.get_base_weight(), delta)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -297,7 +295,8 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         corrections = [name for name in names if self.r[name] > 0]
         if corrections and self.joins_weight(corrections, x):
             deltas = [self.get_delta_weight(name) for name in corrections]
-            output = self.run_base(x, self._base_weight_plus(sum(deltas[1:], deltas[0])))
+            # The parameter itself, not its data: while another adapter is initialised it has a gradient.
+            output = self.run_base(x, _sum_in_dtype_of(self.weight, sum(deltas[1:], deltas[0])))
         else:
             output = self.base_layer(x, *args, **kwargs)
             for name in corrections:
@@ -337,6 +336,11 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"semu.{super().__repr__()}"
+
+
+def _sum_in_dtype_of(weight: Tensor, delta: Tensor) -> Tensor:
+    # Added in the adapter's precision and rounded to the model's once.
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
 
 def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,27 +23,15 @@ from .adapted import base_model, semu_layers, targets_for
 from .adapter_file import without_wrappers
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
-from .conv import Conv1d, Conv2d, Conv3d
-from .embedding import Embedding
 from .layer import SemuLayer
-from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
 from .patterns import match_pattern, name_matches
-from .quantized import QuantizedLinear, quantization_backend
+from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
+from .targets import check_parameter, check_tied, layer_class, untied
 from .tied import TiedLayer
 from .weighted import CombinationType, WeightedSum
-
-LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
-    nn.Linear: Linear,
-    Conv1D: Linear,
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
-    nn.Embedding: Embedding,
-    nn.MultiheadAttention: ParamWrapper,
-}
 
 
 class SemuModel(BaseTuner):
@@ -118,13 +106,13 @@ class SemuModel(BaseTuner):
         if isinstance(wanted, str):
             peft_config.target_modules = rf"(?:{wanted}|^{re.escape(embedding)}$)"
         else:
-            peft_config.target_modules = _untied(wanted, tied) | {embedding}
+            peft_config.target_modules = untied(wanted, tied) | {embedding}
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         tied = {without_wrappers(name) for name in tied_weight_keys}
         peft_config.modules_to_tie = tied
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        peft_config.modules_to_save = sorted(_untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
+        peft_config.modules_to_save = sorted(untied(peft_config.modules_to_save, {*tied, embedding}) | {embedding})
 
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
@@ -158,16 +146,16 @@ class SemuModel(BaseTuner):
             if not name or name.startswith(inside) or not isinstance(module, wanted):
                 continue
             if self._check_tied_module_exists(peft_config, name):
-                _check_tied(model, module, name)
+                check_tied(model, module, name)
             elif self._check_target_module_exists(targets, name):
-                _layer_class(module, name)
+                layer_class(module, name)
                 if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
                     peft_config.rank_pattern[name] = rank
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
                 also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
-                _check_parameter(model, name, parameter, also)
+                check_parameter(model, name, parameter, also)
                 if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
                     peft_config.rank_pattern[name] = rank
 
@@ -216,9 +204,9 @@ class SemuModel(BaseTuner):
         elif parameter_name is not None:
             result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
         else:
-            layer_class = _layer_class(target, name)
-            more = get_quantization_kwargs(self.model) if layer_class is QuantizedLinear else {}
-            result = layer = layer_class(target, adapter_name, config, rank, known, **more)
+            kind = layer_class(target, name)
+            more = get_quantization_kwargs(self.model) if kind is QuantizedLinear else {}
+            result = layer = kind(target, adapter_name, config, rank, known, **more)
         if config.init_weights is not True:
             ranks[name] = layer.r[adapter_name]
         return result
@@ -353,69 +341,6 @@ class SemuModel(BaseTuner):
                 "load it onto the model named in its adapter_config.json. The model given is left as it was."
             )
         return remapped
-
-
-def _layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    backend = quantization_backend(base)
-    if backend is not None and backend.supports_merge:
-        return QuantizedLinear
-    kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
-    reason: str | None = UNKNOWN_QUANTIZATION if backend else "that type is not supported"
-    if kind and not backend:
-        reason = LAYER_CLASSES[kind].refusal(base)
-        if reason is None:
-            return LAYER_CLASSES[kind]
-    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
-    raise TypeError(
-        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
-        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
-    )
-
-
-def _untied(names: Any, tied: set[str]) -> set[str]:
-    """The names, or name endings, but those that mean one of the tied modules."""
-    return {name for name in names or () if not any(f".{key}".endswith(f".{name}") for key in tied)}
-
-
-def _check_tied(model: Any, module: nn.Module, name: str) -> None:
-    """Raise unless a module that is to be tied to the input embedding has its weight, and no adapter of its own."""
-    source = model.get_input_embeddings()
-    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, TiedLayer):
-        raise ValueError(f"{name!r} has an adapter of its own already, so that it cannot be tied to the embedding now.")
-    if not isinstance(base, (nn.Linear, nn.Embedding)) or base.weight is not source.weight:
-        raise ValueError(
-            f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
-            "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
-        )
-
-
-def _check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
-    """Raise unless the parameter of that full name in the model without adapters can be corrected as one."""
-    owner_name, _, short_name = name.rpartition(".")
-    if not owner_name:
-        raise ValueError(
-            f"Target parameter {name!r} belongs to the top-level {type(model).__name__}, where nothing can be put in "
-            "its place. Put the model into a module of its own, or take another parameter."
-        )
-    owner: Any = model.get_submodule(owner_name)
-    if also_as_layer or (isinstance(owner, SemuLayer) and not isinstance(owner, ParamWrapper)):
-        raise ValueError(
-            f"{owner_name!r} is named in `target_modules` and its {short_name!r} in `target_parameters`. Leave one of "
-            "them out; with `target_modules=[]` only the parameters are corrected."
-        )
-    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-    reason = None
-    if isinstance(owner, (nn.MultiheadAttention, NEVER_CALLED)):
-        reason = "an `nn.MultiheadAttention` is corrected as a whole, so name the module in `target_modules`"
-    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
-        reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
-    if reason:
-        raise TypeError(
-            f"SEMU cannot correct target parameter {name!r}: {reason}. Supported are floating-point parameters of two "
-            "or three dimensions, of modules that are called; name layers in `target_modules` instead."
-        )
 
 
 def _modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesToSaveWrapper, str]:

@@ -43,6 +43,15 @@ class QuantizedLinear(Linear):
         base: Any = self.get_base_layer()
         return (base.out_features, base.in_features)
 
+    def get_base_weight(self) -> Tensor:
+        base = self.get_base_layer()
+        if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
+            # For its CPU kernel bitsandbytes packs 4-bit weights anew at the first forward pass, in an order that its
+            # dequantisation misreads. Saving unpacks them in place; the next forward pass packs them again.
+            base.state_dict()
+        weight: Tensor = super().get_base_weight()
+        return weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         warnings.warn("Merging into a quantised weight rounds the correction to its few bits.", stacklevel=2)
         super().merge(safe_merge, adapter_names)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, SemuLayer
 from semu_peft.tuner import Conv2d, Linear, ParamWrapper
-from semu_peft.tuner.model import _layer_class
+from semu_peft.tuner.targets import layer_class
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CONVOLUTIONS: dict[type[nn.Module], dict[str, dict[str, Any]]] = {
@@ -112,7 +112,7 @@ def make(
     if isinstance(base, Experts):
         layer: SemuLayer = ParamWrapper(base, "default", config, rank, parameter_name="bank")
     else:
-        layer = _layer_class(base, name)(base, "default", config, rank)
+        layer = layer_class(base, name)(base, "default", config, rank)
     x = sample_input(base)
     return layer, x.to(dtype) if x.is_floating_point() else x
 

@@ -1,0 +1,91 @@
+"""What can be corrected, and by which SEMU layer; the rest is refused before a model is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .layer import SemuLayer
+from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
+from .parameter import ParamWrapper
+from .quantized import QuantizedLinear, quantization_backend
+from .tied import TiedLayer
+
+LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.Embedding: Embedding,
+    nn.MultiheadAttention: ParamWrapper,
+}
+
+
+def layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
+    """The SEMU layer for a module of that name; raise where there is none."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = quantization_backend(base)
+    if backend is not None and backend.supports_merge:
+        return QuantizedLinear
+    kind = next((kind for kind in LAYER_CLASSES if isinstance(base, kind)), None)
+    reason: str | None = UNKNOWN_QUANTIZATION if backend else "that type is not supported"
+    if kind and not backend:
+        reason = LAYER_CLASSES[kind].refusal(base)
+        if reason is None:
+            return LAYER_CLASSES[kind]
+    supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
+    raise TypeError(
+        f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
+        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
+    )
+
+
+def untied(names: Any, tied: set[str]) -> set[str]:
+    """The names, or name endings, but those that mean one of the tied modules."""
+    return {name for name in names or () if not any(f".{key}".endswith(f".{name}") for key in tied)}
+
+
+def check_tied(model: Any, module: nn.Module, name: str) -> None:
+    """Raise unless a module that is to be tied to the input embedding has its weight, and no adapter of its own."""
+    source = model.get_input_embeddings()
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, TiedLayer):
+        raise ValueError(f"{name!r} has an adapter of its own already, so that it cannot be tied to the embedding now.")
+    if not isinstance(base, (nn.Linear, nn.Embedding)) or base.weight is not source.weight:
+        raise ValueError(
+            f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
+            "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
+        )
+
+
+def check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:
+    """Raise unless the parameter of that full name in the model without adapters can be corrected as one."""
+    owner_name, _, short_name = name.rpartition(".")
+    if not owner_name:
+        raise ValueError(
+            f"Target parameter {name!r} belongs to the top-level {type(model).__name__}, where nothing can be put in "
+            "its place. Put the model into a module of its own, or take another parameter."
+        )
+    owner: Any = model.get_submodule(owner_name)
+    if also_as_layer or (isinstance(owner, SemuLayer) and not isinstance(owner, ParamWrapper)):
+        raise ValueError(
+            f"{owner_name!r} is named in `target_modules` and its {short_name!r} in `target_parameters`. Leave one of "
+            "them out; with `target_modules=[]` only the parameters are corrected."
+        )
+    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
+    reason = None
+    if isinstance(owner, (nn.MultiheadAttention, NEVER_CALLED)):
+        reason = "an `nn.MultiheadAttention` is corrected as a whole, so name the module in `target_modules`"
+    if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+        reason = f"it has shape {tuple(parameter.shape)} and dtype {parameter.dtype}"
+    if reason:
+        raise TypeError(
+            f"SEMU cannot correct target parameter {name!r}: {reason}. Supported are floating-point parameters of two "
+            "or three dimensions, of modules that are called; name layers in `target_modules` instead."
+        )
