@@ -5,6 +5,8 @@ Each brings the batches of its rank and writes the profile that it ends with.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import sys
 from pathlib import Path
 
@@ -52,6 +54,7 @@ def config(wrapper: str) -> SemuConfig:
 
 
 def main(wrapper: str, folder: Path) -> None:
+    faulthandler.dump_traceback_later(90, exit=True)  # a process that waits for the other says where
     state = PartialState(cpu=True)
     mine = batches()[state.process_index :: state.num_processes]
     model: nn.Module = network()
@@ -74,6 +77,8 @@ def main(wrapper: str, folder: Path) -> None:
         profile.save(folder / f"{accumulate}-{state.process_index}.safetensors")
         bases = {n: layer.semu_U["default"] for n, layer in semu_layers(model).items()}
         assert all(torch.equal(profile.layers[n].directions.left, basis) for n, basis in bases.items())
+    del wrapped  # DDP's own clean-up needs the process group
+    gc.collect()
     state.destroy_process_group()
 
 

@@ -35,7 +35,7 @@ def run_two(wrapper: str, folder: Path) -> None:
                 subprocess.Popen([sys.executable, str(WORKER), wrapper, str(folder)], env=own, stdout=file, stderr=file)
             )
     try:
-        codes = [worker.wait(timeout=120) for worker in workers]
+        codes = [worker.wait(timeout=150) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
