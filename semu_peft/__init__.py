@@ -4,7 +4,7 @@ from . import objectives
 from .diffusers_layout import save_as_diffusers_lora
 from .export import RerankReport, rerank, save_as_lora, to_lora
 from .from_lora import from_lora
-from .subspace import SubspaceProfile, initialize_semu_weights
+from .subspace import RankBudget, RetainSubspace, SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
 from .unlearn import UnlearnResult, unlearn
 
@@ -12,7 +12,9 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "RankBudget",
     "RerankReport",
+    "RetainSubspace",
     "SemuConfig",
     "SemuLayer",
     "SemuModel",
