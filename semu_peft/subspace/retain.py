@@ -18,8 +18,9 @@ class RetainSubspace:
     """Take the retained data's gradients into account when the forget subspace is chosen.
 
     - `rule="project"` removes from the forget basis what lies in the leading retain subspace, so that to first order a
-      step of the core leaves the retain loss as it is (as geometric disentanglement does with whole gradients). It is enough
-      to do so on one side: with `V ⊥ V_retain`, `⟨U R Vᵀ, G_retain⟩ = 0` for every core `R`.
+      step of the core leaves the retain loss as it is (the idea of Geometric-disentanglement Unlearning, Zhou et al.
+      2025, arXiv 2511.17100, applied to a subspace). It is enough to do so on one side: with `V ⊥ V_retain`,
+      `⟨U R Vᵀ, G_retain⟩ = 0` for every core `R`.
     - `rule="ratio"` keeps the forget directions with the largest ratio of forget to retain energy,
       `‖G v‖² / (‖G_retain v‖² + λ)`, `λ = ‖G_retain‖² / n`: a generalised eigenproblem within the forget basis.
 
