@@ -11,6 +11,7 @@ from matrix_models import bert, tokens
 from models import Snapshot, gpt2, llama, sd3, t5, unet_condition, vit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from semu_peft import SemuConfig, initialize_semu_weights, unlearn
@@ -18,9 +19,22 @@ from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.eval_mode import eval_mode
 
 TEXT = {"input_ids": tokens(), "labels": tokens()}
+
+
+def opt() -> Any:
+    """A model whose layers draw their dropout themselves, by their own mode."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, dropout=0.5,
+            max_position_embeddings=16, word_embed_proj_dim=16,
+        )
+    )  # fmt: skip
+
+
 MODELS: dict[str, tuple[Callable[[], Any], list[str], dict[str, Tensor]]] = {
     "gpt2": (gpt2, ["c_attn", "c_fc"], TEXT),
     "llama": (llama, ["q_proj", "down_proj"], TEXT),
+    "opt": (opt, ["q_proj", "fc1"], TEXT),
     "t5": (t5, ["q", "wo"], TEXT),
     "bert": (bert, ["query", "dense"], {"input_ids": tokens(), "labels": torch.tensor([0, 2])}),
     "vit": (vit, ["q_proj", "fc1"], {"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.tensor([0, 1])}),
