@@ -30,7 +30,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, SemuLayer, SemuModel, register
+from semu_peft import SemuConfig, SemuLayer, SemuModel, register, save_as_lora
 from semu_peft.tuner.adapted import semu_layers
 
 Model = tuple[Callable[[], Any], Any]
@@ -578,3 +578,64 @@ def test_generation() -> None:
     wrapped = adapted("gpt2", task_type="CAUSAL_LM")
     tokens = wrapped.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert tokens.shape == (1, 6)
+
+
+def test_trainable_token_indices(tmp_path: Path) -> None:
+    """Rows of the embedding, trained beside the cores: saved, loaded by PEFT and transformers, merged, exported."""
+    wrapped = get_peft_model(same_model("llama"), config_for("llama", trainable_token_indices=[1, 5]))
+    x = sample_input(wrapped.get_base_model())
+    x[0][0, :2] = torch.tensor([1, 5])
+    rows = [parameter for name, parameter in wrapped.named_parameters() if "trainable_tokens_delta" in name]
+    assert [tuple(parameter.shape) for parameter in rows] == [(2, 16)] and rows[0].requires_grad
+    before = run(wrapped, *x)
+    rows[0].data.add_(1.0)
+    expected = run(wrapped, *x)
+    assert not torch.allclose(expected, before)
+    wrapped.save_pretrained(tmp_path / "semu")
+    save_as_lora(wrapped, tmp_path / "lora")
+    for folder in ("semu", "lora"):
+        assert_close(run(PeftModel.from_pretrained(same_model("llama"), tmp_path / folder), *x), expected)
+    loaded = same_model("llama")
+    loaded.load_adapter(str(tmp_path / "semu"))
+    assert torch.equal(run(loaded, *x), expected)
+    merged = wrapped.merge_and_unload()
+    assert type(merged.model.embed_tokens) is nn.Embedding
+    assert_close(run(merged, *x), expected)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        again = PeftModel.from_pretrained(same_model("llama"), tmp_path / "semu")
+        again.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("semu_only", 2), ("all", 3)])
+def test_bias(bias: str, count: int, tmp_path: Path) -> None:
+    """As in LoRA: which biases are trained, that they are saved and loaded, and that they outlast the adapter."""
+    wrapped = get_peft_model(same_model("mlp"), config_for("mlp", bias=bias))
+    biases = [p for name, p in wrapped.named_parameters() if name.endswith("bias") and p.requires_grad]
+    assert len(biases) == count
+    for parameter in biases:
+        parameter.data.add_(0.5)
+    x = sample_input(Mlp())
+    expected = run(wrapped, *x)
+    wrapped.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(same_model("mlp"), tmp_path), *x), expected)
+    assert torch.equal(run(wrapped.unload(), *x), run(same_model("mlp"), *x)) == (bias == "none")
+    if bias != "none":
+        twice = get_peft_model(same_model("mlp"), config_for("mlp", bias=bias))
+        with pytest.raises(ValueError, match="only 1 adapter with bias"):
+            twice.add_adapter("second", config_for("mlp", bias=bias))
+
+
+def test_layers_by_index() -> None:
+    """`layers_to_transform` and `layers_pattern` choose among equal names."""
+    for options, index in (
+        ({"layers_to_transform": 1}, "1"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, "0"),
+    ):
+        wrapped = get_peft_model(gpt2(), SemuConfig(target_modules=["c_attn"], r=2, init_weights=False, **options))
+        assert list(semu_layers(wrapped)) == [f"transformer.h.{index}.attn.c_attn"]
+
+
+def test_default_targets() -> None:
+    """Without `target_modules` PEFT's table for the architecture decides, as for LoRA."""
+    wrapped = get_peft_model(llama(), SemuConfig(r=2, init_weights=False))
+    assert {name.rsplit(".", 1)[-1] for name in semu_layers(wrapped)} == {"q_proj", "v_proj"}
