@@ -62,7 +62,7 @@ class ConvNd(SemuLayer):
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
         base = self.conv
-        if type(self.base_layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not x.numel():
+        if not self.base_is_bare(nn.Conv1d, nn.Conv2d, nn.Conv3d) or not x.numel():
             return False
         if any(self._per_channel(name) for name in adapter_names):
             return True

@@ -95,6 +95,12 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all."""
         return False
 
+    def base_is_bare(self, *kinds: type[nn.Module]) -> bool:
+        """Whether the base layer is just its arithmetic: one of these very types, unquantised and without hooks."""
+        base: Any = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+        return type(base) in kinds and not hooked and base.weight.dtype.itemsize >= 2
+
     def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
         """The base layer's output with another weight, for layers whose corrections may join it."""
         raise NotImplementedError

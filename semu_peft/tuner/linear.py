@@ -43,9 +43,9 @@ class Linear(SemuLayer):
         return matrix.T if self.fan_in_fan_out else matrix
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
-        if type(self.base_layer) is not nn.Linear or not x.numel():
+        if not self.base_is_bare(nn.Linear) or not x.numel():
             return False
-        m, n = self.base_layer.weight.shape
+        m, n = self.weight.shape
         return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), x.numel() // n)
 
     def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
