@@ -195,10 +195,11 @@ def sdxl_pipeline() -> Any:
 
 
 def sd3_pipeline() -> Any:
-    encoders = {"text_encoder": text_encoder(0, True), "text_encoder_2": text_encoder(1, True), "text_encoder_3": None}
+    encoders = {"text_encoder": text_encoder(0, True), "text_encoder_2": text_encoder(1, True)}
     return diffusers.StableDiffusion3Pipeline(
-        vae=vae(shift=0.1), **encoders, tokenizer=tokenizer(), tokenizer_2=tokenizer(), tokenizer_3=None,
-        transformer=randomize(sd3_transformer()), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift=0.1), **encoders, text_encoder_3=_t5(1), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+        tokenizer_3=tokenizer(), transformer=randomize(sd3_transformer()),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 

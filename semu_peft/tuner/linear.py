@@ -17,6 +17,16 @@ class Linear(SemuLayer):
         """Whether the base weight is stored `(in, out)`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
+    @property
+    def in_features(self) -> int:
+        """As of the base layer: SDXL's pipeline asks its time embedding for it."""
+        return self.weight.shape[0 if self.fan_in_fan_out else 1]
+
+    @property
+    def out_features(self) -> int:
+        """As of the base layer."""
+        return self.weight.shape[1 if self.fan_in_fan_out else 0]
+
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight
 
