@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 TEMPLATES = ("a handwritten {}", "a picture of a {}", "{}")
 NULL_SHARE = 0.1  # of the training examples without their condition, for classifier-free guidance
@@ -100,7 +100,7 @@ def fit(
     parameters = [parameter for module in modules for parameter in module.train().parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     with tqdm(range(steps), desc=title, mininterval=2) as bar:
         for step in bar:
             value = loss()

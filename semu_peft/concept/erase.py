@@ -26,7 +26,7 @@ from semu_peft.tuner import SemuConfig
 from semu_peft.tuner.whole_model import remove_adapter
 from semu_peft.unlearn import UnlearnResult, unlearn
 
-from .examples import ConceptExamples, concept_examples
+from .examples import ConceptExamples, as_list, concept_examples
 from .families import family_of
 from .targets import denoiser_targets
 
@@ -141,6 +141,12 @@ def unlearn_concept(
     _check(denoiser, adapter_name, forget, examples, cache, steps, training)
     if examples is None and cache is not None and Path(cache).is_file():
         examples = ConceptExamples.load(cache)
+        cached = {examples.prompts[int(index)] for index in examples.roles["condition"]}
+        if forget is not None and cached != set(as_list(forget, "forget")):
+            raise ValueError(
+                f"`cache`: {cache} holds examples of {sorted(cached)}, not of {forget!r}: name another file, or remove "
+                "this one to make it afresh."
+            )
     if examples is None:
         examples = concept_examples(
             pipe, forget or "", anchor=anchor, retain=retain, images=images, samples_per_prompt=samples_per_prompt,

@@ -189,6 +189,8 @@ def test_a_second_stage_needs_neither_text_encoder_nor_vae(tmp_path: Path) -> No
     assert not bare.unet.is_gradient_checkpointing
     with pytest.raises(ValueError, match="text encoder"):
         unlearn_concept(bare, "cat", adapter_name="second", **settings)
+    with pytest.raises(ValueError, match="not of 'dog'"):
+        unlearn_concept(bare, "dog", cache=cache, adapter_name="second", **settings)
 
 
 def test_a_bfloat16_pipeline() -> None:
