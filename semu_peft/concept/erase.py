@@ -27,7 +27,7 @@ from semu_peft.tuner.whole_model import remove_adapter
 from semu_peft.unlearn import UnlearnResult, unlearn
 
 from .examples import ConceptExamples, as_list, concept_examples
-from .families import family_of
+from .families import denoiser_of, family_of
 from .targets import denoiser_targets
 
 Preview = Callable[[Any, int], Any]
@@ -214,8 +214,7 @@ class _Watch:
             self.preview(self.pipe, self.epoch * self.steps)
         now = self.objective.state_dict()
         self.objective.load_state_dict(self.state)
-        device = next(model.parameters()).device
-        value = float(self.objective(model, _to(self.batch, device)))
+        value = float(self.objective(model, _to(self.batch, _device(model))))
         self.objective.load_state_dict(now)
         return -value
 
@@ -257,9 +256,11 @@ def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -
 
 @contextmanager
 def _parked(pipe: Any, park: bool) -> Iterator[None]:
-    """Keep what training does not need on the CPU, and bring it to the denoiser afterwards."""
+    """Keep what training does not need on the CPU, and bring everything back to where it was."""
     parts = [part for name in _PARKED if isinstance(part := getattr(pipe, name, None), nn.Module)]
-    parts = [part for part in parts if park and next(part.parameters()).device.type not in ("cpu", "meta")]
+    parts = [part for part in parts if park and _device(part).type not in ("cpu", "meta")]
+    denoiser = denoiser_of(pipe)
+    devices = [(part, _device(part)) for part in (*parts, denoiser)]
     for part in parts:
         part.to("cpu")
     if parts and torch.cuda.is_available():
@@ -267,6 +268,9 @@ def _parked(pipe: Any, park: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        device = next(getattr(pipe, family_of(pipe).denoiser).parameters()).device
-        for part in parts:
+        for part, device in devices:
             part.to(device)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

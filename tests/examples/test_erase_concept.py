@@ -31,10 +31,10 @@ SDXL = {
 }  # fmt: skip
 NARROW = {"sample_size": 8, "norm_num_groups": 4}
 NARROW_SD15 = {
-    **SD15, **NARROW, "cross_attention_dim": 8, "attention_head_dim": 2, "block_out_channels": (8, 8, 16, 16)
+    **SD15, **NARROW, "cross_attention_dim": 8, "attention_head_dim": 2, "block_out_channels": (4, 8, 16, 16)
 }  # fmt: skip
 NARROW_SDXL = {
-    **SDXL, **NARROW, "cross_attention_dim": 16, "attention_head_dim": 2, "block_out_channels": (8, 8, 16),
+    **SDXL, **NARROW, "cross_attention_dim": 16, "attention_head_dim": 2, "block_out_channels": (4, 8, 16),
     "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 8 + 6 * 4,
 }  # fmt: skip
 
