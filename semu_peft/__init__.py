@@ -1,7 +1,9 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from . import objectives
+from .concept import unlearn_concept
 from .export import RerankReport, rerank, save_as_lora, to_lora
+from .export_diffusers import save_as_diffusers_lora
 from .subspace import SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, register
 from .unlearn import UnlearnResult, unlearn
@@ -19,7 +21,9 @@ __all__ = [
     "initialize_semu_weights",
     "objectives",
     "rerank",
+    "save_as_diffusers_lora",
     "save_as_lora",
     "to_lora",
     "unlearn",
+    "unlearn_concept",
 ]

@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Absent())
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-base, lora, merged, out = sys.argv[1:]
+from pathlib import Path
 def images(pipe, **settings):
     pipe.set_progress_bar_config(disable=True)
     parts = [
@@ -44,18 +44,18 @@ def images(pipe, **settings):
         for seed in range(2)
     ]
     return torch.cat(parts).float().contiguous()
-result = {}
-pipe = DiffusionPipeline.from_pretrained(base)
-result["original"] = images(pipe)
-pipe.load_lora_weights(lora)
-result["lora"] = images(pipe)
-pipe.fuse_lora()
-result["fused"] = images(pipe)
-pipe.unfuse_lora()
-pipe.unload_lora_weights()
-result["unloaded"] = images(pipe)
-result["merged"] = images(DiffusionPipeline.from_pretrained(merged))
-save_file(result, out)
+for folder in map(Path, sys.argv[1:]):
+    pipe = DiffusionPipeline.from_pretrained(folder / "base")
+    result = {"original": images(pipe)}
+    pipe.load_lora_weights(folder / "lora")
+    result["lora"] = images(pipe)
+    pipe.fuse_lora()
+    result["fused"] = images(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    result["unloaded"] = images(pipe)
+    result["merged"] = images(DiffusionPipeline.from_pretrained(folder / "merged"))
+    save_file(result, folder / "images.safetensors")
 """
 
 
@@ -77,27 +77,26 @@ def images(pipe: Any) -> Tensor:
     return sample_pipeline(pipe, ["a photo of a cat"] * 2, seeds=[0, 1], batch_size=1, **SETTINGS)
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-def test_a_process_without_semu_draws_the_same_images(kind: str, tmp_path: Path) -> None:
-    pipe = adapted(kind, "all" if kind in ("sd", "sdxl") else "attention")
-    wanted = images(pipe)
-    save_as_diffusers_lora(pipe, tmp_path / "lora")
-    stock = quiet(PIPELINES[kind]())
-    stock.save_pretrained(tmp_path / "base")
-    original = images(stock)
-    assert (wanted - original).abs().max() > 1e-3
-    merge_pipeline(pipe).save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(images(pipe), wanted, **TOLERANCE)
-    out = tmp_path / "images.safetensors"
-    folders = [tmp_path / "base", tmp_path / "lora", tmp_path / "merged"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK_PROGRAM, *folders, out], capture_output=True, text=True
-    )
+def test_a_process_without_semu_draws_the_same_images(tmp_path: Path) -> None:
+    expected = {}
+    for kind in PIPELINES:
+        pipe = adapted(kind, "all" if kind in ("sd", "sdxl") else "attention")
+        folder, wanted = tmp_path / kind, images(pipe)
+        save_as_diffusers_lora(pipe, folder / "lora")
+        stock = quiet(PIPELINES[kind]())
+        stock.save_pretrained(folder / "base")
+        expected[kind] = {"original": images(stock), "wanted": wanted}
+        assert (wanted - expected[kind]["original"]).abs().max() > 1e-3
+        merge_pipeline(pipe).save_pretrained(folder / "merged")
+        torch.testing.assert_close(images(pipe), wanted, **TOLERANCE)
+    command = [sys.executable, "-W", "ignore", "-c", STOCK_PROGRAM, *(str(tmp_path / kind) for kind in PIPELINES)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "unexpected keys" not in done.stderr and "missing keys" not in done.stderr
-    for name, drawn in load_file(out).items():
-        expected = original if name in ("original", "unloaded") else wanted
-        torch.testing.assert_close(drawn, expected, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    for kind in PIPELINES:
+        for name, drawn in load_file(tmp_path / kind / "images.safetensors").items():
+            same_as = expected[kind]["original" if name in ("original", "unloaded") else "wanted"]
+            torch.testing.assert_close(drawn, same_as, **TOLERANCE, msg=lambda text, at=(kind, name): f"{at}: {text}")
 
 
 @pytest.mark.parametrize("settings", [{"conv_mode": "per_channel"}, {"core": "diagonal"}])

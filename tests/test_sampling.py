@@ -27,7 +27,7 @@ def test_the_bare_denoiser_samples_as_its_pipeline_does(scheduler: str, guidance
         pipe.unet, pipe.scheduler, {"encoder_hidden_states": text}, (4, 8, 8), seeds=[4], num_inference_steps=3,
         unconditional={"encoder_hidden_states": nothing}, guidance_scale=guidance,
     )  # fmt: skip
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["class_unet", "dit"])

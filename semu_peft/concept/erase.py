@@ -121,8 +121,8 @@ def unlearn_concept(
         mixed_precision: As [`unlearn`][semu_peft.unlearn.unlearn] takes it.
         park: Keep text encoders and VAE on the CPU while training; not done where `preview` needs them.
         preview: `(pipe, step)`, called before, `previews` times during, and after training, for example
-            [`SampleGrids`][semu_peft.report.SampleGrids]. The history then has, as `metric`, minus the loss on the
-            first examples with fixed noise.
+            [`SampleGrids`][semu_peft.report.samples.SampleGrids]. The history then has, as `metric`, minus the loss on
+            the first examples with fixed noise.
         previews: How often during training.
         adapter_name: The adapter's name.
         seed: Seed of everything drawn.
@@ -138,7 +138,10 @@ def unlearn_concept(
     """
     family = family_of(pipe)
     denoiser: Any = getattr(pipe, family.denoiser)
-    _check(denoiser, adapter_name, forget, examples, cache, steps, training)
+    _check(denoiser, adapter_name, forget, examples, cache, steps)
+    own = {"epochs": "steps", "max_steps": "steps"} | ({"metric": "preview"} if preview is not None else {})
+    if taken := sorted(set(own) & set(training)):
+        raise ValueError(f"`{taken[0]}` follows from `{own[taken[0]]}` here: it cannot be given as well.")
     if examples is None and cache is not None and Path(cache).is_file():
         examples = ConceptExamples.load(cache)
         cached = {examples.prompts[int(index)] for index in examples.roles["condition"]}
@@ -232,7 +235,6 @@ def _check(
     examples: ConceptExamples | None,
     cache: str | Path | None,
     steps: int,
-    training: dict[str, Any],
 ) -> None:
     cached = cache is not None and Path(cache).is_file()
     if (examples is None) == (forget is None) and not (cached and forget is None):
@@ -241,9 +243,6 @@ def _check(
         raise ValueError(f"The denoiser has an adapter {adapter_name!r} already: choose another `adapter_name`.")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
-    taken = {"epochs", "max_steps"} & set(training)
-    if taken:
-        raise ValueError(f"`{min(taken)}` follows from `steps` here: set that instead.")
 
 
 def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -> Objective:

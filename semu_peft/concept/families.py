@@ -94,7 +94,7 @@ class Flux(Family):
 
     denoiser = "transformer"
     timestep_scale = 1e-3
-    guidance = 1.0  # the scale that distilled models are told in training
+    guidance = 1.0  # as diffusers' own training scripts tell guidance-distilled models
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), list(prompts), device=pipe.device)

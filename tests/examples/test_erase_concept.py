@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +45,34 @@ def narrow(kind: str) -> Any:
     return pipe
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the program with these arguments, in this process."""
+
+    def program(*arguments: Any) -> None:
+        monkeypatch.setattr("sys.argv", [str(PROGRAM), *map(str, arguments)])
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+    return program
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_on_a_pipeline_with_the_real_module_structure(kind: str, tmp_path: Path) -> None:
+def test_on_a_pipeline_with_the_real_module_structure(kind: str, run: Callable[..., None], tmp_path: Path) -> None:
     pipe = narrow(kind)
     with torch.device("meta"):
         full = diffusers.UNet2DConditionModel(**(SD15 if kind == "sd15" else SDXL))
     assert dict(full.named_parameters()).keys() == dict(pipe.unet.named_parameters()).keys()
     pipe.save_pretrained(tmp_path / "pipeline")
-    done = run(
+    run(
         "--pipeline", tmp_path / "pipeline", "--forget", "a photo of a cat", "--anchor", "a photo of a dog",
-        "--retain", "a photo of a car", "", "--part", "cross-attention" if kind == "sd15" else "all",
+        "--retain", "a photo of a car", "", "--part", "cross-attention" if kind == "sd15" else "attention",
         "--steps", 4, "--samples-per-prompt", 2, "--size", 16, "--num-inference-steps", 2, "--previews", 1,
         "--preview-samples", 1, "--rank", 2, "--output", tmp_path / "out", "--gradient-checkpointing",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["trained_parameters"] > 0 and summary["examples"] == 2
-    assert summary["layers"] == (32 if kind == "sd15" else 794)
+    assert summary["layers"] == (32 if kind == "sd15" else 560)
     differences = summary["largest_difference_of_a_pixel_to_the_adapter"]
     assert len(differences) == 3 and max(differences.values()) < 1e-4
     assert summary["largest_change_of_a_pixel"] > 10 * max(differences.values())
@@ -87,7 +90,7 @@ def test_on_a_pipeline_with_the_real_module_structure(kind: str, tmp_path: Path)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
-def test_pictures_of_the_concept_and_bad_input(tmp_path: Path) -> None:
+def test_pictures_of_the_concept_and_bad_input(run: Callable[..., None], tmp_path: Path) -> None:
     narrow("sd15").save_pretrained(tmp_path / "pipeline")
     (tmp_path / "cats").mkdir()
     for number in range(3):
@@ -105,14 +108,13 @@ def test_pictures_of_the_concept_and_bad_input(tmp_path: Path) -> None:
         0,
         "--no-merge",
     ]
-    done = run(
+    run(
         "--pipeline", tmp_path / "pipeline", *common, "--images", tmp_path / "cats", "--output", tmp_path / "out",
         "--objective", "negative-guidance", "--dtype", "bfloat16",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["examples"] == 3
     assert not (tmp_path / "out" / "merged").exists() and not (tmp_path / "out" / "samples").exists()
-    done = run("--pipeline", tmp_path / "cats", *common)
-    assert done.returncode == 1 and "no pipeline directory" in done.stderr
-    done = run("--pipeline", tmp_path / "pipeline", *common, "--images", tmp_path / "pipeline" / "unet")
-    assert done.returncode == 1 and "holds no pictures" in done.stderr
+    with pytest.raises(SystemExit, match="no pipeline directory"):
+        run("--pipeline", tmp_path / "cats", *common)
+    with pytest.raises(SystemExit, match="holds no pictures"):
+        run("--pipeline", tmp_path / "pipeline", *common, "--images", tmp_path / "pipeline" / "unet")
