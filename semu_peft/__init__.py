@@ -1,8 +1,9 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from . import objectives
-from .diffusers_layout import save_as_diffusers_lora
+from .concept import unlearn_concept
 from .export import RerankReport, rerank, save_as_lora, to_lora
+from .export_diffusers import save_as_diffusers_lora
 from .from_lora import from_lora
 from .subspace import RankBudget, RetainSubspace, SubspaceProfile, initialize_semu_weights
 from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
@@ -30,4 +31,5 @@ __all__ = [
     "set_scale",
     "to_lora",
     "unlearn",
+    "unlearn_concept",
 ]

@@ -6,13 +6,33 @@ Functions take models and loaders and return plain dataclasses. A metric that fi
 
 from .classification import Predictions, evaluate_forgetting, predict
 from .comparison import ForgettingComparison, ForgettingMetrics
+from .diffusion import (
+    ErasureMetrics,
+    LabelledPrompt,
+    UnlearnCanvasMetrics,
+    classify_samples,
+    clip_score,
+    evaluate_erasure,
+    frechet_distance,
+    kernel_distance,
+    unlearn_canvas,
+)
 from .membership import membership_inference
 
 __all__ = [
+    "ErasureMetrics",
     "ForgettingComparison",
     "ForgettingMetrics",
+    "LabelledPrompt",
     "Predictions",
+    "UnlearnCanvasMetrics",
+    "classify_samples",
+    "clip_score",
+    "evaluate_erasure",
     "evaluate_forgetting",
+    "frechet_distance",
+    "kernel_distance",
     "membership_inference",
     "predict",
+    "unlearn_canvas",
 ]

@@ -10,13 +10,29 @@ from .classification import (
     UniformDistribution,
     UnseenConfidence,
 )
+from .diffusion import (
+    ConditionMatching,
+    DenoisingAscent,
+    DenoisingLoss,
+    EmbeddingMatching,
+    NegativeGuidance,
+    PreservePrediction,
+)
+from .noise_schedule import NoiseSchedule
 
 __all__ = [
+    "ConditionMatching",
     "CrossEntropy",
     "DecoupledDistillation",
+    "DenoisingAscent",
+    "DenoisingLoss",
+    "EmbeddingMatching",
     "GradientAscent",
     "InvertedHinge",
+    "NegativeGuidance",
+    "NoiseSchedule",
     "Objective",
+    "PreservePrediction",
     "RandomLabel",
     "UniformDistribution",
     "UnseenConfidence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,18 @@ class Linear(SemuLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora`, which knows linear layers only, converts this layer."""
         return True
+
+    @property
+    def in_features(self) -> int:
+        """As of the base layer: SDXL's pipeline asks its time embedding for it."""
+        base: Any = self.get_base_layer()
+        return base.weight.shape[0] if self.fan_in_fan_out else base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """As of the base layer."""
+        base: Any = self.get_base_layer()
+        return base.weight.shape[1] if self.fan_in_fan_out else base.out_features
 
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight

@@ -1,0 +1,285 @@
+"""Forgetting in generators: what a classifier recognises in their samples, and how far these are from real images.
+
+Images are tensors `(N, channels, height, width)` in [0, 1]. The classifier and the feature extractor are yours: any
+module that takes such images, so put the scaling that it expects into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .classification import Predictions, _device_of, _evaluating, predict
+
+Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
+"""`(prompts, seeds) -> images`, one image for each pair."""
+
+
+@dataclass(frozen=True)
+class ErasureMetrics:
+    """How well a generator forgot, in percent where nothing else is said.
+
+    Attributes:
+        forget_accuracy: Samples of forgotten classes that the classifier still recognises as these; low is good.
+        retain_accuracy: Samples of the other classes that it recognises as what was asked for.
+        frechet_distance: Distance of the retained classes' samples to the real images, where these were given.
+        kernel_distance: Likewise the kernel distance.
+    """
+
+    forget_accuracy: float
+    retain_accuracy: float
+    frechet_distance: float | None = None
+    kernel_distance: float | None = None
+
+
+@dataclass(frozen=True)
+class UnlearnCanvasMetrics:
+    """UnlearnCanvas's three accuracies, in percent; all are better the higher.
+
+    Attributes:
+        unlearning_accuracy: UA, images of the forgotten concept in which it is *not* recognised.
+        in_domain_retain_accuracy: IRA, images of the domain's other concepts that are recognised.
+        cross_domain_retain_accuracy: CRA, images whose concept of another domain is recognised.
+    """
+
+    unlearning_accuracy: float
+    in_domain_retain_accuracy: float
+    cross_domain_retain_accuracy: float
+
+
+@dataclass(frozen=True)
+class LabelledPrompt:
+    """A prompt and what its image should show: a class index for each domain, `{"style": 3, "object": 5}`."""
+
+    text: str
+    labels: Mapping[str, int]
+
+
+def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, batch_size: int = 256) -> Predictions:
+    """Classify samples; `labels` `(N,)` are the classes that were asked for.
+
+    Raises:
+        ValueError: Images and labels are not equally many, or there are none.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"There are {len(images)} images and {len(labels)} labels: expected one label per image.")
+    batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    return predict(classifier, batches, name="images")
+
+
+def evaluate_erasure(
+    images: Tensor,
+    labels: Tensor,
+    classifier: nn.Module,
+    forgotten: int | Sequence[int],
+    *,
+    real: Tensor | None = None,
+    features: nn.Module | None = None,
+    batch_size: int = 256,
+) -> ErasureMetrics:
+    """Judge samples of all classes: the forgotten ones should not be recognised, the others as before.
+
+    Compare with the samples of the original model at equal seeds.
+
+    Args:
+        images: Samples.
+        labels: The class that each was asked for, `(N,)`.
+        classifier: Images to logits.
+        forgotten: The forgotten class or classes.
+        real: Real images of the retained classes, for the distances.
+        features: Images to features `(N, d)`, for the distances.
+        batch_size: Images at a time.
+
+    Raises:
+        ImportError: Distances are asked for and torchmetrics is not installed.
+        ValueError: Labels and images do not fit, one of the two groups is empty, or `real` and `features` are not given
+            together.
+    """
+    classes = torch.tensor([forgotten] if isinstance(forgotten, int) else list(forgotten))
+    gone = torch.isin(labels.cpu(), classes)
+    if not gone.any() or gone.all():
+        raise ValueError(
+            f"Of {len(labels)} labels {int(gone.sum())} are of the forgotten classes {classes.tolist()}: expected "
+            "samples of these and of others."
+        )
+    if (real is None) != (features is None):
+        raise ValueError("`real` and `features` belong together: give both or neither.")
+    recognised = classify_samples(images, labels, classifier, batch_size=batch_size)
+    hits = recognised.predicted == recognised.labels
+    frechet = kernel = None
+    if real is not None and features is not None:
+        frechet = frechet_distance(images[gone.logical_not()], real, features, batch_size=batch_size)
+        kernel = kernel_distance(images[gone.logical_not()], real, features, batch_size=batch_size)
+    return ErasureMetrics(_percent(hits[gone]), _percent(hits[~gone]), frechet, kernel)
+
+
+def unlearn_canvas(
+    generate: Generate,
+    prompts: Sequence[LabelledPrompt],
+    classifiers: Mapping[str, nn.Module],
+    forgotten: tuple[str, int],
+    *,
+    seeds: Sequence[int] = (188, 288, 588, 688, 888),
+    batch_size: int = 16,
+) -> UnlearnCanvasMetrics:
+    """UnlearnCanvas's protocol: every prompt with every seed, judged by one classifier per domain.
+
+    Source: Zhang et al., *UnlearnCanvas*, NeurIPS 2024, arXiv 2402.11846, with the seeds of its released scripts. As in
+    these, the cross-domain accuracy is over all prompts, those of the forgotten concept included.
+
+    Args:
+        generate: `(prompts, seeds) -> images`, for example a pipeline in
+            [`sample_pipeline`][semu_peft.sampling.sample_pipeline].
+        prompts: Prompts with their class in each domain.
+        classifiers: Images to logits, by domain.
+        forgotten: The domain and the class index that was unlearned.
+        seeds: Seeds for each prompt.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: A prompt lacks a label, a domain has no classifier, or a group of prompts is empty.
+    """
+    domain, concept = forgotten
+    if domain not in classifiers or len(classifiers) < 2:
+        raise ValueError(f"`classifiers` must have {domain!r} and another domain, got {sorted(classifiers)}.")
+    for prompt in prompts:
+        if set(prompt.labels) != set(classifiers):
+            raise ValueError(f"{prompt.text!r} is labelled for {sorted(prompt.labels)}, not {sorted(classifiers)}.")
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    hits: dict[str, list[Tensor]] = {name: [] for name in classifiers}
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
+        images = generate([prompt.text for prompt, _ in part], [seed for _, seed in part])
+        for name, classifier in classifiers.items():
+            labels = torch.tensor([prompt.labels[name] for prompt, _ in part])
+            found = classify_samples(images, labels, classifier)
+            hits[name].append(found.predicted == found.labels)
+    gone = torch.tensor([prompt.labels[domain] == concept for prompt, _ in pairs], dtype=torch.bool)
+    if not gone.any() or gone.all():
+        raise ValueError(f"`prompts` must ask for {domain} {concept} and for others of that domain.")
+    by_domain = {name: torch.cat(parts) for name, parts in hits.items()}
+    across = torch.cat([found for name, found in by_domain.items() if name != domain])
+    return UnlearnCanvasMetrics(
+        100 - _percent(by_domain[domain][gone]), _percent(by_domain[domain][~gone]), _percent(across)
+    )
+
+
+def frechet_distance(images: Tensor, real: Tensor, features: nn.Module, *, batch_size: int = 256) -> float:
+    """Fréchet distance of two sets of images in the given features; with Inception features it is the FID.
+
+    Source: Heusel et al. 2017, arXiv 1706.08500, computed by torchmetrics. It needs more images than features, and
+    equally many of them wherever numbers are compared.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: A set has fewer than two images, or the features are not `(N, d)`.
+    """
+    fid = _torchmetrics().image.fid.FrechetInceptionDistance
+    extractor = _Features(features, images, real)
+    metric = fid(feature=extractor, normalize=True).to(extractor.device)
+    return float(_updated(metric, images, real, batch_size, extractor.device).compute())
+
+
+def kernel_distance(
+    images: Tensor,
+    real: Tensor,
+    features: nn.Module,
+    *,
+    subsets: int = 50,
+    subset_size: int = 100,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> float:
+    """Kernel distance (squared MMD, cubic kernel), unbiased for small sets; with Inception features it is the KID.
+
+    Source: Bińkowski et al. 2018, arXiv 1801.01401, computed by torchmetrics, the mean over random subsets.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: A set has fewer than two images, or the features are not `(N, d)`.
+    """
+    kid = _torchmetrics().image.kid.KernelInceptionDistance
+    extractor = _Features(features, images, real)
+    size = min(subset_size, len(images), len(real))
+    metric = kid(feature=extractor, subsets=subsets, subset_size=size, normalize=True).to(extractor.device)
+    metric = _updated(metric, images, real, batch_size, extractor.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mean, _ = metric.compute()
+    return float(mean)
+
+
+@torch.no_grad()
+def clip_score(
+    images: Tensor, prompts: Sequence[str], model: nn.Module, processor: Any, *, batch_size: int = 32
+) -> float:
+    """CLIP score: 100 × the cosine between image and prompt, at least 0, averaged.
+
+    Source: Hessel et al. 2021, arXiv 2104.08718 (there times 2.5).
+
+    Args:
+        images: Images with three channels.
+        prompts: One prompt per image.
+        model: A transformers `CLIPModel`.
+        processor: Its `CLIPProcessor`.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: There are not as many prompts as images, or none.
+    """
+    if len(images) != len(prompts) or not len(images):
+        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: expected one prompt per image.")
+    device, scores = _device_of(model), []
+    for start in range(0, len(images), batch_size):
+        pictures = (images[start : start + batch_size].clamp(0, 1) * 255).round().byte()
+        arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
+        inputs = processor(
+            text=list(prompts[start : start + batch_size]), images=arrays, return_tensors="pt", padding=True,
+            truncation=True,
+        )  # fmt: skip
+        output = model(**inputs.to(device))
+        scores.append(nn.functional.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0).cpu())
+    return 100 * float(torch.cat(scores).mean())
+
+
+class _Features(nn.Module):
+    """A feature extractor as torchmetrics takes it: with its width told, flat, and in eval mode."""
+
+    def __init__(self, features: nn.Module, images: Tensor, real: Tensor) -> None:
+        super().__init__()
+        if min(len(images), len(real)) < 2:
+            raise ValueError(f"Distances need two images on each side, got {len(images)} and {len(real)}.")
+        self.features = features
+        self.device = _device_of(features)
+        shape = self(images[:1].to(self.device)).shape
+        if len(shape) != 2:
+            raise ValueError(f"`features` must map images to (N, d), got {tuple(shape)} for one image.")
+        self.num_features = int(shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        with _evaluating(self.features):
+            return self.features(images).float()
+
+
+def _updated(metric: Any, images: Tensor, real: Tensor, batch_size: int, device: torch.device) -> Any:
+    for batches, is_real in ((real, True), (images, False)):
+        for batch in batches.split(batch_size):
+            metric.update(batch.to(device), real=is_real)
+    return metric
+
+
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics.image.fid
+        import torchmetrics.image.kid
+    except ImportError as error:
+        raise ImportError("Distances need torchmetrics: run `pip install semu-peft[diffusion]`.") from error
+    return torchmetrics
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.double().mean())

@@ -1,0 +1,263 @@
+"""Objectives for diffusion models, `(denoiser, batch) -> loss` at random timesteps and noise.
+
+The model is the denoiser itself: a U-Net or a transformer of diffusers, not the pipeline. A batch is a mapping with
+
+- `latents`: clean samples in the space that the denoiser works in, `(N, ...)`;
+- `condition`: what they are samples of, as keyword arguments of the denoiser, see
+  [`Condition`][semu_peft.objectives.denoiser.Condition];
+- where an objective asks for them, further conditions of the same form: `anchor`, `unconditional`, `retain`.
+
+or, for class-conditional models, a tuple `(images, class_labels)`. Losses are means over all numbers predicted, in
+float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Objective, RandomObjective
+from .denoiser import Condition, predict
+from .noise_schedule import NoiseSchedule
+from .reference import adapters_off
+
+TargetModel = Literal["original", "current"]
+
+
+class _Noised(NamedTuple):
+    """A batch at random timesteps."""
+
+    noisy: Tensor
+    timestep: Tensor
+    target: Tensor
+    batch: Mapping[str, Any]
+
+
+@dataclass
+class DiffusionObjective(RandomObjective):
+    """What the objectives below share: the noising, guidance, and the choice of conditions.
+
+    Args:
+        scheduler: The pipeline's scheduler, any of diffusers', or a
+            [`NoiseSchedule`][semu_peft.objectives.noise_schedule.NoiseSchedule].
+        antithetic: Draw timesteps in pairs `t, T − 1 − t`, as SEMU does.
+        timestep_span: The part of the schedule to draw from, as shares of T: `(0, 1)` is all, larger is noisier.
+        guidance_scale: Predict with classifier-free guidance `u + s (c − u)`; 1 is none, and saves a forward pass.
+            SEMU's released code uses 7.5 for the subspace of text-to-image models. Needs `unconditional` in the batch.
+        num_classes: Number of classes, where conditions are derived from class labels.
+        seed: Seed of timesteps, noise and classes.
+
+    Raises:
+        ValueError: The scheduler is of an unknown kind, or the span is not within [0, 1].
+    """
+
+    scheduler: Any = field(repr=False)
+    antithetic: bool = field(default=True, kw_only=True)
+    timestep_span: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
+    guidance_scale: float = field(default=1.0, kw_only=True)
+    num_classes: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.timestep_span
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"`timestep_span` must be shares 0 <= low < high <= 1, got {self.timestep_span}.")
+        given = self.scheduler
+        self.schedule = given if isinstance(given, NoiseSchedule) else NoiseSchedule.from_scheduler(given)
+
+    def _noised(self, batch: Any) -> _Noised:
+        batch = read_batch(batch)
+        clean = batch["latents"].float()
+        index = self.schedule.draw(len(clean), self.generator, self.antithetic, self.timestep_span).to(clean.device)
+        noise = torch.randn(clean.shape, generator=self.generator).to(clean.device)
+        return _Noised(
+            self.schedule.add_noise(clean, noise, index),
+            self.schedule.timesteps_at(index),
+            self.schedule.target(clean, noise, index),
+            batch,
+        )
+
+    def _predict(self, model: nn.Module, at: _Noised, condition: Condition, guided: bool = True) -> Tensor:
+        prediction = predict(model, at.noisy, at.timestep, condition)
+        if not guided or self.guidance_scale == 1.0:
+            return prediction
+        unconditional = predict(model, at.noisy, at.timestep, self._condition(at.batch, "unconditional"))
+        return unconditional + self.guidance_scale * (prediction - unconditional)
+
+    def _condition(self, batch: Mapping[str, Any], name: str) -> Condition:
+        """A condition of the batch by its key; or `"next"` and `"random"`, another class than the batch's own."""
+        if name in batch:
+            return batch[name]
+        if name not in ("next", "random"):
+            raise ValueError(
+                f"{type(self).__name__} needs the condition {name!r} in the batch, which has {sorted(batch)}. Add it: "
+                f"batch[{name!r}] = the denoiser's keyword arguments for it."
+            )
+        labels = batch["condition"].get("class_labels")
+        if labels is None or self.num_classes is None or self.num_classes < 2:
+            raise ValueError(
+                f"The condition {name!r} is another class: it needs `num_classes` (2 or more) and batches of images "
+                f"and class labels; got num_classes={self.num_classes} and conditions {sorted(batch['condition'])}. "
+                "For prompts, put the other prompts into the batch as 'anchor'."
+            )
+        if name == "next":
+            return {**batch["condition"], "class_labels": (labels + 1) % self.num_classes}
+        shift = torch.randint(1, self.num_classes, labels.shape, generator=self.generator).to(labels.device)
+        return {**batch["condition"], "class_labels": (labels + shift) % self.num_classes}
+
+
+@dataclass
+class DenoisingLoss(DiffusionObjective):
+    """The ordinary training loss, `‖f(x_t, c) − target‖²`: for retain data, and SEMU's loss for the subspace."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        at = self._noised(batch)
+        return F.mse_loss(self._predict(model, at, at.batch["condition"]), at.target)
+
+
+@dataclass
+class DenoisingAscent(DiffusionObjective):
+    """The training loss with its sign turned (`"ga"` in SEMU's released code).
+
+    Unbounded below: stop early, or the model is destroyed.
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        at = self._noised(batch)
+        return -F.mse_loss(self._predict(model, at, at.batch["condition"]), at.target)
+
+
+@dataclass
+class _Referenced(DiffusionObjective):
+    """An objective whose target is itself a prediction.
+
+    Args:
+        target_model: Who predicts the target: `"original"`, the model with its adapters off, or `"current"`, the model
+            as it stands, as in SEMU's released code.
+        reference: A frozen original model, in place of the model with its adapters off.
+    """
+
+    target_model: TargetModel = field(default="original", kw_only=True)
+    reference: nn.Module | None = field(default=None, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_model not in ("original", "current"):
+            raise ValueError(f"`target_model` must be 'original' or 'current', got {self.target_model!r}.")
+
+    @torch.no_grad()
+    def _targets(self, model: nn.Module, at: _Noised, conditions: list[Condition], guided: bool = True) -> list[Tensor]:
+        source = model
+        off: Any = nullcontext()
+        if self.target_model == "original":
+            source = self.reference if self.reference is not None else model
+            off = adapters_off(model) if self.reference is None else off
+        with off:
+            return [self._predict(source, at, condition, guided) for condition in conditions]
+
+
+@dataclass
+class ConditionMatching(_Referenced):
+    """Answer the forget condition as another one is answered: `‖f(x_t, c) − sg f₀(x_t, c')‖²`.
+
+    Source: SEMU, arXiv 2502.07587 (`"rl"` with the next class, `"rl++"` with a random other), after SalUn; with an
+    anchor concept it is concept ablation (Kumari et al. 2023, arXiv 2303.13516).
+
+    Args:
+        towards: `c'`: a condition in the batch, by its key, or `"next"` or `"random"`, another class.
+    """
+
+    towards: str = field(default="anchor", kw_only=True)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        at = self._noised(batch)
+        (target,) = self._targets(model, at, [self._condition(at.batch, self.towards)])
+        return F.mse_loss(self._predict(model, at, at.batch["condition"]), target)
+
+
+@dataclass
+class NegativeGuidance(_Referenced):
+    """Guide the forget condition away from itself: `‖f(x_t, c) − sg[f₀(x_t, ∅) − η (f₀(x_t, c) − f₀(x_t, ∅))]‖²`.
+
+    Source: ESD, Gandikota et al. 2023, arXiv 2303.07345, equation 7. Needs `unconditional` in the batch. Guidance is
+    linear, so it holds for ε-, v- and flow-prediction alike.
+
+    Args:
+        eta: η, how far beyond the unconditional prediction to go.
+    """
+
+    eta: float = field(default=1.0, kw_only=True)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        at = self._noised(batch)
+        condition, nothing = at.batch["condition"], self._condition(at.batch, "unconditional")
+        own, unconditional = self._targets(model, at, [condition, nothing], guided=False)
+        return F.mse_loss(self._predict(model, at, condition), unconditional - self.eta * (own - unconditional))
+
+
+@dataclass
+class PreservePrediction(_Referenced):
+    """Answer a condition as the original does: `‖f(x_t, c) − sg f₀(x_t, c)‖²`.
+
+    As a retain objective it needs prompts or classes and no images: samples of the model itself will do. On forget
+    batches with `under="random"`, `"retain"` or `"unconditional"`, it holds other conditions at the same `x_t`, so that
+    `ConditionMatching(...) + PreservePrediction(..., under="random")` needs no retain data at all.
+
+    Args:
+        under: `c`: a condition in the batch, by its key, or `"next"` or `"random"`, another class.
+    """
+
+    under: str = field(default="condition", kw_only=True)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        at = self._noised(batch)
+        condition = self._condition(at.batch, self.under)
+        (target,) = self._targets(model, at, [condition])
+        return F.mse_loss(self._predict(model, at, condition), target)
+
+
+@dataclass
+class EmbeddingMatching(Objective):
+    """Let a text encoder read the forget prompt as another: `‖e(p) − sg e₀(p')‖²` over all token positions.
+
+    For an adapter in the text encoder rather than in the denoiser. A batch is a mapping of token ids `(N, L)`:
+    `input_ids` of the forget prompts and `anchor_input_ids` of what they are to be read as; for retain prompts the two
+    are the same.
+
+    Args:
+        reference: A frozen original encoder. By default the model itself with its adapters switched off.
+    """
+
+    reference: nn.Module | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())
+        if missing:
+            raise ValueError(f"EmbeddingMatching needs batches with `input_ids` and `anchor_input_ids`, no {missing}.")
+        off: Any = adapters_off(model) if self.reference is None else nullcontext()
+        with torch.no_grad(), off:
+            target = (self.reference or model)(input_ids=batch["anchor_input_ids"]).last_hidden_state.float()
+        return F.mse_loss(model(input_ids=batch["input_ids"]).last_hidden_state.float(), target)
+
+
+def read_batch(batch: Any) -> Mapping[str, Any]:
+    """A batch as a mapping with `latents` and `condition`.
+
+    Raises:
+        TypeError: It is neither that nor a tuple `(images, class_labels)`.
+    """
+    if isinstance(batch, Mapping) and isinstance(batch.get("latents"), Tensor) and "condition" in batch:
+        return batch
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch):
+        return {"latents": batch[0], "condition": {"class_labels": batch[1]}}
+    found = f"a mapping with {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(
+        "A diffusion batch must be a mapping with 'latents' and 'condition', or a tuple `(images, class_labels)`; got "
+        f"{found}."
+    )

@@ -1,0 +1,209 @@
+"""Pictures of samples: grids before and after at equal seeds, during training, and along the adapter's scale."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.sampling import sample_pipeline
+from semu_peft.tuner.adapted import semu_layers
+
+from .plots import _MARK, _TEXT, _clipped, _new_figure, _save
+
+_INCHES = 0.75  # a sample's width
+
+
+def plot_samples(
+    rows: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    marked: Sequence[str] = (),
+    title: str | None = None,
+    dpi: int = 150,
+) -> Path:
+    """Draw samples in rows, one row per condition.
+
+    Args:
+        rows: Images `(N, channels, height, width)` in [0, 1] by the row's name; one or three channels.
+        path: The picture to write; its suffix chooses the format.
+        marked: Names of rows to stand out, the forgotten ones.
+        title: A line above.
+        dpi: Pixels per inch of a bitmap.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is no row, images have another shape, or the suffix is no picture format.
+    """
+    _check_rows(rows)
+    return _draw({"": rows}, path, marked, title, dpi)
+
+
+def plot_before_after(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    marked: Sequence[str] = (),
+    title: str | None = None,
+    dpi: int = 150,
+) -> Path:
+    """Draw samples of the same conditions and seeds before (left) and after (right) unlearning.
+
+    The arguments are those of [`plot_samples`][semu_peft.report.samples.plot_samples].
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The two sides differ in their rows, or see `plot_samples`.
+    """
+    _check_rows(before)
+    _check_rows(after)
+    if list(before) != list(after):
+        raise ValueError(f"The rows before, {list(before)}, and after, {list(after)}, differ: expected the same.")
+    return _draw({"before": before, "after": after}, path, marked, title, dpi)
+
+
+def plot_scales(
+    model: nn.Module,
+    sample: Callable[[], Mapping[str, Tensor]],
+    path: str | os.PathLike[str],
+    *,
+    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+    adapter_name: str = "default",
+    marked: Sequence[str] = (),
+    title: str | None = None,
+    dpi: int = 150,
+) -> Path:
+    """Draw the same samples at several scales of the adapter: from the original model (0) over the trained one (1) on.
+
+    Args:
+        model: The model with the adapter; its scales are afterwards what they were.
+        sample: Draws samples with fixed seeds: one image `(channels, height, width)`, or the first of several, for each
+            name.
+        path: The picture to write.
+        scales: The scales, one column each.
+        adapter_name: The adapter.
+        marked: Names of rows to stand out.
+        title: A line above.
+        dpi: Pixels per inch of a bitmap.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The model has no such adapter, or see `plot_samples`.
+    """
+    layers = semu_layers(model, adapter_name).values()
+    before = [layer.scaling[adapter_name] for layer in layers]
+    columns: dict[str, list[Tensor]] = {}
+    try:
+        for scale in scales:
+            for layer in layers:
+                layer.set_scale(adapter_name, scale)
+            for name, images in sample().items():
+                columns.setdefault(name, []).append(images[0] if images.dim() == 4 else images)
+    finally:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.set_scale(adapter_name, scale)
+    rows = {name: torch.stack(images) for name, images in columns.items()}
+    _check_rows(rows)
+    return _draw({"": rows}, path, marked, title, dpi, [f"{scale:g}" for scale in scales])
+
+
+@dataclass
+class SampleGrids:
+    """Write a grid of samples whenever it is called with a pipeline and a step, always with the same seeds.
+
+    Made for [`unlearn_concept`][semu_peft.concept.erase.unlearn_concept]: the first call, before training, is the left
+    half of all later grids.
+
+    Args:
+        folder: Where `step-00000.png` and so on are written.
+        forget: Prompts to forget, marked in the grids.
+        retain: Prompts to keep.
+        samples: Images per prompt.
+        seed: Seed of the first image of each prompt; the next has the next seed.
+        settings: What the pipeline takes beside: `num_inference_steps`, `guidance_scale`, `height` …
+    """
+
+    folder: str | os.PathLike[str]
+    forget: Sequence[str]
+    retain: Sequence[str] = ()
+    samples: int = 4
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.first: dict[str, Tensor] = {}
+
+    def __call__(self, pipe: Any, step: int) -> Path:
+        """Sample, write the grid of this step, and return its path."""
+        prompts = [*self.forget, *self.retain]
+        flat = [prompt for prompt in prompts for _ in range(self.samples)]
+        seeds = [self.seed + number for _ in prompts for number in range(self.samples)]
+        images = sample_pipeline(pipe, flat, seeds=seeds, **self.settings).split(self.samples)
+        rows = {prompt or "(no prompt)": part for prompt, part in zip(prompts, images, strict=True)}
+        path = Path(self.folder) / f"step-{step:05d}.png"
+        marked = [prompt or "(no prompt)" for prompt in self.forget]
+        if not self.first:
+            self.first = rows
+            return plot_samples(rows, path, marked=marked, title="before")
+        return plot_before_after(self.first, rows, path, marked=marked, title=f"step {step}")
+
+
+def _check_rows(rows: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(images.shape) for name, images in rows.items()}
+    if not rows or any(len(shape) != 4 or shape[1] not in (1, 3) or not shape[0] for shape in shapes.values()):
+        raise ValueError(f"Rows must be images (N, 1 or 3, height, width), at least one, got {shapes}.")
+
+
+def _draw(
+    blocks: Mapping[str, Mapping[str, Tensor]],
+    path: str | os.PathLike[str],
+    marked: Sequence[str],
+    title: str | None,
+    dpi: int,
+    columns: Sequence[str] | None = None,
+) -> Path:
+    """Draw blocks of rows side by side, each row as one strip of images."""
+    names = list(next(iter(blocks.values())))
+    widest = max(len(images) for rows in blocks.values() for images in rows.values())
+    label = 0.5 + 0.08 * max(len(_clipped(name, 40)) for name in names)
+    heading = 0.3 * (bool(title) + (len(blocks) > 1 or columns is not None)) + 0.1
+    figure = _new_figure(label + len(blocks) * (widest * _INCHES + 0.15), len(names) * _INCHES + heading)
+    axes = figure.subplots(len(names), len(blocks), squeeze=False)
+    for column, (block, rows) in enumerate(blocks.items()):
+        for row, name in enumerate(names):
+            ax = axes[row][column]
+            strip = _strip(rows[name], widest)
+            ax.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            ax.set_yticks([])
+            ax.set_xticks([])
+            ax.spines[:].set_visible(False)
+            if column == 0:
+                mark = {"color": _MARK, "fontweight": "bold"} if name in marked else {"color": _TEXT}
+                ax.set_ylabel(_clipped(name, 40), rotation=0, ha="right", va="center", fontsize=9, **mark)
+            if row == 0 and block:
+                ax.set_title(block, fontsize=10, color=_TEXT)
+            if row == 0 and columns is not None:
+                step = strip.shape[1] / widest
+                ax.set_xticks([(number + 0.5) * step for number in range(widest)], columns, fontsize=8)
+                ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path, dpi)
+
+
+def _strip(images: Tensor, count: int) -> Tensor:
+    """Images side by side, `(height, width, channels)`, with a thin gap, filled up with white to `count`."""
+    images = images.detach().float().cpu().clamp(0, 1)
+    gap = max(1, images.shape[-1] // 16)
+    padded = nn.functional.pad(images, (0, gap, 0, gap), value=1.0)
+    missing = padded.new_ones(count - len(padded), *padded.shape[1:])
+    return torch.cat([padded, missing]).permute(2, 0, 3, 1).flatten(1, 2)

@@ -1,0 +1,250 @@
+"""Examples for every family of pipelines are what the pipeline itself gives its denoiser, and one call erases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusion_models import PIPELINES, quiet, sd_pipeline
+from models import Snapshot
+from PIL import Image
+from torch import Tensor
+
+from semu_peft import SemuConfig, objectives
+from semu_peft.concept import ConceptExamples, concept_examples, denoiser_targets, unlearn_concept
+from semu_peft.concept.examples import nested
+from semu_peft.concept.families import denoiser_of, family_of
+from semu_peft.objectives.denoiser import SHARED
+from semu_peft.sampling import sample_pipeline
+from semu_peft.tuner.adapted import semu_layers
+
+SIZE: dict[str, Any] = {"height": 16, "width": 16}
+QUICK: dict[str, Any] = {**SIZE, "num_inference_steps": 2, "progress": False}
+every_family = pytest.mark.parametrize("kind", PIPELINES)
+
+
+def images(pipe: Any, prompt: str = "a photo of a cat", count: int = 3) -> Tensor:
+    settings = {**SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}
+    return sample_pipeline(quiet(pipe), [prompt] * count, seeds=range(count), **settings)
+
+
+def flat(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    result = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            result[f"{prefix}{name}"] = value
+    return result
+
+
+@every_family
+def test_conditions_are_what_the_pipeline_gives_its_denoiser(kind: str) -> None:
+    pipe = quiet(PIPELINES[kind]())
+    given: list[dict[str, Any]] = []
+    denoiser = denoiser_of(pipe)
+    hook = denoiser.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    pipe("a photo of a cat", num_inference_steps=1, guidance_scale=1.0, output_type="latent", **SIZE)
+    hook.remove()
+    examples = concept_examples(pipe, "a photo of a cat", samples_per_prompt=1, **QUICK)
+    ours = examples.rows(examples.prompts.index("a photo of a cat"))
+    theirs = {name: value for name, value in flat(given[0]).items() if name not in ("hidden_states", "timestep")}
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        expected = value if name in SHARED else value[0]
+        torch.testing.assert_close(ours[name].float(), expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])  # Flux has its guidance built in
+def test_the_unconditional_is_the_pipelines_own_negative(kind: str) -> None:
+    pipe = quiet(PIPELINES[kind]())
+    given: list[dict[str, Any]] = []
+    hook = denoiser_of(pipe).register_forward_pre_hook(lambda _, a, kwargs: given.append(kwargs), with_kwargs=True)
+    pipe("a photo of a cat", num_inference_steps=1, guidance_scale=3.0, output_type="latent", **SIZE)
+    hook.remove()
+    examples = concept_examples(pipe, "a photo of a cat", samples_per_prompt=1, **QUICK)
+    ours = examples.rows(examples.prompts.index(""))
+    for name, value in flat(given[0]).items():
+        if name not in ("hidden_states", "timestep"):
+            torch.testing.assert_close(ours[name].float(), value[0].float(), atol=1e-5, rtol=1e-4)
+
+
+@every_family
+def test_sampled_latents_are_the_pipelines_samples(kind: str) -> None:
+    pipe = quiet(PIPELINES[kind]())
+    examples = concept_examples(pipe, "a dog", samples_per_prompt=3, guidance_scale=2.0, batch_size=2, seed=5, **QUICK)
+    expected = [
+        pipe("a dog", num_inference_steps=2, guidance_scale=2.0, output_type="latent", **SIZE,
+             generator=torch.Generator().manual_seed(seed)).images[0]
+        for seed in (5, 6, 7)
+    ]  # fmt: skip
+    torch.testing.assert_close(examples.latents, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_images_become_latents_that_decode_to_them(kind: str) -> None:
+    pipe = quiet(PIPELINES[kind]())
+    pictures = torch.rand(2, 3, 16, 16)
+    examples = concept_examples(pipe, "a dog", images=pictures, **QUICK)
+    config = pipe.vae.config
+    mean = pipe.vae.encode(2 * pictures - 1).latent_dist.mean
+    expected = (mean - (config.get("shift_factor") or 0)) * config.scaling_factor
+    latents = examples.latents
+    if kind == "flux":
+        latents = pipe._unpack_latents(latents, 16, 16, pipe.vae_scale_factor)
+    spread = pipe.vae.encode(2 * pictures - 1).latent_dist.std * config.scaling_factor
+    assert ((latents - expected).abs() < 5 * spread).all()
+    as_pil = [Image.fromarray((255 * picture.permute(1, 2, 0)).byte().numpy()) for picture in pictures]
+    torch.testing.assert_close(
+        concept_examples(pipe, "a dog", images=as_pil, **QUICK).latents, examples.latents, atol=0.1, rtol=0
+    )
+
+
+def test_roles_pair_or_draw_prompts() -> None:
+    pipe = quiet(sd_pipeline())
+    paired = concept_examples(pipe, ["cat", "dog"], anchor=["car", "monet"], samples_per_prompt=3, **QUICK)
+    pairs = {
+        (paired.prompts[int(a)], paired.prompts[int(b)])
+        for a, b in zip(paired.roles["condition"], paired.roles["anchor"], strict=True)
+    }
+    assert pairs == {("cat", "car"), ("dog", "monet")} and len(paired) == 6
+    drawn = concept_examples(pipe, "cat", anchor=["car", "monet"], retain=["dog"], samples_per_prompt=16, **QUICK)
+    assert {drawn.prompts[int(index)] for index in drawn.roles["anchor"]} == {"car", "monet"}
+    assert {drawn.prompts[int(index)] for index in drawn.roles["retain"]} == {"dog"}
+    example = drawn[0]
+    assert set(example) == {"latents", "condition", "anchor", "unconditional", "retain"}
+    assert nested({"a.b": 1, "c": 2}) == {"a": {"b": 1}, "c": 2}
+
+
+def test_examples_come_back_from_their_file(tmp_path: Path) -> None:
+    pipe = quiet(PIPELINES["sdxl"]())
+    examples = concept_examples(pipe, "cat", anchor="dog", samples_per_prompt=2, **QUICK)
+    loaded = ConceptExamples.load(examples.save(tmp_path / "examples.safetensors"))
+    assert loaded.prompts == examples.prompts and len(loaded) == 2
+    one, other = flat(examples[1]), flat(loaded[1])
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert loaded[0]["condition"]["added_cond_kwargs"]["time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
+
+
+@every_family
+def test_one_call_erases_and_the_rest_of_the_pipeline_stays(kind: str) -> None:
+    pipe = PIPELINES[kind]()
+    denoiser = denoiser_of(pipe)
+    others = {name: Snapshot.of(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    before = images(pipe)
+    config = SemuConfig(target_modules=denoiser_targets(denoiser, "attention"))
+    result = unlearn_concept(
+        pipe, "a photo of a cat", anchor="a photo of a dog", images=torch.rand(4, 3, 16, 16), config=config, steps=40,
+        learning_rate=0.01, **QUICK,
+    )  # fmt: skip
+    assert result.pipe is pipe and result.training.steps == 40
+    check = objectives.ConditionMatching(
+        objectives.NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale), seed=9
+    )
+    batch = next(iter(result.examples.loader(4, shuffle=False)))
+    with torch.no_grad():
+        after = float(check(denoiser, batch))
+        for layer in semu_layers(denoiser).values():
+            layer.set_scale("default", 0.0)
+        check.load_state_dict({"generator": torch.Generator().manual_seed(9).get_state()})
+        assert after < 0.7 * float(check(denoiser, batch))
+        torch.testing.assert_close(images(pipe), before, atol=1e-5, rtol=0)  # at scale 0 the original again
+    for name, snapshot in others.items():
+        if name not in ("unet", "transformer"):
+            snapshot.assert_same(getattr(pipe, name))
+
+
+def test_runs_are_a_matter_of_the_seed() -> None:
+    cores = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(cores))
+        pipe = quiet(sd_pipeline())
+        unlearn_concept(pipe, "cat", anchor="dog", steps=5, samples_per_prompt=4, seed=seed, **QUICK)
+        cores.append([layer.semu_core["default"].detach() for layer in semu_layers(pipe.unet).values()])
+    assert all(torch.equal(a, b) for a, b in zip(cores[0], cores[1], strict=True))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(cores[0], cores[2], strict=True))
+
+
+@pytest.mark.parametrize("objective", ["negative-guidance", "gradient-ascent"])
+def test_other_objectives(objective: str) -> None:
+    pipe = quiet(sd_pipeline("v_prediction"))
+    before = images(pipe)
+    result = unlearn_concept(pipe, "a photo of a cat", objective=objective, steps=20, samples_per_prompt=4, **QUICK)
+    assert (images(pipe) - before).abs().max() > 1e-3
+    assert result.training.history[-1]["loss"] < result.training.history[0]["loss"]
+
+
+def test_a_second_stage_needs_neither_text_encoder_nor_vae(tmp_path: Path) -> None:
+    cache = tmp_path / "examples.safetensors"
+    settings: dict[str, Any] = {"anchor": "dog", "steps": 6, "samples_per_prompt": 4, **QUICK}
+    whole = quiet(sd_pipeline())
+    unlearn_concept(whole, "cat", cache=cache, **settings)
+    bare = quiet(sd_pipeline())
+    bare.text_encoder = bare.tokenizer = bare.vae = None
+    unlearn_concept(bare, "cat", cache=cache, gradient_checkpointing=True, **settings)
+    for one, other in zip(semu_layers(whole.unet).values(), semu_layers(bare.unet).values(), strict=True):
+        torch.testing.assert_close(one.semu_core["default"], other.semu_core["default"], atol=1e-5, rtol=1e-4)
+    assert not bare.unet.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="text encoder"):
+        unlearn_concept(bare, "cat", adapter_name="second", **settings)
+    with pytest.raises(ValueError, match="not of 'dog'"):
+        unlearn_concept(bare, "dog", cache=cache, adapter_name="second", **settings)
+
+
+def test_a_bfloat16_pipeline() -> None:
+    pipe = quiet(sd_pipeline().to(torch.bfloat16))
+    result = unlearn_concept(pipe, "cat", anchor="dog", steps=3, samples_per_prompt=2, **QUICK)
+    layer = next(iter(semu_layers(pipe.unet).values()))
+    assert layer.semu_core["default"].dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    assert result.examples.latents.isfinite().all() and layer.semu_core["default"].any()
+
+
+def test_previews_before_during_and_after() -> None:
+    pipe = quiet(sd_pipeline())
+    seen: list[tuple[int, Tensor]] = []
+    result = unlearn_concept(
+        pipe, "cat", anchor="dog", steps=10, samples_per_prompt=4, previews=2, learning_rate=0.05,
+        preview=lambda pipe, step: seen.append((step, images(pipe, "cat", 1))), **QUICK,
+    )  # fmt: skip
+    assert [step for step, _ in seen] == [0, 3, 7, 10]
+    assert len({float(image.sum()) for _, image in seen}) == 4
+    metric = [entry["metric"] for entry in result.training.history if "metric" in entry]
+    assert len(metric) == 10 and metric[-1] > metric[0]
+
+
+def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
+    pipe = quiet(sd_pipeline())
+    before = Snapshot.of(pipe.unet)
+    with pytest.raises(ValueError, match="`objective` must be one of"):
+        unlearn_concept(pipe, "cat", objective="other", samples_per_prompt=1, **QUICK)
+
+    def broken(pipe: Any, step: int) -> None:
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        unlearn_concept(pipe, "cat", preview=broken, samples_per_prompt=1, **QUICK)
+    before.assert_same(pipe.unet)
+    assert not getattr(pipe.unet, "peft_config", {})
+    unlearn_concept(pipe, "cat", anchor="dog", steps=1, samples_per_prompt=1, **QUICK)
+    with pytest.raises(ValueError, match="adapter_name"):
+        unlearn_concept(pipe, "cat", samples_per_prompt=1, **QUICK)
+    for wrong in ({"forget": None}, {"forget": []}, {"forget": "cat", "steps": 0}, {"forget": "cat", "epochs": 3}):
+        with pytest.raises(ValueError):
+            unlearn_concept(pipe, adapter_name="other", **{"samples_per_prompt": 1, **QUICK, **wrong})
+    with pytest.raises(ValueError, match="3 prompts for 2 images"):
+        concept_examples(pipe, ["a", "b", "c"], images=torch.rand(2, 3, 16, 16), **QUICK)
+
+
+def test_parts_of_a_denoiser() -> None:
+    unet = sd_pipeline().unet
+    cross = denoiser_targets(unet)
+    assert cross and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in cross)
+    linear, convolutions = denoiser_targets(unet, "all-linear"), denoiser_targets(unet, "convolutions")
+    assert set(cross) < set(denoiser_targets(unet, "attention")) < set(linear)
+    assert set(denoiser_targets(unet, "all")) == {*linear, *convolutions} and not set(linear) & set(convolutions)
+    with pytest.raises(ValueError, match="`part`"):
+        denoiser_targets(unet, "everything")
+    with pytest.raises(ValueError, match="no layers"):
+        denoiser_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)))
