@@ -45,7 +45,6 @@ from semu_peft.evaluation import ErasureMetrics, classify_samples, evaluate_eras
 from semu_peft.report import SampleGrids, plot_before_after, plot_confusion, plot_scales, plot_spectra
 from semu_peft.sampling import sample_denoiser, sample_pipeline
 
-SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 SHOWN = 8  # samples a row in the pictures
 BATCH = 32
 # The best of a few settings that were tried, for each method. As in the SEMU paper, attention keeps all of its
@@ -75,6 +74,11 @@ class Setting:
     def labels(self) -> Tensor:
         """The class of every sample to judge, for all models the same, with the same seeds."""
         return torch.arange(len(self.names)).repeat_interleave(self.args.samples)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How everything is sampled."""
+        return {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": 2.0}
 
     def judged(self, name: str, images: Tensor, **costs: Any) -> ErasureMetrics:
         """Measure samples of all classes and add a row to the table."""
@@ -110,6 +114,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", "steps of unlearning", type=int, default=150)
     add("--preserve", "weight of holding the other conditions", type=float, default=3.0)
     add("--samples", "samples per class that are judged", type=int, default=60)
+    add("--num-inference-steps", "sampling steps", type=int, default=20)
     add("--seed", "seed of everything drawn", type=int, default=0)
     add("--output", "folder for everything written", type=Path, default=Path("runs/diffusion_digits"))
     parser.add_argument("--no-baselines", action="store_true", help="SEMU only, without LoRA and ESD")
@@ -154,7 +159,7 @@ def class_conditional(setting: Setting) -> None:
         parts = [
             sample_denoiser(
                 model, schedule(), {"class_labels": part}, (channels, side, side), seeds=seeds.tolist(),
-                unconditional={"class_labels": torch.full_like(part, nothing)}, **SAMPLING,
+                unconditional={"class_labels": torch.full_like(part, nothing)}, **setting.sampling,
             )
             for part, seeds in zip(setting.labels.split(250), torch.arange(len(setting.labels)).split(250), strict=True)
         ]  # fmt: skip
@@ -235,7 +240,7 @@ def text_conditional(setting: Setting, train: Images) -> None:
         return pipe
 
     def samples(pipe: Any) -> Tensor:
-        images = sample_pipeline(pipe, prompts, seeds=range(len(prompts)), batch_size=250, **SAMPLING)
+        images = sample_pipeline(pipe, prompts, seeds=range(len(prompts)), batch_size=250, **setting.sampling)
         return F.avg_pool2d(images, 2)  # to the size that the judge knows
 
     pipe = load()
@@ -246,7 +251,7 @@ def text_conditional(setting: Setting, train: Images) -> None:
     forget, anchor = ([t.format(names[label]) for t in TEMPLATES] for label in (setting.forgotten, setting.anchor))
     retain = [template.format(name) for name in others for template in TEMPLATES] + [""] * len(others)
     grids = SampleGrids(output / "training", forget[:1], [TEMPLATES[0].format(name) for name in others[:4]],
-                        samples=SHOWN // 2, settings=SAMPLING)  # fmt: skip
+                        samples=SHOWN // 2, settings=setting.sampling)  # fmt: skip
     erased = unlearn_concept(
         pipe,
         forget,
@@ -260,7 +265,7 @@ def text_conditional(setting: Setting, train: Images) -> None:
         samples_per_prompt=48,
         preview=grids,
         seed=args.seed,
-        **SAMPLING,
+        **setting.sampling,
     )
     after = samples(pipe)
     budget = erased.training.trainable_parameters
@@ -273,13 +278,13 @@ def text_conditional(setting: Setting, train: Images) -> None:
 
     def slide() -> dict[str, Tensor]:
         texts = [TEMPLATES[0].format(names[i]) for i in shown]
-        images = sample_pipeline(pipe, texts, seeds=range(len(texts)), **SAMPLING)
+        images = sample_pipeline(pipe, texts, seeds=range(len(texts)), **setting.sampling)
         return dict(zip(texts, images, strict=True))
 
     plot_scales(pipe.unet, slide, output / "scales.png", marked=forget)
     if not args.no_baselines:
         text_baselines(setting, erased, load, samples)
-    prove(pipe, load, [*forget, *retain[:6]], output, SAMPLING)
+    prove(pipe, load, [*forget, *retain[:6]], output, setting.sampling)
 
 
 def text_baselines(
