@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +70,7 @@ def fill_model_card(folder: Path, config: SemuConfig) -> None:
     path = folder / "README.md"
     if not path.is_file():
         return
-    card = ModelCard(path.read_text(encoding="utf-8"))
+    card = ModelCard(_PATH_OBJECT.sub(_plain_path, path.read_text(encoding="utf-8")))
     tags = [tag for tag in card.data.get("tags") or [] if not tag.endswith(":")]  # of a base model without a name
     card.data["tags"] = sorted({*tags, *_TAGS})
     if not card.data.get("base_model", None):
@@ -77,6 +79,15 @@ def fill_model_card(folder: Path, config: SemuConfig) -> None:
         versions = [line for line in card.text.splitlines() if line.startswith("- PEFT ")]
         card.text = _description(folder.name, config, versions)
     card.save(path)
+
+
+# Diffusers keeps the `Path` that a model was loaded from, and PEFT writes it as an object that no safe reader takes.
+_PATH_OBJECT = re.compile(r"^base_model: !!python/object/apply:pathlib\.\w+\n((?:- .*\n)+)", re.MULTILINE)
+
+
+def _plain_path(match: re.Match[str]) -> str:
+    parts = [line.removeprefix("- ").strip("'\"") for line in match[1].splitlines()]
+    return f"base_model: {json.dumps(str(Path(*parts)))}\n"
 
 
 def _description(name: str, config: SemuConfig, versions: list[str]) -> str:

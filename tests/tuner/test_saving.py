@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import Cnn, Mlp, clip_text, gpt2, llama, run, sample_input, unet_condition, vit
+from models import Cnn, Mlp, clip_text, gpt2, llama, run, sample_input, unet, unet_condition, vit
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -121,7 +121,7 @@ CLEAN = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}  # not what o
 SAVE = """
 import sys, torch, semu_peft
 sys.path.insert(0, sys.argv[1])
-from models import Cnn
+from models import Cnn, unet
 from peft import get_peft_model
 from semu_peft import SemuConfig
 torch.manual_seed(0)
@@ -217,6 +217,18 @@ def test_model_card(tmp_path: Path) -> None:
     assert {"semu", "machine-unlearning"} <= set(ModelCard.load(path).data["tags"])
     adapted().save_pretrained(tmp_path / "nameless")
     assert "base_model" not in ModelCard.load(tmp_path / "nameless" / CARD).data.to_dict()
+
+
+def test_model_card_of_a_model_loaded_from_a_path(tmp_path: Path) -> None:
+    """Diffusers keeps the `Path` that a model came from; the card has it as text, and can be read and saved again."""
+    folder = tmp_path / "it's the base"
+    unet().save_pretrained(folder)
+    model = get_peft_model(
+        type(unet()).from_pretrained(folder), SemuConfig(target_modules=["to_q"], r=2, init_weights=False)
+    )
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+        assert ModelCard.load(tmp_path / "adapter" / CARD).data.to_dict()["base_model"] == str(folder)
 
 
 # ---- where it is loaded ----
