@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .reduced_bases import restored_bases, rounded_bases
 from .targets import check_parameter, check_tied, layer_class, untied
 from .tied import TiedLayer
 from .weighted import CombinationType, WeightedSum
+from .whole_model import restore_layers
 
 
 class SemuModel(BaseTuner):
@@ -395,15 +396,7 @@ def _has_basis(model: nn.Module, adapter_name: str) -> bool:
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter that could not be loaded out of the model again, leaving no trace of it."""
-    for name, layer in reversed(list(model.named_modules())):  # wrappers around each other: the inner one first
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
-            layer.delete_adapter(adapter_name)
-            if not layer.semu_core:
-                parent, _, child = _get_submodules(model, name)
-                setattr(parent, child, layer.base_layer)
-        elif isinstance(layer, ModulesToSaveWrapper) and set(layer.modules_to_save) == {adapter_name}:
-            parent, _, child = _get_submodules(model, name)
-            setattr(parent, child, layer.original_module)
+    restore_layers(model, adapter_name)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
     for module in list(model.modules()):

@@ -12,18 +12,25 @@ from .adapted import base_model, semu_layers
 from .layer import SemuLayer
 
 
+def restore_layers(root: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of a model's modules; those that then have none become stock modules again."""
+    for name, layer in reversed(list(root.named_modules())):  # wrappers around each other: the inner one first
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
+            layer.delete_adapter(adapter_name)
+            stock = None if layer.semu_core else layer.base_layer
+        elif isinstance(layer, ModulesToSaveWrapper) and set(layer.modules_to_save) == {adapter_name}:
+            stock = layer.original_module
+        else:
+            continue
+        if stock is not None:
+            parent, _, child = _get_submodules(root, name)
+            setattr(parent, child, stock)
+
+
 def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
     """Take an adapter out of the model; layers that then have none become stock layers again. Unknown names pass."""
     root: Any = base_model(model)
-    for name, layer in list(root.named_modules()):
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
-            layer.delete_adapter(adapter_name)
-            if not layer.semu_core:
-                parent, _, child = _get_submodules(root, name)
-                setattr(parent, child, layer.base_layer)
-        elif isinstance(layer, ModulesToSaveWrapper) and set(layer.modules_to_save) == {adapter_name}:
-            parent, _, child = _get_submodules(root, name)
-            setattr(parent, child, layer.original_module)
+    restore_layers(root, adapter_name)
     configs = getattr(root, "peft_config", {})
     configs.pop(adapter_name, None)
     if not configs and "peft_config" in vars(root):
