@@ -30,7 +30,7 @@ import published
 import torch
 import transformers
 from models import SUBJECTS, Subject
-from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
+from peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
@@ -175,34 +175,23 @@ def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, flo
     return best
 
 
-def time_initialisations(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
-    """LoRA's own data-driven initialisations over the same batches, at rank 16; EVA knows linear layers alone."""
+def time_lora_ga(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """LoRA-GA's initialisation from gradients over the same batches, at rank 16."""
     batches = batches_of(subject, arguments.batches)
+    model = built(subject, arguments.dtype).requires_grad_(True)
+    config = LoraConfig(
+        r=16, target_modules=subject.targets, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
 
-    def lora_ga() -> None:
-        def train_step() -> None:
-            for batch in batches:
-                subject.loss(model, batch).backward()
+    def train_step() -> None:
+        for batch in batches:
+            subject.loss(model, batch).backward()
 
+    def run() -> None:
         preprocess_loraga(model, config, train_step)
         get_peft_model(model, config)
 
-    def eva() -> None:
-        wrapped = get_peft_model(model, config)
-        initialize_lora_eva_weights(wrapped, batches, forward_fn=subject.loss, show_progress_bar=False)
-
-    best = {}
-    for name, run, method in (
-        ("LoRA-GA", lora_ga, {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}),
-        ("EVA", eva, {"init_lora_weights": "eva", "eva_config": EvaConfig()}),
-    ):
-        model = built(subject, arguments.dtype).requires_grad_(name == "LoRA-GA")
-        if name == "EVA" and any(isinstance(model.get_submodule(n), nn.Conv2d) for n in arguments.names):
-            continue
-        config = LoraConfig(r=16, target_modules=subject.targets, **method)
-        best[name] = seconds(run)
-        print(f"  {name}: {best[name]:.2f} s", flush=True)
-    return best
+    return {"LoRA-GA": seconds(run)}
 
 
 # ---- memory ----
@@ -329,9 +318,7 @@ def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], qual
     rows.append(row("step time / floor step, rank 16", times["semu 16"] / times["floor step"], "≤ 1.10"))
     rows.append(row("`import semu_peft` over `import peft`, ms", quality["import ms"], "≤ 50"))
     rows.append(row("sketch's captured energy / exact, at the exact rank", quality["captured"], "≥ 0.98"))
-    for rival in ("LoRA-GA", "EVA"):
-        if rival in times:
-            rows.append(row(f"extraction time (exact) / {rival}'s", times["exact"] / times[rival], ""))
+    rows.append(row("extraction time (exact) / LoRA-GA's", times["exact"] / times["LoRA-GA"], ""))
     return rows
 
 
@@ -361,7 +348,7 @@ def main() -> None:
     times = time_steps(subject, arguments)
     print("extraction", flush=True)
     times |= time_extractions(subject, arguments)
-    times |= time_initialisations(subject, arguments)
+    times |= time_lora_ga(subject, arguments)
     print("captured energy", flush=True)
     quality = captured_energy(subject, arguments) | {"import ms": import_overhead()}
     table = "\n".join(ratios(times, memory, quality))
