@@ -65,6 +65,7 @@ WRITTEN = {
     "metrics.json": "the table, and as Markdown in metrics.md",
     "confusion.png": "what the test images were taken for, before and after",
     "spectra.png": "each layer's forget gradient, and the rank it was given",
+    "profile.safetensors": "the same as numbers, with the directions: SubspaceProfile.load reads it",
     "original/": "the model that knew the class",
     "adapter/": "the SEMU adapter",
     "adapter-random-label/": "that of the paper's objective",
@@ -111,6 +112,7 @@ def parse_args() -> argparse.Namespace:
     add("--objective", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
     add("--target-modules", "layers to correct, a regular expression or all-linear; else: the last third")
     add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.5)
+    add("--accumulate", "sums of gradients, or sketches of them", choices=["exact", "sketch"], default="exact")
     add("--learning-rate", "learning rate of unlearning, falling linearly to 0", type=float, default=0.07)
     add("--epochs", "passes over the images to forget", type=int, default=10)
     add("--batch-size", "images to forget per step", type=int, default=64)
@@ -192,7 +194,7 @@ def forget(
         target_modules=args.target_modules or last_layers(model), explained_variance=args.explained_variance
     )
     unlearned = get_peft_model(copy.deepcopy(model), config)
-    profile = initialize_semu_weights(unlearned, loader, objective)
+    profile = initialize_semu_weights(unlearned, loader, objective, accumulate=args.accumulate)
     unlearn(
         unlearned,
         loader,
@@ -331,6 +333,7 @@ def main() -> None:
     before, after = (predict(candidate, tests, progress=True) for candidate in (model, unlearned))
     plot_confusion(before, after, output / "confusion.png", class_names=names, forgotten=forgotten)
     plot_spectra(profile, output / "spectra.png")
+    profile.save(output / "profile.safetensors")
 
     print("What ships, compared with the adapter in memory")
     shown = [

@@ -18,6 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from semu_peft import SubspaceProfile
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["zero", "one", "two"]
 PER_CLASS = 16
@@ -82,6 +84,8 @@ def run(output: Path, *options: str | Path) -> tuple[dict[str, Any], str]:
     for picture in ("confusion.png", "spectra.png"):
         with Image.open(output / picture) as image:
             assert image.format == "PNG"
+    profile = SubspaceProfile.load(output / "profile.safetensors")
+    assert sum(profile.ranks.values()) > 0 and profile.batches > 0
     for folder in ("adapter", "lora"):
         assert (output / folder / "adapter_config.json").is_file()
         assert (output / folder / "adapter_model.safetensors").is_file()
