@@ -332,6 +332,7 @@ def main() -> None:
     parser.add_argument("--explained-variance", type=float, default=0.9)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    parser.add_argument("--quality-only", action="store_true", help="print what the sketch catches, and nothing else")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -341,6 +342,9 @@ def main() -> None:
         arguments.names = target_names(subject.build(), subject)
     if arguments.memory_of:
         print(json.dumps(peak_memory(subject, arguments.memory_of, arguments)))
+        return
+    if arguments.quality_only:
+        print(captured_energy(subject, arguments))
         return
     print("memory", flush=True)
     memory = measure_memory(arguments)
