@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from semu_peft.evaluation.classification import Predictions
-from semu_peft.files import written_whole
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
+
+from .figure import MARK, TEXT, clipped, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
 
-_TEXT = "#444444"
-_MARK = "#0072b2"  # a blue that no colour map used here contains, safe for the colour-blind
 _NUMBERED_CLASSES = 12  # with more classes the numbers no longer fit their cells
 _NAMED_TICKS = 30  # with more classes or layers not every one can be named
 _ANNOTATED_LAYERS = 40  # with more layers the text behind the bars would overlap
@@ -62,7 +60,7 @@ def plot_confusion(
         ValueError: The two are not predictions on the same classes, names or forgotten classes do not fit them, or
             the suffix is no picture format.
     """
-    figure = _new_figure(12, 6.2)
+    figure = new_figure(12, 6.2)
     classes = _number_of_classes(before, after, class_names)
     marked = [] if forgotten is None else list(forgotten) if isinstance(forgotten, Sequence) else [int(forgotten)]
     if not all(0 <= index < classes for index in marked):
@@ -73,9 +71,7 @@ def plot_confusion(
             f"before ({len(before)} examples) and after ({len(after)} examples) differ in how many examples each "
             "class has; expected predictions on the same data. Run both models on one loader."
         )
-    names = (
-        [str(index) for index in range(classes)] if class_names is None else [_clipped(name) for name in class_names]
-    )
+    names = [str(index) for index in range(classes)] if class_names is None else [clipped(name) for name in class_names]
 
     axes = figure.subplots(1, 2)
     colours = _light_to_dark()
@@ -87,7 +83,7 @@ def plot_confusion(
     bar = figure.colorbar(image, ax=list(axes), shrink=0.75, aspect=30, pad=0.02)
     bar.set_label("share of the true class's examples (%)")
     bar.outline.set_visible(False)
-    return _save(figure, path, dpi)
+    return save_figure(figure, path, dpi)
 
 
 def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
@@ -114,12 +110,12 @@ def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi:
     if not profile.layers:
         raise ValueError("profile has no layers; expected at least one. Initialise the adapter on forget data first.")
     curves = {name: _normalised_spectrum(name, layer) for name, layer in profile.layers.items()}
-    figure = _new_figure(13, min(10.5, max(5.5, 1.6 + 0.22 * len(curves))))
+    figure = new_figure(13, min(10.5, max(5.5, 1.6 + 0.22 * len(curves))))
     spectra, ranks = figure.subplots(1, 2, width_ratios=[1.15, 1])
     colours = _depth_colours(len(curves))
     _draw_spectra(spectra, profile, curves, colours)
     _draw_ranks(ranks, profile, colours)
-    return _save(figure, path, dpi)
+    return save_figure(figure, path, dpi)
 
 
 def _draw_confusion(ax: Axes, counts: Tensor, names: list[str], marked: list[int], colours: Colormap) -> Any:
@@ -133,10 +129,10 @@ def _draw_confusion(ax: Axes, counts: Tensor, names: list[str], marked: list[int
     if classes <= _NUMBERED_CLASSES:
         for (row, column), value in _cells(percent):
             # What rounds to nothing is there, but pale, so that the eye finds the rest.
-            colour = "white" if value > 55 else _TEXT if value >= 0.5 else "#b0a89a"
+            colour = "white" if value > 55 else TEXT if value >= 0.5 else "#b0a89a"
             ax.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=10)
         for row in (counts.sum(1) == 0).nonzero().flatten().tolist():
-            ax.text((classes - 1) / 2, row, "no examples", ha="center", va="center", color=_TEXT, fontsize=10)
+            ax.text((classes - 1) / 2, row, "no examples", ha="center", va="center", color=TEXT, fontsize=10)
 
     step = 1 if classes <= _NAMED_TICKS else max(1, round(classes / 10))
     # A forgotten class always keeps its name; names next to it make room.
@@ -152,12 +148,12 @@ def _draw_confusion(ax: Axes, counts: Tensor, names: list[str], marked: list[int
     for axis_labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         for index, label in zip(ticks, axis_labels, strict=True):
             if index in marked:
-                label.set(color=_MARK, fontweight="bold")
+                label.set(color=MARK, fontweight="bold")
     # Where rows are thin the frame is too, and stands off from its row rather than on it.
     line, gap = (2, 0.0) if classes <= _NAMED_TICKS else (0.9, 0.15)
     for index in marked:
         corner, height = (-0.5 - gap, index - 0.5 - gap), 1 + 2 * gap
-        ax.add_patch(Rectangle(corner, classes + 2 * gap, height, fill=False, ec=_MARK, lw=line, clip_on=False))
+        ax.add_patch(Rectangle(corner, classes + 2 * gap, height, fill=False, ec=MARK, lw=line, clip_on=False))
     return image
 
 
@@ -180,7 +176,7 @@ def _draw_spectra(ax: Axes, profile: SubspaceProfile, curves: dict[str, Tensor],
     ax.grid(which="major", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.text(0.02, 0.02, "● last direction kept", transform=ax.transAxes, fontsize=9, color=_TEXT)
+    ax.text(0.02, 0.02, "● last direction kept", transform=ax.transAxes, fontsize=9, color=TEXT)
 
 
 def _draw_ranks(ax: Axes, profile: SubspaceProfile, colours: list[Any]) -> None:
@@ -195,7 +191,7 @@ def _draw_ranks(ax: Axes, profile: SubspaceProfile, colours: list[Any]) -> None:
         for row, layer in enumerate(layers):
             explained = f"{100 * layer.explained_variance:.1f}%" if layer.energy > 0 else "no gradient"
             text = f" {layer.rank} of {min(layer.shape[-2:])} · {explained}"
-            ax.text(layer.rank, row, text, va="center", ha="left", fontsize=8, color=_TEXT)
+            ax.text(layer.rank, row, text, va="center", ha="left", fontsize=8, color=TEXT)
     step = 1 if annotated else math.ceil(len(layers) / _NAMED_TICKS)
     ax.set_yticks(rows[::step], [_shortened(name) for name in names[::step]], fontsize=8)
     ax.set_ylim(len(layers) - 0.4, -0.6)
@@ -262,11 +258,6 @@ def _cells(matrix: Tensor) -> list[tuple[tuple[int, int], float]]:
     return [(position, value) for position, value in cells if value == value]
 
 
-def _clipped(name: str, longest: int = 20) -> str:
-    """Cut a class's name at the end."""
-    return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
 def _shortened(name: str, longest: int = 34) -> str:
     """Cut a layer's name at a dot, from the left, where the names of one model are alike."""
     if len(name) <= longest:
@@ -289,23 +280,3 @@ def _depth_colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return list(colormaps["viridis"](torch.linspace(0, 0.88, count).numpy()))
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of the size in inches, outside pyplot."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install semu-peft[report]`.") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, path: str | os.PathLike[str], dpi: int) -> Path:
-    """Write the figure, whole or not at all."""
-    target = Path(path)
-    formats = figure.canvas.get_supported_filetypes()
-    if target.suffix[1:].lower() not in formats:
-        raise ValueError(f"path ends in {target.suffix!r}; expected a picture format, e.g. '.png', '.pdf' or '.svg'.")
-    with written_whole(target) as temporary:
-        figure.savefig(temporary, dpi=dpi, facecolor="white")
-    return target

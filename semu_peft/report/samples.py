@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semu_peft.sampling import sample_pipeline
 from semu_peft.tuner.adapted import semu_layers
 
-from .plots import _MARK, _TEXT, _clipped, _new_figure, _save
+from .figure import MARK, TEXT, clipped, new_figure, save_figure
 
 _INCHES = 0.75  # a sample's width
 
@@ -174,9 +174,9 @@ def _draw(
     """Draw blocks of rows side by side, each row as one strip of images."""
     names = list(next(iter(blocks.values())))
     widest = max(len(images) for rows in blocks.values() for images in rows.values())
-    label = 0.5 + 0.08 * max(len(_clipped(name, 40)) for name in names)
+    label = 0.5 + 0.08 * max(len(clipped(name, 40)) for name in names)
     heading = 0.3 * (bool(title) + (len(blocks) > 1 or columns is not None)) + 0.1
-    figure = _new_figure(label + len(blocks) * (widest * _INCHES + 0.15), len(names) * _INCHES + heading)
+    figure = new_figure(label + len(blocks) * (widest * _INCHES + 0.15), len(names) * _INCHES + heading)
     axes = figure.subplots(len(names), len(blocks), squeeze=False)
     for column, (block, rows) in enumerate(blocks.items()):
         for row, name in enumerate(names):
@@ -187,17 +187,17 @@ def _draw(
             ax.set_xticks([])
             ax.spines[:].set_visible(False)
             if column == 0:
-                mark = {"color": _MARK, "fontweight": "bold"} if name in marked else {"color": _TEXT}
-                ax.set_ylabel(_clipped(name, 40), rotation=0, ha="right", va="center", fontsize=9, **mark)
+                mark = {"color": MARK, "fontweight": "bold"} if name in marked else {"color": TEXT}
+                ax.set_ylabel(clipped(name, 40), rotation=0, ha="right", va="center", fontsize=9, **mark)
             if row == 0 and block:
-                ax.set_title(block, fontsize=10, color=_TEXT)
+                ax.set_title(block, fontsize=10, color=TEXT)
             if row == 0 and columns is not None:
                 step = strip.shape[1] / widest
                 ax.set_xticks([(number + 0.5) * step for number in range(widest)], columns, fontsize=8)
                 ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     if title:
         figure.suptitle(title, fontsize=11)
-    return _save(figure, path, dpi)
+    return save_figure(figure, path, dpi)
 
 
 def _strip(images: Tensor, count: int) -> Tensor:

@@ -136,7 +136,7 @@ class SemuModel(BaseTuner):
             )
         # A key that is a layer's full name means that layer alone; the others are endings or expressions.
         loose = {key: rank for key, rank in patterns.items() if key not in known}
-        peft_config.rank_pattern = {}
+        found: list[str] = []
         targets: SemuConfig = peft_config
         wanted: Any = nn.Module
         if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
@@ -150,15 +150,15 @@ class SemuModel(BaseTuner):
                 check_tied(model, module, name)
             elif self._check_target_module_exists(targets, name):
                 layer_class(module, name)
-                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
-                    peft_config.rank_pattern[name] = rank
+                found.append(name)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
                 also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
                 check_parameter(model, name, parameter, also)
-                if (rank := patterns.get(name, match_pattern(loose, name))) is not None:
-                    peft_config.rank_pattern[name] = rank
+                found.append(name)
+        wished = ((name, patterns.get(name, match_pattern(loose, name))) for name in found)
+        peft_config.rank_pattern = {name: rank for name, rank in wished if rank is not None}
 
     def _create_and_replace(  # type: ignore[override]
         self,
