@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch_gradient import BatchGradient, DenseGradient
-from .factorize import Factors, leading_factors, without_noise
+from .factorize import Factors, all_finite, leading_factors, without_noise
 
 ERROR_PROBES = 16
 
@@ -45,7 +45,7 @@ class Accumulator(ABC):
             self.add(DenseGradient(matrix), scale=-float(self.inner_product(matrix) / squared_norm))
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors())
+        return all(all_finite(tensor) for tensor in self.tensors())
 
 
 class ExactSum(Accumulator):

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .ranks import check_explained_variance, rank_for_energy
 
-# Below this side a full decomposition is quick; above it, directions are found in growing blocks until they suffice.
-_SMALL_SIDE = 384
-_FIRST_BLOCK = 32
+# Below this side a decomposition of the Gram matrix is quick; above it, directions are found block by block.
+_SMALL_SIDE = 256
+_BLOCK = 32
 _OVERSAMPLING = 8
-_POWER_ITERATIONS = 2
+# Directions have settled once one more block changes neither their number nor their energy by more than this.
+_SETTLED = 0.02
 # The Gram matrix squares the condition number: in float64 this still leaves half of float32's digits.
 _GRAM_RESOLUTION = 1e-5
 
@@ -65,8 +66,8 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     """Factorise a matrix, or a batch of matrices with one common rank, and keep what explains its energy.
 
     Three ways, by what is quickest: the eigenvectors of the small side's Gram matrix in float64; for large matrices a
-    randomised subspace iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4), in blocks that grow
-    until the wanted share is reached, with a fixed seed; a full decomposition where directions are wanted that the
+    randomised block Krylov space (Musco and Musco 2015, arXiv 1504.05477, algorithm 2) that grows until the directions
+    of the wanted share have settled, with a fixed seed; a full decomposition where directions are wanted that the
     others do not resolve.
 
     Args:
@@ -79,13 +80,15 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     """
     check_explained_variance(explained_variance)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise ValueError("`matrix` holds NaN or infinite values.")
     small = min(matrix.shape[-2:], default=0)
     if matrix.dim() == 2 and small > _SMALL_SIDE:
-        found = _growing_blocks(matrix, explained_variance, max_rank)
+        scale = _scale(matrix)
+        scaled = matrix if scale == 1 else matrix / scale
+        found = _block_krylov(scaled, _energy(scaled), explained_variance, max_rank)
         if found is not None:
-            return found
+            return replace(found, singular_values=found.singular_values * scale, energy=found.energy * scale**2)
     if small > 0 and explained_variance < 1:
         found = _through_gram_matrix(matrix).reaching(explained_variance, max_rank)
         if _resolved(found):
@@ -93,10 +96,26 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     return _full(matrix).reaching(explained_variance, max_rank)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass without a copy."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def without_noise(values: Tensor, shape: tuple[int, ...], resolution: float) -> Tensor:
     """Singular values with zeros for what rounding alone would give: it must not count as a direction (at γ = 1)."""
     noise = max(shape[-2:], default=0) * resolution * values[..., :1]
     return torch.where(values > noise, values, torch.zeros_like(values))
+
+
+def _scale(matrix: Tensor) -> float:
+    """What to divide by so that squares neither vanish nor overflow: 1 for all but the strangest gradients."""
+    largest = float(torch.stack(matrix.aminmax()).abs().max())
+    return 1.0 if largest == 0 or 1e-10 < largest < 1e10 else largest
+
+
+def _energy(matrix: Tensor) -> Tensor:
+    """`‖G‖_F²` in float64; norms of rows first, as a sum over the whole matrix in float32 would lose digits."""
+    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
 
 def _full(matrix: Tensor) -> Factors:
@@ -110,15 +129,23 @@ def _through_gram_matrix(matrix: Tensor) -> Factors:
         turned = _through_gram_matrix(matrix.mT)
         return replace(turned, left=turned.right, right=turned.left)
     exact = matrix.double()
-    squares, left = torch.linalg.eigh(exact @ exact.mT)
-    squares, left = squares.flip(-1).clamp_min(0), left.flip(-1)
+    values, left = _spectrum(exact @ exact.mT, matrix)
+    right = exact.mT @ (left * _inverse(values).unsqueeze(-2))
+    return Factors(left.to(matrix), right.to(matrix), values.to(matrix), values.square().sum(-1))
+
+
+def _spectrum(gram: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, and left vectors of the matrix `A` from `A Aᵀ`, all in float64."""
+    squares, left = torch.linalg.eigh(gram)
     # Rounding of the squares leaves half of float64's digits to their roots.
     resolution = max(torch.finfo(torch.float64).eps ** 0.5, torch.finfo(matrix.dtype).eps)
-    values = without_noise(squares.sqrt(), matrix.shape, resolution)
-    noise = _GRAM_RESOLUTION * values[..., :1]
-    right = exact.mT @ left / torch.where(values > noise, values, torch.inf).unsqueeze(-2)
-    energy = exact.square().sum((-2, -1))
-    return Factors(left.to(matrix), right.to(matrix), values.to(matrix), energy)
+    values = without_noise(squares.flip(-1).clamp_min(0).sqrt(), matrix.shape, resolution)
+    return values, left.flip(-1)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """One over each singular value; zero for those that the Gram matrix does not resolve."""
+    return torch.where(values > _GRAM_RESOLUTION * values[..., :1], 1 / values, 0)
 
 
 def _resolved(factors: Factors) -> bool:
@@ -129,40 +156,54 @@ def _resolved(factors: Factors) -> bool:
     return bool((smallest > _GRAM_RESOLUTION * largest).all())
 
 
-def _growing_blocks(matrix: Tensor, explained_variance: float, max_rank: int | None) -> Factors | None:
-    """The leading directions by subspace iteration; None where so many are wanted that a decomposition is quicker."""
+def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max_rank: int | None) -> Factors | None:
+    """The leading directions within a growing Krylov space; None where a full decomposition is quicker or needed.
+
+    Each block costs one product with the matrix and one with its transpose, which also is what the next block starts
+    from: nothing is ever multiplied again.
+    """
     m, n = matrix.shape
     if m > n:
-        turned = _growing_blocks(matrix.mT, explained_variance, max_rank)
+        turned = _block_krylov(matrix.mT, energy, explained_variance, max_rank)
         return turned and replace(turned, left=turned.right, right=turned.left)
-    energy = matrix.square().sum(dtype=torch.float64)
     if energy == 0:
         return _none(matrix)
     generator = torch.Generator().manual_seed(0)
-    basis = matrix.new_empty(m, 0)
-    width = _FIRST_BLOCK if max_rank is None else min(_FIRST_BLOCK, max_rank + _OVERSAMPLING)
-    while width <= m // 4:
-        fresh = torch.randn(n, width - basis.shape[1], generator=generator).to(matrix)
-        basis = torch.linalg.qr(torch.cat([basis, matrix @ fresh], 1))[0]
-        for _ in range(_POWER_ITERATIONS):
-            rows = torch.linalg.qr(matrix.mT @ basis)[0]
-            basis = torch.linalg.qr(matrix @ rows)[0]
-        factors = _within(matrix, basis, energy)
-        # The last directions of a block are the least exact, so they only help to find the others.
-        factors = factors.leading(width - _OVERSAMPLING)
-        if factors.explained_variance >= explained_variance or factors.rank >= (max_rank or m):
-            found = factors.reaching(explained_variance, max_rank)
-            return found if _resolved(found) else None
-        if not _resolved(factors):
+    seen = torch.randn(n, _BLOCK, generator=generator).to(matrix)
+    basis, rows = matrix.new_empty(m, 0), matrix.new_empty(n, 0, dtype=torch.float64)
+    gram = rows.mT @ rows
+    last = None
+    while basis.shape[1] + _BLOCK <= m // 2:
+        fresh = _orthonormal_beyond(basis, matrix @ torch.nn.functional.normalize(seen, dim=0))
+        seen = (fresh.mT @ matrix).mT
+        basis, rows = torch.cat([basis, fresh], 1), torch.cat([rows, seen.double()], 1)
+        beside = rows.mT @ rows[:, -_BLOCK:]
+        gram = torch.cat([torch.cat([gram, beside[:-_BLOCK].mT]), beside], 1)
+        if gram.trace() < explained_variance * energy and basis.shape[1] < (max_rank or m) + _OVERSAMPLING:
+            continue
+        values, inside = _spectrum(gram, matrix)
+        rank = min(rank_for_energy(values, explained_variance, energy), max_rank or m)
+        if rank == 0 or values[rank - 1] <= _GRAM_RESOLUTION * values[0]:
             return None
-        width *= 2
+        now = (rank, float(values[:rank].square().sum()))
+        if last is not None and _settled(now, last):
+            right = rows @ (inside * _inverse(values))[:, :rank]
+            left = basis @ inside[:, :rank].to(matrix)
+            return Factors(left, right.to(matrix), values.to(matrix), energy)
+        last = now
     return None
 
 
-def _within(matrix: Tensor, basis: Tensor, energy: Tensor) -> Factors:
-    """The singular triplets of `Q Qᵀ G` for an orthonormal `Q`, `(m, q)`."""
-    inside = _through_gram_matrix(basis.mT @ matrix)
-    return replace(inside, left=basis @ inside.left, energy=energy)
+def _settled(now: tuple[int, float], last: tuple[int, float]) -> bool:
+    """Whether one more block found the same number of directions, with the same energy, but for a small share."""
+    return now[0] >= (1 - _SETTLED) * last[0] and now[1] <= (1 + _SETTLED) * last[1]
+
+
+def _orthonormal_beyond(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns for what `block` adds to `basis`, projected twice against what rounding leaves."""
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+    return block
 
 
 def _none(matrix: Tensor) -> Factors:

@@ -168,3 +168,58 @@ def test_matrix_that_is_not_finite(value: float) -> None:
     matrix[1, 1] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         leading_factors(matrix, 0.9)
+
+
+def spectrum(kind: str, count: int) -> Tensor:
+    index = torch.arange(1, count + 1).double()
+    return {"power": index**-0.7, "exponential": torch.exp(-index / 20), "steps": torch.where(index < 50, 1.0, 0.1)}[
+        kind
+    ]
+
+
+def large_matrix(values: Tensor, n: int) -> Tensor:
+    """`(len(values), n)` with these singular values, large enough not to be decomposed in full."""
+    m = len(values)
+    left, right = torch.linalg.qr(torch.randn(m, m).double())[0], torch.linalg.qr(torch.randn(n, m).double())[0]
+    return ((left * values) @ right.T).float()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("gamma", "max_rank"), [(0.8, None), (0.95, None), (1.0, 16), (0.9, 40)])
+@pytest.mark.parametrize("kind", ["power", "exponential", "steps"])
+def test_large_matrix(kind: str, gamma: float, max_rank: int | None, turned: bool) -> None:
+    """Without a full decomposition the rank is within 2% of the smallest, and its directions hold 99% of the best."""
+    values = spectrum(kind, 400)
+    matrix = large_matrix(values, 500)
+    factors = leading_factors(matrix.T if turned else matrix, gamma, max_rank)
+    smallest = min(rank_for_energy(values, gamma), max_rank or 400)
+    assert smallest <= factors.rank <= 1.02 * smallest
+    caught = (factors.left.T @ (matrix.T if turned else matrix) @ factors.right).double().square().sum()
+    assert caught >= 0.99 * values[:smallest].square().sum()
+    assert factors.explained_variance == pytest.approx(float(caught / values.square().sum()), abs=1e-5)
+    for basis in (factors.left, factors.right):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(factors.rank), atol=1e-5, rtol=0)
+
+
+def test_large_matrix_without_leading_directions() -> None:
+    """Equal singular values everywhere: nothing settles, and the full decomposition keeps the promise."""
+    factors = leading_factors(large_matrix(torch.ones(300).double(), 310), 0.9)
+    assert factors.rank == 270 and factors.explained_variance == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize("max_rank", [None, 2, 20])
+def test_large_matrix_of_low_rank(max_rank: int | None) -> None:
+    """Directions that are only rounding do not count, at γ = 1 neither."""
+    values = torch.zeros(300).double()
+    values[:5] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    assert leading_factors(large_matrix(values, 310), 1.0, max_rank).rank == min(5, max_rank or 5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e18])
+def test_scale_of_a_large_matrix_does_not_matter(scale: float) -> None:
+    """Squares that would vanish or overflow change neither rank nor directions."""
+    matrix = large_matrix(spectrum("exponential", 300), 310)
+    expected, factors = leading_factors(matrix, 0.9), leading_factors((matrix.double() * scale).float(), 0.9)
+    assert factors.rank == expected.rank
+    assert factors.explained_variance == pytest.approx(expected.explained_variance, abs=1e-5)
+    torch.testing.assert_close(factors.left @ factors.left.T, expected.left @ expected.left.T, atol=1e-3, rtol=0)
