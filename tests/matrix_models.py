@@ -95,6 +95,12 @@ def text_inputs() -> dict[str, Any]:
     return {"input_ids": tokens()}
 
 
+def clip_inputs() -> dict[str, Any]:
+    """With an end token, where CLIP reads the text: at the first token its queries have no gradient but rounding."""
+    ended = torch.cat([tokens(), torch.ones(2, 1, dtype=torch.long)], 1)
+    return {"input_ids": ended, "pixel_values": draw(2, 3, 8, 8)}
+
+
 CASES = [
     Case("mlp", Mlp, lambda: {"x": draw(2, 6)}, ["fc1", "fc2", "head"]),
     Case("cnn", Cnn, lambda: {"x": draw(2, 3, 8, 8)}, ["conv1", "conv2", "head"], convolutions=True),
@@ -105,7 +111,7 @@ CASES = [
     Case("bert", bert, text_inputs, ["query", "value", "dense"]),
     Case("t5", t5, lambda: {**text_inputs(), "decoder_input_ids": tokens(4, seed=3)}, ["q", "v", "wo"]),
     Case("vit", vit, lambda: {"pixel_values": draw(2, 3, 8, 8)}, ["q_proj", "fc1", "projection"], convolutions=True),
-    Case("clip", clip, lambda: {**text_inputs(), "pixel_values": draw(2, 3, 8, 8)}, r".*(q_proj|fc2)", mixed=False),
+    Case("clip", clip, clip_inputs, r".*(q_proj|fc2)", mixed=False),
     Case("clip_text", clip_text, text_inputs, ["k_proj", "out_proj", "fc1"]),
     Case("mixtral", mixtral, text_inputs, ["q_proj", "o_proj"]),
     Case(

@@ -12,6 +12,7 @@ peak of allocated memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -30,7 +31,14 @@ import published
 import torch
 import transformers
 from models import SUBJECTS, Subject
-from peft import LoraConfig, LoraGAConfig, get_peft_model, preprocess_loraga
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    preprocess_loraga,
+)
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
@@ -194,6 +202,37 @@ def time_lora_ga(subject: Subject, arguments: argparse.Namespace) -> dict[str, f
     return {"LoRA-GA": seconds(run)}
 
 
+class PassDone(Exception):
+    """One pass over the batches is over."""
+
+
+def time_eva(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """One pass of LoRA's EVA initialisation over the same batches, at rank 16, whether or not it has converged then.
+
+    It looks at layer inputs only, so it needs no backward pass; its principal components are those of linear layers.
+    """
+    batches = batches_of(subject, arguments.batches)
+    config = LoraConfig(r=16, target_modules=subject.targets, init_lora_weights="eva", eva_config=EvaConfig())
+    model = get_peft_model(built(subject, arguments.dtype), config, low_cpu_mem_usage=True)
+    # One forward pass more than batches: by the first it finds out which layers have the same inputs.
+    passes = iter(range(1 + len(batches)))
+
+    @torch.no_grad()
+    def forward(model: nn.Module, batch: Any) -> None:
+        if next(passes, None) is None:
+            raise PassDone
+        subject.loss(model, batch)
+
+    def run() -> None:
+        with contextlib.suppress(PassDone):
+            initialize_lora_eva_weights(
+                model, batches, forward_fn=forward, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+                show_progress_bar=False,
+            )  # fmt: skip
+
+    return {"EVA": seconds(run)}
+
+
 # ---- memory ----
 
 
@@ -319,6 +358,7 @@ def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], qual
     rows.append(row("`import semu_peft` over `import peft`, ms", quality["import ms"], "≤ 50"))
     rows.append(row("sketch's captured energy / exact, at the exact rank", quality["captured"], "≥ 0.98"))
     rows.append(row("extraction time (exact) / LoRA-GA's", times["exact"] / times["LoRA-GA"], ""))
+    rows.append(row("extraction time (exact) / one pass of EVA's", times["exact"] / times["EVA"], ""))
     return rows
 
 
@@ -328,7 +368,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="forget batches of an extraction")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn, after one to warm up")
-    parser.add_argument("--sketch-size", type=int, default=64)
+    parser.add_argument("--sketch-size", type=int, default=224)
     parser.add_argument("--explained-variance", type=float, default=0.9)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
@@ -353,6 +393,7 @@ def main() -> None:
     print("extraction", flush=True)
     times |= time_extractions(subject, arguments)
     times |= time_lora_ga(subject, arguments)
+    times |= time_eva(subject, arguments)
     print("captured energy", flush=True)
     quality = captured_energy(subject, arguments) | {"import ms": import_overhead()}
     table = "\n".join(ratios(times, memory, quality))

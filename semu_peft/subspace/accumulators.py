@@ -6,7 +6,7 @@ Both are linear in the gradient, so that sums over batches, micro-batches and pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .batch_gradient import BatchGradient, DenseGradient
 from .factorize import Factors, all_finite, leading_factors, without_noise
 
 ERROR_PROBES = 16
+_ROWS_AT_ONCE = 512
 
 
 class Accumulator(ABC):
@@ -79,7 +80,7 @@ class ExactSum(Accumulator):
 
 @dataclass(frozen=True)
 class RandomMatrices:
-    """The random matrices of sketches of one shape, `(m, s)`, `(n, s)` and `(m, ERROR_PROBES)`, standard normal."""
+    """The random matrices of one sketch, `(m, s)`, `(n, s)` and `(m, ERROR_PROBES)`, standard normal."""
 
     left: Tensor
     right: Tensor
@@ -87,7 +88,7 @@ class RandomMatrices:
 
 
 class RandomMatrixPool:
-    """Draws each test matrix once: layers of equal sides share theirs.
+    """Draws each test matrix once: layers share the leading rows of the largest that any of them needs.
 
     Args:
         seed: Seed of the draws, which are made on the CPU and so are the same on every device and process.
@@ -95,7 +96,7 @@ class RandomMatrixPool:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._drawn: dict[tuple[int, int, str, torch.device], Tensor] = {}
+        self._drawn: dict[tuple[int, str, torch.device], Tensor] = {}
 
     def of(self, m: int, n: int, columns: int, device: torch.device) -> RandomMatrices:
         return RandomMatrices(
@@ -105,12 +106,19 @@ class RandomMatrixPool:
         )
 
     def _draw(self, rows: int, columns: int, side: str, device: torch.device) -> Tensor:
-        key = (rows, columns, side, device)
-        if key not in self._drawn:
-            salt = 3 * (rows * 65_537 + columns) + ("left", "right", "probes").index(side)
-            generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + salt) % 2**63)
-            self._drawn[key] = torch.randn(rows, columns, generator=generator).to(device)
-        return self._drawn[key]
+        key = (columns, side, device)
+        drawn = self._drawn.get(key, torch.empty(0, columns, device=device))
+        # In blocks with seeds of their own, so that it does not matter which layer asks first.
+        missing = range(len(drawn) // _ROWS_AT_ONCE, -(-rows // _ROWS_AT_ONCE))
+        if missing:
+            blocks = (self._block(index, columns, side).to(device) for index in missing)
+            drawn = self._drawn[key] = torch.cat([drawn, *blocks])
+        return drawn[:rows]
+
+    def _block(self, index: int, columns: int, side: str) -> Tensor:
+        salt = 3 * (index * 65_537 + columns) + ("left", "right", "probes").index(side)
+        generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + salt) % 2**63)
+        return torch.randn(_ROWS_AT_ONCE, columns, generator=generator)
 
 
 class Sketch(Accumulator):
@@ -136,11 +144,17 @@ class Sketch(Accumulator):
         self.shape = shape
         m, n = shape
         self.size = size
-        self._test = pool.of(m, n, 2 * size + 1, device)
+        self._pool, self._device = pool, device
         self.left = torch.zeros(m, size, device=device)
         self.right = torch.zeros(size, n, device=device)
         self.core = torch.zeros(2 * size + 1, 2 * size + 1, device=device)
         self.probed = torch.zeros(ERROR_PROBES, n, device=device)
+
+    @property
+    def _test(self) -> RandomMatrices:
+        # Asked for when needed: views taken before the pool has grown would keep the smaller matrices alive.
+        m, n = self.shape
+        return self._pool.of(m, n, 2 * self.size + 1, self._device)
 
     @staticmethod
     def pays(shape: tuple[int, ...], size: int) -> bool:
@@ -151,7 +165,8 @@ class Sketch(Accumulator):
         return size < min(m, n) and size * (m + n) + (2 * size + 1) ** 2 + ERROR_PROBES * n < m * n
 
     def add(self, gradient: BatchGradient, scale: float = 1.0) -> None:
-        outputs, inputs = gradient.project(torch.cat([self._test.left, self._test.probes], 1), self._test.right)
+        test = self._test
+        outputs, inputs = gradient.project(torch.cat([test.left, test.probes], 1), test.right)
         outputs, probed = outputs[:, :-ERROR_PROBES], outputs[:, -ERROR_PROBES:]
         self.left.add_(gradient.times(inputs[:, : self.size]), alpha=scale)
         both = gradient.transposed_times(torch.cat([outputs[:, : self.size], probed], 1))
@@ -163,25 +178,26 @@ class Sketch(Accumulator):
         return [self.left, self.right, self.core, self.probed]
 
     def factorize(self, explained_variance: float, max_rank: int | None = None) -> Factors:
-        left, values, right = self._svd()
-        caught = values.square().sum()
-        missed = self._missed_energy(left, values, right)
+        q, core, p = self._recovered()
+        u, values, vt = torch.linalg.svd(core)
+        energy = values.square().sum() + self._missed_energy(q, core, p)
         values = without_noise(values, self.shape, torch.finfo(torch.float32).eps)
-        factors = Factors(left.float(), right.float(), values.float(), caught + missed, estimated=True)
-        return factors.reaching(explained_variance, max_rank)
+        inside = Factors(u.float(), vt.mT.float(), values.float(), energy, estimated=True)
+        inside = inside.reaching(explained_variance, max_rank)
+        return replace(inside, left=q @ inside.left, right=p @ inside.right)
 
     def inner_product(self, matrix: Tensor) -> Tensor:
-        left, values, right = self._svd()
-        return torch.einsum("mk,mn,nk,k->", left, matrix.to(left), right, values)
+        q, core, p = self._recovered()
+        return torch.sum(core * (q.mT @ matrix.to(q) @ p))
 
-    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        q = torch.linalg.qr(self.left)[0].double()
-        p = torch.linalg.qr(self.right.mT)[0].double()
-        from_left = torch.linalg.pinv(self._test.left.double().mT @ q)
-        from_right = torch.linalg.pinv(self._test.right.double().mT @ p)
-        u, values, vt = torch.linalg.svd(from_left @ self.core.double() @ from_right.mT)
-        return q @ u, values, p @ vt.mT
+    def _recovered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`Q`, `C` (in float64) and `P` of `G ≈ Q C Pᵀ`."""
+        q, p = torch.linalg.qr(self.left)[0], torch.linalg.qr(self.right.mT)[0]
+        test = self._test
+        from_left, from_right = (test.left.mT @ q).double(), (test.right.mT @ p).double()
+        half = torch.linalg.lstsq(from_left, self.core.double(), driver="gels").solution
+        return q, torch.linalg.lstsq(from_right, half.mT, driver="gels").solution.mT, p
 
-    def _missed_energy(self, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-        approximation = (self._test.probes.double().mT @ left) * values @ right.mT
+    def _missed_energy(self, q: Tensor, core: Tensor, p: Tensor) -> Tensor:
+        approximation = (self._test.probes.mT @ q).double() @ core @ p.mT.double()
         return (self.probed.double() - approximation).square().sum() / ERROR_PROBES

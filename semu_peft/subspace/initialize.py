@@ -38,7 +38,7 @@ def initialize_semu_weights(
     objective: Objective,
     *,
     accumulate: Literal["exact", "sketch"] = "exact",
-    sketch_size: int = 64,
+    sketch_size: int = 224,
     accumulator_device: torch.device | str | None = None,
     rank_budget: RankBudget | None = None,
     retain: RetainSubspace | None = None,

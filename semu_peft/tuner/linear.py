@@ -65,10 +65,19 @@ class Linear(SemuLayer):
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """`output + ((x V) Rᵀ) Uᵀ`: three thin products, of which autograd keeps only the `(..., r)` middle ones."""
-        left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
-        core = self.get_core(adapter_name)
+        right, core = self.semu_V[adapter_name], self.get_core(adapter_name)
         # The small bases follow the activations' dtype; only the thin middle is computed in the core's own.
         x = in_range(x)
         hidden = F.linear(x, right.mT.to(x.dtype))
-        hidden = F.linear(hidden.to(core.dtype), core)
-        return output + F.linear(hidden.to(output.dtype), left.to(output.dtype))
+        hidden = F.linear(hidden.to(core.dtype), core).to(output.dtype)
+        return _add_product(output, hidden, self.semu_U[adapter_name].to(output.dtype))
+
+
+def _add_product(output: Tensor, hidden: Tensor, left: Tensor) -> Tensor:
+    """`output + hidden Uᵀ`, in one pass over the output."""
+    device = output.device.type
+    rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != output.dtype
+    if rounds or output.is_nested:  # autocast would round the output as well; nested tensors have no rows
+        return output + F.linear(hidden, left)
+    rows = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), left.mT)
+    return rows.view(output.shape)
