@@ -42,6 +42,7 @@ from peft import (
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft.subspace.factorize import Factors
 from semu_peft.subspace.gradients import accumulate_gradients
 from semu_peft.tuner.adapted import semu_layers
 
@@ -283,7 +284,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, tuple[float, floa
 
 
 def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
-    """The sketch's share of what the exact directions catch, at the exact rank, over all layers."""
+    """How good the directions are: those of exact sums beside full decompositions, those of sketches beside them."""
     batches = batches_of(subject, arguments.batches)
     model = get_peft_model(
         built(subject, arguments.dtype),
@@ -299,10 +300,15 @@ def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str
     weights = {name: layer.weight for name, layer in layers.items()}
     gradients, _ = accumulate_gradients(model, weights, batches, subject.loss, progress=False)
     caught = 0.0
+    rank_ratios, energy_ratios = [], []
     for name, gradient in gradients.items():
         matrix = layers[name].weight_to_matrix(gradient, "default")
-        found = sketched.layers[name].directions.leading(exact.ranks[name])
-        caught += float((found.left.to(matrix).mT @ matrix @ found.right.to(matrix)).double().square().sum())
+        squares = squared_singular_values(matrix).cumsum(0)
+        smallest = int((squares < arguments.explained_variance * squares[-1]).sum()) + 1
+        rank_ratios.append(exact.ranks[name] / smallest)
+        directions = exact.layers[name].directions.leading(exact.ranks[name])
+        energy_ratios.append(energy_between(directions, matrix) / float(squares[exact.ranks[name] - 1]))
+        caught += energy_between(sketched.layers[name].directions.leading(exact.ranks[name]), matrix)
     ranks = sorted(exact.ranks.values())
     return {
         "captured": caught / energy,
@@ -310,7 +316,21 @@ def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str
         "largest rank": ranks[-1],
         "layers sketched": sum(layer.estimated for layer in sketched.layers.values()),
         "layers": len(ranks),
+        "exact rank over the smallest, mean": sum(rank_ratios) / len(rank_ratios),
+        "exact rank over the smallest, largest": max(rank_ratios),
+        "energy of exact directions over the best, least": min(energy_ratios),
     }
+
+
+def squared_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """All of them, descending, in float64."""
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0)
+
+
+def energy_between(directions: Factors, matrix: torch.Tensor) -> float:
+    """`‖Uᵀ G V‖²`."""
+    return float((directions.left.to(matrix).T @ matrix @ directions.right.to(matrix)).double().square().sum())
 
 
 def import_overhead() -> float:
