@@ -168,6 +168,8 @@ def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max
         return turned and replace(turned, left=turned.right, right=turned.left)
     if energy == 0:
         return _none(matrix)
+    if explained_variance == 1 and (max_rank or m) > m // 2:
+        return None
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(n, _BLOCK, generator=generator).to(matrix)
     basis, rows = matrix.new_empty(m, 0), matrix.new_empty(n, 0, dtype=torch.float64)

@@ -470,6 +470,24 @@ def test_autocast(name: str, mode: str) -> None:
         assert torch.equal(layer(x), layer.base_layer(x))
 
 
+def test_autocast_keeps_the_digits_of_an_output_in_float32() -> None:
+    """A layer that leaves autocast for itself keeps its precision: only the correction is rounded."""
+
+    class Careful(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(input)
+
+    layer = Linear(Careful(5, 7), "default", SemuConfig(r=2, init_weights=False), 2)
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        corrected = layer(x)
+    layer.semu_core["default"].data.zero_()
+    with torch.autocast("cpu", torch.bfloat16):  # anew, as it keeps its casts of parameters
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert corrected.dtype == torch.float32 and not torch.equal(corrected, layer.base_layer(x))
+
+
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4, 5), (0, 5)])
 @pytest.mark.parametrize("name", ["linear", "transposed"])
 def test_linear_takes_any_leading_dimensions(name: str, shape: tuple[int, ...]) -> None:
