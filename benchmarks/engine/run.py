@@ -243,7 +243,7 @@ def peak_memory(subject: Subject, variant: str, arguments: argparse.Namespace) -
     model = built(subject, arguments.dtype)
     loaded = _resident()
     if variant in EXTRACTIONS:
-        EXTRACTIONS[variant](model, subject, batches_of(subject, 2), arguments)
+        EXTRACTIONS[variant](model, subject, batches_of(subject, 1), arguments)
     elif variant == "floor step":
         floor_step(model, subject, batches_of(subject, 1), arguments)
     else:
@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="forget batches of an extraction")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each variant")
     parser.add_argument("--steps", type=int, default=3, help="training steps a turn, after one to warm up")
-    parser.add_argument("--sketch-size", type=int, default=224)
+    parser.add_argument("--sketch-size", type=int, default=192)
     parser.add_argument("--explained-variance", type=float, default=0.9)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")

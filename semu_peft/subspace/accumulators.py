@@ -16,6 +16,8 @@ from .factorize import Factors, all_finite, leading_factors, without_noise
 
 ERROR_PROBES = 16
 _ROWS_AT_ONCE = 512
+# A sketch must be this much smaller than its matrix: near its size it takes longer to fill and catches less.
+_WORTHWHILE = 0.4
 
 
 class Accumulator(ABC):
@@ -122,11 +124,12 @@ class RandomMatrixPool:
 
 
 class Sketch(Accumulator):
-    """A single-pass two-sided sketch: `G Ω`, `Ψᵀ G` and a core `Φᵀ G Ξ`, `k (m + n) + (2k)²` numbers in all.
+    """A single-pass two-sided sketch: `G Ω`, `Ψᵀ G` and a core `Φᵀ G Ξ`, `k (m + n) + k²` numbers in all.
 
     From `Q = orth(G Ω)` and `P = orth(Gᵀ Ψ)` it recovers `G ≈ Q C Pᵀ`, with the core `C` by least squares from
     `Φᵀ G Ξ = (Φᵀ Q) C (Ξᵀ P)ᵀ`, without a second look at `G`. `Ω` and `Ψ` are the first `k` of the `2k + 1` columns of
-    `Ξ` and `Φ`, which saves their products; `Φ` stays independent of `Q` and `Ξ` of `P`, as the least squares need.
+    `Ξ` and `Φ`: `Φ` stays independent of `Q` and `Ξ` of `P`, as the least squares need, and of the core only what the
+    other `k + 1` columns see has to be kept, as the rest of it follows from `G Ω` and `Ψᵀ G`.
     A few more probes `Θᵀ G` give an unbiased estimate of the squared error, `E ‖Θᵀ (G − Ĝ)‖² = q ‖G − Ĝ‖²`, and with
     it of the energy that the sketch did not catch.
 
@@ -147,7 +150,7 @@ class Sketch(Accumulator):
         self._pool, self._device = pool, device
         self.left = torch.zeros(m, size, device=device)
         self.right = torch.zeros(size, n, device=device)
-        self.core = torch.zeros(2 * size + 1, 2 * size + 1, device=device)
+        self.core = torch.zeros(size + 1, size + 1, device=device)
         self.probed = torch.zeros(ERROR_PROBES, n, device=device)
 
     @property
@@ -158,11 +161,12 @@ class Sketch(Accumulator):
 
     @staticmethod
     def pays(shape: tuple[int, ...], size: int) -> bool:
-        """Whether a sketch of this size is smaller than the matrix, its share of test matrices not counted."""
+        """Whether a sketch of this size is so much smaller than the matrix that it is worth its error."""
         if len(shape) != 2:
             return False
         m, n = shape
-        return size < min(m, n) and size * (m + n) + (2 * size + 1) ** 2 + ERROR_PROBES * n < m * n
+        numbers = size * (m + n) + (size + 1) ** 2 + ERROR_PROBES * n
+        return size < min(m, n) and numbers < _WORTHWHILE * m * n
 
     def add(self, gradient: BatchGradient, scale: float = 1.0) -> None:
         test = self._test
@@ -172,7 +176,7 @@ class Sketch(Accumulator):
         both = gradient.transposed_times(torch.cat([outputs[:, : self.size], probed], 1))
         self.right.add_(both[: self.size], alpha=scale)
         self.probed.add_(both[self.size :], alpha=scale)
-        self.core.add_(outputs.mT @ inputs, alpha=scale)
+        self.core.add_(outputs[:, self.size :].mT @ inputs[:, self.size :], alpha=scale)
 
     def tensors(self) -> list[Tensor]:
         return [self.left, self.right, self.core, self.probed]
@@ -195,7 +199,9 @@ class Sketch(Accumulator):
         q, p = torch.linalg.qr(self.left)[0], torch.linalg.qr(self.right.mT)[0]
         test = self._test
         from_left, from_right = (test.left.mT @ q).double(), (test.right.mT @ p).double()
-        half = torch.linalg.lstsq(from_left, self.core.double(), driver="gels").solution
+        below = torch.cat([test.left[:, self.size :].mT @ self.left, self.core], 1)
+        core = torch.cat([self.right @ test.right, below]).double()
+        half = torch.linalg.lstsq(from_left, core, driver="gels").solution
         return q, torch.linalg.lstsq(from_right, half.mT, driver="gels").solution.mT, p
 
     def _missed_energy(self, q: Tensor, core: Tensor, p: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def initialize_semu_weights(
     objective: Objective,
     *,
     accumulate: Literal["exact", "sketch"] = "exact",
-    sketch_size: int = 224,
+    sketch_size: int = 192,
     accumulator_device: torch.device | str | None = None,
     rank_budget: RankBudget | None = None,
     retain: RetainSubspace | None = None,
@@ -67,8 +67,8 @@ def initialize_semu_weights(
         batches: The forget set in batches, a DataLoader or any iterable.
         objective: `(model, batch) -> scalar loss`, for example one of [`semu_peft.objectives`].
         accumulate: `"exact"` keeps one float32 matrix a layer; `"sketch"` a random sketch of it, far smaller and
-            cheaper to fill, from which the leading directions are recovered with an estimated error. Layers that a
-            sketch would not make smaller are exact either way.
+            cheaper to fill, from which the leading directions are recovered with an estimated error. Layers of which a
+            sketch would not save most are exact either way.
         sketch_size: The most directions a sketch can recover; the first half of them well.
         accumulator_device: Where sums and sketches are kept; by default beside their weights. `"cpu"` takes exact sums
             off the accelerator.

@@ -30,7 +30,7 @@ class Network(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(12, 12, 3, groups=2), nn.Flatten()
         )
-        self.hidden = nn.Sequential(nn.Linear(12 * 16, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh())
+        self.hidden = nn.Sequential(nn.Linear(12 * 16, 96), nn.Tanh(), nn.Linear(96, 30), nn.Tanh())
         self.head = nn.Linear(30, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

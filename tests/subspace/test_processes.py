@@ -51,6 +51,7 @@ def test_two_processes_find_the_bases_of_one(wrapper: str, tmp_path: Path) -> No
         alone = initialize_semu_weights(
             model, batches(), objectives.CrossEntropy(), accumulate=accumulate, sketch_size=8, progress=False
         )
+        assert alone.layers["hidden.0"].estimated == (accumulate == "sketch")
         first, second = (SubspaceProfile.load(tmp_path / f"{accumulate}-{rank}.safetensors") for rank in range(2))
         assert first.batches == second.batches == alone.batches and first.ranks == second.ranks == alone.ranks
         for name, layer in alone.layers.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Cnn, Mlp, image_batches, vector_batches
+from models import CLASSES, Cnn, Mlp, image_batches, vector_batches
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
 from semu_peft.subspace import Factors, Overlap, RetainSubspace, leading_factors
@@ -102,11 +102,29 @@ def test_overlap_is_the_principal_angles() -> None:
     torch.testing.assert_close(overlap.inputs, torch.tensor([0.8, 0.0]))
 
 
-@pytest.mark.parametrize("accumulate", ["exact", "sketch"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "cnn_per_channel"])
+class Wide(nn.Module):
+    """Layers large enough for a sketch to pay."""
+
+    targets = ["fc1", "fc2"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Linear(6, 96)
+        self.fc1, self.fc2 = nn.Linear(96, 80), nn.Linear(80, 64)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.fc2(torch.tanh(self.fc1(torch.tanh(self.expand(x)))))))
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [("mlp", "exact"), ("cnn", "exact"), ("cnn_per_channel", "exact"), ("wide", "sketch")]
+)
 def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> None:
     """With the whole retain gradient projected out, the retain loss's gradient in the core is zero; not without."""
-    model, batches = (Mlp(), vector_batches) if name == "mlp" else (Cnn(), image_batches)
+    model, batches = {"mlp": (Mlp(), vector_batches), "wide": (Wide(), vector_batches)}.get(
+        name, (Cnn(), image_batches)
+    )
     mode = "per_channel" if name.endswith("per_channel") else "flatten"
     targets = [target for target in model.targets if target not in ("head",)]
     config = SemuConfig(target_modules=targets, explained_variance=0.99, conv_mode=mode)
@@ -122,6 +140,7 @@ def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> 
             RETAIN(wrapped, batch).backward()
         slopes[aware] = {n: layer.semu_core["default"].grad for n, layer in semu_layers(wrapped).items()}
         assert all((layer.overlap is not None) == aware for layer in profile.layers.values())
+        assert {layer.estimated for layer in profile.layers.values()} == {accumulate == "sketch"}
     silent = sum(float(slope.square().sum()) for slope in slopes[True].values())
     loud = sum(float(slope.square().sum()) for slope in slopes[False].values())
     assert loud > 0 and silent < 1e-6 * loud
