@@ -122,9 +122,8 @@ class Wide(nn.Module):
 )
 def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> None:
     """With the whole retain gradient projected out, the retain loss's gradient in the core is zero; not without."""
-    model, batches = {"mlp": (Mlp(), vector_batches), "wide": (Wide(), vector_batches)}.get(
-        name, (Cnn(), image_batches)
-    )
+    model = {"mlp": Mlp, "wide": Wide}.get(name, Cnn)()
+    batches = image_batches if isinstance(model, Cnn) else vector_batches
     mode = "per_channel" if name.endswith("per_channel") else "flatten"
     targets = [target for target in model.targets if target not in ("head",)]
     config = SemuConfig(target_modules=targets, explained_variance=0.99, conv_mode=mode)
