@@ -213,8 +213,10 @@ def time_eva(subject: Subject, arguments: argparse.Namespace) -> dict[str, float
     It looks at layer inputs only, so it needs no backward pass; its principal components are those of linear layers.
     """
     batches = batches_of(subject, arguments.batches)
-    config = LoraConfig(r=16, target_modules=subject.targets, init_lora_weights="eva", eva_config=EvaConfig())
-    model = get_peft_model(built(subject, arguments.dtype), config, low_cpu_mem_usage=True)
+    model = built(subject, arguments.dtype)
+    linear = [name for name in arguments.names if isinstance(model.get_submodule(name), nn.Linear)]
+    config = LoraConfig(r=16, target_modules=linear, init_lora_weights="eva", eva_config=EvaConfig())
+    model = get_peft_model(model, config, low_cpu_mem_usage=True)
     # One forward pass more than batches: by the first it finds out which layers have the same inputs.
     passes = iter(range(1 + len(batches)))
 
