@@ -58,7 +58,7 @@ def accuracy(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
 def main() -> None:
     parser = HfArgumentParser(TrainingArguments)
     parser.set_defaults(
-        num_train_epochs=10, per_device_train_batch_size=32, learning_rate=3e-2, weight_decay=0.0, report_to="none",
+        num_train_epochs=10, per_device_train_batch_size=32, learning_rate=1e-2, weight_decay=0.0, report_to="none",
         logging_steps=10, save_strategy="no",
     )  # fmt: skip
     (args,) = parser.parse_args_into_dataclasses()
