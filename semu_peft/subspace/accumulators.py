@@ -5,6 +5,7 @@ Both are linear in the gradient, so that sums over batches, micro-batches and pr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch_gradient import BatchGradient, DenseGradient
-from .factorize import Factors, all_finite, leading_factors, without_noise
+from .factorize import Factors, largest_magnitude, leading_factors, squared_norm, without_noise
 
 ERROR_PROBES = 16
 _ROWS_AT_ONCE = 512
@@ -43,12 +44,12 @@ class Accumulator(ABC):
 
     def remove_component(self, matrix: Tensor) -> None:
         """`G ← G − (⟨G, M⟩ / ‖M‖²) M`: afterwards `G` is orthogonal to `M`, shaped like `G`."""
-        squared_norm = matrix.double().square().sum()
-        if squared_norm > 0:
-            self.add(DenseGradient(matrix), scale=-float(self.inner_product(matrix) / squared_norm))
+        squares = float(squared_norm(matrix).sum())
+        if squares > 0:
+            self.add(DenseGradient(matrix), scale=-float(self.inner_product(matrix)) / squares)
 
     def is_finite(self) -> bool:
-        return all(all_finite(tensor) for tensor in self.tensors())
+        return all(math.isfinite(largest_magnitude(tensor)) for tensor in self.tensors())
 
 
 class ExactSum(Accumulator):
@@ -62,13 +63,22 @@ class ExactSum(Accumulator):
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
-        self.total = torch.zeros(shape, dtype=dtype, device=device)
+        self._dtype, self._device = dtype, device
+        self._total: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        if self._total is None:
+            self._total = torch.zeros(self.shape, dtype=self._dtype, device=self._device)
+        return self._total
 
     def add(self, gradient: BatchGradient, scale: float = 1.0) -> None:
-        if scale == 1.0:
-            gradient.add_to(self.total)
-        else:
+        if scale != 1.0:
             self.total.add_(gradient.dense().to(self.total), alpha=scale)
+        elif self._total is None:  # filling a matrix with zeros first takes as long as adding to it
+            self._total = gradient.dense().to(self._device, self._dtype, memory_format=torch.contiguous_format)
+        else:
+            gradient.add_to(self._total)
 
     def tensors(self) -> list[Tensor]:
         return [self.total]
@@ -77,7 +87,7 @@ class ExactSum(Accumulator):
         return leading_factors(self.total, explained_variance, max_rank)
 
     def inner_product(self, matrix: Tensor) -> Tensor:
-        return torch.sum(self.total * matrix.to(self.total), dtype=torch.float64)
+        return torch.einsum("...n,...n->...", self.total, matrix.to(self.total)).double().sum()
 
 
 @dataclass(frozen=True)

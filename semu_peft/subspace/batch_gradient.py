@@ -22,7 +22,7 @@ class BatchGradient(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """`G` itself, shaped like the weight as the layer's matrix (or batch of matrices) reads it."""
+        """`G` itself, in memory of its own, shaped as the layer's matrix (or batch of matrices) reads the weight."""
 
     @abstractmethod
     def add_to(self, total: Tensor) -> None:
@@ -48,7 +48,7 @@ class DenseGradient(BatchGradient):
     matrix: Tensor
 
     def dense(self) -> Tensor:
-        return self.matrix
+        return self.matrix.clone()  # autograd may have given the same memory to another weight
 
     def add_to(self, total: Tensor) -> None:
         total.add_(self.matrix.to(total.device))

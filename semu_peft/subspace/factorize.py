@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,42 +81,41 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     """
     check_explained_variance(explained_variance)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if not all_finite(matrix):
+    largest = largest_magnitude(matrix)
+    if not math.isfinite(largest):
         raise ValueError("`matrix` holds NaN or infinite values.")
     small = min(matrix.shape[-2:], default=0)
     if matrix.dim() == 2 and small > _SMALL_SIDE:
-        scale = _scale(matrix)
+        # So that squares neither vanish nor overflow: 1 for all but the strangest gradients.
+        scale = 1.0 if largest == 0 or 1e-10 < largest < 1e10 else largest
         scaled = matrix if scale == 1 else matrix / scale
-        found = _block_krylov(scaled, _energy(scaled), explained_variance, max_rank)
+        found = _block_krylov(scaled, squared_norm(scaled), explained_variance, max_rank)
         if found is not None:
             return replace(found, singular_values=found.singular_values * scale, energy=found.energy * scale**2)
     if small > 0 and explained_variance < 1:
         found = _through_gram_matrix(matrix).reaching(explained_variance, max_rank)
-        if _resolved(found):
+        if _resolved(found.singular_values, found.rank):
             return found
     return _full(matrix).reaching(explained_variance, max_rank)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass without a copy."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest absolute value, in one pass without a copy; NaN if there is one, 0 of an empty tensor."""
+    return float(torch.stack(tensor.aminmax()).abs().max()) if tensor.numel() else 0.0
+
+
+def squared_norm(matrix: Tensor) -> Tensor:
+    """`‖G‖_F²` in float64, of each matrix in a batch.
+
+    Norms of rows come first: a sum over the whole matrix in float32 would lose digits, a copy in float64 takes longer.
+    """
+    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
 
 def without_noise(values: Tensor, shape: tuple[int, ...], resolution: float) -> Tensor:
     """Singular values with zeros for what rounding alone would give: it must not count as a direction (at γ = 1)."""
     noise = max(shape[-2:], default=0) * resolution * values[..., :1]
     return torch.where(values > noise, values, torch.zeros_like(values))
-
-
-def _scale(matrix: Tensor) -> float:
-    """What to divide by so that squares neither vanish nor overflow: 1 for all but the strangest gradients."""
-    largest = float(torch.stack(matrix.aminmax()).abs().max())
-    return 1.0 if largest == 0 or 1e-10 < largest < 1e10 else largest
-
-
-def _energy(matrix: Tensor) -> Tensor:
-    """`‖G‖_F²` in float64; norms of rows first, as a sum over the whole matrix in float32 would lose digits."""
-    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
 
 
 def _full(matrix: Tensor) -> Factors:
@@ -148,12 +148,9 @@ def _inverse(values: Tensor) -> Tensor:
     return torch.where(values > _GRAM_RESOLUTION * values[..., :1], 1 / values, 0)
 
 
-def _resolved(factors: Factors) -> bool:
-    """Whether all directions stand clear of what the Gram matrix rounds away."""
-    if factors.rank == 0:
-        return True
-    largest, smallest = factors.singular_values[..., 0], factors.singular_values[..., factors.rank - 1]
-    return bool((smallest > _GRAM_RESOLUTION * largest).all())
+def _resolved(values: Tensor, rank: int) -> bool:
+    """Whether the first `rank` singular values stand clear of what the Gram matrix rounds away."""
+    return rank == 0 or bool((values[..., rank - 1] > _GRAM_RESOLUTION * values[..., 0]).all())
 
 
 def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max_rank: int | None) -> Factors | None:
@@ -185,7 +182,7 @@ def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max
             continue
         values, inside = _spectrum(gram, matrix)
         rank = min(rank_for_energy(values, explained_variance, energy), max_rank or m)
-        if rank == 0 or values[rank - 1] <= _GRAM_RESOLUTION * values[0]:
+        if not _resolved(values, rank):
             return None
         now = (rank, float(values[:rank].square().sum()))
         if last is not None and _settled(now, last):
@@ -202,8 +199,12 @@ def _settled(now: tuple[int, float], last: tuple[int, float]) -> bool:
 
 
 def _orthonormal_beyond(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns for what `block` adds to `basis`, projected twice against what rounding leaves."""
-    for _ in range(2):
+    """Orthonormal columns for what `block` adds to `basis`.
+
+    The second projection takes off what rounding left in the first. The third is for a block that adds next to nothing,
+    as where singular values repeat: its columns are rounding errors, scaled up.
+    """
+    for _ in range(3):
         block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
     return block
 

@@ -104,6 +104,16 @@ def test_sums_are_linear(kind: str) -> None:
         assert not torch.allclose(mine, part)
 
 
+@pytest.mark.parametrize("form", ["dense", "tokens", "convolution"])
+def test_a_sum_leaves_its_first_gradient_alone(form: str) -> None:
+    gradient, matrix = forms()[form]
+    total = ExactSum((40, 54), torch.float32, CPU)
+    for _ in range(3):
+        total.add(gradient)
+    torch.testing.assert_close(total.total, 3 * matrix.to(total.total), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(gradient.dense(), matrix, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_sketch_finds_the_leading_directions(shape: tuple[int, int]) -> None:
     """Directions, singular values and energy are the matrix's; what was missed is estimated, and small."""
