@@ -66,18 +66,17 @@ def _llama(layers: int, **shape: int) -> Subject:
     )
 
 
-def _unet(latents: int = 64, images: int = 2, **shape: Any) -> Subject:
+def _unet(cross_attention_dim: int = 768, **shape: Any) -> Subject:
     from diffusers import UNet2DConditionModel
 
-    sizes = {"cross_attention_dim": 768, "sample_size": latents} | shape
-    width = sizes["cross_attention_dim"]
+    images, latents = 2, 64
 
     def batch(seed: int) -> dict[str, Any]:
         draw = _draw(seed)
         return {
             "sample": torch.randn(images, 4, latents, latents, generator=draw),
             "timestep": torch.randint(1000, (images,), generator=draw),
-            "encoder_hidden_states": torch.randn(images, 77, width, generator=draw),
+            "encoder_hidden_states": torch.randn(images, 77, cross_attention_dim, generator=draw),
             "noise": torch.randn(images, 4, latents, latents, generator=draw),
         }
 
@@ -87,7 +86,7 @@ def _unet(latents: int = 64, images: int = 2, **shape: Any) -> Subject:
         return (model(**inputs).sample - noise).square().mean()
 
     return Subject(
-        lambda: UNet2DConditionModel(**sizes),
+        lambda: UNet2DConditionModel(cross_attention_dim=cross_attention_dim, sample_size=latents, **shape),
         batch,
         loss,
         r".*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)",
@@ -98,7 +97,6 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "vit-b16": lambda: _vit(12),
     "llama-0.4b": lambda: _llama(24),
     "sd15-unet": _unet,
-    "sd15-unet-single": lambda: _unet(images=1),
     # For a GPU of 80 GB or more.
     "llama-8b": lambda: _llama(
         32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8

@@ -7,6 +7,9 @@ process, round after round, and the fastest turn of each counts, as other work c
 processor time; set OMP_NUM_THREADS=1, or idle threads count too. Memory: each
 variant runs in a fresh process, and its peak is the resident set beyond what Python and its imports took; on a GPU, the
 peak of allocated memory.
+
+The figures come in four parts, none of which compares with another's: `--parts` measures some of them again, and keeps
+the others of the result file that is there.
 """
 
 from __future__ import annotations
@@ -42,10 +45,11 @@ from peft import (
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
-from semu_peft.subspace.factorize import Factors
+from semu_peft.subspace.factorize import Factors, leading_factors
 from semu_peft.subspace.gradients import accumulate_gradients
 from semu_peft.tuner.adapted import semu_layers
 
+PARTS = ("memory", "steps", "extraction", "quality")
 RANKS = (16, 64)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -161,6 +165,8 @@ def time_extractions(subject: Subject, arguments: argparse.Namespace) -> dict[st
             best[name] = min(best.get(name, taken), taken)
             print(f"  {name}: {taken:.2f} s", flush=True)
             del model
+    for once in (time_factorising, time_lora_ga, time_eva):
+        best |= once(subject, arguments)
     return best
 
 
@@ -182,6 +188,19 @@ def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, flo
             best[name] = min(best.get(name, times[1]), *times[1:])
             print(f"  {name}: {best[name]:.3f} s", flush=True)
     return best
+
+
+def time_factorising(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    """The part of an exact extraction that does not grow with the data."""
+    model = built(subject, arguments.dtype)
+    weights = {name: model.get_submodule(name).weight for name in arguments.names}
+    gradients, _ = accumulate_gradients(model, weights, batches_of(subject, 1), subject.loss, progress=False)
+
+    def run() -> None:
+        for gradient in gradients.values():
+            leading_factors(gradient.flatten(1), arguments.explained_variance)
+
+    return {"factorising": seconds(run)}
 
 
 def time_lora_ga(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
@@ -245,7 +264,7 @@ def peak_memory(subject: Subject, variant: str, arguments: argparse.Namespace) -
     model = built(subject, arguments.dtype)
     loaded = _resident()
     if variant in EXTRACTIONS:
-        EXTRACTIONS[variant](model, subject, batches_of(subject, 1), arguments)
+        EXTRACTIONS[variant](model, subject, batches_of(subject, 2), arguments)
     elif variant == "floor step":
         floor_step(model, subject, batches_of(subject, 1), arguments)
     else:
@@ -268,7 +287,7 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def measure_memory(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def measure_memory(subject: Subject, arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
     variants = [*EXTRACTIONS, "floor step", *(f"{kind} {rank}" for rank in RANKS for kind in ("lora", "semu"))]
     found = {}
     for variant in variants:
@@ -283,6 +302,10 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, tuple[float, floa
 
 
 # ---- quality ----
+
+
+def measure_quality(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
+    return captured_energy(subject, arguments) | {"import ms": import_overhead()}
 
 
 def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
@@ -351,7 +374,9 @@ def import_overhead() -> float:
 # ---- the table ----
 
 
-def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], quality: dict[str, float]) -> list[str]:
+def ratios(
+    memory: dict[str, tuple[float, float]], steps: dict[str, float], times: dict[str, float], quality: dict[str, float]
+) -> list[str]:
     def row(figure: str, value: float, goal: str) -> str:
         return f"| {figure} | {value:.2f} | {goal} |"
 
@@ -361,7 +386,9 @@ def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], qual
     rows = ["| figure | measured | goal |", "| --- | --- | --- |"]
     for kind in ("exact", "sketch"):
         rows.append(row(f"extraction time / floor pass, {kind}", times[kind] / times["floor pass"], "≤ 1.15"))
+    streamed = times["exact"] - times["factorising"]
     rows += [
+        row("the same without factorising, exact", streamed / times["floor pass"], ""),
         row("published method's time / extraction time, exact", times["published"] / times["exact"], "≥ 5"),
         row("published method's time / extraction time, sketch", times["published"] / times["sketch"], "≥ 5"),
         row("extraction's peak memory (sketch) / LoRA step, rank 16", total("sketch") / total("lora 16"), "≤ 1.0"),
@@ -369,19 +396,27 @@ def ratios(times: dict[str, float], memory: dict[str, tuple[float, float]], qual
         row("extraction's peak memory (sketch) / published", total("sketch") / total("published"), "≤ 1/3"),
     ]
     for rank, goal in zip(RANKS, ("≤ 1.0", "≤ 0.95"), strict=True):
-        rows.append(row(f"step time / LoRA step, rank {rank}", times[f"semu {rank}"] / times[f"lora {rank}"], goal))
+        rows.append(row(f"step time / LoRA step, rank {rank}", steps[f"semu {rank}"] / steps[f"lora {rank}"], goal))
     for rank in RANKS:
         rows.append(
             row(f"step's peak memory / LoRA step, rank {rank}", total(f"semu {rank}") / total(f"lora {rank}"), "≤ 0.9")
         )
         beyond = memory[f"semu {rank}"][1] / memory[f"lora {rank}"][1]
         rows.append(row(f"the same, beyond the model's weights, rank {rank}", beyond, ""))
-    rows.append(row("step time / floor step, rank 16", times["semu 16"] / times["floor step"], "≤ 1.10"))
+    rows.append(row("step time / floor step, rank 16", steps["semu 16"] / steps["floor step"], "≤ 1.10"))
     rows.append(row("`import semu_peft` over `import peft`, ms", quality["import ms"], "≤ 50"))
     rows.append(row("sketch's captured energy / exact, at the exact rank", quality["captured"], "≥ 0.98"))
     rows.append(row("extraction time (exact) / LoRA-GA's", times["exact"] / times["LoRA-GA"], ""))
     rows.append(row("extraction time (exact) / one pass of EVA's", times["exact"] / times["EVA"], ""))
     return rows
+
+
+MEASURED: dict[str, Callable[[Subject, argparse.Namespace], dict[str, Any]]] = {
+    "memory": measure_memory,
+    "steps": time_steps,
+    "extraction": time_extractions,
+    "quality": measure_quality,
+}
 
 
 def main() -> None:
@@ -394,7 +429,7 @@ def main() -> None:
     parser.add_argument("--explained-variance", type=float, default=0.9)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
-    parser.add_argument("--quality-only", action="store_true", help="print what the sketch catches, and nothing else")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -405,37 +440,38 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(peak_memory(subject, arguments.memory_of, arguments)))
         return
-    if arguments.quality_only:
-        print(captured_energy(subject, arguments))
-        return
-    print("memory", flush=True)
-    memory = measure_memory(arguments)
-    print("training steps", flush=True)
-    times = time_steps(subject, arguments)
-    print("extraction", flush=True)
-    times |= time_extractions(subject, arguments)
-    times |= time_lora_ga(subject, arguments)
-    times |= time_eva(subject, arguments)
-    print("captured energy", flush=True)
-    quality = captured_energy(subject, arguments) | {"import ms": import_overhead()}
-    table = "\n".join(ratios(times, memory, quality))
-    print(table)
-    threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
-    document = {
-        "command": "python benchmarks/engine/run.py " + " ".join(sys.argv[1:]),
-        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else threads,
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
-        "table": table,
-        "seconds": times,
-        "peak_mib": {name: {"total": a, "beyond_model": b} for name, (a, b) in memory.items()},
-        "quality": quality,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"engine_{arguments.subject}.json"
+    document = {}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        document = {part: earlier[part] for part in PARTS if part in earlier and part not in arguments.parts}
+    for part in arguments.parts:
+        print(part, flush=True)
+        document[part] = MEASURED[part](subject, arguments) | {"measured by": provenance()}
+        write(document, path)
+    missing = [part for part in PARTS if part not in document]
+    if missing:
+        print(f"Not measured yet: {', '.join(missing)}")
+        return
+    document["table"] = ratios(*(document[part] for part in PARTS))
+    write(document, path)
+    print(*document["table"], f"Written to {path}", sep="\n")
+
+
+def provenance() -> dict[str, str]:
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+    return {
+        "command": "python benchmarks/engine/run.py " + " ".join(sys.argv[1:]),
+        "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
+        "versions": f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}",
+    }
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
     temporary.rename(path)
-    print(f"Written to {path}")
 
 
 if __name__ == "__main__":
