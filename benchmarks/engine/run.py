@@ -50,7 +50,7 @@ from semu_peft.subspace.factorize import Factors, leading_factors
 from semu_peft.subspace.gradients import accumulate_gradients
 from semu_peft.tuner.adapted import semu_layers
 
-PARTS = ("memory", "steps", "extraction", "quality", "import")
+PARTS = ("memory", "steps", "extraction", "factorising", "quality", "import")
 RANKS = (16, 64)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -166,9 +166,7 @@ def time_extractions(subject: Subject, arguments: argparse.Namespace) -> dict[st
             best[name] = min(best.get(name, taken), taken)
             print(f"  {name}: {taken:.2f} s", flush=True)
             del model
-    for once in (time_factorising, time_lora_ga, time_eva):
-        best |= once(subject, arguments)
-    return best
+    return best | time_lora_ga(subject, arguments) | time_eva(subject, arguments)
 
 
 def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
@@ -192,16 +190,17 @@ def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, flo
 
 
 def time_factorising(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
-    """The part of an exact extraction that does not grow with the data."""
+    """The part of an exact extraction that comes after the pass over the data."""
     model = built(subject, arguments.dtype)
     weights = {name: model.get_submodule(name).weight for name in arguments.names}
-    gradients, _ = accumulate_gradients(model, weights, batches_of(subject, 1), subject.loss, progress=False)
+    batches = batches_of(subject, arguments.batches)
+    gradients, _ = accumulate_gradients(model, weights, batches, subject.loss, progress=False)
 
     def run() -> None:
         for gradient in gradients.values():
             leading_factors(gradient.flatten(1), arguments.explained_variance)
 
-    return {"factorising": seconds(run)}
+    return {"seconds": seconds(run)}
 
 
 def time_lora_ga(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
@@ -388,9 +387,7 @@ def ratios(
     rows = ["| figure | measured | goal |", "| --- | --- | --- |"]
     for kind in ("exact", "sketch"):
         rows.append(row(f"extraction time / floor pass, {kind}", times[kind] / times["floor pass"], "≤ 1.15"))
-    streamed = times["exact"] - times["factorising"]
     rows += [
-        row("the same without factorising, exact", streamed / times["floor pass"], ""),
         row("published method's time / extraction time, exact", times["published"] / times["exact"], "≥ 5"),
         row("published method's time / extraction time, sketch", times["published"] / times["sketch"], "≥ 5"),
         row("extraction's peak memory (sketch) / LoRA step, rank 16", total("sketch") / total("lora 16"), "≤ 1.0"),
@@ -417,6 +414,7 @@ MEASURED: dict[str, Callable[[Subject, argparse.Namespace], dict[str, Any]]] = {
     "memory": measure_memory,
     "steps": time_steps,
     "extraction": time_extractions,
+    "factorising": time_factorising,
     "quality": captured_energy,
     "import": import_overhead,
 }
@@ -456,7 +454,7 @@ def main() -> None:
     if missing:
         print(f"Not measured yet: {', '.join(missing)}")
         return
-    document["table"] = ratios(*(document[part] for part in PARTS))
+    document["table"] = ratios(*(document[part] for part in ("memory", "steps", "extraction", "quality", "import")))
     write(document, path)
     print(*document["table"], f"Written to {path}", sep="\n")
 
