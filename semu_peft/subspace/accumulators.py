@@ -87,7 +87,7 @@ class ExactSum(Accumulator):
         return leading_factors(self.total, explained_variance, max_rank)
 
     def inner_product(self, matrix: Tensor) -> Tensor:
-        return torch.einsum("...n,...n->...", self.total, matrix.to(self.total)).double().sum()
+        return (self.total * matrix.to(self.total)).sum(-1).double().sum()
 
 
 @dataclass(frozen=True)

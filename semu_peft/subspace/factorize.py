@@ -108,8 +108,10 @@ def squared_norm(matrix: Tensor) -> Tensor:
     """`‖G‖_F²` in float64, of each matrix in a batch.
 
     Norms of rows come first: a sum over the whole matrix in float32 would lose digits, a copy in float64 takes longer.
+    Those of half precision are taken in float32, or they would be rounded to its digits.
     """
-    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum(-1)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).double().square().sum(-1)
 
 
 def without_noise(values: Tensor, shape: tuple[int, ...], resolution: float) -> Tensor:

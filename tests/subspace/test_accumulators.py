@@ -205,6 +205,15 @@ def test_component_along_the_weights_is_removed(kind: str) -> None:
     assert abs(float((kept * weight).sum() / weight.norm() / kept.norm())) < 0.01
 
 
+def test_component_along_half_precision_weights_is_removed_in_float32() -> None:
+    weight = decaying(60, 90, 0.5).bfloat16()
+    total = ExactSum((60, 90), torch.float32, CPU)
+    total.add(DenseGradient(torch.randn(60, 90) + 100 * weight.float()))
+    total.remove_component(weight)
+    cosine = (total.total.double() * weight.double()).sum() / total.total.double().norm() / weight.double().norm()
+    assert abs(float(cosine)) < 1e-5
+
+
 def test_a_sketch_is_smaller_than_the_matrix_or_not_used() -> None:
     """Memory is O((m + n) k), and a layer that would not gain is summed exactly."""
     assert Sketch.pays((768, 3072), 64)
