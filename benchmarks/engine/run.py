@@ -50,7 +50,6 @@ from semu_peft.subspace.factorize import Factors, leading_factors
 from semu_peft.subspace.gradients import accumulate_gradients
 from semu_peft.tuner.adapted import semu_layers
 
-PARTS = ("memory", "steps", "extraction", "factorising", "quality", "import")
 RANKS = (16, 64)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -410,7 +409,7 @@ def ratios(
     return rows
 
 
-MEASURED: dict[str, Callable[[Subject, argparse.Namespace], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Subject, argparse.Namespace], dict[str, Any]]] = {
     "memory": measure_memory,
     "steps": time_steps,
     "extraction": time_extractions,
@@ -430,7 +429,7 @@ def main() -> None:
     parser.add_argument("--explained-variance", type=float, default=0.9)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these alone")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="measure these alone")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -448,7 +447,7 @@ def main() -> None:
         document = {part: earlier[part] for part in PARTS if part in earlier and part not in arguments.parts}
     for part in arguments.parts:
         print(part, flush=True)
-        document[part] = MEASURED[part](subject, arguments) | {"measured by": provenance()}
+        document[part] = PARTS[part](subject, arguments) | {"measured by": provenance()}
         write(document, path)
     missing = [part for part in PARTS if part not in document]
     if missing:
