@@ -24,10 +24,10 @@ from transformers import CLIPModel, CLIPProcessor
 from semu_peft import SemuConfig
 from semu_peft.concept import denoiser_targets, unlearn_concept
 from semu_peft.concept.families import denoiser_of
+from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.evaluation import clip_score
-from semu_peft.export_diffusers import merge_pipeline, save_adapter, save_as_diffusers_lora
+from semu_peft.export.diffusers import merge_pipeline, save_adapter, save_as_diffusers_lora
 from semu_peft.report import SampleGrids, plot_scales, plot_spectra
-from semu_peft.sampling import sample_pipeline
 
 WRITTEN = {
     "samples/": "grids before, during and after training, at equal seeds",

@@ -49,8 +49,20 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives, save_as_lora, unlearn
-from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics, evaluate_forgetting, predict
+from semu_peft import (
+    SemuConfig,
+    SubspaceProfile,
+    initialize_semu_weights,
+    objectives,
+    save_as_lora,
+    unlearn,
+)
+from semu_peft.evaluation import (
+    ForgettingComparison,
+    ForgettingMetrics,
+    evaluate_forgetting,
+    predict,
+)
 from semu_peft.report import plot_confusion, plot_spectra
 
 OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {

@@ -1,13 +1,25 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
-from . import objectives
+from .adapter.hotswap import hotswap_adapter
+from .adapter.rerank import RerankReport, rerank
+from .adapter.scale import set_scale
 from .concept import unlearn_concept
-from .export import RerankReport, rerank, save_as_lora, to_lora
-from .export_diffusers import save_as_diffusers_lora
-from .from_lora import from_lora
-from .subspace import RankBudget, RetainSubspace, SubspaceProfile, initialize_semu_weights
-from .tuner import SemuConfig, SemuLayer, SemuModel, hotswap_adapter, register, set_scale
-from .unlearn import UnlearnResult, unlearn
+from .export.diffusers import save_as_diffusers_lora
+from .export.from_lora import from_lora
+from .export.lora import save_as_lora, to_lora
+from .subspace import (
+    RankBudget,
+    RetainSubspace,
+    SubspaceProfile,
+    initialize_semu_weights,
+)
+from .training.unlearn import UnlearnResult, unlearn
+from .tuner import (
+    SemuConfig,
+    SemuLayer,
+    SemuModel,
+    register,
+)
 
 register()
 

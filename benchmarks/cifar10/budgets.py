@@ -20,7 +20,14 @@ from peft import get_peft_model
 from run import evaluate
 from tasks import random_tasks
 
-from semu_peft import RankBudget, SemuConfig, SubspaceProfile, initialize_semu_weights, objectives, unlearn
+from semu_peft import (
+    RankBudget,
+    SemuConfig,
+    SubspaceProfile,
+    initialize_semu_weights,
+    objectives,
+    unlearn,
+)
 
 BUDGETS = (2_000, 8_000)
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
 from semu_peft.evaluation import predict
+from semu_peft.gradients.gather import accumulate_gradients
 from semu_peft.objectives import Objective
-from semu_peft.subspace.gradients import accumulate_gradients
 
 # Every convolution and the classifier of the ResNet.
 TARGET_MODULES = r".*(conv1|conv2|stem|shortcut\.0|classifier)"

@@ -46,8 +46,8 @@ from peft import (
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
-from semu_peft.subspace.factorize import Factors, leading_factors
-from semu_peft.subspace.gradients import accumulate_gradients
+from semu_peft.gradients.gather import accumulate_gradients
+from semu_peft.linalg.factorize import Factors, leading_factors
 from semu_peft.tuner.adapted import semu_layers
 
 RANKS = (16, 64)

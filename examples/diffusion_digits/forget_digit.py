@@ -39,11 +39,24 @@ from shipping import prove
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft import SemuConfig, SubspaceProfile, UnlearnResult, initialize_semu_weights, objectives, unlearn
+from semu_peft import (
+    SemuConfig,
+    SubspaceProfile,
+    UnlearnResult,
+    initialize_semu_weights,
+    objectives,
+    unlearn,
+)
 from semu_peft.concept import ConceptResult, unlearn_concept
+from semu_peft.concept.sampling import sample_denoiser, sample_pipeline
 from semu_peft.evaluation import ErasureMetrics, classify_samples, evaluate_erasure
-from semu_peft.report import SampleGrids, plot_before_after, plot_confusion, plot_scales, plot_spectra
-from semu_peft.sampling import sample_denoiser, sample_pipeline
+from semu_peft.report import (
+    SampleGrids,
+    plot_before_after,
+    plot_confusion,
+    plot_scales,
+    plot_spectra,
+)
 
 SHOWN = 8  # samples a row in the pictures
 BATCH = 32

@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from semu_peft.export_diffusers import merge_pipeline, save_adapter, save_as_diffusers_lora
-from semu_peft.sampling import sample_pipeline
+from semu_peft.concept.sampling import sample_pipeline
+from semu_peft.export.diffusers import merge_pipeline, save_adapter, save_as_diffusers_lora
 
 # Runs where semu_peft is never imported: what is shipped needs diffusers and PEFT alone.
 STOCK_PROGRAM = """

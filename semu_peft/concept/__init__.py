@@ -1,7 +1,7 @@
 """Erase a concept from a text-to-image pipeline. Needs `pip install semu-peft[diffusion]`."""
 
+from .dataset import ConceptExamples, concept_examples
 from .erase import ConceptResult, unlearn_concept
-from .examples import ConceptExamples, concept_examples
 from .targets import denoiser_targets
 
 __all__ = ["ConceptExamples", "ConceptResult", "concept_examples", "denoiser_targets", "unlearn_concept"]

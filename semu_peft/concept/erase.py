@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from semu_peft.adapter.whole_model import remove_adapter
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
     ConditionMatching,
@@ -22,11 +23,10 @@ from semu_peft.objectives.diffusion import (
 )
 from semu_peft.objectives.noise_schedule import NoiseSchedule
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
+from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
-from semu_peft.tuner.whole_model import remove_adapter
-from semu_peft.unlearn import UnlearnResult, unlearn
 
-from .examples import ConceptExamples, as_list, concept_examples
+from .dataset import ConceptExamples, as_list, concept_examples
 from .families import denoiser_of, family_of
 from .targets import denoiser_targets
 
@@ -98,7 +98,7 @@ def unlearn_concept(
         pipe: A loaded pipeline of Stable Diffusion 1, 2, XL or 3, or of Flux, on the device to work on; in bfloat16, if
             memory is short (the adapter stays in float32).
         forget: The prompt or prompts to forget; `None` with `examples`.
-        anchor: What to give instead, see [`concept_examples`][semu_peft.concept.examples.concept_examples]. By default
+        anchor: What to give instead, see [`concept_examples`][semu_peft.concept.dataset.concept_examples]. By default
             what the pipeline gives without a prompt.
         retain: Prompts to hold as they are. By default only the empty one.
         images: Pictures of the concept. Without, latents are sampled from the pipeline itself.
@@ -118,7 +118,7 @@ def unlearn_concept(
         examples: Examples made before; nothing is encoded or sampled then.
         cache: File to keep the examples in: loaded if it exists, written otherwise.
         gradient_checkpointing: Compute activations twice rather than keep them.
-        mixed_precision: As [`unlearn`][semu_peft.unlearn.unlearn] takes it.
+        mixed_precision: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes it.
         park: Keep text encoders and VAE on the CPU while training; not done where `preview` needs them.
         preview: `(pipe, step)`, called before, `previews` times during, and after training, for example
             [`SampleGrids`][semu_peft.report.samples.SampleGrids]. The history then has, as `metric`, minus the loss on
@@ -127,7 +127,7 @@ def unlearn_concept(
         adapter_name: The adapter's name.
         seed: Seed of everything drawn.
         progress: Show progress bars.
-        training: Further arguments of [`unlearn`][semu_peft.unlearn.unlearn].
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
 
     Returns:
         The pipeline with the adapter, and what was done.

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classification import Predictions, _device_of, _evaluating, predict
+from .classification import (
+    Predictions,
+    _device_of,
+    _evaluating,
+    predict,
+)
 
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
 """`(prompts, seeds) -> images`, one image for each pair."""
@@ -133,7 +138,7 @@ def unlearn_canvas(
 
     Args:
         generate: `(prompts, seeds) -> images`, for example a pipeline in
-            [`sample_pipeline`][semu_peft.sampling.sample_pipeline].
+            [`sample_pipeline`][semu_peft.concept.sampling.sample_pipeline].
         prompts: Prompts with their class in each domain.
         classifiers: Images to logits, by domain.
         forgotten: The domain and the class index that was unlearned.

@@ -1,6 +1,11 @@
 """The evidence a person reads. Needs `pip install semu-peft[report]`; importing this package does not."""
 
 from .plots import plot_confusion, plot_spectra
-from .samples import SampleGrids, plot_before_after, plot_samples, plot_scales
+from .samples import (
+    SampleGrids,
+    plot_before_after,
+    plot_samples,
+    plot_scales,
+)
 
 __all__ = ["SampleGrids", "plot_before_after", "plot_confusion", "plot_samples", "plot_scales", "plot_spectra"]

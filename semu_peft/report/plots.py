@@ -17,7 +17,13 @@ from torch import Tensor
 from semu_peft.evaluation.classification import Predictions
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
-from .figure import MARK, TEXT, clipped, new_figure, save_figure
+from .figure import (
+    MARK,
+    TEXT,
+    clipped,
+    new_figure,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semu_peft.sampling import sample_pipeline
+from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.tuner.adapted import semu_layers
 
-from .figure import MARK, TEXT, clipped, new_figure, save_figure
+from .figure import (
+    MARK,
+    TEXT,
+    clipped,
+    new_figure,
+    save_figure,
+)
 
 _INCHES = 0.75  # a sample's width
 

@@ -15,6 +15,24 @@ from accelerate.utils import align_module_device, extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from semu_peft.gradients.gather import Objective, stream_gradients, sum_dtype
+from semu_peft.gradients.processes import from_main_process, in_several_processes
+from semu_peft.gradients.sources import (
+    GradientSource,
+    LayerSource,
+    WeightSource,
+    carries_gradient,
+    conv_gradients,
+    token_gradients,
+)
+from semu_peft.gradients.statistics import (
+    Accumulator,
+    ExactSum,
+    RandomMatrixPool,
+    Sketch,
+)
+from semu_peft.linalg.energy import check_explained_variance
+from semu_peft.linalg.factorize import Factors
 from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.conv import ConvNd
@@ -22,14 +40,14 @@ from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import Linear
 from semu_peft.tuner.patterns import match_pattern
 
-from .accumulators import Accumulator, ExactSum, RandomMatrixPool, Sketch
-from .factorize import Factors
-from .gradients import Objective, stream_gradients, sum_dtype
-from .processes import from_main_process, in_several_processes
-from .profile import LayerSpectrum, SubspaceProfile, budget_ranks, give_basis
-from .ranks import RankBudget, check_explained_variance
+from .profile import (
+    LayerSpectrum,
+    SubspaceProfile,
+    budget_ranks,
+    give_basis,
+)
+from .ranks import RankBudget
 from .retain import Overlap, RetainSubspace
-from .sources import GradientSource, LayerSource, WeightSource, carries_gradient, conv_gradients, token_gradients
 
 
 def initialize_semu_weights(
@@ -86,7 +104,7 @@ def initialize_semu_weights(
 
     Raises:
         ValueError: The model has no such adapter, an argument is out of range, or the data cannot give a gradient; see
-            [`stream_gradients`][semu_peft.subspace.gradients.stream_gradients]. The adapter is unchanged then.
+            [`stream_gradients`][semu_peft.gradients.gather.stream_gradients]. The adapter is unchanged then.
     """
     _check_arguments(accumulate, sketch_size, keep_explained_variance)
     layers = semu_layers(model, adapter_name)

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from semu_peft.files import written_whole
+from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.linalg.factorize import Factors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 
-from .factorize import Factors
-from .ranks import Candidate, RankBudget, rank_for_energy, spread_budget
+from .ranks import Candidate, RankBudget, spread_budget
 from .retain import Overlap
 
 _METADATA = "semu_subspace_profile"

@@ -6,41 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-
-
-def check_explained_variance(explained_variance: float) -> None:
-    """Raise ValueError unless γ lies in (0, 1]."""
-    if not 0 < explained_variance <= 1:
-        raise ValueError(f"`explained_variance` must be in (0, 1], got {explained_variance!r}.")
-
-
-def rank_for_energy(singular_values: Tensor, explained_variance: float, energy: Tensor | None = None) -> int:
-    """The smallest rank whose leading singular values hold the wanted share of the energy.
-
-    The smallest `r ≥ 1` with `Σ_{i≤r} s_i² ≥ γ ‖G‖²` (SEMU, arXiv 2502.07587, section 3), summed in float64; 0 for a
-    matrix of zeros. For a batch of matrices it is the largest rank that any of them needs. Where the values given do
-    not reach the share, it is their number.
-
-    Args:
-        singular_values: `(k,)` or `(batch, k)`, in descending order.
-        explained_variance: γ in (0, 1].
-        energy: `‖G‖²`, `()` or `(batch,)`, where the values are not all of them; by default the sum of their squares.
-
-    Raises:
-        ValueError: γ is outside (0, 1].
-    """
-    check_explained_variance(explained_variance)
-    sums = singular_values.double().square().cumsum(-1)
-    count = sums.shape[-1]
-    if count == 0:
-        return 0
-    total = sums[..., -1] if energy is None else torch.maximum(energy.to(sums), sums[..., -1])
-    ranks = (sums < explained_variance * total.unsqueeze(-1)).sum(-1) + 1
-    # At γ = 1 rounding may keep the sum below an energy that was summed otherwise; a direction of 0 adds nothing.
-    useful = (singular_values > 0).sum(-1)
-    return int(torch.minimum(ranks, useful).max()) if ranks.numel() else 0
 
 
 @dataclass(frozen=True)

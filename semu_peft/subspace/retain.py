@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .factorize import Factors
-from .ranks import check_explained_variance, rank_for_energy
+from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
+from semu_peft.linalg.factorize import Factors
 
 
 @dataclass(frozen=True)

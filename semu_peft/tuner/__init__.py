@@ -3,13 +3,11 @@
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
-from .hotswap import hotswap_adapter
 from .layer import SemuLayer
 from .linear import Linear
 from .model import SemuModel
 from .parameter import ParamWrapper
 from .registration import register
-from .scale import set_scale
 
 __all__ = [
     "Conv1d",
@@ -21,7 +19,5 @@ __all__ = [
     "SemuConfig",
     "SemuLayer",
     "SemuModel",
-    "hotswap_adapter",
     "register",
-    "set_scale",
 ]

@@ -185,7 +185,7 @@ class SemuConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
         super().save_pretrained(save_directory, **kwargs)
-        fill_model_card(Path(save_directory), self)
+        fill_model_card(Path(save_directory), self.to_dict())
 
     @classmethod
     def from_pretrained(

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -24,15 +23,20 @@ from .adapter_file import without_wrappers
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .layer import SemuLayer
+from .loading import in_use, mismatch, withdraw
 from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
 from .patterns import match_pattern, name_matches
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
-from .targets import check_parameter, check_tied, layer_class, untied
+from .targets import (
+    check_parameter,
+    check_tied,
+    layer_class,
+    untied,
+)
 from .tied import TiedLayer
 from .weighted import CombinationType, WeightedSum
-from .whole_model import restore_layers
 
 
 class SemuModel(BaseTuner):
@@ -264,10 +268,11 @@ class SemuModel(BaseTuner):
             adapters: Names of the adapters to add up; a layer takes part with those that it carries.
             weights: Their weights, which may be negative.
             adapter_name: The new adapter's name.
-            combination_type: `"cat"`: exact, of the sum of the ranks (call [`rerank`][semu_peft.export.rerank] to cut
-                it by energy). `"svd"`: the best approximation of rank `svd_rank`. `"linear"`: the sum of the cores,
-                exact, for adapters that share their bases. `"ties_svd"`, `"dare_linear_svd"`, `"dare_ties_svd"` and
-                `"magnitude_prune_svd"` as in LoRA: on the dense corrections, then as `"svd"`.
+            combination_type: `"cat"`: exact, of the sum of the ranks (cut it by energy with
+                [`rerank`][semu_peft.adapter.rerank.rerank]). `"svd"`: the best approximation of rank `svd_rank`.
+                `"linear"`: the sum of the cores, exact, for adapters that share their bases. `"ties_svd"`,
+                `"dare_linear_svd"`, `"dare_ties_svd"` and `"magnitude_prune_svd"` as in LoRA: on the dense
+                corrections, then as `"svd"`.
             svd_rank: The rank of the result, or less where there is no more; each layer's largest by default.
             density: Share of the entries to keep, for the last four.
             majority_sign_method: `"total"` or `"frequency"`, for `"ties_svd"` and `"dare_ties_svd"`.
@@ -332,11 +337,11 @@ class SemuModel(BaseTuner):
     ) -> dict[str, Tensor]:
         state_dict = restored_bases(state_dict, config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problem = _mismatch(model, adapter_name, remapped)
+        problem = mismatch(model, adapter_name, remapped)
         if problem:
             name = type(base_model(model)).__name__
-            if config.inference_mode or not _has_basis(model, adapter_name):
-                _withdraw(model, adapter_name)
+            if config.inference_mode or not in_use(model, adapter_name):
+                withdraw(model, adapter_name)
             raise ValueError(
                 f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
                 "load it onto the model named in its adapter_config.json. The model given is left as it was."
@@ -362,47 +367,3 @@ def _modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesTo
             if users:
                 found[wrapper] = users[0]
     return found
-
-
-def _mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
-    """Say in a sentence how the adapter's tensors in `state_dict` differ from those in `model`, if they do."""
-    expected: dict[str, torch.Size] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer):
-            for kind in ("semu_U", "semu_V", "semu_core"):
-                expected[f"{name}.{kind}.{adapter_name}"] = getattr(layer, kind)[adapter_name].shape
-    found = {
-        key: value.shape
-        for key, value in state_dict.items()
-        if ".semu_U" in key or ".semu_V" in key or ".semu_core" in key
-    }
-    # Where the layers were injected into a bare model, keys that match nothing keep PEFT's prefix.
-    found = {key if key in expected else key.removeprefix("base_model.model."): shape for key, shape in found.items()}
-    if missing := sorted(set(expected) - set(found)):
-        return f"it has no weights for {missing[0]!r} ({len(missing)} such)."
-    if extra := sorted(set(found) - set(expected)):
-        return f"the model has no place for {extra[0]!r} ({len(extra)} such)."
-    for key, shape in expected.items():
-        if found[key] != shape:
-            return f"{key!r} has shape {tuple(found[key])} in the file and {tuple(shape)} in the model."
-    return None
-
-
-def _has_basis(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter had been in use before it was to be loaded over."""
-    layers = [layer for layer in model.modules() if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core]
-    return any(not layer.semu_core[adapter_name].is_meta and layer.has_basis(adapter_name) for layer in layers)
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that could not be loaded out of the model again, leaving no trace of it."""
-    restore_layers(model, adapter_name)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    for module in list(model.modules()):
-        if not configs and isinstance(module, SemuModel):
-            if "peft_config" in vars(module.model):
-                del module.model.peft_config
-            module._remove_hooks()
-            for parameter, flag in module._requires_grad_before:
-                parameter.requires_grad_(flag)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import ModelCard
-
-if TYPE_CHECKING:
-    from .config import SemuConfig
 
 _BLANK = "# Model Card for Model ID"  # the template that PEFT writes where there is no card yet
 _TAGS = ("semu", "machine-unlearning")
@@ -58,14 +56,14 @@ _SETTINGS = (
 )
 
 
-def fill_model_card(folder: Path, config: SemuConfig) -> None:
+def fill_model_card(folder: Path, settings: Mapping[str, Any]) -> None:
     """Put the adapter's own description in the place of a blank model card, and SEMU's tags on any.
 
     What somebody has written is kept; where there is no card, none is made.
 
     Args:
         folder: The folder that the adapter was saved to.
-        config: The adapter's configuration.
+        settings: The fields of the adapter's configuration.
     """
     path = folder / "README.md"
     if not path.is_file():
@@ -77,7 +75,7 @@ def fill_model_card(folder: Path, config: SemuConfig) -> None:
         card.data.pop("base_model", None)
     if _BLANK in card.text:
         versions = [line for line in card.text.splitlines() if line.startswith("- PEFT ")]
-        card.text = _description(folder.name, config, versions)
+        card.text = _description(folder.name, settings, versions)
     card.save(path)
 
 
@@ -90,13 +88,13 @@ def _plain_path(match: re.Match[str]) -> str:
     return f"base_model: {json.dumps(str(Path(*parts)))}\n"
 
 
-def _description(name: str, config: SemuConfig, versions: list[str]) -> str:
-    ranks = [rank for rank in config.rank_pattern.values() if rank > 0]
+def _description(name: str, settings: Mapping[str, Any], versions: list[str]) -> str:
+    ranks = [rank for rank in settings["rank_pattern"].values() if rank > 0]
     return _TEXT.format(
-        base=f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "its base model",
+        base=f"`{base}`" if (base := settings["base_model_name_or_path"]) else "its base model",
         layers=len(ranks),
         ranks=" to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "0 (not initialised yet)",
         folder=name,
-        settings="\n".join(f"| `{field}` | `{getattr(config, field)!r}` |" for field in _SETTINGS),
+        settings="\n".join(f"| `{field}` | `{settings[field]!r}` |" for field in _SETTINGS),
         versions="\n".join(versions),
     )

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from semu_peft import SemuConfig, objectives
-from semu_peft.concept import ConceptExamples, concept_examples, denoiser_targets, unlearn_concept
-from semu_peft.concept.examples import nested
+from semu_peft.concept import ConceptExamples, denoiser_targets, unlearn_concept
+from semu_peft.concept.dataset import concept_examples, nested
 from semu_peft.concept.families import denoiser_of, family_of
+from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.objectives.denoiser import SHARED
-from semu_peft.sampling import sample_pipeline
 from semu_peft.tuner.adapted import semu_layers
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16}

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from semu_peft.evaluation import Predictions, evaluate_forgetting, membership_inference, predict
+from semu_peft.evaluation import (
+    Predictions,
+    evaluate_forgetting,
+    membership_inference,
+    predict,
+)
 
 
 class Passthrough(nn.Module):

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import load_file
 
-from semu_peft.sampling import sample_pipeline
+from semu_peft.concept.sampling import sample_pipeline
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "erase_concept.py"
 # The configurations of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, and narrow versions of them.

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from semu_peft.evaluation import Predictions
+from semu_peft.linalg.factorize import Factors
 from semu_peft.report import plot_confusion, plot_spectra
-from semu_peft.subspace.factorize import Factors
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
 

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from semu_peft import SemuConfig
 from semu_peft.concept import unlearn_concept
-from semu_peft.report import SampleGrids, plot_before_after, plot_samples, plot_scales
+from semu_peft.report import (
+    SampleGrids,
+    plot_before_after,
+    plot_samples,
+    plot_scales,
+)
 from semu_peft.report.samples import _strip
 from semu_peft.tuner.adapted import semu_layers
 

@@ -15,9 +15,14 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives
-from semu_peft.subspace.accumulators import ExactSum
-from semu_peft.subspace.batch_gradient import DenseGradient
+from semu_peft import (
+    SemuConfig,
+    SubspaceProfile,
+    initialize_semu_weights,
+    objectives,
+)
+from semu_peft.gradients.batch_gradient import DenseGradient
+from semu_peft.gradients.statistics import ExactSum
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET = objectives.CrossEntropy()

@@ -10,7 +10,12 @@ from models import Cnn, Mlp, Snapshot, image_batches, vector_batches
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives
+from semu_peft import (
+    SemuConfig,
+    SubspaceProfile,
+    initialize_semu_weights,
+    objectives,
+)
 from semu_peft.subspace import RankBudget, RetainSubspace
 from semu_peft.tuner.adapted import semu_layers
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semu_peft.subspace import leading_factors, rank_for_energy
+from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.linalg.factorize import leading_factors
 
 
 @pytest.mark.parametrize(

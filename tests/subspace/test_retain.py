@@ -9,7 +9,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
-from semu_peft.subspace import Factors, Overlap, RetainSubspace, leading_factors
+from semu_peft.linalg.factorize import Factors, leading_factors
+from semu_peft.subspace import Overlap, RetainSubspace
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()

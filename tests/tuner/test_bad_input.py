@@ -23,7 +23,13 @@ from peft import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, SemuLayer, initialize_semu_weights, objectives, unlearn
+from semu_peft import (
+    SemuConfig,
+    SemuLayer,
+    initialize_semu_weights,
+    objectives,
+    unlearn,
+)
 from semu_peft.tuner.adapted import semu_layers
 
 WEIGHTS = "adapter_model.safetensors"

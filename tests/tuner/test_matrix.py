@@ -26,7 +26,15 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, SemuLayer, initialize_semu_weights, rerank, set_scale, to_lora, unlearn
+from semu_peft import (
+    SemuConfig,
+    SemuLayer,
+    initialize_semu_weights,
+    rerank,
+    set_scale,
+    to_lora,
+    unlearn,
+)
 from semu_peft.tuner.adapted import semu_layers
 
 CONFIGS: dict[str, dict[str, Any]] = {

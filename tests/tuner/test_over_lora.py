@@ -10,7 +10,12 @@ from models import Cnn, llama, run, sample_input
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from semu_peft import SemuConfig, SemuLayer, initialize_semu_weights, set_scale
+from semu_peft import (
+    SemuConfig,
+    SemuLayer,
+    initialize_semu_weights,
+    set_scale,
+)
 from semu_peft.tuner.adapted import semu_layers
 
 

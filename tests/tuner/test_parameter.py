@@ -22,7 +22,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from semu_peft import SemuConfig, initialize_semu_weights, rerank, save_as_lora, to_lora
+from semu_peft import (
+    SemuConfig,
+    initialize_semu_weights,
+    rerank,
+    save_as_lora,
+    to_lora,
+)
 from semu_peft.tuner import ParamWrapper
 from semu_peft.tuner.adapted import semu_layers
 

@@ -30,7 +30,13 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, SemuLayer, SemuModel, register, save_as_lora
+from semu_peft import (
+    SemuConfig,
+    SemuLayer,
+    SemuModel,
+    register,
+    save_as_lora,
+)
 from semu_peft.tuner.adapted import semu_layers
 
 Model = tuple[Callable[[], Any], Any]

@@ -13,7 +13,12 @@ from models import run
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, initialize_semu_weights, rerank, save_as_lora
+from semu_peft import (
+    SemuConfig,
+    initialize_semu_weights,
+    rerank,
+    save_as_lora,
+)
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.quantized import QuantizedLinear
 

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from semu_peft import SemuConfig, initialize_semu_weights, rerank, save_as_lora
+from semu_peft import (
+    SemuConfig,
+    initialize_semu_weights,
+    rerank,
+    save_as_lora,
+)
 from semu_peft.tuner import Embedding
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.tied import TiedEmbedding, TiedLinear

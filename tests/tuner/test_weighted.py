@@ -12,7 +12,12 @@ from models import Cnn, Mlp, Snapshot, llama, run, sample_input
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from semu_peft import SemuConfig, rerank, set_scale, to_lora
+from semu_peft import (
+    SemuConfig,
+    rerank,
+    set_scale,
+    to_lora,
+)
 from semu_peft.tuner.adapted import semu_layers
 
 WEIGHTS = {"first": 0.7, "second": -1.5}

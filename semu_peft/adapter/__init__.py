@@ -1,0 +1,1 @@
+"""What is done to a trained adapter in its model: dial, cut down, exchange, take out."""

@@ -1,0 +1,72 @@
+"""Exchange an adapter's weights in place, so that compiled code and captured graphs go on running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import load_peft_weights
+from torch import nn
+
+from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.config import SemuConfig
+from semu_peft.tuner.reduced_bases import restored_bases
+
+_KINDS = ("semu_U", "semu_V", "semu_core")
+_PREFIX = "base_model.model."
+# What the shapes of the tensors do not tell, but the forward pass depends on.
+_FIELDS = ("conv_mode", "core")
+
+
+@torch.no_grad()
+def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Replace the weights of an adapter by those of a saved one with the same layers and ranks, in place.
+
+    PEFT's function of this name is for LoRA alone. Every tensor keeps its place in memory, so a model compiled with
+    `torch.compile` is not compiled again. The adapter keeps its name and scale, and whether it is active. A merged
+    adapter is refused. Optimisers made before go on with their old momenta.
+
+    Args:
+        model: A `PeftModel`, a model with an injected adapter, or either compiled.
+        model_name_or_path: The saved adapter, a folder or a Hub repository.
+        adapter_name: The adapter to overwrite.
+        **kwargs: For finding the saved adapter: `subfolder`, `revision`, `token`, `cache_dir` …
+
+    Raises:
+        ValueError: The adapters differ in layers, shapes, `conv_mode` or `core`, the saved one carries more than
+            corrections (`modules_to_save`, `bias`), or the adapter is unknown or merged. Nothing is changed then.
+    """
+    layers = semu_layers(getattr(model, "_orig_mod", model), adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    config = SemuConfig.from_pretrained(model_name_or_path, **kwargs)
+    current = next(iter(layers.values())).configs[adapter_name]
+    for name in _FIELDS:
+        if getattr(config, name) != getattr(current, name):
+            raise ValueError(
+                f"Configs are incompatible: for {name}, {getattr(current, name)!r} != {getattr(config, name)!r}. "
+                "Load the adapter beside the other one instead (`load_adapter`)."
+            )
+    found = restored_bases(load_peft_weights(model_name_or_path, device="cpu", **kwargs), config.save_dtype)
+    places = {
+        f"{_PREFIX}{name}.{kind}": getattr(layer, kind)[adapter_name]
+        for name, layer in layers.items()
+        for kind in _KINDS
+    }
+    if differing := sorted(places.keys() ^ found.keys()):
+        where = "the model" if differing[0] in places else model_name_or_path
+        raise ValueError(
+            f"The adapters are of different layers: only {where} has {differing[0]!r} ({len(differing)} such). Load "
+            "the adapter beside the other one instead (`load_adapter`)."
+        )
+    for key, place in places.items():
+        if found[key].shape != place.shape:
+            raise ValueError(
+                f"{key!r} has shape {tuple(found[key].shape)} in {model_name_or_path} and {tuple(place.shape)} in the "
+                "model. Adapters of other ranks are loaded beside the old one (`load_adapter`)."
+            )
+    for key, place in places.items():
+        place.copy_(found[key])
+    for layer in layers.values():
+        if layer.r[adapter_name] > 0:
+            layer._has_basis[adapter_name] = bool(layer.semu_U[adapter_name].any())

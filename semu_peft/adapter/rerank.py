@@ -1,0 +1,98 @@
+"""Cut a trained adapter down to fewer directions, with a known error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.layer import SemuLayer
+
+
+@dataclass(frozen=True)
+class RerankReport:
+    """What re-ranking did to each layer.
+
+    Attributes:
+        ranks_before: Rank by layer name.
+        ranks_after: Rank by layer name.
+        relative_error: `‖ΔW − ΔW'‖_F / ‖ΔW‖_F` by layer name.
+        total_relative_error: The same over all layers together.
+    """
+
+    ranks_before: dict[str, int]
+    ranks_after: dict[str, int]
+    relative_error: dict[str, float]
+    total_relative_error: float
+
+    def __str__(self) -> str:
+        before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
+        return (
+            f"{before} -> {after} directions in {len(self.ranks_after)} layers, error {self.total_relative_error:.2%}"
+        )
+
+
+def rerank(
+    model: nn.Module,
+    *,
+    explained_variance: float | None = None,
+    rank: int | None = None,
+    adapter_name: str = "default",
+) -> RerankReport:
+    """Cut a trained adapter down, in place, to the best approximation of lower rank (Eckart–Young).
+
+    As `U` and `V` are orthonormal, an SVD of the small core, `R = P Σ Qᵀ`, is one of the whole correction:
+    `ΔW = (U P) Σ (V Q)ᵀ`. Each layer keeps its leading directions; the new core is diagonal and the bases stay
+    orthonormal. Optimisers made before hold the old cores.
+
+    Args:
+        model: A model with a trained SEMU adapter.
+        explained_variance: Keep the fewest directions that hold this share of each layer's `‖ΔW‖²`.
+        rank: Keep this many directions at the most; both bounds may be given.
+        adapter_name: The adapter to re-rank.
+
+    Raises:
+        ValueError: Neither bound is given, one is out of range, or the adapter is unknown or merged.
+    """
+    if explained_variance is None and rank is None:
+        raise ValueError("Give `explained_variance`, `rank` or both.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
+    share = 1.0 if explained_variance is None else explained_variance
+    layers = semu_layers(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    before, after, errors = {}, {}, {}
+    lost_total = energy_total = 0.0
+    for name, layer in layers.items():
+        before[name] = layer.r[adapter_name]
+        lost, energy = _rerank_layer(layer, adapter_name, share, rank) if before[name] else (0.0, 0.0)
+        after[name] = layer.configs[adapter_name].rank_pattern[name] = layer.r[adapter_name]
+        errors[name] = math.sqrt(lost / energy) if energy > 0 else 0.0
+        lost_total, energy_total = lost_total + lost, energy_total + energy
+    total = math.sqrt(lost_total / energy_total) if energy_total > 0 else 0.0
+    return RerankReport(before, after, errors, total)
+
+
+@torch.no_grad()
+def _rerank_layer(layer: SemuLayer, adapter_name: str, share: float, cap: int | None) -> tuple[float, float]:
+    """Re-rank one layer; return the squared norm of what was lost and of what there was."""
+    core = layer.semu_core[adapter_name].detach()
+    diagonal = layer.configs[adapter_name].core == "diagonal"
+    matrix = torch.diag_embed(core) if diagonal else core
+    left, values, right = torch.linalg.svd(matrix.double())
+    energy = values.square()
+    rank = max(rank_for_energy(values, share), 1)  # an untrained core keeps one direction to be trained in
+    rank = rank if cap is None else min(rank, cap)
+    kept = values[..., :rank].to(core)
+    layer.set_basis(
+        adapter_name,
+        layer.semu_U[adapter_name] @ left[..., :rank].to(core),
+        layer.semu_V[adapter_name] @ right.mT[..., :rank].to(core),
+        kept if diagonal else torch.diag_embed(kept),
+    )
+    return float(energy[..., rank:].sum()), float(energy.sum())

@@ -1,0 +1,33 @@
+"""Dial how much of its forgetting an adapter applies."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from semu_peft.tuner.adapted import semu_layers
+
+
+def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
+    """Apply `scale` times an adapter's correction: `W' = W + scale · U R Vᵀ`, in all of its layers.
+
+    0 is the original model, 1 the trained forgetting; between them the forgetting is partial, beyond 1 it is stronger,
+    and a negative scale moves the other way, towards what was to be forgotten. The scale is not saved with the adapter,
+    but goes into everything made from it: merged weights, an exported LoRA, a sum of adapters.
+
+    Args:
+        model: A `PeftModel`, or a model with an injected adapter.
+        scale: Any finite number.
+        adapter_name: The adapter to scale; others keep their scales.
+
+    Raises:
+        ValueError: `scale` is not finite, or the adapter is unknown or merged. Nothing is changed then.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"`scale` must be a finite number, got {scale!r}.")
+    layers = semu_layers(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    for layer in layers.values():
+        layer.set_scale(adapter_name, float(scale))

@@ -1,0 +1,99 @@
+"""Samples with a seed for each image, so that before and after, and any batch size, start from equal noise."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.objectives.denoiser import Condition, predict
+
+
+@torch.no_grad()
+def sample_denoiser(
+    model: nn.Module,
+    scheduler: Any,
+    condition: Condition,
+    shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    num_inference_steps: int = 50,
+    unconditional: Condition | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Sample from a bare denoiser, for models that have no pipeline, such as a class-conditional `UNet2DModel`.
+
+    Args:
+        model: The denoiser, in eval mode.
+        scheduler: Any diffusers scheduler that samples; it is left as it is.
+        condition: What to sample, tensors `(N, ...)`, on the model's device.
+        shape: Shape of one sample, for example `(channels, height, width)`.
+        seeds: One seed per sample, N of them.
+        num_inference_steps: Steps of the sampler.
+        unconditional: The condition to guide away from.
+        guidance_scale: `s` in classifier-free guidance `u + s (c − u)`; above 1 it needs `unconditional`.
+
+    Returns:
+        Samples `(N, *shape)` in the denoiser's space, float32, on its device.
+
+    Raises:
+        ValueError: Guidance is asked for without `unconditional`.
+    """
+    if guidance_scale != 1.0 and unconditional is None:
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale}: give the `unconditional` condition to guide away from."
+        )
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    device = next(model.parameters()).device
+    generators = seeded(seeds)
+    noisy = torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
+    noisy = noisy * getattr(scheduler, "init_noise_sigma", 1.0)
+    accepted = inspect.signature(scheduler.step).parameters
+    draws = {"generator": generators} if "generator" in accepted else {}
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(noisy, timestep) if hasattr(scheduler, "scale_model_input") else noisy
+        told = timestep.to(device).expand(len(noisy))
+        prediction = predict(model, scaled, told, condition)
+        if unconditional is not None and guidance_scale != 1.0:
+            nothing = predict(model, scaled, told, unconditional)
+            prediction = nothing + guidance_scale * (prediction - nothing)
+        noisy = scheduler.step(prediction, timestep, noisy, **draws).prev_sample
+    return noisy
+
+
+def sample_pipeline(
+    pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], batch_size: int = 8, **settings: Any
+) -> Tensor:
+    """Sample images from a text-to-image pipeline.
+
+    Args:
+        pipe: A diffusers pipeline.
+        prompts: N prompts.
+        seeds: One seed per prompt.
+        batch_size: Images at a time.
+        settings: What the pipeline takes beside: `num_inference_steps`, `guidance_scale`, `height`, `width` …
+
+    Returns:
+        Images `(N, 3, height, width)` in [0, 1], float32, on the CPU.
+
+    Raises:
+        ValueError: There are not as many seeds as prompts.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"`seeds` has {len(seeds)} entries for {len(prompts)} prompts: expected one for each.")
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        output = pipe(list(prompts[part]), generator=seeded(seeds[part]), output_type="pt", **settings)
+        parts.append(output.images.float().cpu())
+    return torch.cat(parts)
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per seed: samples are then the same on every device."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

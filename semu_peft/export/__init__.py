@@ -1,0 +1,1 @@
+"""Ship an adapter in the formats of others, and take theirs in."""

@@ -1,0 +1,126 @@
+"""Take a LoRA for a SEMU adapter: the way back from `to_lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.tuner.adapted import exactly
+from semu_peft.tuner.config import SemuConfig
+
+_PREFIX = "base_model.model."
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+# Each changes what a LoRA computes, or with which weights, into something that is not `W + s B A`.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+)
+_SEMU_BIAS = {"none": "none", "all": "all", "lora_only": "semu_only"}
+
+
+def from_lora(
+    config: LoraConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    explained_variance: float = 1.0,
+    rank: int | None = None,
+) -> tuple[SemuConfig, dict[str, Tensor]]:
+    """Write a LoRA of linear layers and convolutions as a SEMU adapter, with the same `ΔW` unless it is cut down.
+
+    With `B = Q_b T_b` and `Aᵀ = Q_a T_a` an SVD of the small `s T_b T_aᵀ = P Σ Qᵀ` is one of the whole correction,
+    `ΔW = s B A = (Q_b P) Σ (Q_a Q)ᵀ`, with orthonormal bases and a core `Σ`. The dense `ΔW` is never formed. So the
+    adapter can be trained on inside its own subspace, re-ranked, added to others, dialled:
+
+        config, state_dict = from_lora(LoraConfig.from_pretrained(path), load_peft_weights(path))
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, state_dict)
+
+    Args:
+        config: The LoRA's configuration.
+        state_dict: Its weights, with PEFT's file keys, as `peft.load_peft_weights` and
+            [`to_lora`][semu_peft.export.lora.to_lora] give them.
+        explained_variance: Keep the fewest directions that hold this share of each layer's `‖ΔW‖²`; 1 keeps all.
+        rank: Keep this many directions at the most.
+
+    Returns:
+        The configuration and the state dict of the SEMU adapter, float32.
+
+    Raises:
+        ValueError: The state dict holds no such LoRA, or one that is more than `W + s B A` (DoRA, biases of its own,
+            grouped convolutions, embeddings, layers of an unknown kind), or a bound is out of range.
+    """
+    variants = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    if variants:
+        raise ValueError(f"A LoRA with {', '.join(variants)} is more than `W + s B A`; merge it and start from there.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be a positive integer or None, got {rank!r}.")
+    names = [key.removeprefix(_PREFIX).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
+    if not names:
+        example = next(iter(state_dict), "nothing")
+        raise ValueError(f"`state_dict` holds no LoRA (found {example!r}). Expected keys that end in {_DOWN!r}.")
+    converted: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    used = set()
+    for name in names:
+        down_key, up_key = f"{_PREFIX}{name}{_DOWN}", f"{_PREFIX}{name}{_UP}"
+        if up_key not in state_dict:
+            raise ValueError(f"`state_dict` has {down_key!r} without {up_key!r}.")
+        used |= {down_key, up_key}
+        left, values, right = _svd(name, state_dict[down_key], _scaling(config, name) * state_dict[up_key].double())
+        kept = rank_for_energy(values, explained_variance)
+        ranks[name] = kept if rank is None else min(kept, rank)
+        parts = {
+            "semu_U": left[:, : ranks[name]],
+            "semu_V": right[:, : ranks[name]],
+            "semu_core": torch.diag(values[: ranks[name]]),
+        }
+        converted |= {f"{_PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts.items()}
+    others = {key: value for key, value in state_dict.items() if key not in used}
+    if unknown := [key for key in others if ".lora_" in key]:
+        raise ValueError(f"{unknown[0]!r} ({len(unknown)} such) is of a kind of layer that SEMU cannot take from LoRA.")
+    semu_config = SemuConfig(
+        target_modules="|".join(exactly(name)[1:] for name in names),
+        rank_pattern=ranks,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        bias=_SEMU_BIAS[config.bias],  # type: ignore[arg-type]
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type,
+        inference_mode=config.inference_mode,
+    )
+    return semu_config, converted | others
+
+
+def _scaling(config: LoraConfig, name: str) -> float:
+    """LoRA's factor for one layer, `α / r`, or `α / √r` for rank-stabilised LoRA."""
+    patterns, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = patterns.get(get_pattern_key(list(patterns), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _svd(name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`U`, the singular values and `V` of `up @ down`, with convolutions read as one matrix, in float64."""
+    if down.dim() != up.dim() or down.shape[0] != up.shape[1]:
+        raise ValueError(
+            f"The LoRA of layer {name!r} has A of shape {tuple(down.shape)} and B of shape {tuple(up.shape)}. Expected "
+            "(r, n) and (m, r), or the kernels of an ungrouped convolution and a pointwise one: a LoRA of a grouped "
+            "convolution mixes its groups, which the grouped weight cannot."
+        )
+    left, left_mix = torch.linalg.qr(up.flatten(1))
+    right, right_mix = torch.linalg.qr(down.double().flatten(1).mT)
+    inner_left, values, inner_right = torch.linalg.svd(left_mix @ right_mix.mT, full_matrices=False)
+    # What rounding alone gives must not count as a direction of its own.
+    noise = max(up.shape[0], right.shape[0]) * torch.finfo(torch.float32).eps * values[:1]
+    values = torch.where(values > noise, values, torch.zeros_like(values))
+    return left @ inner_left, values, right @ inner_right.mT

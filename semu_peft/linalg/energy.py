@@ -1,0 +1,60 @@
+"""How much of a matrix its leading singular values hold, and which of them are nothing but rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_explained_variance(explained_variance: float) -> None:
+    """Raise ValueError unless γ lies in (0, 1]."""
+    if not 0 < explained_variance <= 1:
+        raise ValueError(f"`explained_variance` must be in (0, 1], got {explained_variance!r}.")
+
+
+def rank_for_energy(singular_values: Tensor, explained_variance: float, energy: Tensor | None = None) -> int:
+    """The smallest rank whose leading singular values hold the wanted share of the energy.
+
+    The smallest `r ≥ 1` with `Σ_{i≤r} s_i² ≥ γ ‖G‖²` (SEMU, arXiv 2502.07587, section 3), summed in float64; 0 for a
+    matrix of zeros. For a batch of matrices it is the largest rank that any of them needs. Where the values given do
+    not reach the share, it is their number.
+
+    Args:
+        singular_values: `(k,)` or `(batch, k)`, in descending order.
+        explained_variance: γ in (0, 1].
+        energy: `‖G‖²`, `()` or `(batch,)`, where the values are not all of them; by default the sum of their squares.
+
+    Raises:
+        ValueError: γ is outside (0, 1].
+    """
+    check_explained_variance(explained_variance)
+    sums = singular_values.double().square().cumsum(-1)
+    count = sums.shape[-1]
+    if count == 0:
+        return 0
+    total = sums[..., -1] if energy is None else torch.maximum(energy.to(sums), sums[..., -1])
+    ranks = (sums < explained_variance * total.unsqueeze(-1)).sum(-1) + 1
+    # At γ = 1 rounding may keep the sum below an energy that was summed otherwise; a direction of 0 adds nothing.
+    useful = (singular_values > 0).sum(-1)
+    return int(torch.minimum(ranks, useful).max()) if ranks.numel() else 0
+
+
+def squared_norm(matrix: Tensor) -> Tensor:
+    """`‖G‖_F²` in float64, of each matrix in a batch.
+
+    Norms of rows come first: a sum over the whole matrix in float32 would lose digits, a copy in float64 takes longer.
+    Those of half precision are taken in float32, or they would be rounded to its digits.
+    """
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).double().square().sum(-1)
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest absolute value, in one pass without a copy; NaN if there is one, 0 of an empty tensor."""
+    return float(torch.stack(tensor.aminmax()).abs().max()) if tensor.numel() else 0.0
+
+
+def without_noise(values: Tensor, shape: tuple[int, ...], resolution: float) -> Tensor:
+    """Singular values with zeros for what rounding alone would give: it must not count as a direction (at γ = 1)."""
+    noise = max(shape[-2:], default=0) * resolution * values[..., :1]
+    return torch.where(values > noise, values, torch.zeros_like(values))

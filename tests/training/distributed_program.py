@@ -1,0 +1,73 @@
+"""Unlearning on as many processes as this is launched with; writes the trained cores for `test_distributed.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DataLoaderConfiguration
+from models import llama
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from semu_peft import unlearn
+from semu_peft.tuner.adapted import semu_layers
+
+folder, mode, accumulation, precision, clip = sys.argv[1:]
+
+
+def next_token_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+torch.manual_seed(0)
+model = PeftModel.from_pretrained(llama(), f"{folder}/adapter", is_trainable=True)
+tokens = torch.randint(32, (32, 6), generator=torch.Generator().manual_seed(1))
+zero = None
+if mode.startswith("zero"):
+    zero = DeepSpeedPlugin(hf_ds_config=str(Path(__file__).parents[2] / "examples" / "deepspeed" / f"{mode}.json"))
+accelerator = Accelerator(
+    cpu=zero is None,
+    deepspeed_plugin=zero,
+    gradient_accumulation_steps=int(accumulation),
+    mixed_precision=precision,
+    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+)
+if mode == "fsdp2":  # which Accelerate itself knows on accelerators only
+    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model._is_accelerate_prepared = True  # or it would be wrapped for DDP
+# DeepSpeed without an accelerator shards the parameters over both processes, and Accelerate gives both all of the data.
+shares = 1 if mode == "single" or zero else 2
+assert accelerator.num_processes == shares, accelerator.distributed_type
+assert mode == "single" or torch.distributed.get_world_size() == 2
+examples = [{"input_ids": row, "labels": row} for row in tokens]
+loader = DataLoader(examples, batch_size=8 // shares, shuffle=False)
+result = unlearn(
+    model, loader, next_token_loss, epochs=2, learning_rate=3e-2, max_grad_norm=float(clip) or None,
+    accelerator=accelerator, progress=False,
+)  # fmt: skip
+cores = {}
+for name, layer in semu_layers(model).items():
+    core = layer.semu_core["default"]
+    assert isinstance(core, DTensor) == (mode == "fsdp2")
+    if mode == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([core]):
+            cores[name] = core.detach().clone()
+    else:
+        core = core.detach()
+        cores[name] = (core.full_tensor() if isinstance(core, DTensor) else core).contiguous()
+if accelerator.is_main_process:
+    losses = {"losses": torch.tensor([entry["loss"] for entry in result.history])}
+    save_file({**cores, **losses}, f"{folder}/{mode}-{accumulation}-{precision}.safetensors")
+accelerator.end_training()
