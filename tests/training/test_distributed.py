@@ -46,7 +46,7 @@ def train(folder: Path, mode: str, *options: str) -> dict[str, torch.Tensor]:
             launch += ["--use_deepspeed", "--deepspeed_config_file", str(ZERO / f"{mode}.json")]
         else:  # Accelerate's name for a launcher of several processes; the program asks for CPUs
             launch += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        path = os.pathsep.join([str(ROOT), str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         environment = {
             **os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
