@@ -1,30 +1,16 @@
-"""What all tests share: a fixed seed, a fresh Accelerate, and the real data for those who have it."""
+"""The real data, for those who have it; what all tests share stands in the repository's root."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
+
+collect_ignore = ["training/distributed_program.py"]  # a program, which runs when the search for examples imports it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, default=None, help="folder with cifar10/ and tofu/, for tests on real data")
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings in singletons, which one test must not hand to the next."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
