@@ -7,6 +7,7 @@ from .concept import unlearn_concept
 from .export.diffusers import save_as_diffusers_lora
 from .export.from_lora import from_lora
 from .export.lora import save_as_lora, to_lora
+from .objectives import Retain
 from .subspace import (
     RankBudget,
     RetainSubspace,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RankBudget",
     "RerankReport",
+    "Retain",
     "RetainSubspace",
     "SemuConfig",
     "SemuLayer",

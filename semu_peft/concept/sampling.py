@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semu_peft.objectives.denoiser import Condition, predict
+from semu_peft.objectives.denoiser import Condition, denoiser_output
 
 
 @torch.no_grad()
@@ -58,9 +58,9 @@ def sample_denoiser(
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(noisy, timestep) if hasattr(scheduler, "scale_model_input") else noisy
         told = timestep.to(device).expand(len(noisy))
-        prediction = predict(model, scaled, told, condition)
+        prediction = denoiser_output(model, scaled, told, condition)
         if unconditional is not None and guidance_scale != 1.0:
-            nothing = predict(model, scaled, told, unconditional)
+            nothing = denoiser_output(model, scaled, told, unconditional)
             prediction = nothing + guidance_scale * (prediction - nothing)
         noisy = scheduler.step(prediction, timestep, noisy, **draws).prev_sample
     return noisy

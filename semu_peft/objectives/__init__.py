@@ -1,6 +1,6 @@
 """What forgetting means: plain callables `(model, batch) -> scalar loss`."""
 
-from .base import Objective, WeightedSum
+from .base import LossFunction, Objective, WeightedSum, as_objective
 from .classification import (
     CrossEntropy,
     DecoupledDistillation,
@@ -19,6 +19,7 @@ from .diffusion import (
     PreservePrediction,
 )
 from .noise_schedule import NoiseSchedule
+from .retain import Retain, as_retain
 
 __all__ = [
     "ConditionMatching",
@@ -29,12 +30,16 @@ __all__ = [
     "EmbeddingMatching",
     "GradientAscent",
     "InvertedHinge",
+    "LossFunction",
     "NegativeGuidance",
     "NoiseSchedule",
     "Objective",
     "PreservePrediction",
     "RandomLabel",
+    "Retain",
     "UniformDistribution",
     "UnseenConfidence",
     "WeightedSum",
+    "as_objective",
+    "as_retain",
 ]

@@ -2,58 +2,129 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""`(model, batch) -> scalar loss` that is to be minimised: an `Objective` or a plain function."""
+
+Distribution = Literal["categorical", "gaussian"]
+"""What a model's output describes: probabilities of classes or tokens, or the mean of a Gaussian (a denoiser)."""
 
 
 class Objective(ABC):
     """A callable `(model, batch) -> scalar loss` that is to be minimised.
 
-    Objectives add and scale, `forget + 0.5 * other`, and save their random state with
-    [`state_dict`][semu_peft.objectives.base.Objective.state_dict], so that a resumed run draws what an uninterrupted
-    one would have drawn. Any other callable with this signature serves as well.
+    Objectives add, subtract and scale like numbers, also with plain functions of the same signature, and `sum([...])`
+    works. They save their random state with [`state_dict`][semu_peft.objectives.base.Objective.state_dict], so that a
+    resumed run draws what an uninterrupted one would have drawn.
+
+    Attributes:
+        distribution: What the model's output is, `"categorical"` over classes or tokens, `"gaussian"` for a denoiser;
+            None where it is neither or unknown.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import Objective
+        >>> class MeanOutput(Objective):
+        ...     def __call__(self, model, batch):
+        ...         return model(batch).mean()
+        >>> objective = 2 * MeanOutput() - (lambda model, batch: model(batch).max())
+        >>> objective(torch.nn.Identity(), torch.tensor([1.0, 3.0]))
+        tensor(1.)
     """
+
+    distribution: Distribution | None = None
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of one batch as a scalar tensor, in float32 or better."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved to go on exactly: the random state, where there is one."""
+        """Return what must be saved to go on exactly: the random state, where there is one."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most objectives have no state
         """Restore what `state_dict` returned."""
 
+    def __add__(self, other: LossFunction | Literal[0]) -> Objective:
+        if _is_zero(other):
+            return self
+        if not callable(other):
+            return NotImplemented
+        return WeightedSum((*_terms(self), *_terms(as_objective(other))))
+
+    def __radd__(self, other: LossFunction | Literal[0]) -> Objective:
+        if _is_zero(other):  # where `sum` begins
+            return self
+        return as_objective(other) + self if callable(other) else NotImplemented
+
+    def __sub__(self, other: LossFunction) -> Objective:
+        return self + -as_objective(other) if callable(other) else NotImplemented
+
+    def __rsub__(self, other: LossFunction) -> Objective:
+        return as_objective(other) + -self if callable(other) else NotImplemented
+
+    def __neg__(self) -> WeightedSum:
+        return self * -1.0
+
     def __mul__(self, weight: float) -> WeightedSum:
-        return WeightedSum(((float(weight), self),))
+        factor = finite_number(weight, "weight")
+        return WeightedSum(tuple((factor * inner, objective) for inner, objective in _terms(self)))
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Objective) -> WeightedSum:
-        if not isinstance(other, Objective):
-            return NotImplemented
-        return WeightedSum((*_terms(self), *_terms(other)))
+    def __truediv__(self, divisor: float) -> WeightedSum:
+        if finite_number(divisor, "divisor") == 0:
+            raise ValueError(
+                "`divisor` must be a finite number other than zero, got 0. Leave the objective out instead."
+            )
+        return self * (1.0 / float(divisor))
 
 
 @dataclass(frozen=True)
 class WeightedSum(Objective):
-    """`Σ weight · objective`, made by adding and scaling objectives. All terms see the same batch."""
+    """`Σ weight · objective`, made by adding and scaling objectives; all terms see the same batch.
+
+    Its `distribution` is that of its terms if they agree, else None.
+
+    Args:
+        terms: Pairs of a weight and an objective or plain function.
+
+    Raises:
+        TypeError: A weight is no number, or an objective cannot be called.
+        ValueError: A weight is not finite, or there is no term.
+
+    Examples:
+        >>> from semu_peft.objectives import CrossEntropy, UniformDistribution
+        >>> total = CrossEntropy() + 0.5 * UniformDistribution()
+        >>> total.terms
+        ((1.0, CrossEntropy()), (0.5, UniformDistribution()))
+        >>> total.distribution
+        'categorical'
+    """
 
     terms: tuple[tuple[float, Objective], ...]
+    distribution: Distribution | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        terms = tuple((finite_number(weight, "weight"), as_objective(objective)) for weight, objective in self.terms)
+        if not terms:
+            raise ValueError("`terms` must hold at least one pair of a weight and an objective, got none. Add a term.")
+        agreed = {objective.distribution for _, objective in terms}
+        object.__setattr__(self, "terms", terms)
+        object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         losses = [weight * objective(model, batch) for weight, objective in self.terms]
         return torch.stack(losses).sum()
-
-    def __mul__(self, weight: float) -> WeightedSum:
-        return WeightedSum(tuple((float(weight) * own, objective) for own, objective in self.terms))
-
-    __rmul__ = __mul__
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): objective.state_dict() for index, (_, objective) in enumerate(self.terms)}
@@ -63,8 +134,24 @@ class WeightedSum(Objective):
             objective.load_state_dict(state[str(index)])
 
 
-def _terms(objective: Objective) -> tuple[tuple[float, Objective], ...]:
-    return objective.terms if isinstance(objective, WeightedSum) else ((1.0, objective),)
+@dataclass(frozen=True)
+class FunctionObjective(Objective):
+    """A plain function `(model, batch) -> scalar loss` as an objective, see `as_objective`.
+
+    Args:
+        function: What computes the loss. It has no state that would be saved.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.base import FunctionObjective
+        >>> FunctionObjective(lambda model, batch: model(batch).sum())(torch.nn.Identity(), torch.ones(3))
+        tensor(3.)
+    """
+
+    function: LossFunction
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.function(model, batch)
 
 
 @dataclass
@@ -85,3 +172,53 @@ class RandomObjective(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
+
+
+def as_objective(function: LossFunction) -> Objective:
+    """Turn a plain function `(model, batch) -> scalar loss` into an objective; an objective is returned as it is.
+
+    Raises:
+        TypeError: It cannot be called, or it is a class where an instance is meant.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import as_objective
+        >>> mean = as_objective(lambda model, batch: model(batch).mean())
+        >>> (mean / 2)(torch.nn.Identity(), torch.tensor([1.0, 3.0]))
+        tensor(1.)
+    """
+    if isinstance(function, Objective):
+        return function
+    if isinstance(function, type):
+        raise TypeError(
+            "`objective` must be an objective or a function (model, batch) -> loss, got the class "
+            f"{function.__name__}. Make one: `{function.__name__}()`."
+        )
+    if not callable(function):
+        raise TypeError(
+            f"`objective` must be an objective or a function (model, batch) -> loss, got {type(function).__name__}. "
+            "Take one from `semu_peft.objectives`, such as `CrossEntropy()`."
+        )
+    return FunctionObjective(function)
+
+
+def finite_number(value: Any, name: str) -> float:
+    """Return a number as a float, or say that the argument `name` is none.
+
+    Raises:
+        TypeError: It is no real number (a bool is none).
+        ValueError: It is NaN or infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a finite number, got {value!r}. Write it as a float, such as 0.5.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}. Write it as a float, such as 0.5.")
+    return float(value)
+
+
+def _terms(objective: Objective) -> tuple[tuple[float, Objective], ...]:
+    return objective.terms if isinstance(objective, WeightedSum) else ((1.0, objective),)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value == 0

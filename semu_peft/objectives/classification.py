@@ -36,6 +36,8 @@ def _original(model: nn.Module, batch: Any, reference: nn.Module | None) -> tupl
 class CrossEntropy(Objective):
     """`−log p(y | x)`: the ordinary training loss, for retain data."""
 
+    distribution = "categorical"
+
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(*_call(model, batch))
 
@@ -46,6 +48,8 @@ class GradientAscent(Objective):
 
     Unbounded below: stop early, or the model is destroyed.
     """
+
+    distribution = "categorical"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return -F.cross_entropy(*_call(model, batch))
@@ -60,6 +64,7 @@ class RandomLabel(RandomObjective):
         seed: Seed of the draws.
     """
 
+    distribution = "categorical"
     num_labels: int | None = None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -82,6 +87,7 @@ class DecoupledDistillation(Objective):
         reference: A frozen original model. By default the model itself with its adapters switched off.
     """
 
+    distribution = "categorical"
     reference: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -111,6 +117,7 @@ class UnseenConfidence(Objective):
         ValueError: `confidences` is empty or not within [0, 1].
     """
 
+    distribution = "categorical"
     confidences: Tensor = field(repr=False)
     reference: nn.Module | None = field(default=None, repr=False)
 
@@ -140,6 +147,8 @@ class UnseenConfidence(Objective):
 class InvertedHinge(Objective):
     """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621)."""
 
+    distribution = "categorical"
+
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, labels = _call(model, batch)
         probabilities = logits.softmax(-1)
@@ -151,6 +160,8 @@ class InvertedHinge(Objective):
 @dataclass
 class UniformDistribution(Objective):
     """`KL(uniform ‖ p)`: make the model know nothing of the forget data (Golatkar et al. 2020, arXiv 1911.04933)."""
+
+    distribution = "categorical"
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits, _ = _call(model, batch)

@@ -15,7 +15,7 @@ class-conditional models; `encoder_hidden_states` and what goes with it for text
 SHARED = ("txt_ids", "img_ids")  # positions, the same for all examples: one copy is passed on
 
 
-def predict(model: nn.Module, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
     """A denoiser's prediction, in float32.
 
     Args:

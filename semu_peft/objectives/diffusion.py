@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Objective, RandomObjective
-from .denoiser import Condition, predict
+from .denoiser import Condition, denoiser_output
 from .noise_schedule import NoiseSchedule
 from .reference import adapters_off
 
@@ -57,6 +57,7 @@ class DiffusionObjective(RandomObjective):
         ValueError: The scheduler is of an unknown kind, or the span is not within [0, 1].
     """
 
+    distribution = "gaussian"
     scheduler: Any = field(repr=False)
     antithetic: bool = field(default=True, kw_only=True)
     timestep_span: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
@@ -84,10 +85,10 @@ class DiffusionObjective(RandomObjective):
         )
 
     def _predict(self, model: nn.Module, at: _Noised, condition: Condition, guided: bool = True) -> Tensor:
-        prediction = predict(model, at.noisy, at.timestep, condition)
+        prediction = denoiser_output(model, at.noisy, at.timestep, condition)
         if not guided or self.guidance_scale == 1.0:
             return prediction
-        unconditional = predict(model, at.noisy, at.timestep, self._condition(at.batch, "unconditional"))
+        unconditional = denoiser_output(model, at.noisy, at.timestep, self._condition(at.batch, "unconditional"))
         return unconditional + self.guidance_scale * (prediction - unconditional)
 
     def _condition(self, batch: Mapping[str, Any], name: str) -> Condition:

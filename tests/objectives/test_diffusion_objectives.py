@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
 from semu_peft.objectives import NoiseSchedule
-from semu_peft.objectives.denoiser import predict, repeated
+from semu_peft.objectives.denoiser import denoiser_output, repeated
 from semu_peft.tuner.adapted import semu_layers
 
 DDPM = diffusers.DDPMScheduler()
@@ -210,7 +210,9 @@ def test_what_a_batch_lacks_is_named() -> None:
     with pytest.raises(TypeError, match="latents"):
         objectives.DenoisingLoss(DDPM)(Linear(), {"pixel_values": batch[0]})
     with pytest.raises(ValueError, match="same shape"):
-        predict(dit(), torch.randn(2, 4, 8, 8)[:, :, :4], torch.tensor([1, 2]), {"class_labels": torch.tensor([0, 1])})
+        denoiser_output(
+            dit(), torch.randn(2, 4, 8, 8)[:, :, :4], torch.tensor([1, 2]), {"class_labels": torch.tensor([0, 1])}
+        )
 
 
 # ---- real architectures ----
@@ -258,7 +260,7 @@ def test_learned_variances_are_left_out() -> None:
     labels, noisy, timestep = torch.tensor([1, 2]), torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
     full = model(noisy, timestep=timestep, class_labels=labels).sample
     assert full.shape == (2, 8, 8, 8)
-    assert torch.equal(predict(model, noisy, timestep, {"class_labels": labels}), full[:, :4])
+    assert torch.equal(denoiser_output(model, noisy, timestep, {"class_labels": labels}), full[:, :4])
 
 
 def test_a_bfloat16_denoiser_gives_float32_predictions() -> None:
@@ -266,7 +268,7 @@ def test_a_bfloat16_denoiser_gives_float32_predictions() -> None:
     exact = DENOISERS["text_unet"]()
     rounded = copy.deepcopy(exact).to(torch.bfloat16)
     timestep = torch.tensor([3, 50, 500, 900])
-    one, other = (predict(model, batch["latents"], timestep, batch["condition"]) for model in (exact, rounded))
+    one, other = (denoiser_output(model, batch["latents"], timestep, batch["condition"]) for model in (exact, rounded))
     assert one.dtype == other.dtype == torch.float32
     assert 0 < (one - other).norm() / one.norm() < 0.05
 

@@ -18,13 +18,16 @@ from semu_peft import SemuConfig
 from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
+    DenoisingLoss,
     GradientAscent,
     InvertedHinge,
+    NoiseSchedule,
     Objective,
     RandomLabel,
     UniformDistribution,
     UnseenConfidence,
     WeightedSum,
+    as_objective,
 )
 from semu_peft.objectives.reference import adapters_off
 
@@ -360,8 +363,87 @@ def test_weighted_sums() -> None:
     ):
         assert isinstance(objective, WeightedSum)
         assert objective(model, BATCH).item() == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(TypeError):
-        CrossEntropy() + 1.0  # type: ignore[operator]
+
+
+def test_arithmetic_of_objectives() -> None:
+    """Differences, negation, division and `sum` are those of the losses."""
+    model, ce, hinge = Table(LOGITS), CrossEntropy(), InvertedHinge()
+    value, other = ce(model, BATCH).item(), hinge(model, BATCH).item()
+    for objective, expected in (
+        (ce - hinge, value - other),
+        (ce - 2 * hinge - ce, -2 * other),
+        (-ce, -value),
+        (-(ce - hinge), other - value),
+        (ce / 4, value / 4),
+        ((ce + hinge) / np.float32(2), (value + other) / 2),
+        (ce * 2, 2 * value),
+        (sum([ce, hinge, ce]), 2 * value + other),
+        (sum([ce]), value),
+        (0 + ce + 0, value),
+    ):
+        assert objective(model, BATCH).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_plain_functions_are_lifted() -> None:
+    """A function adds from either side, and can be made an objective to be scaled."""
+
+    def largest(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).max()
+
+    model, ce = Table(LOGITS), CrossEntropy()
+    value, top = ce(model, BATCH).item(), LOGITS.max()
+    for objective, expected in (
+        (ce + largest, value + top),
+        (largest + ce, value + top),
+        (ce - largest, value - top),
+        (largest - ce, top - value),
+        (0.5 * as_objective(largest), top / 2),
+        (WeightedSum(((2.0, largest),)), 2 * top),  # type: ignore[arg-type]
+    ):
+        assert isinstance(objective, WeightedSum)
+        assert objective(model, BATCH).item() == pytest.approx(expected, abs=1e-12)
+        objective.load_state_dict(objective.state_dict())
+    assert as_objective(ce) is ce
+
+
+@pytest.mark.parametrize("weight", [True, "0.5", None, float("nan"), float("inf"), -float("inf"), 1j, CrossEntropy()])
+def test_weights_are_finite_numbers(weight: Any) -> None:
+    """Everything else is refused where it is written, and named."""
+    for combine in (
+        lambda: CrossEntropy() * weight,
+        lambda: CrossEntropy() / weight,
+        lambda: WeightedSum(((weight, CrossEntropy()),)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"`(weight|divisor)` must be a finite number, got") as raised:
+            combine()
+        assert repr(weight) in str(raised.value)
+
+
+def test_what_is_no_objective_does_not_add() -> None:
+    """Numbers, classes and text are refused; so are dividing by zero and a sum of nothing."""
+    for other in (1.0, None, "text", False):
+        with pytest.raises(TypeError):
+            CrossEntropy() + other  # type: ignore[operator]
+        with pytest.raises(TypeError):
+            other - CrossEntropy()  # type: ignore[operator]
+    with pytest.raises(TypeError, match=r"the class GradientAscent.*`GradientAscent\(\)`"):
+        CrossEntropy() + GradientAscent  # type: ignore[operator]
+    with pytest.raises(ValueError, match="`divisor`.*zero"):
+        CrossEntropy() / 0
+    with pytest.raises(ValueError, match="`terms`"):
+        WeightedSum(())
+
+
+def test_a_sum_has_the_distribution_that_its_terms_share() -> None:
+    """Cross entropies are of classes, denoising is Gaussian, and a sum of both, or with a function, is neither."""
+    denoising = DenoisingLoss(NoiseSchedule(torch.ones(2), torch.zeros(2), torch.arange(2)))
+    assert CrossEntropy().distribution == CrossEntropy.distribution == "categorical"
+    assert all(objective.distribution == "categorical" for objective, _ in EXPECTED.values())
+    assert RandomLabel().distribution == "categorical" and denoising.distribution == "gaussian"
+    assert (CrossEntropy() - 0.5 * RandomLabel()).distribution == "categorical"
+    assert (2 * denoising).distribution == "gaussian"
+    assert (CrossEntropy() + denoising).distribution is None
+    assert (CrossEntropy() + (lambda model, batch: model(batch[0]).sum())).distribution is None
 
 
 def test_terms_of_a_sum_draw_independently() -> None:
