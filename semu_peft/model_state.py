@@ -1,4 +1,4 @@
-"""Eval mode for a whole pass of training, with activations recomputed where the model was told to."""
+"""Where a model is and in which mode: eval mode for a whole pass, with activations recomputed where it was told to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model's inputs belong on: that of its first parameter which has its values at hand.
+
+    Offloaded weights lie on the meta device; whatever moves them in moves the inputs as well. A model that has no other
+    parameters, or none at all, takes its inputs on the CPU.
+
+    >>> from torch import nn
+    >>> device_of(nn.Linear(2, 2)), device_of(nn.Linear(2, 2, device="meta")), device_of(nn.ReLU())
+    (device(type='cpu'), device(type='cpu'), device(type='cpu'))
+    """
+    at_hand = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    return next(at_hand, torch.device("cpu"))
+
+
 @contextmanager
 def same_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into its own train or eval mode after the context."""
+    """Put every module back into its own train or eval mode after the context.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Dropout()).train()
+    >>> with same_modes(model):
+    ...     _ = model.eval()
+    >>> model.training
+    True
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -27,12 +50,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Transformers recomputes activations (`model.gradient_checkpointing_enable()`) only in layers that are in train mode.
     Those layers are put into train mode just while they decide that, and are in eval mode while they compute, so that
-    dropout is off in them as everywhere.
+    dropout is off in them as everywhere. Where no gradient is taken (`torch.no_grad`) there is nothing to recompute.
 
     Args:
         model: Any model. Backward passes belong inside the context, as they recompute in it.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> with eval_mode(model):
+    ...     model.training
+    False
+    >>> model.training
+    True
     """
-    recomputing = [vars(module) for module in model.modules() if _recomputes(module)]
+    recomputing = [vars(module) for module in model.modules() if _recomputes(module)] if torch.is_grad_enabled() else []
     functions = [attributes["_gradient_checkpointing_func"] for attributes in recomputing]
     with same_modes(model):
         model.eval()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 
+from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model
 
 from .comparison import ForgettingMetrics
@@ -101,7 +101,7 @@ def predict(
         ValueError: The loader is empty, or its labels or the model's logits are malformed or NaN.
     """
     if device is None:
-        device = _device_of(model)
+        device = device_of(model)
     batches: Iterable[Any] = loader
     if progress:
         from tqdm.auto import tqdm
@@ -110,7 +110,7 @@ def predict(
 
     labels, predicted, confidence = [], [], []
     num_classes: int | None = None
-    with _evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in batches:
             logits, batch_labels = call_model(model, send_to_device(batch, device))
             _check_classes(logits.shape[1], num_classes, name)
@@ -224,27 +224,6 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in parameters)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module has its own training flag back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter, or the CPU if it has none."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type == "meta":  # offloaded weights: Accelerate's hooks move the inputs
-        return torch.device("cpu")
-    return parameter.device
 
 
 def _check_classes(classes: int, before: int | None, name: str) -> None:

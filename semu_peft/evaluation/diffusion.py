@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classification import (
-    Predictions,
-    _device_of,
-    _evaluating,
-    predict,
-)
+from semu_peft.model_state import device_of, eval_mode
+
+from .classification import Predictions, predict
 
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
 """`(prompts, seeds) -> images`, one image for each pair."""
@@ -238,7 +235,7 @@ def clip_score(
     """
     if len(images) != len(prompts) or not len(images):
         raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: expected one prompt per image.")
-    device, scores = _device_of(model), []
+    device, scores = device_of(model), []
     for start in range(0, len(images), batch_size):
         pictures = (images[start : start + batch_size].clamp(0, 1) * 255).round().byte()
         arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
@@ -259,14 +256,14 @@ class _Features(nn.Module):
         if min(len(images), len(real)) < 2:
             raise ValueError(f"Distances need two images on each side, got {len(images)} and {len(real)}.")
         self.features = features
-        self.device = _device_of(features)
+        self.device = device_of(features)
         shape = self(images[:1].to(self.device)).shape
         if len(shape) != 2:
             raise ValueError(f"`features` must map images to (N, d), got {tuple(shape)} for one image.")
         self.num_features = int(shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
-        with _evaluating(self.features):
+        with torch.no_grad(), eval_mode(self.features):
             return self.features(images).float()
 
 
