@@ -11,7 +11,7 @@ installed = $(VENV)/.semu-installed-$(1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format docs
+.PHONY: help demo test lint format docs pictures
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ format: $(call installed,dev) ## rewrite the code in the house style
 
 docs: $(call installed,docs) ## build the documentation into site/
 	$(PY) -m mkdocs build --strict
+
+pictures: $(call installed,dev) ## draw the documentation's pictures again
+	$(PY) docs/pictures.py
 
 # torch goes first and alone: resolved with the rest, it may be replaced by a build with gigabytes of CUDA.
 $(VENV)/.semu-installed-%: pyproject.toml constraints.txt | $(PY)

@@ -1,0 +1,31 @@
+"""The pages name what is there: pictures with a text for those who do not see them, modules, rooms."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, name, pictures
+
+ILLUSTRATED = [page for page in PAGES if pictures(page)]
+
+
+def test_there_are_pictures() -> None:
+    shown = {path.resolve() for page in ILLUSTRATED for _, path in pictures(page)}
+    drawn = {path for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix in (".png", ".svg")}
+    assert shown == drawn
+
+
+@pytest.mark.parametrize("page", ILLUSTRATED, ids=name)
+def test_pictures_exist_are_small_and_have_a_text(page: Path) -> None:
+    for text, path in pictures(page):
+        assert path.is_file(), path
+        assert path.stat().st_size < 150_000, path
+        assert len(text) > 30, f"{path.name} is described as {text!r}: say what is to be seen"
+
+
+def test_the_house_is_drawn_from_the_contract() -> None:
+    drawing = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["house"]
+    drawn = (ROOT / "docs" / "pictures" / "house.svg").read_text(encoding="utf-8")
+    assert drawn == drawing(ROOT / "setup.cfg", ROOT / "semu_peft"), "the rooms have changed: run `make pictures`"
