@@ -89,10 +89,8 @@ def main() -> None:
             count = sum(parameter.numel() for parameter in unet.parameters())
             unet.set_attn_processor(Processor())
             targets = denoiser_targets(unet)
-            unet.add_adapter(SemuConfig(target_modules=targets, rank_pattern=dict.fromkeys(targets, RANK)))
+            unet.add_adapter(SemuConfig(target_modules=targets, ranks=dict.fromkeys(targets, RANK)))
             layers = semu_layers(unet).values()
-            for layer in layers:
-                layer._has_basis["default"] = True  # as initialised: meta tensors cannot be looked at
             kept = kept_for_backward(unet, side)
         sums = sum(4 * layer.weight.numel() for layer in layers)
         trained = sum(layer.semu_core["default"].numel() for layer in layers)

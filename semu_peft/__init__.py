@@ -16,6 +16,7 @@ from .subspace import (
 )
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
+    NotInitializedError,
     SemuConfig,
     SemuLayer,
     SemuModel,
@@ -26,6 +27,7 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "NotInitializedError",
     "RankBudget",
     "RerankReport",
     "Retain",

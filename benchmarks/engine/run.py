@@ -47,7 +47,7 @@ from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
 from semu_peft.gradients.gather import accumulate_gradients
-from semu_peft.linalg.factorize import Factors, leading_factors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.tuner.adapted import semu_layers
 
 RANKS = (16, 64)
@@ -348,7 +348,7 @@ def squared_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0)
 
 
-def energy_between(directions: Factors, matrix: torch.Tensor) -> float:
+def energy_between(directions: SingularFactors, matrix: torch.Tensor) -> float:
     """`‖Uᵀ G V‖²`."""
     return float((directions.left.to(matrix).T @ matrix @ directions.right.to(matrix)).double().square().sum())
 

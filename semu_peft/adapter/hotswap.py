@@ -8,11 +8,11 @@ import torch
 from peft.utils import load_peft_weights
 from torch import nn
 
-from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.reduced_bases import restored_bases
 
-_KINDS = ("semu_U", "semu_V", "semu_core")
+_KINDS = ("semu_U", "semu_V", "semu_core", "semu_offset")
 _PREFIX = "base_model.model."
 # What the shapes of the tensors do not tell, but the forward pass depends on.
 _FIELDS = ("conv_mode", "core")
@@ -34,9 +34,11 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
 
     Raises:
         ValueError: The adapters differ in layers, shapes, `conv_mode` or `core`, the saved one carries more than
-            corrections (`modules_to_save`, `bias`), or the adapter is unknown or merged. Nothing is changed then.
+            corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown or merged.
+            Nothing is changed then.
+        NotInitializedError: The adapter to overwrite has no bases yet: load the saved one with `load_adapter`.
     """
-    layers = semu_layers(getattr(model, "_orig_mod", model), adapter_name)
+    layers = initialized_layers(getattr(model, "_orig_mod", model), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
     config = SemuConfig.from_pretrained(model_name_or_path, **kwargs)
@@ -52,6 +54,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         f"{_PREFIX}{name}.{kind}": getattr(layer, kind)[adapter_name]
         for name, layer in layers.items()
         for kind in _KINDS
+        if adapter_name in getattr(layer, kind)
     }
     if differing := sorted(places.keys() ^ found.keys()):
         where = "the model" if differing[0] in places else model_name_or_path
@@ -67,6 +70,3 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
             )
     for key, place in places.items():
         place.copy_(found[key])
-    for layer in layers.values():
-        if layer.r[adapter_name] > 0:
-            layer._has_basis[adapter_name] = bool(layer.semu_U[adapter_name].any())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from semu_peft.linalg.energy import rank_for_energy
-from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.layer import SemuLayer
 
 
@@ -47,7 +47,7 @@ def rerank(
 
     As `U` and `V` are orthonormal, an SVD of the small core, `R = P Σ Qᵀ`, is one of the whole correction:
     `ΔW = (U P) Σ (V Q)ᵀ`. Each layer keeps its leading directions; the new core is diagonal and the bases stay
-    orthonormal. Optimisers made before hold the old cores.
+    orthonormal. An optimiser made before has momenta of the old shape: make a new one.
 
     Args:
         model: A model with a trained SEMU adapter.
@@ -57,13 +57,14 @@ def rerank(
 
     Raises:
         ValueError: Neither bound is given, one is out of range, or the adapter is unknown or merged.
+        NotInitializedError: The adapter has no bases yet.
     """
     if explained_variance is None and rank is None:
         raise ValueError("Give `explained_variance`, `rank` or both.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
     share = 1.0 if explained_variance is None else explained_variance
-    layers = semu_layers(model, adapter_name)
+    layers = initialized_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
     before, after, errors = {}, {}, {}
@@ -71,7 +72,7 @@ def rerank(
     for name, layer in layers.items():
         before[name] = layer.r[adapter_name]
         lost, energy = _rerank_layer(layer, adapter_name, share, rank) if before[name] else (0.0, 0.0)
-        after[name] = layer.configs[adapter_name].rank_pattern[name] = layer.r[adapter_name]
+        after[name] = layer.r[adapter_name]
         errors[name] = math.sqrt(lost / energy) if energy > 0 else 0.0
         lost_total, energy_total = lost_total + lost, energy_total + energy
     total = math.sqrt(lost_total / energy_total) if energy_total > 0 else 0.0
@@ -82,6 +83,8 @@ def rerank(
 def _rerank_layer(layer: SemuLayer, adapter_name: str, share: float, cap: int | None) -> tuple[float, float]:
     """Re-rank one layer; return the squared norm of what was lost and of what there was."""
     core = layer.semu_core[adapter_name].detach()
+    if adapter_name in layer.semu_offset:  # what is left of it is counted from zero again
+        core = core - layer.semu_offset[adapter_name]
     diagonal = layer.configs[adapter_name].core == "diagonal"
     matrix = torch.diag_embed(core) if diagonal else core
     left, values, right = torch.linalg.svd(matrix.double())

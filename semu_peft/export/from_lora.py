@@ -89,7 +89,7 @@ def from_lora(
         raise ValueError(f"{unknown[0]!r} ({len(unknown)} such) is of a kind of layer that SEMU cannot take from LoRA.")
     semu_config = SemuConfig(
         target_modules="|".join(exactly(name)[1:] for name in names),
-        rank_pattern=ranks,
+        ranks=ranks,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         bias=_SEMU_BIAS[config.bias],  # type: ignore[arg-type]

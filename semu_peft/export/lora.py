@@ -18,7 +18,7 @@ from semu_peft.files import written_whole
 from semu_peft.tuner.adapted import (
     base_model,
     exactly,
-    semu_layers,
+    initialized_layers,
     targets_for,
 )
 from semu_peft.tuner.adapter_file import without_wrappers
@@ -55,9 +55,10 @@ def to_lora(
         ValueError: There is no such adapter, it has no direction at all, or PEFT's LoRA cannot carry it: it ignores a
             convolution's dilation and padding modes other than zeros, adds up the weights of an
             `nn.MultiheadAttention` wrongly, and cannot name every parameter.
+        NotInitializedError: The adapter has no bases yet.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    layers = semu_layers(model, adapter_name)
+    layers = initialized_layers(model, adapter_name)
     parameters = {
         name: layer for name, layer in layers.items() if isinstance(layer, ParamWrapper) and layer.r[adapter_name] > 0
     }
@@ -68,10 +69,7 @@ def to_lora(
         down, up = _lora_pair(layer, adapter_name, name)
         pairs[name] = down.contiguous(), up.contiguous()
     if not pairs and not parameters:
-        raise ValueError(
-            f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export. Call "
-            "`initialize_semu_weights` and train it first."
-        )
+        raise ValueError(f"The adapter {adapter_name!r} has rank 0 everywhere, so there is nothing to export.")
     if uniform_rank and parameters:
         raise ValueError(
             f"`uniform_rank` pads layers, and the adapter also corrects the parameter {next(iter(parameters))!r}: "

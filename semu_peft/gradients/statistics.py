@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from semu_peft.linalg.energy import largest_magnitude, squared_norm, without_noise
-from semu_peft.linalg.factorize import Factors, leading_factors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors
 
 from .batch_gradient import BatchGradient, DenseGradient
 
@@ -37,7 +37,7 @@ class Accumulator(ABC):
         """What holds the sum: adding these up over processes, in place, adds up the gradients."""
 
     @abstractmethod
-    def factorize(self, explained_variance: float, max_rank: int | None = None) -> Factors:
+    def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         """The leading singular directions, at least as many as explain the given share of the energy where possible."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ class ExactSum(Accumulator):
     def tensors(self) -> list[Tensor]:
         return [self.total]
 
-    def factorize(self, explained_variance: float, max_rank: int | None = None) -> Factors:
+    def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         return leading_factors(self.total, explained_variance, max_rank)
 
     def inner_product(self, matrix: Tensor) -> Tensor:
@@ -193,12 +193,12 @@ class Sketch(Accumulator):
     def tensors(self) -> list[Tensor]:
         return [self.left, self.right, self.core, self.probed]
 
-    def factorize(self, explained_variance: float, max_rank: int | None = None) -> Factors:
+    def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         q, core, p = self._recovered()
         u, values, vt = torch.linalg.svd(core)
         energy = values.square().sum() + self._missed_energy(q, core, p)
         values = without_noise(values, self.shape, torch.finfo(torch.float32).eps)
-        inside = Factors(u.float(), vt.mT.float(), values.float(), energy, estimated=True)
+        inside = SingularFactors(u.float(), vt.mT.float(), values.float(), energy, estimated=True)
         inside = inside.reaching(explained_variance, max_rank)
         return replace(inside, left=q @ inside.left, right=p @ inside.right)
 

@@ -27,7 +27,7 @@ _GRAM_RESOLUTION = 1e-5
 
 
 @dataclass(frozen=True)
-class Factors:
+class SingularFactors:
     """Leading singular triplets of a matrix, or of each matrix in a batch, in float32 or float64.
 
     Attributes:
@@ -55,7 +55,7 @@ class Factors:
         shares = torch.where(self.energy > 0, kept / self.energy.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
         return min(float(shares.min()), 1.0) if shares.numel() else 1.0
 
-    def leading(self, rank: int) -> Factors:
+    def leading(self, rank: int) -> SingularFactors:
         """The first `rank` directions of these."""
         return replace(
             self,
@@ -63,13 +63,13 @@ class Factors:
             right=self.right[..., :rank].clone(memory_format=torch.contiguous_format),
         )
 
-    def reaching(self, explained_variance: float, max_rank: int | None = None) -> Factors:
+    def reaching(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         """As many directions as explain the share of the energy, `max_rank` at the most; none for a matrix of zeros."""
         rank = rank_for_energy(self.singular_values, explained_variance, self.energy)
         return self.leading(rank if max_rank is None else min(rank, max_rank))
 
 
-def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | None = None) -> Factors:
+def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
     """Factorise a matrix, or a batch of matrices with one common rank, and keep what explains its energy.
 
     Three ways, by what is quickest: the eigenvectors of the small side's Gram matrix in float64; for large matrices a
@@ -105,20 +105,20 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     return _full(matrix).reaching(explained_variance, max_rank)
 
 
-def _full(matrix: Tensor) -> Factors:
+def _full(matrix: Tensor) -> SingularFactors:
     left, values, right_transposed = torch.linalg.svd(matrix, full_matrices=False)
     values = without_noise(values, matrix.shape, torch.finfo(matrix.dtype).eps)
-    return Factors(left, right_transposed.mT, values, values.double().square().sum(-1))
+    return SingularFactors(left, right_transposed.mT, values, values.double().square().sum(-1))
 
 
-def _through_gram_matrix(matrix: Tensor) -> Factors:
+def _through_gram_matrix(matrix: Tensor) -> SingularFactors:
     if matrix.shape[-2] > matrix.shape[-1]:
         turned = _through_gram_matrix(matrix.mT)
         return replace(turned, left=turned.right, right=turned.left)
     exact = matrix.double()
     values, left = _spectrum(exact @ exact.mT, matrix)
     right = exact.mT @ (left * _inverse(values).unsqueeze(-2))
-    return Factors(left.to(matrix), right.to(matrix), values.to(matrix), values.square().sum(-1))
+    return SingularFactors(left.to(matrix), right.to(matrix), values.to(matrix), values.square().sum(-1))
 
 
 def _spectrum(gram: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,9 @@ def _resolved(values: Tensor, rank: int) -> bool:
     return rank == 0 or bool((values[..., rank - 1] > _GRAM_RESOLUTION * values[..., 0]).all())
 
 
-def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max_rank: int | None) -> Factors | None:
+def _block_krylov(
+    matrix: Tensor, energy: Tensor, explained_variance: float, max_rank: int | None
+) -> SingularFactors | None:
     """The leading directions within a growing Krylov space; None where a full decomposition is quicker or needed.
 
     Each block costs one product with the matrix and one with its transpose, which also is what the next block starts
@@ -175,7 +177,7 @@ def _block_krylov(matrix: Tensor, energy: Tensor, explained_variance: float, max
         if last is not None and _settled(now, last):
             right = rows @ (inside * _inverse(values))[:, :rank]
             left = basis @ inside[:, :rank].to(matrix)
-            return Factors(left, right.to(matrix), values.to(matrix), energy)
+            return SingularFactors(left, right.to(matrix), values.to(matrix), energy)
         last = now
     return None
 
@@ -196,7 +198,7 @@ def _orthonormal_beyond(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-def _none(matrix: Tensor) -> Factors:
+def _none(matrix: Tensor) -> SingularFactors:
     m, n = matrix.shape
     energy = matrix.new_zeros((), dtype=torch.float64)
-    return Factors(matrix.new_zeros(m, 0), matrix.new_zeros(n, 0), matrix.new_zeros(0), energy)
+    return SingularFactors(matrix.new_zeros(m, 0), matrix.new_zeros(n, 0), matrix.new_zeros(0), energy)

@@ -32,7 +32,7 @@ from semu_peft.gradients.statistics import (
     Sketch,
 )
 from semu_peft.linalg.energy import check_explained_variance
-from semu_peft.linalg.factorize import Factors
+from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.conv import ConvNd
@@ -71,7 +71,7 @@ def initialize_semu_weights(
     adapters stay on) and in eval mode, is summed over the batches, optionally made orthogonal to `W`, and factorised,
     `G = U S Vᵀ`. The leading columns that explain the configured share of its energy become the adapter's frozen
     bases; the core starts at zero, so the model's output does not change. Ranks are written into the configuration's
-    `rank_pattern`. A layer with a gradient of zeros gets rank 0, with a warning.
+    `ranks`. A layer with a gradient of zeros gets rank 0, with a warning.
 
     Linear layers and ungrouped convolutions are differentiated between their inputs and output gradients, so that their
     weights may be quantised, offloaded or sharded; weights that several layers share, once, as parameters. In a
@@ -134,7 +134,7 @@ def initialize_semu_weights(
                 description="Retain gradients", progress=progress,
             )  # fmt: skip
 
-    found: dict[str, Factors] = {}
+    found: dict[str, SingularFactors] = {}
     overlaps: dict[str, Overlap | None] = dict.fromkeys(layers)
     for name in tqdm(list(sources), desc="Factorising", disable=not progress, leave=False):
         layer, total = layers[name], sums.pop(name)
@@ -145,7 +145,7 @@ def initialize_semu_weights(
         wanted, most = max(share, keep_explained_variance or 0.0), config.r
         requested = _requested_rank(layer, adapter_name)
         if requested is not None:
-            wanted, most = 1.0, requested
+            wanted, most = 1.0, max(requested, 1)
         elif retain is not None:  # its rules choose among more directions than will be kept
             wanted, most = max(wanted, (1.0 + share) / 2), None
         factors = total.factorize(wanted, most)
@@ -163,7 +163,7 @@ def initialize_semu_weights(
     _check_ranks(ranks, found)
     spectra = {}
     for name, layer in layers.items():
-        give_basis(layer, name, adapter_name, found[name].leading(ranks[name]))
+        give_basis(layer, adapter_name, found[name].leading(ranks[name]))
         known = found[name] if keep_explained_variance is not None else found[name].leading(ranks[name])
         spectra[name] = LayerSpectrum(_on_cpu(known), ranks[name], layer.matrix_shape(adapter_name), overlaps[name])
     return SubspaceProfile(spectra, count)
@@ -238,12 +238,11 @@ def _explained_variance(config: SemuConfig, name: str) -> float:
 
 
 def _requested_rank(layer: SemuLayer, adapter_name: str) -> int | None:
-    """The rank that the user's `rank_pattern` fixed, while the adapter waits for its first initialisation."""
-    rank = layer.r[adapter_name]
-    return rank if rank > 0 and not layer.has_basis(adapter_name) else None
+    """The rank that the user's `rank_pattern` asks for at this layer."""
+    return layer.requested_ranks[adapter_name]
 
 
-def _rank(layer: SemuLayer, adapter_name: str, name: str, factors: Factors) -> int:
+def _rank(layer: SemuLayer, adapter_name: str, name: str, factors: SingularFactors) -> int:
     requested = _requested_rank(layer, adapter_name)
     if requested is not None:
         return min(requested, factors.rank)
@@ -252,7 +251,7 @@ def _rank(layer: SemuLayer, adapter_name: str, name: str, factors: Factors) -> i
     return rank if config.r is None else min(rank, config.r)
 
 
-def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, Factors]) -> None:
+def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors]) -> None:
     empty = [name for name, factors in found.items() if factors.rank == 0]
     if len(empty) == len(found):
         raise ValueError(
@@ -272,7 +271,7 @@ def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, Factors]) -> None
 # ---- around it ----
 
 
-def _agreed(factors: Factors) -> Factors:
+def _agreed(factors: SingularFactors) -> SingularFactors:
     """The main process's factors on every process: rounding on unlike devices must not part them."""
     if not in_several_processes():
         return factors
@@ -290,7 +289,7 @@ def _agreed(factors: Factors) -> Factors:
     )
 
 
-def _on_cpu(factors: Factors) -> Factors:
+def _on_cpu(factors: SingularFactors) -> SingularFactors:
     return replace(
         factors,
         left=factors.left.cpu(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semu_peft.files import written_whole
 from semu_peft.linalg.energy import rank_for_energy
-from semu_peft.linalg.factorize import Factors
+from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 
@@ -36,7 +36,7 @@ class LayerSpectrum:
         overlap: With retain data: how far the forget basis lay in the retain subspace, before anything was removed.
     """
 
-    directions: Factors
+    directions: SingularFactors
     rank: int
     shape: tuple[int, ...]
     overlap: Overlap | None = None
@@ -76,7 +76,7 @@ class SubspaceProfile:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank by layer name, as it stands in `SemuConfig.rank_pattern`."""
+        """Rank by layer name, as it stands in `SemuConfig.ranks`."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     def initialize(
@@ -117,7 +117,7 @@ class SubspaceProfile:
             ranks = budget_ranks({name: layer.directions for name, layer in self.layers.items()}, layers, adapter_name,
                                  rank_budget, ranks if explained_variance is not None else None)  # fmt: skip
         for name, layer in layers.items():
-            give_basis(layer, name, adapter_name, self.layers[name].directions.leading(ranks[name]))
+            give_basis(layer, adapter_name, self.layers[name].directions.leading(ranks[name]))
         return SubspaceProfile(
             {
                 name: LayerSpectrum(layer.directions, ranks[name], layer.shape, layer.overlap)
@@ -172,7 +172,7 @@ class SubspaceProfile:
         described = json.loads(text)
         layers = {}
         for name, layer in described["layers"].items():
-            directions = Factors(
+            directions = SingularFactors(
                 tensors[f"{name}.left"],
                 tensors[f"{name}.right"],
                 tensors[f"{name}.singular_values"],
@@ -186,14 +186,13 @@ class SubspaceProfile:
         return cls(layers, described["batches"])
 
 
-def give_basis(layer: SemuLayer, name: str, adapter_name: str, directions: Factors) -> None:
-    """Put directions into a layer as its frozen bases, and their number into the configuration."""
+def give_basis(layer: SemuLayer, adapter_name: str, directions: SingularFactors) -> None:
+    """Put directions into a layer as its frozen bases."""
     layer.set_basis(adapter_name, directions.left, directions.right)
-    layer.configs[adapter_name].rank_pattern[name] = directions.rank
 
 
 def budget_ranks(
-    directions: Mapping[str, Factors],
+    directions: Mapping[str, SingularFactors],
     layers: Mapping[str, SemuLayer],
     adapter_name: str,
     budget: RankBudget,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
-from semu_peft.linalg.factorize import Factors
+from semu_peft.linalg.factorize import SingularFactors
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RetainSubspace:
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
-    def apply(self, forget: Factors, retain: Factors, explained_variance: float) -> Factors:
+    def apply(self, forget: SingularFactors, retain: SingularFactors, explained_variance: float) -> SingularFactors:
         """The forget directions that this rule leaves, by their energy.
 
         Args:
@@ -75,7 +75,7 @@ class Overlap:
     outputs: Tensor
 
     @classmethod
-    def between(cls, forget: Factors, retain: Factors) -> Overlap:
+    def between(cls, forget: SingularFactors, retain: SingularFactors) -> Overlap:
         return cls(_cosines(forget.right, retain.right), _cosines(forget.left, retain.left))
 
 
@@ -83,7 +83,7 @@ def _cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.svdvals(first.double().mT @ second.double()).clamp_max(1.0).float().cpu()
 
 
-def _project(forget: Factors, retain: Factors, side: str) -> Factors:
+def _project(forget: SingularFactors, retain: SingularFactors, side: str) -> SingularFactors:
     left, right = forget.left.double(), forget.right.double()
     values = forget.singular_values[..., : forget.rank].double()
     if side in ("output", "both"):
@@ -100,7 +100,7 @@ def _outside(basis: Tensor, other: Tensor) -> Tensor:
     return basis
 
 
-def _refactored(origin: Factors, left: Tensor, right: Tensor) -> Factors:
+def _refactored(origin: SingularFactors, left: Tensor, right: Tensor) -> SingularFactors:
     """The singular value decomposition of `left rightᵀ`, `(m, q)` and `(n, q)`, as what is left of `origin`."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right)
@@ -120,7 +120,7 @@ def _refactored(origin: Factors, left: Tensor, right: Tensor) -> Factors:
     )
 
 
-def _best_ratios(forget: Factors, retain: Factors, explained_variance: float) -> Factors:
+def _best_ratios(forget: SingularFactors, retain: SingularFactors, explained_variance: float) -> SingularFactors:
     values = forget.singular_values[..., : forget.rank].double()
     right = forget.right.double()
     seen = (right.mT @ retain.right.double()) * retain.singular_values[..., : retain.rank].double().unsqueeze(-2)

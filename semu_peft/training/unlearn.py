@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from semu_peft.gradients.gather import check_loss
 from semu_peft.model_state import eval_mode, same_modes
 from semu_peft.objectives.base import Objective
-from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 
 from .batches import as_loader, batch_size, cycle, rest_of_epoch
 from .checkpoint import (
@@ -123,7 +123,7 @@ def unlearn(
     Raises:
         ValueError: There is nothing to train on or nothing to train, arguments contradict each other, or a loss is not
             finite (the weights are then those of the last good step).
-        RuntimeError: A SEMU adapter has not been initialised.
+        NotInitializedError: A SEMU adapter has not been initialised.
         FileNotFoundError: The checkpoint does not exist.
     """
     parameters = _trainable_parameters(model)
@@ -255,15 +255,12 @@ def unlearn(
 
 
 def _trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    for name, layer in model.named_modules():
+    for layer in model.modules():
         if isinstance(layer, SemuLayer):
             for adapter in layer.active_adapters:
                 core = layer.semu_core.get(adapter)
-                if core is not None and core.requires_grad and not layer.has_basis(adapter):
-                    raise RuntimeError(
-                        f"The SEMU adapter {adapter!r} has no basis yet (layer {name!r}). Call "
-                        "`initialize_semu_weights(model, batches, objective)` before `unlearn`."
-                    )
+                if core is not None and core.requires_grad and not layer.is_initialized(adapter):
+                    raise NotInitializedError(adapter)
     parameters = _trained(model)
     if not parameters:
         raise ValueError(

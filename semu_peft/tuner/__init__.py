@@ -3,7 +3,7 @@
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
-from .layer import SemuLayer
+from .layer import NotInitializedError, SemuLayer
 from .linear import Linear
 from .model import SemuModel
 from .parameter import ParamWrapper
@@ -15,6 +15,7 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "NotInitializedError",
     "ParamWrapper",
     "SemuConfig",
     "SemuLayer",

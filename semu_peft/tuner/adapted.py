@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .layer import SemuLayer
+from .layer import NotInitializedError, SemuLayer
 from .parameter import ParamWrapper, parameter_path
 from .tied import TiedLayer
 
@@ -19,7 +19,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
-    """The layers that carry the adapter, by their full names in the base model (the keys of `rank_pattern`).
+    """The layers that carry the adapter, by their full names in the base model (the keys of `SemuConfig.ranks`).
 
     Where a parameter is corrected instead of a layer, it is the parameter's full name. Layers tied to another, which
     compute with its adapter, are not listed.
@@ -44,6 +44,19 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
             "Add one with `get_peft_model(model, SemuConfig(...))`, or name one of these."
         )
     return found
+
+
+def initialized_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
+    """The layers that carry the adapter, by name, of an adapter that has its bases.
+
+    Raises:
+        NotInitializedError: It has none yet.
+        ValueError: No layer of the model carries a SEMU adapter of that name.
+    """
+    layers = semu_layers(model, adapter_name)
+    if not all(layer.is_initialized(adapter_name) for layer in layers.values()):
+        raise NotInitializedError(adapter_name)
+    return layers
 
 
 def exactly(name: str) -> str:

@@ -9,14 +9,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
-def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
+def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
     """Check that the safetensors file in `folder` is whole, is a SEMU adapter and has the ranks of its configuration.
 
     Only the header is read. A folder without the file passes: PEFT itself says that there are no weights.
 
     Args:
         folder: The adapter folder, as written by `save_pretrained`.
-        rank_pattern: Rank by full layer name, from the configuration in the same folder.
+        expected_ranks: Rank by full layer name, `ranks` of the configuration in the same folder.
 
     Raises:
         ValueError: The file is truncated or no safetensors file, holds no SEMU weights, or its ranks differ.
@@ -41,19 +41,19 @@ def check_adapter_file(folder: Path, rank_pattern: Mapping[str, int]) -> None:
         )
     ranks = {layer.removeprefix("base_model.model."): shape[-1] for layer, shape in cores.items()}
     # Where parameters are corrected instead of a layer, the file has the module that holds them, once for each.
-    owners = {without_wrappers(name) for name in ranks if name not in rank_pattern}
-    lacking = sorted(name for name in set(rank_pattern) - set(ranks) if not _inside(name, owners))
+    owners = {without_wrappers(name) for name in ranks if name not in expected_ranks}
+    lacking = sorted(name for name in set(expected_ranks) - set(ranks) if not _inside(name, owners))
     if lacking:
         raise ValueError(
-            f"{path} has no weights for layer {lacking[0]!r} ({len(lacking)} such), which `rank_pattern` of the "
+            f"{path} has no weights for layer {lacking[0]!r} ({len(lacking)} such), which `ranks` of the "
             "adapter_config.json beside it names. Take both files from one `save_pretrained`."
         )
     for name, rank in ranks.items():
-        owned = [known for key, known in rank_pattern.items() if _inside(key, {without_wrappers(name)})]
-        expected = [rank_pattern[name]] if name in rank_pattern else owned or [0]
-        if rank_pattern and rank not in expected:
+        owned = [known for key, known in expected_ranks.items() if _inside(key, {without_wrappers(name)})]
+        expected = [expected_ranks[name]] if name in expected_ranks else owned or [0]
+        if expected_ranks and rank not in expected:
             raise ValueError(
-                f"{path} has rank {rank} at layer {name!r} where `rank_pattern` of the adapter_config.json beside "
+                f"{path} has rank {rank} at layer {name!r} where `ranks` of the adapter_config.json beside "
                 f"it says {expected[0]}. The two files are not from one adapter: take both from one `save_pretrained`."
             )
 

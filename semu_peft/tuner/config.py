@@ -49,8 +49,13 @@ class SemuConfig(PeftConfig):
             Upper bound on every layer's rank. With `init_weights="weight"` or `False`, where no gradient decides, it
             *is* the rank.
         rank_pattern (`dict[str, int]`):
-            The rank of each layer by its full name. Written by the initialisation, so that loading needs no data.
-            Given before it, by name, name ending or regular expression, it fixes those layers' ranks instead of γ.
+            The ranks that you want some layers to have instead of what γ gives them: by name, name ending or regular
+            expression, the first that matches. A key that is a layer's full name means that layer alone.
+        ranks (`dict[str, int]`):
+            The ranks that the layers have, by full name: written when an adapter gets its bases, so that loading needs
+            no data. A layer that is listed here is initialised; leave it empty in a new configuration.
+        offsets (`list[str]`):
+            The layers whose correction is counted from another core than zero, by full name; written with `ranks`.
         orthogonal_to_weight (`bool`, defaults to `False`):
             Remove from each forget gradient its component along the layer's weight before factorising it.
         conv_mode (`"flatten"` or `"per_channel"`, defaults to `"flatten"`):
@@ -105,7 +110,13 @@ class SemuConfig(PeftConfig):
     )
     r: int | None = field(default=None, metadata={"help": "Upper bound on every layer's rank."})
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Rank by full layer name; written by the initialisation."}
+        default_factory=dict, metadata={"help": "Ranks that some layers are to have, by name, ending or pattern."}
+    )
+    ranks: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank of every initialised layer, by full name; written, not given."}
+    )
+    offsets: list[str] = field(
+        default_factory=list, metadata={"help": "Layers whose core counts from an offset; written, not given."}
     )
     orthogonal_to_weight: bool = field(
         default=False, metadata={"help": "Remove the gradient's component along the weight before factorising."}
@@ -165,9 +176,11 @@ class SemuConfig(PeftConfig):
                 f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
                 "use `init_weights=True` and call `initialize_semu_weights`."
             )
-        ranks = self.rank_pattern.values() if isinstance(self.rank_pattern, dict) else [None]
-        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
-            raise ValueError(f"`rank_pattern` must map layer names to ranks of 0 or more, got {self.rank_pattern!r}.")
+        for name in ("rank_pattern", "ranks"):
+            value = getattr(self, name)
+            ranks = value.values() if isinstance(value, dict) else [None]
+            if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+                raise ValueError(f"`{name}` must map layer names to ranks of 0 or more, got {value!r}.")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -199,7 +212,7 @@ class SemuConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
-            check_adapter_file(folder, config.rank_pattern)
+            check_adapter_file(folder, config.ranks)
         return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,28 @@ from .config import SemuConfig
 BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
 
 
+class NotInitializedError(RuntimeError, ValueError):
+    """An adapter is asked for something that it cannot do before its initialisation.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import NotInitializedError, SemuConfig, rerank
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> try:
+        ...     rerank(model, rank=1)
+        ... except NotInitializedError as error:
+        ...     print(str(error).partition(":")[0])
+        The SEMU adapter 'default' is not initialised
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__(
+            f"The SEMU adapter {adapter_name!r} is not initialised: it has no bases yet, and does nothing. Call "
+            "`initialize_semu_weights(model, forget, objective)` first, or load a saved adapter."
+        )
+
+
 class _RefuseTraining(torch.autograd.Function):
     """Pass a layer's output through unchanged; raise when a backward pass wants to train an empty adapter."""
 
@@ -26,10 +48,7 @@ class _RefuseTraining(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise RuntimeError(
-            f"The SEMU adapter {ctx.adapter_name!r} has no basis yet, so there is nothing to train. Call "
-            "`initialize_semu_weights(model, forget_batches, objective)` first, or load a saved adapter."
-        )
+        raise NotInitializedError(ctx.adapter_name)
 
 
 class SemuLayer(nn.Module, BaseTunerLayer):
@@ -42,31 +61,44 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     - `semu_V`: `(n, r)`, a basis of input directions;
     - `semu_core`: the core `R`, `(r, r)` or, for a diagonal core, `(r,)`.
 
+    Where a method starts from a core that is not zero, a third buffer `semu_offset` of the core's shape holds it, and
+    the correction is `U (R − R₀) Vᵀ`: the base weight is never written, and nothing changes before training does.
+
     `m × n` is the shape of the weight read as a matrix ([`weight_to_matrix`]); a convolution in `per_channel` mode is a
-    batch of matrices, and all three have its input channels as a leading dimension. An adapter that has not been
-    initialised has rank 0 and does nothing.
+    batch of matrices, and all of these have its input channels as a leading dimension. An adapter is initialised when
+    its configuration's `ranks` list the layer; before that it has rank 0 and does nothing.
     """
 
     adapter_layer_names: tuple[str, ...] = ("semu_core",)
-    other_param_names: tuple[str, ...] = ("semu_U", "semu_V", "r", "scaling", "configs", "_has_basis")
+    other_param_names: tuple[str, ...] = (
+        "semu_U", "semu_V", "semu_offset", "r", "scaling", "configs", "requested_ranks", "awaits_file",
+    )  # fmt: skip
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: SemuConfig, rank: int = 0, known: bool = False
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SemuConfig,
+        layer_name: str = "",
+        requested: int | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.layer_name = layer_name
         self.semu_U = BufferDict({}, persistent=True)
         self.semu_V = BufferDict({}, persistent=True)
+        self.semu_offset = BufferDict({}, persistent=True)
         self.semu_core = nn.ParameterDict({})
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, SemuConfig] = {}
-        # True once a basis is known to be in place; False means "look at the buffers": loaders fill them unseen.
-        self._has_basis: dict[str, bool] = {}
+        self.requested_ranks: dict[str, int | None] = {}
+        # Whether the adapter has the ranks of a saved one and waits for its tensors.
+        self.awaits_file: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, rank, config, known)
+        self.update_layer(adapter_name, config, requested)
 
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> str | None:
@@ -107,31 +139,53 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
     # ---- life of an adapter ----
 
-    def update_layer(self, adapter_name: str, rank: int, config: SemuConfig, known: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: SemuConfig, requested: int | None = None) -> None:
         """Add an adapter to this layer.
+
+        It has the rank that `config.ranks` lists, to be filled by loading; else, where no data is needed
+        (`init_weights`), the requested one or `r`; else none, until its forget data has been seen.
 
         Args:
             adapter_name: The adapter's name.
-            rank: Columns to allocate; 0 for an adapter that waits for its forget data.
-            config: The adapter's configuration.
-            known: Whether `rank` is the outcome of an initialisation, to be filled by loading.
+            config: The adapter's configuration, whose `ranks` are written where no data is needed.
+            requested: The rank that the user's `rank_pattern` asks for here.
         """
         self.configs[adapter_name] = config
         self.scaling[adapter_name] = 1.0
-        *batch, m, n = self.matrix_shape(adapter_name)
-        rank = min(rank, m, n)
-        factory: dict[str, Any] = {"dtype": _adapter_dtype(self.weight.dtype)}
-        self._assign(
-            adapter_name,
-            torch.zeros(*batch, m, rank, **factory),
-            torch.zeros(*batch, n, rank, **factory),
-            torch.zeros(*batch, *_core_shape(rank, config.core), **factory),
-        )
-        self._has_basis[adapter_name] = known and rank == 0
-        if config.init_weights is not True and not self.semu_core[adapter_name].is_meta:
-            self._initialize_without_data(adapter_name, rank)
+        self.requested_ranks[adapter_name] = requested
+        saved = self.layer_name in config.ranks
+        needs_data = config.init_weights is True
+        rank = config.ranks.get(self.layer_name, 0)
+        if not needs_data and not saved:
+            rank = (config.r or 0) if requested is None else requested
+        rank = min(rank, *self.matrix_shape(adapter_name)[-2:])
+        self.allocate(adapter_name, rank, offset=self.layer_name in config.offsets)
+        if not needs_data:
+            config.ranks[self.layer_name] = rank
+            if not self.semu_core[adapter_name].is_meta:
+                self._initialize_without_data(adapter_name, rank)
+        self.awaits_file[adapter_name] = saved
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tensor_shapes(self, adapter_name: str, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of an adapter's tensors at a rank, by the names of their attributes."""
+        *batch, m, n = self.matrix_shape(adapter_name)
+        core = (rank,) if self.configs[adapter_name].core == "diagonal" else (rank, rank)
+        shapes = {"semu_U": (m, rank), "semu_V": (n, rank), "semu_core": core, "semu_offset": core}
+        return {kind: (*batch, *shape) for kind, shape in shapes.items()}
+
+    def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
+        """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
+        core = self.semu_core.get(adapter_name)
+        factory: dict[str, Any] = {"dtype": _adapter_dtype(self.weight.dtype)}
+        if core is not None and core.is_meta:
+            factory["device"] = core.device
+        parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
+        if not offset:
+            del parts["semu_offset"]
+        self._assign(adapter_name, parts)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _initialize_without_data(self, adapter_name: str, rank: int) -> None:
         config = self.configs[adapter_name]
@@ -146,47 +200,83 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             adapter_name,
             torch.linalg.qr(torch.randn(*batch, m, rank))[0],
             torch.linalg.qr(torch.randn(*batch, n, rank))[0],
-            0.1 * torch.randn(*batch, *_core_shape(rank, config.core)),
+            0.1 * torch.randn(self.tensor_shapes(adapter_name, rank)["semu_core"]),
         )
 
-    def set_basis(self, adapter_name: str, left: Tensor, right: Tensor, core: Tensor | None = None) -> None:
-        """Give an adapter its bases, and a core of zeros unless one is given.
+    def set_basis(
+        self,
+        adapter_name: str,
+        left: Tensor,
+        right: Tensor,
+        core: Tensor | None = None,
+        *,
+        offset: Tensor | None = None,
+    ) -> None:
+        """Give an adapter its bases, and so initialise it: `ΔW = U (R − R₀) Vᵀ`.
+
+        The core's `Parameter` stays the same object, so that an optimiser made before keeps training it.
 
         Args:
             adapter_name: The adapter's name.
             left: `U`, `(m, r)` or `(channels, m, r)`, orthonormal columns.
             right: `V`, `(n, r)` or `(channels, n, r)`, orthonormal columns.
-            core: `R`, `(..., r, r)`, or `(..., r)` for a diagonal core.
+            core: `R`, `(..., r, r)`, or `(..., r)` for a diagonal core. By default zeros, or the offset where there is
+                one: either way the correction is zero.
+            offset: `R₀`, of the core's shape; none unless given.
 
         Raises:
             ValueError: The shapes do not fit the layer or each other.
+
+        Examples:
+            >>> import torch
+            >>> from semu_peft.tuner import Linear, SemuConfig
+            >>> layer = Linear(torch.nn.Linear(4, 3), "default", SemuConfig(), "layer")
+            >>> u, s, vt = torch.linalg.svd(layer.weight, full_matrices=False)
+            >>> layer.set_basis("default", u[:, :2], vt.mT[:, :2], offset=torch.diag(s[:2]))
+            >>> layer.r["default"], bool(layer.get_delta_weight("default").any())
+            (2, False)
         """
-        *batch, m, n = self.matrix_shape(adapter_name)
-        rank = left.shape[-1]
-        core_shape = (*batch, *_core_shape(rank, self.configs[adapter_name].core))
-        core = left.new_zeros(core_shape) if core is None else core
-        expected = {"left": (*batch, m, rank), "right": (*batch, n, rank), "core": core_shape}
-        for name, tensor in (("left", left), ("right", right), ("core", core)):
-            if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"`{name}` must have shape {expected[name]}, got {tuple(tensor.shape)}.")
-        requires_grad = self.semu_core[adapter_name].requires_grad
-        self._assign(adapter_name, left, right, core)
+        shapes = self.tensor_shapes(adapter_name, left.shape[-1])
+        parts = {"semu_U": left, "semu_V": right}
+        if offset is not None:
+            parts["semu_offset"] = offset
+        start = left.new_zeros(shapes["semu_core"]) if offset is None else offset
+        parts["semu_core"] = start if core is None else core
+        words = {"semu_U": "left", "semu_V": "right", "semu_core": "core", "semu_offset": "offset"}
+        for kind, tensor in parts.items():
+            if tuple(tensor.shape) != shapes[kind]:
+                raise ValueError(f"`{words[kind]}` must have shape {shapes[kind]}, got {tuple(tensor.shape)}.")
+        self._assign(adapter_name, parts)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.semu_core[adapter_name].requires_grad_(requires_grad)
-        self._has_basis[adapter_name] = True
+        self.record(adapter_name)
 
-    def _assign(self, adapter_name: str, left: Tensor, right: Tensor, core: Tensor) -> None:
+    def record(self, adapter_name: str) -> None:
+        """Write what the layer has into the adapter's configuration, by which it is initialised."""
+        config = self.configs[adapter_name]
+        config.ranks[self.layer_name] = self.r[adapter_name]
+        others = {name for name in config.offsets if name != self.layer_name}
+        config.offsets = sorted(others | ({self.layer_name} if adapter_name in self.semu_offset else set()))
+        self.awaits_file[adapter_name] = False
+
+    def _assign(self, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
         dtype = _adapter_dtype(self.weight.dtype)
-        self.r[adapter_name] = left.shape[-1]
-        self.semu_U[adapter_name] = left.detach().to(dtype).contiguous()
-        self.semu_V[adapter_name] = right.detach().to(dtype).contiguous()
-        self.semu_core[adapter_name] = nn.Parameter(core.detach().to(dtype).contiguous())
+        parts = {kind: tensor.detach().to(dtype).contiguous() for kind, tensor in parts.items()}
+        self.r[adapter_name] = parts["semu_U"].shape[-1]
+        self.semu_U[adapter_name], self.semu_V[adapter_name] = parts["semu_U"], parts["semu_V"]
+        if "semu_offset" in parts:
+            self.semu_offset[adapter_name] = parts["semu_offset"]
+        elif adapter_name in self.semu_offset:
+            del self.semu_offset[adapter_name]
+        core, data = self.semu_core.get(adapter_name), parts["semu_core"].clone()  # training writes on it
+        if core is None or core.is_meta != data.is_meta:
+            self.semu_core[adapter_name] = nn.Parameter(data, requires_grad=core is None or core.requires_grad)
+        else:
+            core.grad = None
+            core.data = data
 
-    def has_basis(self, adapter_name: str) -> bool:
-        """Whether the adapter has been initialised or loaded (with rank 0 where there is nothing to forget)."""
-        if not self._has_basis[adapter_name] and self.r[adapter_name] > 0:
-            self._has_basis[adapter_name] = bool(self.semu_U[adapter_name].any())
-        return self._has_basis[adapter_name]
+    def is_initialized(self, adapter_name: str) -> bool:
+        """Whether the adapter has its bases here, with rank 0 where the data named no direction."""
+        return self.layer_name in self.configs[adapter_name].ranks
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
@@ -195,8 +285,9 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             device = self.execution_device
         if self.semu_core[adapter_name].is_meta or device is None:
             return
-        for tensors in (self.semu_U, self.semu_V):
-            tensors[adapter_name] = tensors[adapter_name].to(device)
+        for tensors in (self.semu_U, self.semu_V, self.semu_offset):
+            if adapter_name in tensors:
+                tensors[adapter_name] = tensors[adapter_name].to(device)
         core = self.semu_core[adapter_name]
         core.data = core.data.to(device)
 
@@ -229,15 +320,17 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     # ---- the correction as a dense weight ----
 
     def get_core(self, adapter_name: str) -> Tensor:
-        """The adapter's core as `(..., r, r)` matrices, times its scale."""
+        """The core that the layer computes with, `R − R₀` as `(..., r, r)` matrices, times the adapter's scale."""
         core = self.semu_core[adapter_name]
+        if adapter_name in self.semu_offset:
+            core = core - self.semu_offset[adapter_name]
         if self.configs[adapter_name].core == "diagonal":
             core = torch.diag_embed(core)
         scale = self.scaling[adapter_name]
         return core if scale == 1.0 else core * scale
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`U R Vᵀ` in the shape of the base weight and in the adapter's dtype (float32 or better)."""
+        """`U (R − R₀) Vᵀ` in the shape of the base weight and in the adapter's dtype (float32 or better)."""
         left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
         return self.matrix_to_weight(left @ self.get_core(adapter_name) @ right.mT, adapter_name)
 
@@ -336,7 +429,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
     def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
         core = self.semu_core[adapter_name]
-        if core.requires_grad and torch.is_grad_enabled() and not self.has_basis(adapter_name):
+        if core.requires_grad and torch.is_grad_enabled() and not self.is_initialized(adapter_name):
             return _RefuseTraining.apply(output, core, adapter_name)
         return output
 
@@ -357,7 +450,3 @@ def in_range(x: Tensor) -> Tensor:
     """`x`, in float32 where it is float16."""
     # A sum over large float16 activations overflows, and a core of zeros would make NaN of it.
     return x.float() if x.dtype == torch.float16 else x
-
-
-def _core_shape(rank: int, kind: str) -> tuple[int, ...]:
-    return (rank,) if kind == "diagonal" else (rank, rank)

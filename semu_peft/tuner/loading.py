@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .config import SemuConfig
 from .layer import SemuLayer
 from .tied import TiedLayer
 
@@ -31,32 +31,71 @@ def restore_layers(root: nn.Module, adapter_name: str) -> None:
 
 def mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
     """Say in a sentence how the adapter's tensors in `state_dict` differ from those in `model`, if they do."""
-    expected: dict[str, torch.Size] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer):
-            for kind in ("semu_U", "semu_V", "semu_core"):
-                expected[f"{name}.{kind}.{adapter_name}"] = getattr(layer, kind)[adapter_name].shape
-    found = {
-        key: value.shape
-        for key, value in state_dict.items()
-        if ".semu_U" in key or ".semu_V" in key or ".semu_core" in key
-    }
-    # Where the layers were injected into a bare model, keys that match nothing keep PEFT's prefix.
-    found = {key if key in expected else key.removeprefix("base_model.model."): shape for key, shape in found.items()}
+    found = _saved_shapes(model, adapter_name, state_dict)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in _layers(model, adapter_name).items():
+        rank = layer.r[adapter_name]
+        if not layer.is_initialized(adapter_name):  # then the file says
+            saved = found.get(f"{name}.semu_core.{adapter_name}", ())
+            rank = min(saved[-1] if saved else 0, *layer.matrix_shape(adapter_name)[-2:])
+        for kind, shape in layer.tensor_shapes(adapter_name, rank).items():
+            key = f"{name}.{kind}.{adapter_name}"
+            announced = layer.awaits_file[adapter_name] and adapter_name in layer.semu_offset
+            if kind != "semu_offset" or key in found or announced:
+                expected[key] = shape
     if missing := sorted(set(expected) - set(found)):
         return f"it has no weights for {missing[0]!r} ({len(missing)} such)."
     if extra := sorted(set(found) - set(expected)):
         return f"the model has no place for {extra[0]!r} ({len(extra)} such)."
     for key, shape in expected.items():
         if found[key] != shape:
-            return f"{key!r} has shape {tuple(found[key])} in the file and {tuple(shape)} in the model."
+            return f"{key!r} has shape {found[key]} in the file and {shape} in the model."
     return None
 
 
-def in_use(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter had been in use before it was to be loaded over."""
-    layers = [layer for layer in model.modules() if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core]
-    return any(not layer.semu_core[adapter_name].is_meta and layer.has_basis(adapter_name) for layer in layers)
+def make_room(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Give each layer tensors of the shapes that `state_dict` has for it, and record them as initialised.
+
+    The state dict must fit, see [`mismatch`]. An adapter that is not initialised takes its ranks from it, unless there
+    is no direction in it either.
+    """
+    found = _saved_shapes(model, adapter_name, state_dict)
+    layers = _layers(model, adapter_name)
+    ranks = {name: found[f"{name}.semu_U.{adapter_name}"][-1] for name in layers}
+    for name, layer in layers.items():
+        offset = f"{name}.semu_offset.{adapter_name}" in found
+        if ranks[name] != layer.r[adapter_name] or offset != (adapter_name in layer.semu_offset):
+            layer.allocate(adapter_name, ranks[name], offset=offset)
+        if layer.is_initialized(adapter_name) or any(ranks.values()):
+            layer.record(adapter_name)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer)
+    }
+
+
+def _saved_shapes(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of SEMU's tensors in a state dict, by the keys that they have in the model."""
+    names = set(_layers(model, adapter_name))
+    found = {}
+    for key, value in state_dict.items():
+        name, kind, _ = key.rpartition(".semu_")
+        if kind:
+            # Where the layers were injected into a bare model, keys that match nothing keep PEFT's prefix.
+            found[key if name in names else key.removeprefix("base_model.model.")] = tuple(value.shape)
+    return found
+
+
+def made_to_load(model: nn.Module, config: SemuConfig, adapter_name: str) -> bool:
+    """Whether the adapter was put into the model just now, to be filled from a file."""
+    layers = _layers(model, adapter_name).values()
+    if any(layer.is_initialized(adapter_name) for layer in layers):
+        return any(layer.awaits_file[adapter_name] for layer in layers)
+    return config.inference_mode
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:

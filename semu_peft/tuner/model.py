@@ -18,15 +18,15 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapted import base_model, semu_layers, targets_for
+from .adapted import base_model, initialized_layers, targets_for
 from .adapter_file import without_wrappers
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .layer import SemuLayer
-from .loading import in_use, mismatch, withdraw
+from .loading import made_to_load, make_room, mismatch, withdraw
 from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
-from .patterns import match_pattern, name_matches
+from .patterns import requested_rank, unmatched
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
 from .targets import (
@@ -36,7 +36,7 @@ from .targets import (
     untied,
 )
 from .tied import TiedLayer
-from .weighted import CombinationType, WeightedSum
+from .weighted import AdapterSum, CombinationType
 
 
 class SemuModel(BaseTuner):
@@ -67,11 +67,19 @@ class SemuModel(BaseTuner):
             own.target_modules = default if isinstance(default, str) else set(default or ())
         return super()._prepare_adapter_config(own, model_config)
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             # PEFT looks for these among the layers alone; `_prepare_model` refuses names that the model does not have.
             warnings.filterwarnings("ignore", message="The following rank_pattern keys")
-            super().inject_adapter(*args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        names = {
+            layer.layer_name
+            for layer in self.model.modules()
+            if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core
+        }
+        config.ranks = {name: rank for name, rank in config.ranks.items() if name in names}
+        config.offsets = [name for name in config.offsets if name in names]
 
     def _check_new_adapter_config(self, config: SemuConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -127,20 +135,18 @@ class SemuModel(BaseTuner):
         parameters = {
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        patterns = peft_config.rank_pattern
-        known = {*names, *parameters}
-        unknown = [
-            key for key in sorted(patterns) if key not in known and not any(name_matches(name, key) for name in known)
-        ]
-        if unknown:
+        self._full_names = {*(without_wrappers(name) for name in names), *parameters}
+        if unknown := unmatched(peft_config.rank_pattern, self._full_names):
             raise ValueError(
                 f"`rank_pattern` names layers that {type(model).__name__} does not have: {unknown[:3]} ({len(unknown)} "
-                "in all). The adapter was made for another architecture: load it onto the model it was trained on, or "
-                "clear `rank_pattern` to start afresh."
+                "in all). Name layers by their full names, by how those end, or by a regular expression."
             )
-        # A key that is a layer's full name means that layer alone; the others are endings or expressions.
-        loose = {key: rank for key, rank in patterns.items() if key not in known}
-        found: list[str] = []
+        if foreign := sorted(set(peft_config.ranks) - self._full_names):
+            raise ValueError(
+                f"`ranks` names layers that {type(model).__name__} does not have: {foreign[:3]} ({len(foreign)} in "
+                "all). The adapter was made for another architecture: load it onto the model it was trained on, or "
+                "clear `ranks` to start afresh."
+            )
         targets: SemuConfig = peft_config
         wanted: Any = nn.Module
         if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
@@ -154,15 +160,11 @@ class SemuModel(BaseTuner):
                 check_tied(model, module, name)
             elif self._check_target_module_exists(targets, name):
                 layer_class(module, name)
-                found.append(name)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
                 also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
                 check_parameter(model, name, parameter, also)
-                found.append(name)
-        wished = ((name, patterns.get(name, match_pattern(loose, name))) for name in found)
-        peft_config.rank_pattern = {name: rank for name, rank in wished if rank is not None}
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -195,26 +197,19 @@ class SemuModel(BaseTuner):
         self, config: SemuConfig, adapter_name: str, target: nn.Module, name: str, parameter_name: str | None
     ) -> nn.Module:
         """Add the adapter to a layer, or to a parameter of it, under its full `name`; return what takes its place."""
-        ranks = config.rank_pattern
-        known = name in ranks
-        rank = ranks[name] if known else 0
-        if config.init_weights is not True:
-            rank = rank if known else (config.r or 0)
+        name = without_wrappers(name)
+        requested = requested_rank(config.rank_pattern, name, self._full_names)
         existing: nn.Module | None = target
         if parameter_name is not None:
             existing = target.wrapper_of(parameter_name) if isinstance(target, ParamWrapper) else None
         if isinstance(existing, SemuLayer):
-            existing.update_layer(adapter_name, rank=rank, config=config, known=known)
-            layer, result = existing, target
-        elif parameter_name is not None:
-            result = layer = ParamWrapper(target, adapter_name, config, rank, known, parameter_name=parameter_name)
-        else:
-            kind = layer_class(target, name)
-            more = get_quantization_kwargs(self.model) if kind is QuantizedLinear else {}
-            result = layer = kind(target, adapter_name, config, rank, known, **more)
-        if config.init_weights is not True:
-            ranks[name] = layer.r[adapter_name]
-        return result
+            existing.update_layer(adapter_name, config, requested)
+            return target
+        if parameter_name is not None:
+            return ParamWrapper(target, adapter_name, config, name, requested, parameter_name=parameter_name)
+        kind = layer_class(target, name)
+        more = get_quantization_kwargs(self.model) if kind is QuantizedLinear else {}
+        return kind(target, adapter_name, config, name, requested, **more)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would move the adapter of an offloaded layer to the meta device, and hang the child's `weight` onto
@@ -240,6 +235,8 @@ class SemuModel(BaseTuner):
                 if dtype.is_floating_point:
                     layer.semu_U[adapter_name] = layer.semu_U[adapter_name].to(dtype)
                     layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)
+                    if adapter_name in layer.semu_offset:
+                        layer.semu_offset[adapter_name] = layer.semu_offset[adapter_name].to(dtype)
                     layer.semu_core[adapter_name].data = layer.semu_core[adapter_name].data.to(dtype)
 
     @contextmanager
@@ -281,18 +278,19 @@ class SemuModel(BaseTuner):
             ValueError: The name is taken, an adapter does not exist, an argument is out of range, or the adapters
                 cannot be added up: different `conv_mode`, different bases with `"linear"`, `trainable_token_indices`,
                 or one `modules_to_save` in more than one of them. The model is as before then.
+            NotInitializedError: One of them is not initialised.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} already exists. Delete it first, or give the sum another name.")
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
-        rule = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        rule = AdapterSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
         saved = _modules_to_save_of(self.model, adapters)
         configs: list[Any] = [self.peft_config[name] for name in adapters]
         if any(config.trainable_token_indices for config in configs):
             raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
-        layers = {key: layer for name in adapters for key, layer in semu_layers(self.model, name).items()}
+        layers = {key: layer for name in adapters for key, layer in initialized_layers(self.model, name).items()}
         convolutions = [key for key, layer in layers.items() if layer.weight.dim() > 2]
         if convolutions and len({config.conv_mode for config in configs}) > 1:
             raise ValueError(
@@ -307,7 +305,9 @@ class SemuModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
-            rank_pattern={key: core.shape[-1] for key, (_, _, core) in sums.items()},
+            rank_pattern={},
+            ranks={layers[key].layer_name: core.shape[-1] for key, (_, _, core) in sums.items()},
+            offsets=[],
             r=None,
             core="full",
             init_weights=True,
@@ -337,15 +337,18 @@ class SemuModel(BaseTuner):
     ) -> dict[str, Tensor]:
         state_dict = restored_bases(state_dict, config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # An offset that the model has no place for yet.
+        remapped = {f"{key}.{adapter_name}" if key.endswith(".semu_offset") else key: v for key, v in remapped.items()}
         problem = mismatch(model, adapter_name, remapped)
         if problem:
             name = type(base_model(model)).__name__
-            if config.inference_mode or not in_use(model, adapter_name):
+            if made_to_load(model, config, adapter_name):
                 withdraw(model, adapter_name)
             raise ValueError(
                 f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
                 "load it onto the model named in its adapter_config.json. The model given is left as it was."
             )
+        make_room(model, adapter_name, remapped)
         return remapped
 
 

@@ -89,7 +89,7 @@ def _plain_path(match: re.Match[str]) -> str:
 
 
 def _description(name: str, settings: Mapping[str, Any], versions: list[str]) -> str:
-    ranks = [rank for rank in settings["rank_pattern"].values() if rank > 0]
+    ranks = [rank for rank in settings["ranks"].values() if rank > 0]
     return _TEXT.format(
         base=f"`{base}`" if (base := settings["base_model_name_or_path"]) else "its base model",
         layers=len(ranks),

@@ -29,13 +29,13 @@ class ParamWrapper(SemuLayer):
         base_layer: nn.Module,
         adapter_name: str,
         config: SemuConfig,
-        rank: int = 0,
-        known: bool = False,
+        layer_name: str = "",
+        requested: int | None = None,
         *,
         parameter_name: str,
     ) -> None:
         self.parameter_name = parameter_name
-        super().__init__(base_layer, adapter_name, config, rank, known)
+        super().__init__(base_layer, adapter_name, config, layer_name, requested)
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the wrapped module, which other modules may ask for them."""

@@ -26,12 +26,12 @@ class QuantizedLinear(Linear):
         base_layer: nn.Module,
         adapter_name: str,
         config: SemuConfig,
-        rank: int = 0,
-        known: bool = False,
+        layer_name: str = "",
+        requested: int | None = None,
         **quantization: Any,
     ) -> None:
         self.quantization_backend = quantization_backend(base_layer, **quantization)
-        super().__init__(base_layer, adapter_name, config, rank, known)
+        super().__init__(base_layer, adapter_name, config, layer_name, requested)
 
     @property
     def weight(self) -> Tensor:

@@ -11,6 +11,8 @@ from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
 
+_OF_THE_SOURCE = {*Embedding.other_param_names, "semu_core", "layer_name"} - {"semu_U"}
+
 
 class TiedLayer(SemuLayer):
     """A layer whose weight is the input embedding's and that computes with the embedding's adapters, by reference.
@@ -27,7 +29,7 @@ class TiedLayer(SemuLayer):
         self._active_adapter = source.active_adapter
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("semu_V", "semu_core", "r", "scaling", "configs", "_has_basis"):
+        if name in _OF_THE_SOURCE:
             return getattr(self.source, name)
         return super().__getattr__(name)
 
@@ -44,7 +46,7 @@ class TiedLayer(SemuLayer):
     def merged(self) -> bool:
         return self.source.merged
 
-    def update_layer(self, adapter_name: str, rank: int, config: SemuConfig, known: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: SemuConfig, requested: int | None = None) -> None:
         """Nothing to add here: the embedding has the adapter."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
@@ -12,13 +12,20 @@ from torch import Tensor
 
 from .layer import SemuLayer
 
-Factors = tuple[Tensor, Tensor, Tensor]  # U, V, R
+
+class LowRank(NamedTuple):
+    """A matrix `U R Vᵀ`, or a batch of them, with orthonormal columns in `left` and `right`."""
+
+    left: Tensor
+    right: Tensor
+    core: Tensor
+
 
 CombinationType = Literal["cat", "svd", "linear", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
 
 
 @dataclass(frozen=True)
-class WeightedSum:
+class AdapterSum:
     """How adapters are added up at one layer; the arguments are those of
     [`add_weighted_adapter`][semu_peft.tuner.model.SemuModel.add_weighted_adapter].
 
@@ -57,7 +64,7 @@ class WeightedSum:
         return self.combination_type not in ("cat", "svd", "linear")
 
     @torch.no_grad()
-    def at(self, layer: SemuLayer, name: str) -> Factors:
+    def at(self, layer: SemuLayer, name: str) -> LowRank:
         """The sum at one layer, of those adapters that the layer carries, as `U`, `V` and a full core.
 
         Args:
@@ -76,10 +83,10 @@ class WeightedSum:
         left, right, core = _concatenated(layer, parts)
         if self.combination_type == "cat":
             square = core.shape[-1] == core.shape[-2]
-            return (left, right, core) if square else _leading(left, right, core, min(core.shape[-2:]))
+            return LowRank(left, right, core) if square else _leading(left, right, core, min(core.shape[-2:]))
         return _leading(left, right, core, self.svd_rank or largest)
 
-    def _sum_of_cores(self, layer: SemuLayer, name: str, parts: list[tuple[str, float]]) -> Factors:
+    def _sum_of_cores(self, layer: SemuLayer, name: str, parts: list[tuple[str, float]]) -> LowRank:
         first = parts[0][0]
         left, right = layer.semu_U[first], layer.semu_V[first]
         if any(
@@ -89,9 +96,9 @@ class WeightedSum:
                 f"`combination_type='linear'` adds up cores, and the adapters have different bases at layer {name!r}. "
                 "Use 'cat', which is exact, or 'svd', the best sum of lower rank."
             )
-        return left, right, sum((weight * layer.get_core(key) for key, weight in parts), torch.zeros(()))
+        return LowRank(left, right, sum((weight * layer.get_core(key) for key, weight in parts), torch.zeros(())))
 
-    def _dense_sum(self, layer: SemuLayer, parts: list[tuple[str, float]]) -> Factors:
+    def _dense_sum(self, layer: SemuLayer, parts: list[tuple[str, float]]) -> LowRank:
         rules: dict[str, Callable[..., Tensor]] = {
             "ties_svd": ties,
             "dare_linear_svd": dare_linear,
@@ -104,10 +111,10 @@ class WeightedSum:
         total = rules[self.combination_type](deltas, weights, self.density, *options)
         m, n = total.shape[-2:]
         left, right = (torch.eye(size, dtype=total.dtype, device=total.device) for size in (m, n))
-        return left, right, total
+        return LowRank(left, right, total)
 
 
-def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> Factors:
+def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> LowRank:
     """`Σ wᵢ Uᵢ Rᵢ Vᵢᵀ` as one `U R Vᵀ` with orthonormal bases.
 
     With `[U₁ U₂ …] = Q_u T_u` and `[V₁ V₂ …] = Q_v T_v` it is `Q_u (T_u diag(w₁ R₁, w₂ R₂, …) T_vᵀ) Q_vᵀ`. The core in
@@ -121,11 +128,11 @@ def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> Factors:
     for (key, weight), rank in zip(parts, ranks, strict=True):
         blocks[..., start : start + rank, start : start + rank] = weight * layer.get_core(key).double()
         start += rank
-    return left, right, left_mix @ blocks @ right_mix.mT
+    return LowRank(left, right, left_mix @ blocks @ right_mix.mT)
 
 
-def _leading(left: Tensor, right: Tensor, core: Tensor, rank: int) -> Factors:
+def _leading(left: Tensor, right: Tensor, core: Tensor, rank: int) -> LowRank:
     """The best approximation of `U R Vᵀ` of this rank (Eckart–Young), from the SVD of the small core."""
     inner_left, values, inner_right = torch.linalg.svd(core, full_matrices=False)
     inner_left, values, inner_right = inner_left[..., :rank], values[..., :rank], inner_right[..., :rank, :]
-    return left @ inner_left, right @ inner_right.mT, torch.diag_embed(values)
+    return LowRank(left @ inner_left, right @ inner_right.mT, torch.diag_embed(values))

@@ -50,7 +50,7 @@ def test_the_correction_is_the_same(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(model, *x), run(lora, *x), atol=1e-5, rtol=1e-5)
     for key, layer in semu_layers(model).items():
         other = lora.get_submodule(f"base_model.model.{key}")
-        assert layer.has_basis("default")
+        assert layer.is_initialized("default")
         assert layer.r["default"] <= min(other.r["default"], *layer.semu_U["default"].shape[:1])
         torch.testing.assert_close(
             layer.get_delta_weight("default"), other.get_delta_weight("default"), atol=1e-5, rtol=1e-5

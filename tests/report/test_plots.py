@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from semu_peft.evaluation import Predictions
-from semu_peft.linalg.factorize import Factors
+from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.report import plot_confusion, plot_spectra
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
@@ -26,7 +26,7 @@ def predictions(labels: list[int], predicted: list[int], num_classes: int | None
 def spectrum(values: list[Any], rank: int, shape: tuple[int, ...] = (8, 8)) -> LayerSpectrum:
     known = torch.tensor(values)
     bases = [known.new_zeros(*known.shape[:-1], size, rank) for size in shape[-2:]]
-    return LayerSpectrum(Factors(*bases, known, known.double().square().sum(-1)), rank, shape)
+    return LayerSpectrum(SingularFactors(*bases, known, known.double().square().sum(-1)), rank, shape)
 
 
 BEFORE = predictions([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], 2)

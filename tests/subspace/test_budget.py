@@ -70,7 +70,7 @@ def test_budget_of_a_model() -> None:
     profile = initialize_semu_weights(model, vector_batches(), FORGET, rank_budget=RankBudget(5), progress=False)
     assert sum(profile.ranks.values()) == 5 and max(profile.ranks.values()) <= 3
     for name, layer in semu_layers(model).items():
-        assert layer.r["default"] == profile.ranks[name] == model.peft_config["default"].rank_pattern[name]
+        assert layer.r["default"] == profile.ranks[name] == model.peft_config["default"].ranks[name]
     profile = initialize_semu_weights(
         model, vector_batches(), FORGET, rank_budget=RankBudget(20, "parameters", "model"), progress=False
     )
@@ -103,13 +103,14 @@ def test_bad_explained_variance_pattern(pattern: object) -> None:
         SemuConfig(explained_variance_pattern=pattern)
 
 
-def test_rank_pattern_fixes_ranks_before_the_first_initialisation() -> None:
-    """By ending or expression; afterwards the pattern holds full names, and a new initialisation goes by γ."""
+def test_rank_pattern_fixes_ranks_and_stays_as_it_was_written() -> None:
+    """By ending or expression; a new initialisation goes by it again."""
     config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.3, rank_pattern={r"fc.": 4})
     model = get_peft_model(Mlp(), config)
-    assert not any(layer.has_basis("default") for layer in semu_layers(model).values())
+    assert not any(layer.is_initialized("default") for layer in semu_layers(model).values())
     profile = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)
     assert profile.ranks["fc1"] == profile.ranks["fc2"] == 4 and profile.ranks["head"] == 1
-    assert model.peft_config["default"].rank_pattern == profile.ranks
+    assert model.peft_config["default"].ranks == profile.ranks
     again = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)
-    assert again.ranks["fc1"] < 4
+    assert again.ranks == profile.ranks
+    assert model.peft_config["default"].rank_pattern == {r"fc.": 4}

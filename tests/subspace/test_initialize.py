@@ -97,7 +97,7 @@ def test_bases_are_those_of_the_dense_gradient(
         assert_leading_vectors(layer.semu_V["default"], vh.mT, s)
         core = layer.semu_core["default"]
         assert not core.any() and core.requires_grad and core.shape[-1] == rank
-        assert layer.has_basis("default")
+        assert layer.is_initialized("default")
         assert profile.layers[name].shape == tuple(matrix.shape)
         assert profile.layers[name].energy == pytest.approx(float(s.double().square().sum()), rel=1e-4)
 
@@ -165,7 +165,7 @@ def test_two_runs_are_bit_identical(kind: type[Mlp | Cnn], mode: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["peft", "injected", "add_adapter"])
-def test_rank_pattern_is_written(way: str, tmp_path: Path) -> None:
+def test_ranks_are_written(way: str, tmp_path: Path) -> None:
     """The ranks stand in the configuration by full layer name, so that the adapter loads without data."""
     base = same(vit)
     config = SemuConfig(target_modules=["q_proj", "fc1", "projection"], explained_variance=0.8)
@@ -178,7 +178,7 @@ def test_rank_pattern_is_written(way: str, tmp_path: Path) -> None:
         model.add_adapter(config)
     profile = initialize_semu_weights(model, image_batches(), FORGET, progress=False)
     ranks = {name: layer.r["default"] for name, layer in semu_layers(model).items()}
-    assert model.peft_config["default"].rank_pattern == profile.ranks == ranks
+    assert model.peft_config["default"].ranks == profile.ranks == ranks
     assert set(ranks) == {name for name, _ in same(vit).named_modules() if name.split(".")[-1] in config.target_modules}
     assert len(set(ranks.values())) > 1
     if way == "injected":
@@ -256,7 +256,7 @@ def test_initialising_again_starts_afresh(trained: bool) -> None:
             nn.init.normal_(layer.semu_core["default"])
     initialize_semu_weights(fresh, vector_batches(), FORGET, progress=False)
     initialize_semu_weights(again, vector_batches(), FORGET, progress=False)
-    assert again.peft_config["default"].rank_pattern == fresh.peft_config["default"].rank_pattern
+    assert again.peft_config["default"].ranks == fresh.peft_config["default"].ranks
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
@@ -285,8 +285,8 @@ def test_two_adapters_of_different_reading() -> None:
         initialize_semu_weights(model, image_batches(), FORGET, adapter_name=name, progress=False)
     layer = semu_layers(model)["conv1"]
     assert layer.semu_U["default"].dim() == 2 and layer.semu_U["channels"].shape == (3, 8, 1)
-    assert model.peft_config["channels"].rank_pattern == {"conv1": 1}
-    assert model.peft_config["default"].rank_pattern == {"conv1": layer.r["default"]}
+    assert model.peft_config["channels"].ranks == {"conv1": 1}
+    assert model.peft_config["default"].ranks == {"conv1": layer.r["default"]}
 
 
 def test_objectives_that_switch_the_adapter_off() -> None:

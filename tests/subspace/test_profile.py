@@ -54,7 +54,7 @@ def test_another_share_is_that_of_the_data(mode: str, gamma: float, tmp_path: Pa
     profile = initialize_semu_weights(model, image_batches(), FORGET, keep_explained_variance=0.999, progress=False)
     loaded = SubspaceProfile.load(profile.save(tmp_path / "p.safetensors"))
     changed = loaded.initialize(model, explained_variance=gamma)
-    assert changed.ranks == from_data.ranks == dict(model.peft_config["default"].rank_pattern)
+    assert changed.ranks == from_data.ranks == dict(model.peft_config["default"].ranks)
     for name, layer in semu_layers(model).items():
         other = semu_layers(expected)[name]
         projector = layer.semu_U["default"] @ layer.semu_U["default"].mT

@@ -9,14 +9,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
-from semu_peft.linalg.factorize import Factors, leading_factors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.subspace import Overlap, RetainSubspace
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()
 
 
-def factors_of(matrix: Tensor, gamma: float = 1.0) -> Factors:
+def factors_of(matrix: Tensor, gamma: float = 1.0) -> SingularFactors:
     return leading_factors(matrix, gamma)
 
 
@@ -24,7 +24,7 @@ def rule(**settings: object) -> RetainSubspace:
     return RetainSubspace([], RETAIN, **settings)
 
 
-def product(factors: Factors) -> Tensor:
+def product(factors: SingularFactors) -> Tensor:
     return factors.left * factors.singular_values[..., None, : factors.rank] @ factors.right.mT
 
 
@@ -96,8 +96,8 @@ def test_overlap_is_the_principal_angles() -> None:
     """1 for a shared direction, 0 for an orthogonal one, cos φ in between."""
     e = torch.eye(4)
     mixed = torch.stack([e[0], (0.6 * e[1] + 0.8 * e[2])], 1)
-    one = Factors(mixed, mixed, torch.ones(2), torch.tensor(2.0))
-    other = Factors(e[:, :2].clone(), e[:, 2:].clone(), torch.ones(2), torch.tensor(2.0))
+    one = SingularFactors(mixed, mixed, torch.ones(2), torch.tensor(2.0))
+    other = SingularFactors(e[:, :2].clone(), e[:, 2:].clone(), torch.ones(2), torch.tensor(2.0))
     overlap = Overlap.between(one, other)
     torch.testing.assert_close(overlap.outputs, torch.tensor([1.0, 0.6]))
     torch.testing.assert_close(overlap.inputs, torch.tensor([0.8, 0.0]))

@@ -108,11 +108,10 @@ def make(
     if isinstance(base, Conv1D):
         nn.init.normal_(base.bias)
     config = SemuConfig(conv_mode=mode, core=core, **{"r": rank, "init_weights": False, **kw})
-    rank = 0 if config.init_weights is True else rank
     if isinstance(base, Experts):
-        layer: SemuLayer = ParamWrapper(base, "default", config, rank, parameter_name="bank")
+        layer: SemuLayer = ParamWrapper(base, "default", config, "layer", parameter_name="bank")
     else:
-        layer = layer_class(base, name)(base, "default", config, rank)
+        layer = layer_class(base, name)(base, "default", config, "layer")
     x = sample_input(base)
     return layer, x.to(dtype) if x.is_floating_point() else x
 
@@ -298,7 +297,7 @@ def test_an_uninitialised_adapter_is_bit_identical(name: str, mode: str, core: s
     """Before its initialisation an adapter has rank 0, does nothing, and merges to the same weight."""
     layer, x = make(name, mode, core, dtype, r=None, init_weights=True)
     weight = weight_of(layer.base_layer).clone()
-    assert layer.r["default"] == 0 and not layer.has_basis("default")
+    assert layer.r["default"] == 0 and not layer.is_initialized("default")
     assert torch.equal(layer(x), layer.base_layer(x))
     assert not layer.get_delta_weight("default").any()
     layer.merge()
@@ -356,7 +355,7 @@ def test_safe_merge_refuses_a_broken_core(name: str, value: float) -> None:
 def test_safe_merge_of_several_adapters_is_all_or_nothing() -> None:
     """When the second of two adapters is broken, the first is not merged either."""
     layer, _ = make("linear")
-    layer.update_layer("broken", 2, SemuConfig(r=2, init_weights=False))
+    layer.update_layer("broken", SemuConfig(r=2, init_weights=False))
     layer.semu_core["broken"].data.fill_(float("nan"))
     weight = weight_of(layer.base_layer).clone()
     with pytest.raises(ValueError, match="broken"):
@@ -392,7 +391,7 @@ def test_scale_dials_the_correction(name: str, mode: str) -> None:
 def test_two_active_adapters_add_up(name: str, modes: tuple[str, str]) -> None:
     """Two active adapters of different rank, core and mode correct by the sum, forward, merged and in gradients."""
     layer, x = make(name, modes[0], dtype=torch.float64)
-    layer.update_layer("other", 2, SemuConfig(r=2, init_weights=False, conv_mode=modes[1], core="diagonal"))
+    layer.update_layer("other", SemuConfig(r=2, init_weights=False, conv_mode=modes[1], core="diagonal"))
     assert layer.active_adapters == ["default"]
     torch.testing.assert_close(layer(x), dense(layer, dense_delta(layer))(x))
     layer.set_adapter(["default", "other"])
@@ -478,7 +477,7 @@ def test_autocast_keeps_the_digits_of_an_output_in_float32() -> None:
             with torch.autocast("cpu", enabled=False):
                 return super().forward(input)
 
-    layer = Linear(Careful(5, 7), "default", SemuConfig(r=2, init_weights=False), 2)
+    layer = Linear(Careful(5, 7), "default", SemuConfig(r=2, init_weights=False))
     x = torch.randn(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
         corrected = layer(x)
@@ -520,7 +519,7 @@ def test_convolution_takes_one_image_and_channels_last(name: str, mode: str) -> 
 def test_linear_of_any_shape(m: int, n: int, rank: int, rows: int, transposed: bool, core: str) -> None:
     """For every shape: the rank is cut to what the matrix has, the bases are orthonormal, forward is the dense one."""
     base = (Conv1D(m, n) if transposed else nn.Linear(n, m)).double()
-    layer = Linear(base, "default", SemuConfig(r=rank, init_weights=False, core=core), rank=rank)
+    layer = Linear(base, "default", SemuConfig(r=rank, init_weights=False, core=core))
     assert layer.r["default"] == min(rank, m, n) == layer.semu_U["default"].shape[-1]
     x = torch.randn(rows, n, dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(layer, dense_delta(layer))(x))
@@ -543,7 +542,7 @@ def test_convolution_of_any_shape(
         groups * in_per_group, groups * out_per_group, kernel, stride=1 if padding == "same" else stride,
         padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
     ).double()  # fmt: skip
-    layer = Conv2d(base, "default", SemuConfig(r=rank, init_weights=False, conv_mode=mode, core=core), rank=rank)
+    layer = Conv2d(base, "default", SemuConfig(r=rank, init_weights=False, conv_mode=mode, core=core))
     assert layer.r["default"] == min(rank, *layer.weight_to_matrix(base.weight, "default").shape[-2:])
     x = torch.randn(2, groups * in_per_group, 7, 8, dtype=torch.float64)
     reference = dense(layer, dense_delta(layer))

@@ -262,7 +262,7 @@ def trained(base: nn.Module, targets: list[str], rank: int) -> PeftModel:
     initialize_semu_weights(model, image_batches(), objectives.CrossEntropy(), progress=False)
     for layer in semu_layers(model).values():
         nn.init.normal_(layer.semu_core["default"])
-    assert set(model.peft_config["default"].rank_pattern.values()) == {rank}
+    assert set(model.peft_config["default"].ranks.values()) == {rank}
     return model
 
 
@@ -328,7 +328,7 @@ def test_file_of_another_rank(load: Callable[[Any, Path], Any], adapter: Path, t
     trained(base_model(), ["q_proj", "fc1"], 2).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
-    refused(lambda: load(model, adapter), model, adapter, "rank 2", "3", "q_proj", "rank_pattern")
+    refused(lambda: load(model, adapter), model, adapter, "rank 2", "3", "q_proj", "`ranks`")
 
 
 @every_loader
@@ -346,7 +346,7 @@ def test_another_architecture(load: Callable[[Any, Path], Any], adapter: Path) -
     config = base_model().config
     config.num_hidden_layers = 1
     model = vit_of(config)
-    refused(lambda: load(model, adapter), model, adapter, "rank_pattern", "ViTForImageClassification", "layers.1")
+    refused(lambda: load(model, adapter), model, adapter, "`ranks`", "ViTForImageClassification", "layers.1")
 
 
 @every_loader
@@ -437,12 +437,12 @@ def test_folder_without_weights(adapter: Path) -> None:
         PeftModel.from_pretrained(model, adapter)
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "conv_mode"])
+@pytest.mark.parametrize("field", ["ranks", "conv_mode"])
 def test_damaged_configuration(field: str, adapter: Path) -> None:
     """A configuration file with an impossible value is refused when it is read."""
     path = adapter / "adapter_config.json"
     values = json.loads(path.read_text())
-    values[field] = {"rank_pattern": dict.fromkeys(values["rank_pattern"], -3), "conv_mode": "flat"}[field]
+    values[field] = {"ranks": dict.fromkeys(values["ranks"], -3), "conv_mode": "flat"}[field]
     path.write_text(json.dumps(values))
     model = base_model()
     refused(lambda: PeftModel.from_pretrained(model, adapter), model, adapter, f"`{field}`")

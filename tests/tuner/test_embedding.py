@@ -87,7 +87,7 @@ class Sizes(TorchDispatchMode):
 def test_no_correction_for_the_whole_vocabulary() -> None:
     """Forward and backward compute nothing of the size of the weight."""
     base = nn.Embedding(5000, 40).requires_grad_(False)
-    layer = Embedding(base, "default", SemuConfig(r=2, init_weights=False), rank=2)
+    layer = Embedding(base, "default", SemuConfig(r=2, init_weights=False))
     with Sizes() as sizes:
         layer(torch.arange(7)).sum().backward()
     assert layer.semu_core["default"].grad is not None

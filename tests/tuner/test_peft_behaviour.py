@@ -345,7 +345,7 @@ def test_inject_adapter_in_model() -> None:
 
 
 def test_layers_are_found_in_a_model_that_has_a_child_named_module() -> None:
-    """`rank_pattern` uses full names also where the base model itself has an attribute `module`."""
+    """`ranks` has full names also where the base model itself has an attribute `module`."""
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -356,7 +356,7 @@ def test_layers_are_found_in_a_model_that_has_a_child_named_module() -> None:
             return self.module(x)
 
     wrapped = get_peft_model(Wrapper(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
-    assert list(semu_layers(wrapped)) == list(wrapped.peft_config["default"].rank_pattern) == ["module.fc1"]
+    assert list(semu_layers(wrapped)) == list(wrapped.peft_config["default"].ranks) == ["module.fc1"]
 
 
 def test_layers_are_found_inside_distributed_wrappers() -> None:
@@ -412,7 +412,7 @@ def test_uninitialised_adapter_goes_to_disk_and_back(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(same_model("cnn"), tmp_path, is_trainable=True)
     x = sample_input(Cnn())
     assert torch.equal(run(loaded, *x), run(same_model("cnn"), *x))
-    assert not any(layer.has_basis("default") for layer in semu_layers(loaded).values())
+    assert not any(layer.is_initialized("default") for layer in semu_layers(loaded).values())
     assert torch.equal(run(loaded.to(torch.float64).float().merge_and_unload(), *x), run(same_model("cnn"), *x))
 
 

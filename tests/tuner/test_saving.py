@@ -67,7 +67,7 @@ def test_save_dtype_of_an_adapter_without_a_basis(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(seeded(Mlp), tmp_path)
-    assert not semu_layers(loaded)["fc1"].has_basis("default")
+    assert not semu_layers(loaded)["fc1"].is_initialized("default")
     assert torch.equal(run(loaded, *sample_input(Mlp())), run(seeded(Mlp), *sample_input(Mlp())))
 
 
@@ -164,7 +164,7 @@ def memory(field):
     return int(line.split()[1]) / 1024
 
 pattern = {str(index): rank for index in range(count)}
-config = SemuConfig(target_modules="all-linear", rank_pattern=pattern)
+config = SemuConfig(target_modules="all-linear", ranks=pattern)
 if len(sys.argv) > 2:
     from safetensors.torch import save_file
     tensors = {}
