@@ -143,12 +143,12 @@ def draw_forgetting(model: nn.Module, train: TensorDataset, test: TensorDataset,
     """Forget a digit and draw what the test images are taken for, before and after."""
     gone = train.tensors[1] == FORGOTTEN
     forget = DataLoader(TensorDataset(*(tensor[gone] for tensor in train.tensors)), batch_size=32, shuffle=True)
-    before = predict(model, [test.tensors])
+    before = predict(model, [test.tensors], progress=False)
     unlearned = get_peft_model(copy.deepcopy(model), SemuConfig(target_modules=["2", "4"], explained_variance=0.5))
     objective = objectives.DecoupledDistillation()
     initialize_semu_weights(unlearned, forget, objective, progress=False)
     unlearn(unlearned, forget, objective, epochs=20, learning_rate=0.1, progress=False)
-    plot_confusion(before, predict(unlearned, [test.tensors]), path, forgotten=FORGOTTEN, dpi=100)
+    plot_confusion(before, predict(unlearned, [test.tensors], progress=False), path, forgotten=FORGOTTEN, dpi=100)
 
 
 # ---- the subspace ----

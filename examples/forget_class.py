@@ -317,7 +317,7 @@ def main() -> None:
 
     def measured(candidate: nn.Module, **costs: Any) -> ForgettingMetrics:
         parts = {name: DataLoader(part, batch_size=256) for name, part in images.items()}
-        return evaluate_forgetting(candidate, **parts, progress=True, **costs)
+        return evaluate_forgetting(candidate, **parts, **costs)
 
     rows = {"original": measured(model, trainable_parameters=0)}
 
@@ -342,7 +342,7 @@ def main() -> None:
 
     table = write_table(rows, reference, output)
     tests = DataLoader(test_images, batch_size=256)
-    before, after = (predict(candidate, tests, progress=True) for candidate in (model, unlearned))
+    before, after = (predict(candidate, tests) for candidate in (model, unlearned))
     plot_confusion(before, after, output / "confusion.png", class_names=names, forgotten=forgotten)
     plot_spectra(profile, output / "spectra.png")
     profile.save(output / "profile.safetensors")

@@ -60,7 +60,7 @@ def best_objective_with_copy(task: ForgettingTask) -> Objective:
 def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Objective:
     if task.held_out is None:
         return objectives.DecoupledDistillation(reference)
-    confidences = predict(task.original, DataLoader(task.held_out, 1000)).confidence
+    confidences = predict(task.original, DataLoader(task.held_out, 1000), progress=False).confidence
     return objectives.UnseenConfidence(confidences, reference)
 
 

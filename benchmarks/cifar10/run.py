@@ -91,6 +91,7 @@ def evaluate(
         seed=task.seed,
         trainable_parameters=trainable,
         seconds=seconds,
+        progress=False,
     )
     total = sum(parameter.numel() for parameter in task.original.parameters())
     print(f"{task.name}: {label}: {metrics}", flush=True)

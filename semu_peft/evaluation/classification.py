@@ -18,7 +18,7 @@ from .comparison import ForgettingMetrics
 from .membership import membership_inference
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """What a classifier said about N examples, on the CPU, in the order the loader gave them.
 
@@ -30,6 +30,16 @@ class Predictions:
 
     Raises:
         ValueError: The three are not vectors of one length.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import Predictions
+        >>> labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 2])
+        >>> predictions = Predictions(labels, predicted, torch.tensor([0.9, 0.2, 0.8, 0.7]), num_classes=3)
+        >>> predictions
+        Predictions(4 examples, 3 classes, accuracy 75.00%)
+        >>> predictions.confusion().tolist()
+        [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     """
 
     labels: Tensor
@@ -41,11 +51,16 @@ class Predictions:
         shapes = [tuple(tensor.shape) for tensor in (self.labels, self.predicted, self.confidence)]
         if len(set(shapes)) != 1 or len(shapes[0]) != 1:
             raise ValueError(
-                f"labels, predicted and confidence have shapes {shapes}; expected three vectors of one length (N,)."
+                f"`labels`, `predicted` and `confidence` must be three vectors of one length (N,), got {shapes}. "
+                "Give one entry of each per example."
             )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        classes = "" if self.num_classes is None else f"{self.num_classes} classes, "
+        return f"Predictions({len(self)} examples, {classes}accuracy {self.accuracy:.2f}%)"
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +82,7 @@ class Predictions:
         largest = int(torch.cat([self.labels, self.predicted, torch.zeros(1, dtype=torch.int64)]).max())
         classes = num_classes or self.num_classes or largest + 1
         if largest >= classes:
-            raise ValueError(f"num_classes is {classes} but class {largest} occurs; expected at least {largest + 1}.")
+            raise ValueError(f"`num_classes` must be at least {largest + 1}, as class {largest} occurs, got {classes}.")
         return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
 
 
@@ -76,7 +91,7 @@ def predict(
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
-    progress: bool = False,
+    progress: bool = True,
     name: str = "loader",
 ) -> Predictions:
     """Classify every example of a loader, in eval mode and without gradients.
@@ -99,6 +114,15 @@ def predict(
     Raises:
         TypeError: A batch or the model's output has an unknown form.
         ValueError: The loader is empty, or its labels or the model's logits are malformed or NaN.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import predict
+        >>> model = torch.nn.Identity()  # its inputs are the logits
+        >>> loader = [(torch.eye(3), torch.tensor([0, 1, 1])), (torch.eye(3)[:1], torch.tensor([0]))]
+        >>> predictions = predict(model, loader, progress=False)
+        >>> predictions.predicted.tolist(), predictions.accuracy
+        ([0, 1, 2, 0], 75.0)
     """
     if device is None:
         device = device_of(model)
@@ -125,8 +149,8 @@ def predict(
             labels.append(batch_labels)
     if num_classes is None or not sum(len(part) for part in labels):
         raise ValueError(
-            f"{name} gave no examples; expected at least one. "
-            "Check the subset it reads, and that it is not an iterator that has already been used up."
+            f"`{name}` must give at least one example, got none. Check the subset it reads, and that it is not an "
+            "iterator that has already been used up."
         )
     predictions = Predictions(
         labels=torch.cat(labels).cpu().long(),
@@ -146,7 +170,7 @@ def evaluate_forgetting(
     *,
     forgotten_test: Iterable[Any] | Predictions | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     device: torch.device | str | None = None,
     max_attack_examples: int | None = 2000,
     trainable_parameters: int | None = None,
@@ -185,13 +209,23 @@ def evaluate_forgetting(
         ImportError: scikit-learn is not installed.
         TypeError: A batch or the model's output has an unknown form.
         ValueError: A loader is empty, or its labels or the model's logits are malformed or NaN.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import evaluate_forgetting
+        >>> model = torch.nn.Identity()  # its inputs are the logits, so it is sure of every one-hot input
+        >>> known, unknown = 9 * torch.eye(3), torch.zeros(3, 3)
+        >>> forget, retain, test = ([(inputs, torch.arange(3))] for inputs in (unknown, known, known))
+        >>> metrics = evaluate_forgetting(model, forget, retain, test, progress=False)
+        >>> round(metrics.unlearning_accuracy, 1), metrics.retain_accuracy, metrics.test_accuracy
+        (66.7, 100.0, 100.0)
     """
 
     def predicted(name: str, source: Iterable[Any] | Predictions) -> Predictions:
         if not isinstance(source, Predictions):
             return predict(model, source, device=device, progress=progress, name=name)
         if not len(source):
-            raise ValueError(f"{name} holds no predictions; expected those of at least one example.")
+            raise ValueError(f"`{name}` must hold at least one prediction, got none. Predict on its loader first.")
         return source
 
     on_forget, on_retain, on_test = predicted("forget", forget), predicted("retain", retain), predicted("test", test)
@@ -230,11 +264,14 @@ def _check_classes(classes: int, before: int | None, name: str) -> None:
     """Raise ValueError unless the model has at least two classes, and as many as it had before."""
     if classes < 2:
         raise ValueError(
-            f"{name}: the model gave one logit per example; expected at least two classes. "
-            "Wrap a binary model so that it returns `stack([zeros_like(logit), logit], dim=-1)`."
+            f"`model` must give logits of at least two classes, got one per example of `{name}`. Wrap a binary model "
+            "so that it returns `stack([zeros_like(logit), logit], dim=-1)`."
         )
     if before is not None and classes != before:
-        raise ValueError(f"{name}: the model gave {before} classes at first and {classes} in a later batch.")
+        raise ValueError(
+            f"`model` must give as many logits for every batch of `{name}`, got {before} classes at first and "
+            f"{classes} later. Check that its head does not depend on the batch."
+        )
 
 
 def _check_values(predictions: Predictions, num_classes: int, name: str) -> None:
@@ -242,12 +279,12 @@ def _check_values(predictions: Predictions, num_classes: int, name: str) -> None
     lowest, highest = int(predictions.labels.min()), int(predictions.labels.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(
-            f"{name}: labels run from {lowest} to {highest}; expected 0 to {num_classes - 1}, as the model has "
-            f"{num_classes} classes. Renumber the labels or use the matching head."
+            f"The labels of `{name}` must be from 0 to {num_classes - 1}, as the model has {num_classes} classes, got "
+            f"{lowest} to {highest}. Renumber the labels or use the matching head."
         )
     broken = int(predictions.confidence.isnan().sum())
     if broken:
         raise ValueError(
-            f"{name}: the model's logits are NaN or +inf for {broken} of {len(predictions)} examples; expected finite "
-            "ones. The model has probably diverged: lower the learning rate, or evaluate in float32."
+            f"The model's logits on `{name}` must be finite, got NaN or +inf for {broken} of {len(predictions)} "
+            "examples. The model has probably diverged: lower the learning rate, or evaluate in float32."
         )

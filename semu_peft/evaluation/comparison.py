@@ -40,6 +40,15 @@ class ForgettingMetrics:
 
     Raises:
         ValueError: A percentage is outside [0, 100] or NaN, or a count or time is negative.
+
+    Examples:
+        >>> from semu_peft.evaluation import ForgettingMetrics
+        >>> unlearned = ForgettingMetrics(100.0, 98.0, 94.0, 97.0, trainable_parameters=20, total_parameters=1000)
+        >>> retrained = ForgettingMetrics(100.0, 99.0, 95.0, 100.0, trainable_parameters=1000, total_parameters=1000)
+        >>> unlearned.trainable_share
+        2.0
+        >>> unlearned.average_gap(retrained)
+        1.25
     """
 
     unlearning_accuracy: float
@@ -56,11 +65,11 @@ class ForgettingMetrics:
         for name in (*GAP_METRICS, "forgotten_test_accuracy"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
-                raise ValueError(f"{name} is {value}; expected a percentage from 0 to 100.")
+                raise ValueError(f"`{name}` must be a percentage from 0 to 100, got {value}.")
         for name in ("trainable_parameters", "total_parameters", "seconds", "adapter_bytes"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; expected a finite number, 0 or more.")
+                raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value}.")
 
     @property
     def trainable_share(self) -> float:
@@ -81,7 +90,7 @@ class ForgettingMetrics:
         return sum(abs(gap) for gap in gaps.values()) / len(gaps)
 
 
-@dataclass
+@dataclass(frozen=True, repr=False)
 class ForgettingComparison:
     """Several models' metrics beside those of the model retrained from scratch without the forget set.
 
@@ -96,6 +105,22 @@ class ForgettingComparison:
 
     Raises:
         ValueError: `reference` is not among `rows`.
+
+    Examples:
+        >>> from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics
+        >>> rows = {
+        ...     "SEMU": ForgettingMetrics(100.0, 98.0, 94.0, 97.0, 20, 1000),
+        ...     "retrained": ForgettingMetrics(100.0, 99.0, 95.0, 100.0, 1000, 1000),
+        ... }
+        >>> comparison = ForgettingComparison(rows, reference="retrained")
+        >>> comparison
+        ForgettingComparison(SEMU, retrained (reference))
+        >>> print(comparison)
+        model                      UA     RA     TA     MIA  average gap  trained  trained %
+        ---------------------  ------  -----  -----  ------  -----------  -------  ---------
+        SEMU                   100.00  98.00  94.00   97.00         1.25       20          2
+        retrained (reference)  100.00  99.00  95.00  100.00         0.00    1,000        100
+        Percent. Average gap: mean |difference| to 'retrained' over UA, RA, TA and MIA.
     """
 
     rows: dict[str, ForgettingMetrics]
@@ -103,6 +128,9 @@ class ForgettingComparison:
 
     def __post_init__(self) -> None:
         self._reference_row()
+
+    def __repr__(self) -> str:
+        return f"ForgettingComparison({', '.join(map(self._title, self.rows))})"
 
     def __str__(self) -> str:
         header, *body = self._table()
@@ -162,15 +190,15 @@ class ForgettingComparison:
             return cls(rows=rows, reference=content["reference"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{os.fspath(path)} is not a comparison written by ForgettingComparison.save: {error!r}. "
-                f"Expected JSON with format {_FORMAT!r}, a reference and rows of metrics."
+                f"`path` must be a file that `ForgettingComparison.save` wrote, got {os.fspath(path)}: {error!r}. It "
+                f"should be JSON with the format {_FORMAT!r}, a reference and rows of metrics."
             ) from error
 
     def _reference_row(self) -> ForgettingMetrics:
         if self.reference not in self.rows:
             raise ValueError(
-                f"reference is {self.reference!r}, which is not a row; expected one of {list(self.rows)}. "
-                "Add the metrics of the model retrained without the forget set under that name."
+                f"`reference` must be one of the rows {list(self.rows)}, got {self.reference!r}. Add the metrics of "
+                "the model retrained without the forget set under that name."
             )
         return self.rows[self.reference]
 
@@ -193,5 +221,8 @@ class ForgettingComparison:
         table = [["model", *(title for title, _, _ in shown)]]
         for name, row in self.rows.items():
             cells = ["-" if (value := read(row)) is None else format(value, form) for _, read, form in shown]
-            table.append([f"{name} (reference)" if name == self.reference else name, *cells])
+            table.append([self._title(name), *cells])
         return table
+
+    def _title(self, name: str) -> str:
+        return f"{name} (reference)" if name == self.reference else name

@@ -29,7 +29,12 @@ class ErasureMetrics:
         forget_accuracy: Samples of forgotten classes that the classifier still recognises as these; low is good.
         retain_accuracy: Samples of the other classes that it recognises as what was asked for.
         frechet_distance: Distance of the retained classes' samples to the real images, where these were given.
-        kernel_distance: Likewise the kernel distance.
+        kernel_distance: Their kernel distance to the real images, where these were given.
+
+    Examples:
+        >>> from semu_peft.evaluation import ErasureMetrics
+        >>> ErasureMetrics(forget_accuracy=1.5, retain_accuracy=98.0)
+        ErasureMetrics(forget_accuracy=1.5, retain_accuracy=98.0, frechet_distance=None, kernel_distance=None)
     """
 
     forget_accuracy: float
@@ -46,6 +51,12 @@ class UnlearnCanvasMetrics:
         unlearning_accuracy: UA, images of the forgotten concept in which it is *not* recognised.
         in_domain_retain_accuracy: IRA, images of the domain's other concepts that are recognised.
         cross_domain_retain_accuracy: CRA, images whose concept of another domain is recognised.
+
+    Examples:
+        >>> from semu_peft.evaluation import UnlearnCanvasMetrics
+        >>> metrics = UnlearnCanvasMetrics(98.0, 96.0, 97.0)
+        >>> metrics.unlearning_accuracy
+        98.0
     """
 
     unlearning_accuracy: float
@@ -55,22 +66,45 @@ class UnlearnCanvasMetrics:
 
 @dataclass(frozen=True)
 class LabelledPrompt:
-    """A prompt and what its image should show: a class index for each domain, `{"style": 3, "object": 5}`."""
+    """A prompt and what its image should show: a class index for each domain, `{"style": 3, "object": 5}`.
+
+    Examples:
+        >>> from semu_peft.evaluation import LabelledPrompt
+        >>> LabelledPrompt("a cat in Van Gogh's style", {"style": 3, "object": 5}).labels["object"]
+        5
+    """
 
     text: str
     labels: Mapping[str, int]
 
 
 def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, batch_size: int = 256) -> Predictions:
-    """Classify samples; `labels` `(N,)` are the classes that were asked for.
+    """Classify generated samples, to compare what is seen in them with what was asked for.
+
+    Args:
+        images: Samples `(N, channels, height, width)` in [0, 1].
+        labels: The class that each was asked for, `(N,)`.
+        classifier: Images to logits.
+        batch_size: Images at a time.
 
     Raises:
         ValueError: Images and labels are not equally many, or there are none.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import classify_samples
+        >>> classifier = torch.nn.Flatten()  # two pixels, which are the logits of two classes
+        >>> images = torch.tensor([[0.1, 0.9], [0.8, 0.3]]).view(2, 1, 1, 2)
+        >>> classify_samples(images, torch.tensor([1, 1]), classifier)
+        Predictions(2 examples, 2 classes, accuracy 50.00%)
     """
     if len(images) != len(labels):
-        raise ValueError(f"There are {len(images)} images and {len(labels)} labels: expected one label per image.")
+        raise ValueError(
+            f"`labels` must be one per image, got {len(labels)} for {len(images)} images. Give the class that each "
+            "image was asked for."
+        )
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    return predict(classifier, batches, name="images")
+    return predict(classifier, batches, name="images", progress=False)
 
 
 def evaluate_erasure(
@@ -100,16 +134,25 @@ def evaluate_erasure(
         ImportError: Distances are asked for and torchmetrics is not installed.
         ValueError: Labels and images do not fit, one of the two groups is empty, or `real` and `features` are not given
             together.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import evaluate_erasure
+        >>> classifier = torch.nn.Flatten()  # two pixels, which are the logits of two classes
+        >>> images = torch.tensor([[0.1, 0.9], [0.2, 0.7], [0.3, 0.8]]).view(3, 1, 1, 2)
+        >>> metrics = evaluate_erasure(images, torch.tensor([0, 0, 1]), classifier, forgotten=0)
+        >>> metrics.forget_accuracy, metrics.retain_accuracy
+        (0.0, 100.0)
     """
     classes = torch.tensor([forgotten] if isinstance(forgotten, int) else list(forgotten))
     gone = torch.isin(labels.cpu(), classes)
     if not gone.any() or gone.all():
         raise ValueError(
-            f"Of {len(labels)} labels {int(gone.sum())} are of the forgotten classes {classes.tolist()}: expected "
-            "samples of these and of others."
+            f"`labels` must be of the forgotten classes {classes.tolist()} and of others, got {int(gone.sum())} of "
+            f"{len(labels)} that are. Sample both."
         )
     if (real is None) != (features is None):
-        raise ValueError("`real` and `features` belong together: give both or neither.")
+        raise ValueError("`real` and `features` must be given together, got one of them. Give both or neither.")
     recognised = classify_samples(images, labels, classifier, batch_size=batch_size)
     hits = recognised.predicted == recognised.labels
     frechet = kernel = None
@@ -144,13 +187,26 @@ def unlearn_canvas(
 
     Raises:
         ValueError: A prompt lacks a label, a domain has no classifier, or a group of prompts is empty.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import LabelledPrompt, unlearn_canvas
+        >>> prompts = [LabelledPrompt(f"a cat in style {style}", {"style": style, "object": 1}) for style in (0, 1)]
+        >>> def generate(prompts, seeds):  # two pixels, which are the logits of two classes; it always draws class 1
+        ...     return torch.tensor([0.0, 1.0]).expand(len(prompts), 1, 1, 2)
+        >>> classifiers = {"style": torch.nn.Flatten(), "object": torch.nn.Flatten()}
+        >>> unlearn_canvas(generate, prompts, classifiers, forgotten=("style", 0)).unlearning_accuracy
+        100.0
     """
     domain, concept = forgotten
     if domain not in classifiers or len(classifiers) < 2:
         raise ValueError(f"`classifiers` must have {domain!r} and another domain, got {sorted(classifiers)}.")
     for prompt in prompts:
         if set(prompt.labels) != set(classifiers):
-            raise ValueError(f"{prompt.text!r} is labelled for {sorted(prompt.labels)}, not {sorted(classifiers)}.")
+            raise ValueError(
+                f"`prompts` must be labelled for the domains {sorted(classifiers)}, got {prompt.text!r} labelled for "
+                f"{sorted(prompt.labels)}. Give it a class index for each domain."
+            )
     pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
     hits: dict[str, list[Tensor]] = {name: [] for name in classifiers}
     for start in range(0, len(pairs), batch_size):
@@ -162,7 +218,7 @@ def unlearn_canvas(
             hits[name].append(found.predicted == found.labels)
     gone = torch.tensor([prompt.labels[domain] == concept for prompt, _ in pairs], dtype=torch.bool)
     if not gone.any() or gone.all():
-        raise ValueError(f"`prompts` must ask for {domain} {concept} and for others of that domain.")
+        raise ValueError(f"`prompts` must ask for {domain} {concept} and for others of that domain, got one kind only.")
     by_domain = {name: torch.cat(parts) for name, parts in hits.items()}
     across = torch.cat([found for name, found in by_domain.items() if name != domain])
     return UnlearnCanvasMetrics(
@@ -176,9 +232,23 @@ def frechet_distance(images: Tensor, real: Tensor, features: nn.Module, *, batch
     Source: Heusel et al. 2017, arXiv 1706.08500, computed by torchmetrics. It needs more images than features, and
     equally many of them wherever numbers are compared.
 
+    Args:
+        images: Samples `(N, channels, height, width)` in [0, 1].
+        real: Real images of that form.
+        features: Images to features `(N, d)`.
+        batch_size: Images at a time.
+
     Raises:
         ImportError: torchmetrics is not installed.
         ValueError: A set has fewer than two images, or the features are not `(N, d)`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import frechet_distance
+        >>> real = torch.rand(50, 1, 1, 2) / 2
+        >>> samples = real + 0.5  # moved by 0.5 in both features, and spread as before
+        >>> round(frechet_distance(samples, real, torch.nn.Flatten()), 3)
+        0.5
     """
     fid = _torchmetrics().image.fid.FrechetInceptionDistance
     extractor = _Features(features, images, real)
@@ -200,9 +270,26 @@ def kernel_distance(
 
     Source: Bińkowski et al. 2018, arXiv 1801.01401, computed by torchmetrics, the mean over random subsets.
 
+    Args:
+        images: Samples `(N, channels, height, width)` in [0, 1].
+        real: Real images of that form.
+        features: Images to features `(N, d)`.
+        subsets: How many random subsets to take.
+        subset_size: Images in each.
+        batch_size: Images at a time.
+        seed: Seed of the subsets.
+
     Raises:
         ImportError: torchmetrics is not installed.
         ValueError: A set has fewer than two images, or the features are not `(N, d)`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import kernel_distance
+        >>> real, near, far = torch.rand(30, 1, 1, 2) / 2, torch.rand(30, 1, 1, 2) / 2, torch.rand(30, 1, 1, 2)
+        >>> features = torch.nn.Flatten()
+        >>> kernel_distance(near, real, features) < kernel_distance(far, real, features)
+        True
     """
     kid = _torchmetrics().image.kid.KernelInceptionDistance
     extractor = _Features(features, images, real)
@@ -232,9 +319,24 @@ def clip_score(
 
     Raises:
         ValueError: There are not as many prompts as images, or none.
+
+    Examples:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from transformers import BatchFeature
+        >>> from semu_peft.evaluation import clip_score
+        >>> class Clip(torch.nn.Module):  # stands for a `CLIPModel`: one image fits its prompt, the other does not
+        ...     def forward(self, embeds):
+        ...         return SimpleNamespace(image_embeds=embeds, text_embeds=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        >>> def processor(**inputs):  # stands for its `CLIPProcessor`
+        ...     return BatchFeature({"embeds": torch.eye(2)})
+        >>> clip_score(torch.rand(2, 3, 8, 8), ["a cat", "a cat"], Clip(), processor)
+        50.0
     """
     if len(images) != len(prompts) or not len(images):
-        raise ValueError(f"There are {len(images)} images and {len(prompts)} prompts: expected one prompt per image.")
+        raise ValueError(
+            f"`prompts` must be one per image, and at least one, got {len(prompts)} for {len(images)} images."
+        )
     device, scores = device_of(model), []
     for start in range(0, len(images), batch_size):
         pictures = (images[start : start + batch_size].clamp(0, 1) * 255).round().byte()
@@ -254,12 +356,14 @@ class _Features(nn.Module):
     def __init__(self, features: nn.Module, images: Tensor, real: Tensor) -> None:
         super().__init__()
         if min(len(images), len(real)) < 2:
-            raise ValueError(f"Distances need two images on each side, got {len(images)} and {len(real)}.")
+            raise ValueError(f"`images` and `real` must hold two images or more, got {len(images)} and {len(real)}.")
         self.features = features
         self.device = device_of(features)
         shape = self(images[:1].to(self.device)).shape
         if len(shape) != 2:
-            raise ValueError(f"`features` must map images to (N, d), got {tuple(shape)} for one image.")
+            raise ValueError(
+                f"`features` must map images to (N, d), got {tuple(shape)} for one image. Flatten or pool them."
+            )
         self.num_features = int(shape[1])
 
     def forward(self, images: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def membership_inference(
 
     Args:
         member: Confidence in the true class on retained training examples, `(N,)`, floating point, in [0, 1].
-        non_member: The same on examples that no model was trained on (test), `(M,)`.
-        forget: The same on the forget set, `(F,)`.
+        non_member: Confidence in the true class on examples that no model was trained on (test), `(M,)`.
+        forget: Confidence in the true class on the forget set, `(F,)`.
         seed: Seeds the draw of the examples that the attack is fitted on. Nothing else is random.
         max_examples: Most examples per side to fit on. Fitting costs the square of their number: 2000 per side take
             about 2 s on one CPU core, 5000 about 10 s. `None` uses `min(N, M)` per side, as the papers do.
@@ -37,6 +37,13 @@ def membership_inference(
     Raises:
         ImportError: scikit-learn is not installed.
         ValueError: A tensor is empty, not one-dimensional or holds a value outside [0, 1], or `max_examples` < 1.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import membership_inference
+        >>> member, non_member = torch.linspace(0.8, 1.0, 20), torch.linspace(0.1, 0.6, 20)
+        >>> membership_inference(member, non_member, forget=torch.tensor([0.2, 0.3, 0.4, 0.95]))
+        75.0
     """
     try:
         import numpy as np
@@ -49,7 +56,7 @@ def membership_inference(
     for name, confidence in (("member", member), ("non_member", non_member), ("forget", forget)):
         _check_confidence(name, confidence)
     if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples must be at least 1, or None for no limit; got {max_examples}.")
+        raise ValueError(f"`max_examples` must be at least 1, or None for no limit, got {max_examples}.")
 
     count = min(len(member), len(non_member))
     if max_examples is not None:
@@ -73,11 +80,12 @@ def _draw(confidence: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _check_confidence(name: str, confidence: Tensor) -> None:
     """Raise ValueError unless `confidence` is a non-empty vector of probabilities."""
-    wanted = "expected the model's probability of the true class for each example, e.g. `predict(...).confidence`"
+    mend = "Give the model's probability of the true class for each example, as in `predict(...).confidence`."
     if confidence.dim() != 1 or len(confidence) == 0:
-        raise ValueError(f"{name} has shape {tuple(confidence.shape)}; {wanted}, a non-empty vector.")
+        raise ValueError(f"`{name}` must be a non-empty vector, got shape {tuple(confidence.shape)}. {mend}")
     outside = ~((confidence >= 0) & (confidence <= 1))  # written so that NaN counts as outside
     if outside.any():
         raise ValueError(
-            f"{name} holds {int(outside.sum())} of {len(confidence)} values outside [0, 1] or NaN; {wanted}."
+            f"`{name}` must be probabilities, got {int(outside.sum())} of {len(confidence)} values outside [0, 1] or "
+            f"NaN. {mend}"
         )

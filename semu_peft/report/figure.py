@@ -34,7 +34,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int) -> Path:
     target = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     if target.suffix[1:].lower() not in formats:
-        raise ValueError(f"path ends in {target.suffix!r}; expected a picture format, e.g. '.png', '.pdf' or '.svg'.")
+        raise ValueError(f"`path` must end in '.png', '.svg' or another picture format, got {target.suffix!r}.")
     with written_whole(target) as temporary:
         figure.savefig(temporary, dpi=dpi, facecolor="white")
     return target

@@ -65,17 +65,26 @@ def plot_confusion(
         ImportError: matplotlib is not installed.
         ValueError: The two are not predictions on the same classes, names or forgotten classes do not fit them, or
             the suffix is no picture format.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from semu_peft.evaluation import Predictions
+        >>> from semu_peft.report import plot_confusion
+        >>> labels, sure = torch.tensor([0, 0, 1, 1]), torch.ones(4)
+        >>> before, after = Predictions(labels, labels, sure, 2), Predictions(labels, torch.ones_like(labels), sure, 2)
+        >>> plot_confusion(before, after, f"{tempfile.mkdtemp()}/confusion.png", forgotten=0).name
+        'confusion.png'
     """
     figure = new_figure(12, 6.2)
     classes = _number_of_classes(before, after, class_names)
     marked = [] if forgotten is None else list(forgotten) if isinstance(forgotten, Sequence) else [int(forgotten)]
     if not all(0 <= index < classes for index in marked):
-        raise ValueError(f"forgotten is {forgotten}; expected class indices from 0 to {classes - 1}.")
+        raise ValueError(f"`forgotten` must be class indices from 0 to {classes - 1}, got {forgotten}.")
     counts = [before.confusion(classes), after.confusion(classes)]
     if not torch.equal(counts[0].sum(1), counts[1].sum(1)):
         raise ValueError(
-            f"before ({len(before)} examples) and after ({len(after)} examples) differ in how many examples each "
-            "class has; expected predictions on the same data. Run both models on one loader."
+            f"`before` and `after` must be predictions on the same data, got {len(before)} and {len(after)} examples "
+            "that differ in how many each class has. Run both models on one loader."
         )
     names = [str(index) for index in range(classes)] if class_names is None else [clipped(name) for name in class_names]
 
@@ -112,9 +121,20 @@ def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi:
         ImportError: matplotlib is not installed.
         ValueError: The profile has no layers, a layer's singular values are not finite or its rank exceeds their
             number, or the suffix is no picture format.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, initialize_semu_weights, objectives
+        >>> from semu_peft.report import plot_spectra
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), SemuConfig(target_modules=["0"]))
+        >>> forget = [(torch.randn(8, 6), torch.arange(8) % 4)]
+        >>> profile = initialize_semu_weights(model, forget, objectives.RandomLabel(), progress=False)
+        >>> plot_spectra(profile, f"{tempfile.mkdtemp()}/spectra.svg").name
+        'spectra.svg'
     """
     if not profile.layers:
-        raise ValueError("profile has no layers; expected at least one. Initialise the adapter on forget data first.")
+        raise ValueError("`profile` must have at least one layer, got none. Initialise the adapter on forget data.")
     curves = {name: _normalised_spectrum(name, layer) for name, layer in profile.layers.items()}
     figure = new_figure(13, min(10.5, max(5.5, 1.6 + 0.22 * len(curves))))
     spectra, ranks = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -218,11 +238,14 @@ def _normalised_spectrum(name: str, layer: LayerSpectrum) -> Tensor:
     values = layer.singular_values.detach().cpu().double()
     if values.dim() not in (1, 2) or not values.numel() or not values.isfinite().all() or (values < 0).any():
         raise ValueError(
-            f"profile: the singular values of {name} (shape {tuple(values.shape)}) are malformed; expected finite "
-            "numbers >= 0 of shape (k,) or (channels, k)."
+            f"`profile` must have finite singular values >= 0 of shape (k,) or (channels, k), got others for the layer "
+            f"{name}, of shape {tuple(values.shape)}. Initialise the adapter again."
         )
     if not 0 <= layer.rank <= values.shape[-1]:
-        raise ValueError(f"profile: {name} has rank {layer.rank}; expected 0 to {values.shape[-1]}.")
+        raise ValueError(
+            f"`profile` must have ranks from 0 to the number of singular values, got {layer.rank} of "
+            f"{values.shape[-1]} for the layer {name}. Initialise the adapter again."
+        )
     if values.dim() == 2:
         values = values.square().sum(0).sqrt()
     return values / values[0] if values[0] > 0 else values[:0]
@@ -232,14 +255,17 @@ def _number_of_classes(before: Predictions, after: Predictions, class_names: Seq
     """Return the number of classes that both predictions and the names agree on."""
     for name, predictions in (("before", before), ("after", after)):
         if not len(predictions):
-            raise ValueError(f"{name} holds no predictions; expected those of at least one example.")
+            raise ValueError(f"`{name}` must hold at least one prediction, got none. Predict on its loader first.")
     known = {count for count in (before.num_classes, after.num_classes) if count is not None}
     if len(known) > 1:
-        raise ValueError(f"before has {before.num_classes} classes and after {after.num_classes}; expected the same.")
+        raise ValueError(
+            f"`before` and `after` must be of equally many classes, got {before.num_classes} and {after.num_classes}. "
+            "Run the same model before and after unlearning."
+        )
     seen = max(len(before.confusion()), len(after.confusion()))
     classes = known.pop() if known else max(seen, len(class_names or ()))
     if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"class_names has {len(class_names)} names; expected {classes}, one per class.")
+        raise ValueError(f"`class_names` must be {classes} names, one per class, got {len(class_names)}.")
     return classes
 
 

@@ -48,6 +48,13 @@ def plot_samples(
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: There is no row, images have another shape, or the suffix is no picture format.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from semu_peft.report import plot_samples
+        >>> rows = {"a cat": torch.rand(4, 3, 8, 8), "a dog": torch.rand(4, 3, 8, 8)}
+        >>> plot_samples(rows, f"{tempfile.mkdtemp()}/samples.png", marked=["a cat"]).name
+        'samples.png'
     """
     _check_rows(rows)
     return _draw({"": rows}, path, marked, title, dpi)
@@ -64,16 +71,37 @@ def plot_before_after(
 ) -> Path:
     """Draw samples of the same conditions and seeds before (left) and after (right) unlearning.
 
-    The arguments are those of [`plot_samples`][semu_peft.report.samples.plot_samples].
+    Args:
+        before: Images `(N, channels, height, width)` in [0, 1] of the original model, by the row's name.
+        after: Images of the unlearned model, with the same rows.
+        path: The picture to write; its suffix chooses the format.
+        marked: Names of rows to stand out, the forgotten ones.
+        title: A line above.
+        dpi: Pixels per inch of a bitmap.
+
+    Returns:
+        The path written.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The two sides differ in their rows, or see `plot_samples`.
+        ValueError: The two sides differ in their rows, there is no row, images have another shape, or the suffix is no
+            picture format.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from semu_peft.report import plot_before_after
+        >>> before = {"a cat": torch.rand(2, 3, 8, 8), "a dog": torch.rand(2, 3, 8, 8)}
+        >>> after = before | {"a cat": torch.rand(2, 3, 8, 8)}
+        >>> plot_before_after(before, after, f"{tempfile.mkdtemp()}/grid.png", marked=["a cat"]).name
+        'grid.png'
     """
     _check_rows(before)
     _check_rows(after)
     if list(before) != list(after):
-        raise ValueError(f"The rows before, {list(before)}, and after, {list(after)}, differ: expected the same.")
+        raise ValueError(
+            f"`before` and `after` must have the same rows, got {list(before)} and {list(after)}. Sample the same "
+            "conditions from both models."
+        )
     return _draw({"before": before, "after": after}, path, marked, title, dpi)
 
 
@@ -83,10 +111,10 @@ def plot_scales(
     path: str | os.PathLike[str],
     *,
     scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-    adapter_name: str = "default",
     marked: Sequence[str] = (),
     title: str | None = None,
     dpi: int = 150,
+    adapter_name: str = "default",
 ) -> Path:
     """Draw the same samples at several scales of the adapter: from the original model (0) over the trained one (1) on.
 
@@ -96,14 +124,26 @@ def plot_scales(
             name.
         path: The picture to write.
         scales: The scales, one column each.
-        adapter_name: The adapter.
         marked: Names of rows to stand out.
         title: A line above.
         dpi: Pixels per inch of a bitmap.
+        adapter_name: The adapter.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The model has no such adapter, or see `plot_samples`.
+        ValueError: The model has no such adapter, `sample` draws no images, or the suffix is no picture format.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.report import plot_scales
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config)
+        >>> def sample():  # a generator whose images the adapter changes
+        ...     return {"a cat": model(torch.ones(1, 64)).detach().sigmoid().view(1, 1, 8, 8)}
+        >>> plot_scales(model, sample, f"{tempfile.mkdtemp()}/scales.png", scales=(0.0, 0.5, 1.0)).name
+        'scales.png'
     """
     layers = semu_layers(model, adapter_name).values()
     before = [layer.scaling[adapter_name] for layer in layers]
@@ -136,6 +176,12 @@ class SampleGrids:
         samples: Images per prompt.
         seed: Seed of the first image of each prompt; the next has the next seed.
         settings: What the pipeline takes beside: `num_inference_steps`, `guidance_scale`, `height` …
+
+    Examples:
+        >>> from semu_peft.report import SampleGrids
+        >>> grids = SampleGrids("grids", forget=["a photo of a cat"], samples=2, settings={"num_inference_steps": 20})
+        >>> grids.seed  # of the first image of each prompt, at every step
+        0
     """
 
     folder: str | os.PathLike[str]
@@ -166,7 +212,7 @@ class SampleGrids:
 def _check_rows(rows: Mapping[str, Tensor]) -> None:
     shapes = {name: tuple(images.shape) for name, images in rows.items()}
     if not rows or any(len(shape) != 4 or shape[1] not in (1, 3) or not shape[0] for shape in shapes.values()):
-        raise ValueError(f"Rows must be images (N, 1 or 3, height, width), at least one, got {shapes}.")
+        raise ValueError(f"Rows must be one or more images (N, 1 or 3, height, width), got {shapes}.")
 
 
 def _draw(

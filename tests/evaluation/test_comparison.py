@@ -70,7 +70,7 @@ def test_trainable_share() -> None:
     ],
 )
 def test_impossible_metrics_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"^{name} is {value}; expected"):
+    with pytest.raises(ValueError, match=f"^`{name}` must be .*, got {value}"):
         dataclasses.replace(SEMU, **{name: value})
 
 
@@ -134,11 +134,11 @@ def test_an_interrupted_write_keeps_the_file_before_it(tmp_path: Path) -> None:
 
 
 def test_a_missing_reference_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^reference is 'gold', which is not a row; expected one of \['SEMU'\]"):
+    with pytest.raises(ValueError, match=r"^`reference` must be one of the rows \['SEMU'\], got 'gold'"):
         ForgettingComparison({"SEMU": SEMU}, reference="gold")
     changed = comparison()
     del changed.rows["retrained"]
-    with pytest.raises(ValueError, match="^reference is 'retrained'"):
+    with pytest.raises(ValueError, match="^`reference` must be .* got 'retrained'"):
         str(changed)
 
 
@@ -156,7 +156,7 @@ def test_a_missing_reference_is_named() -> None:
 def test_files_that_are_no_comparison(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="broken.json is not a comparison written by"):
+    with pytest.raises(ValueError, match="must be a file that `ForgettingComparison.save` wrote, got .*broken.json"):
         ForgettingComparison.load(path)
     with pytest.raises(FileNotFoundError):
         ForgettingComparison.load(tmp_path / "absent.json")

@@ -57,7 +57,7 @@ def test_forget_and_retain_accuracy_are_counted() -> None:
     for wrong in (7, [0, 1, 2, 3]):
         with pytest.raises(ValueError, match="forgotten classes"):
             evaluate_erasure(images, asked, classifier, wrong)
-    with pytest.raises(ValueError, match="one label per image"):
+    with pytest.raises(ValueError, match="`labels` must be one per image"):
         classify_samples(images[1:], asked, classifier)
 
 
@@ -161,5 +161,5 @@ def test_clip_score_is_the_mean_cosine() -> None:
         output = model(**processor(prompts, [(255 * i).round().byte().permute(1, 2, 0).numpy() for i in images]))
     cosine = (output.image_embeds * output.text_embeds).sum(1)
     assert got == pytest.approx(100 * float(cosine.clamp(min=0).mean()), rel=1e-4)
-    with pytest.raises(ValueError, match="one prompt per image"):
+    with pytest.raises(ValueError, match="`prompts` must be one per image"):
         clip_score(images, prompts[1:], model, processor)

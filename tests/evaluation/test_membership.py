@@ -89,19 +89,19 @@ def test_max_examples_bounds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None
     ("bad", "message"),
     [
         (torch.zeros(0), "non-empty vector"),
-        (torch.zeros(3, 2), r"has shape \(3, 2\)"),
+        (torch.zeros(3, 2), r"got shape \(3, 2\)"),
         (torch.tensor([0.5, float("nan")]), r"1 of 2 values outside \[0, 1\] or NaN"),
         (torch.tensor([0.5, 87.0, -1.0]), r"2 of 3 values outside \[0, 1\]"),
     ],
 )
 def test_bad_confidences_are_named(name: str, bad: Tensor, message: str) -> None:
     sets = {key: torch.tensor([0.1, 0.9]) for key in ("member", "non_member", "forget")} | {name: bad}
-    with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+    with pytest.raises(ValueError, match=f"^`{name}` .*{message}"):
         membership_inference(**sets)
 
 
 def test_max_examples_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="max_examples must be at least 1, or None for no limit; got 0"):
+    with pytest.raises(ValueError, match="`max_examples` must be at least 1, or None for no limit, got 0"):
         membership_inference(*[torch.tensor([0.5])] * 3, max_examples=0)
 
 

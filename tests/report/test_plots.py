@@ -92,14 +92,14 @@ def test_a_class_without_examples_is_not_shown_as_zero(tmp_path: Path, drawn: li
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"after": predictions([0, 1], [0, 1], 2)}, "after .2 examples. differ in how many"),
-        ({"after": predictions([0, 0, 0, 0, 1, 1], [0] * 6, 3)}, "before has 2 classes and after 3"),
-        ({"before": predictions([], [])}, "^before holds no predictions"),
-        ({"class_names": ["cat"]}, "class_names has 1 names; expected 2"),
-        ({"class_names": ["cat", "dog", "eel"]}, "class_names has 3 names; expected 2"),
-        ({"forgotten": 2}, "forgotten is 2; expected class indices from 0 to 1"),
-        ({"path": "confusion"}, "path ends in ''; expected a picture format"),
-        ({"path": "confusion.docx"}, "path ends in '.docx'"),
+        ({"after": predictions([0, 1], [0, 1], 2)}, "got 6 and 2 examples that differ in how many"),
+        ({"after": predictions([0, 0, 0, 0, 1, 1], [0] * 6, 3)}, "equally many classes, got 2 and 3"),
+        ({"before": predictions([], [])}, "^`before` must hold at least one prediction"),
+        ({"class_names": ["cat"]}, "`class_names` must be 2 names, one per class, got 1"),
+        ({"class_names": ["cat", "dog", "eel"]}, "`class_names` must be 2 names, one per class, got 3"),
+        ({"forgotten": 2}, "`forgotten` must be class indices from 0 to 1, got 2"),
+        ({"path": "confusion"}, "`path` must end in .* picture format, got ''"),
+        ({"path": "confusion.docx"}, "`path` must end in .* got '.docx'"),
     ],
 )
 def test_confusion_refuses_what_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -168,11 +168,11 @@ def test_spectra_of_many_layers_name_only_some(tmp_path: Path, drawn: list[Figur
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({}, "profile has no layers"),
-        ({"fc": spectrum([1.0, float("nan")], 1)}, "singular values of fc .* malformed"),
-        ({"fc": spectrum([1.0, -1.0], 1)}, "malformed"),
-        ({"fc": spectrum([[[1.0]]], 1)}, "malformed"),
-        ({"fc": spectrum([2.0, 1.0], 3)}, "fc has rank 3; expected 0 to 2"),
+        ({}, "`profile` must have at least one layer"),
+        ({"fc": spectrum([1.0, float("nan")], 1)}, "finite singular values .* layer fc, of shape"),
+        ({"fc": spectrum([1.0, -1.0], 1)}, "finite singular values >= 0"),
+        ({"fc": spectrum([[[1.0]]], 1)}, r"of shape \(1, 1, 1\)"),
+        ({"fc": spectrum([2.0, 1.0], 3)}, "got 3 of 2 for the layer fc"),
     ],
 )
 def test_spectra_refuse_malformed_profiles(tmp_path: Path, layers: dict[str, LayerSpectrum], message: str) -> None:
