@@ -77,6 +77,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 attributes["_gradient_checkpointing_func"] = function
 
 
+def leave_recomputation(attributes: dict[str, Any]) -> None:
+    """Put a copy of a layer's attributes that was taken in `eval_mode` into plain eval mode, nothing recomputed.
+
+    `eval_mode` works on the layer itself and would leave the copy in train mode.
+
+    >>> attributes = {"training": True}
+    >>> leave_recomputation(attributes)
+    >>> attributes
+    {'training': True}
+    """
+    checkpoint = getattr(attributes.get("_gradient_checkpointing_func"), "recomputes", None)
+    if checkpoint is not None:
+        attributes.update(training=False, _gradient_checkpointing_func=checkpoint)
+
+
 def _recomputes(module: nn.Module) -> bool:
     # Transformers' `GradientCheckpointingLayer`, told by what `gradient_checkpointing_enable` sets on it. Whole models
     # carry the same attributes in older releases, and only ask them of their layers.
@@ -98,4 +113,5 @@ def _in_eval_mode(layer: dict[str, Any], checkpoint: Callable[..., Any]) -> Call
         # keyword arguments; models in train mode do not even pass it by position.
         return checkpoint(compute, *(None if isinstance(value, Cache) else value for value in args))
 
+    run.recomputes = checkpoint  # type: ignore[attr-defined]
     return run

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .base import Objective, RandomObjective
 from .batches import call_model
-from .reference import adapters_off
+from .original import reference_model
 
 
 def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -25,11 +25,8 @@ def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 def _original(model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:
     """The original model's logits, without a graph, and the labels."""
-    with torch.no_grad():
-        if reference is not None:
-            return _call(reference, batch)
-        with adapters_off(model):
-            return _call(model, batch)
+    with torch.no_grad(), reference_model(model, reference) as original:
+        return _call(original, batch)
 
 
 @dataclass
@@ -84,7 +81,7 @@ class DecoupledDistillation(Objective):
     forgets the class and keeps what the model knows of the others, so it needs no retain data.
 
     Args:
-        reference: A frozen original model. By default the model itself with its adapters switched off.
+        reference: A frozen original model. By default the model itself without its adapter.
     """
 
     distribution = "categorical"
@@ -111,7 +108,7 @@ class UnseenConfidence(Objective):
     Args:
         confidences: True-class confidences of the original model on labelled data that it was not trained on, `(M,)`;
             see [`Predictions.confidence`][semu_peft.evaluation.Predictions].
-        reference: A frozen original model. By default the model itself with its adapters switched off.
+        reference: A frozen original model. By default the model itself without its adapter.
 
     Raises:
         ValueError: `confidences` is empty or not within [0, 1].

@@ -14,7 +14,6 @@ float32 whatever the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from .base import Objective, RandomObjective
 from .denoiser import Condition, denoiser_output
 from .noise_schedule import NoiseSchedule
-from .reference import adapters_off
+from .original import reference_model
 
 TargetModel = Literal["original", "current"]
 
@@ -139,9 +138,9 @@ class _Referenced(DiffusionObjective):
     """An objective whose target is itself a prediction.
 
     Args:
-        target_model: Who predicts the target: `"original"`, the model with its adapters off, or `"current"`, the model
+        target_model: Who predicts the target: `"original"`, the model without its adapter, or `"current"`, the model
             as it stands, as in SEMU's released code.
-        reference: A frozen original model, in place of the model with its adapters off.
+        reference: A frozen original model, in place of the model without its adapter.
     """
 
     target_model: TargetModel = field(default="original", kw_only=True)
@@ -154,12 +153,8 @@ class _Referenced(DiffusionObjective):
 
     @torch.no_grad()
     def _targets(self, model: nn.Module, at: _Noised, conditions: list[Condition], guided: bool = True) -> list[Tensor]:
-        source = model
-        off: Any = nullcontext()
-        if self.target_model == "original":
-            source = self.reference if self.reference is not None else model
-            off = adapters_off(model) if self.reference is None else off
-        with off:
+        reference = model if self.target_model == "current" else self.reference
+        with reference_model(model, reference) as source:
             return [self._predict(source, at, condition, guided) for condition in conditions]
 
 
@@ -232,7 +227,7 @@ class EmbeddingMatching(Objective):
     are the same.
 
     Args:
-        reference: A frozen original encoder. By default the model itself with its adapters switched off.
+        reference: A frozen original encoder. By default the model itself without its adapter.
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
@@ -241,9 +236,8 @@ class EmbeddingMatching(Objective):
         missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())
         if missing:
             raise ValueError(f"EmbeddingMatching needs batches with `input_ids` and `anchor_input_ids`, no {missing}.")
-        off: Any = adapters_off(model) if self.reference is None else nullcontext()
-        with torch.no_grad(), off:
-            target = (self.reference or model)(input_ids=batch["anchor_input_ids"]).last_hidden_state.float()
+        with torch.no_grad(), reference_model(model, self.reference) as original:
+            target = original(input_ids=batch["anchor_input_ids"]).last_hidden_state.float()
         return F.mse_loss(model(input_ids=batch["input_ids"]).last_hidden_state.float(), target)
 
 

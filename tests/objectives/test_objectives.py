@@ -29,7 +29,6 @@ from semu_peft.objectives import (
     WeightedSum,
     as_objective,
 )
-from semu_peft.objectives.reference import adapters_off
 
 
 class Table(nn.Module):
@@ -245,37 +244,6 @@ def test_the_reference_is_the_model_without_its_adapter(kind: str) -> None:
     loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     assert all(parameter.grad is None for parameter in original.parameters())
-
-
-@every_adapter
-@pytest.mark.parametrize("fails", [False, True])
-def test_adapters_off_restores(kind: str, fails: bool) -> None:
-    """Inside, the output is the original's to the last bit; afterwards switches and flags are as before."""
-    model, original = wrapped(kind)
-    x = vector_batches(1)[0][0]
-    frozen = next(p for p in model.parameters() if p.requires_grad)
-    frozen.requires_grad_(False)
-    before, expected = Snapshot.of(model), run(model, x)
-    try:
-        with adapters_off(model) as inside:
-            assert inside is model and torch.equal(run(model, x), run(original, x))
-            if fails:
-                raise KeyError("inside")
-    except KeyError:
-        assert fails
-    before.assert_same(model)
-    assert torch.equal(run(model, x), expected)
-
-
-def test_adapters_off_keeps_what_was_off_off() -> None:
-    """Nested, and around a model whose adapter the user has switched off, it leaves the switches as they were."""
-    model, original = wrapped("semu")
-    x = vector_batches(1)[0][0]
-    with model.disable_adapter():
-        with adapters_off(model), adapters_off(model):
-            pass
-        assert torch.equal(run(model, x), run(original, x))
-    assert not torch.equal(run(model, x), run(original, x))
 
 
 def test_a_model_that_fails_gets_its_adapter_back() -> None:

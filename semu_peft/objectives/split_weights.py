@@ -1,0 +1,80 @@
+"""PEFT methods whose start splits the weight, so that the original is the adapter at its start and not without it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .adapter_parts import Part, modules_of
+
+_STARTS: Any = WeakIdKeyDictionary()  # parameter -> its value at the start; an entry goes when the parameter goes
+
+
+def splits_weight(config: Any) -> bool:
+    """Whether adding an adapter of this configuration took the adapter's start out of the base weight.
+
+    So do LoRA's starts PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA. (KaSA changes the base weight for good; what it was is
+    in no adapter.)
+
+    Examples:
+        >>> from peft import LoraConfig
+        >>> from semu_peft.objectives.split_weights import splits_weight
+        >>> splits_weight(LoraConfig(init_lora_weights="pissa_niter_4")), splits_weight(LoraConfig())
+        (True, False)
+    """
+    start = getattr(config, "init_lora_weights", None)
+    return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+class AtStart(NamedTuple):
+    """What of an adapter stays on in the original."""
+
+    parts: list[Part]
+    """The layers in which it stays on, at its start."""
+    values: dict[int, Tensor]
+    """What stands in place of parameters, by the `id` of the parameter."""
+
+
+def at_start(model: nn.Module, parts: list[Part]) -> AtStart:
+    """Find the adapters in `parts` whose start splits the weight, and biases that are trained with an adapter.
+
+    Returns:
+        What stays on, with the values that the parameters had when this was first asked.
+
+    Raises:
+        ValueError: The values are not at hand, as they are offloaded or sharded by DeepSpeed.
+    """
+    modules = modules_of(model)
+    configs = _configs(modules)
+    split = {part.adapter_name for part in parts if splits_weight(configs.get(part.adapter_name))}
+    staying = [part for part in parts if part.adapter_name in split and isinstance(part.layer, LoraLayer)]
+    changed = [parameter for part in staying for parameter in part.parameters()]
+    names = {part.adapter_name for part in parts}
+    if any(getattr(configs.get(name), "bias", "none") not in ("none", False) for name in names):
+        adapters = {id(parameter) for part in parts for parameter in part.parameters()}
+        biases = [module._parameters.get("bias") for module in modules]
+        changed += [bias for bias in biases if bias is not None and bias.requires_grad and id(bias) not in adapters]
+    return AtStart(staying, {id(parameter): _start(parameter) for parameter in changed})
+
+
+def _start(parameter: nn.Parameter) -> Tensor:
+    if parameter.is_meta or hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "The adapter's start splits the weight, and its values are offloaded or sharded, so the original is not to "
+            "be had from it. Give the objective a frozen copy as `reference`."
+        )
+    if parameter not in _STARTS:
+        _STARTS[parameter] = parameter.detach().clone()
+    return _STARTS[parameter].to(parameter.device, parameter.dtype)
+
+
+def _configs(modules: list[nn.Module]) -> dict[str, Any]:
+    """The adapters' configurations, which PEFT keeps at the model that it was given, wherever that is in this one."""
+    configs: dict[str, Any] = {}
+    for module in modules:
+        for name, config in (vars(module).get("peft_config") or {}).items():
+            configs.setdefault(name, config)
+    return configs
