@@ -63,6 +63,7 @@ from semu_peft.evaluation import (
     evaluate_forgetting,
     predict,
 )
+from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.report import plot_confusion, plot_spectra
 
 OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
@@ -206,7 +207,8 @@ def forget(
         target_modules=args.target_modules or last_layers(model), explained_variance=args.explained_variance
     )
     unlearned = get_peft_model(copy.deepcopy(model), config)
-    profile = initialize_semu_weights(unlearned, loader, objective, accumulate=args.accumulate)
+    statistic = Sketch.of_size() if args.accumulate == "sketch" else GradientSum
+    profile = initialize_semu_weights(unlearned, loader, objective, statistic=statistic)
     unlearn(
         unlearned,
         loader,

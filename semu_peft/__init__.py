@@ -7,10 +7,12 @@ from .concept import unlearn_concept
 from .export.diffusers import save_as_diffusers_lora
 from .export.from_lora import from_lora
 from .export.lora import save_as_lora, to_lora
+from .gradients import CoreCovariance, GradientSum, Sketch, SquaredSum
+from .gradients.gather import Gathered, gather
 from .objectives import Retain
 from .subspace import (
     RankBudget,
-    RetainSubspace,
+    RetainRule,
     SubspaceProfile,
     initialize_semu_weights,
 )
@@ -27,17 +29,23 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "CoreCovariance",
+    "Gathered",
+    "GradientSum",
     "NotInitializedError",
     "RankBudget",
     "RerankReport",
     "Retain",
-    "RetainSubspace",
+    "RetainRule",
     "SemuConfig",
     "SemuLayer",
     "SemuModel",
+    "Sketch",
+    "SquaredSum",
     "SubspaceProfile",
     "UnlearnResult",
     "from_lora",
+    "gather",
     "hotswap_adapter",
     "initialize_semu_weights",
     "objectives",

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
 from semu_peft.evaluation import predict
-from semu_peft.gradients.gather import accumulate_gradients
+from semu_peft.gradients import GradientSum, WeightSource
+from semu_peft.gradients.gather import stream_gradients
 from semu_peft.objectives import Objective
 
 # Every convolution and the classifier of the ResNet.
@@ -108,13 +109,14 @@ def all_weights(
         weights = dict(model.named_parameters())
         count = sum(weight.numel() for weight in weights.values())
         if saliency:
-            gradients, _ = accumulate_gradients(
-                model, weights, loader(task.forget, task.seed), objectives.GradientAscent()
-            )
-            threshold = torch.cat([gradient.abs().flatten() for gradient in gradients.values()]).median()
+            sources = {name: WeightSource(weight) for name, weight in weights.items()}
+            sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
+            stream_gradients(model, sources, sums, loader(task.forget, task.seed), objectives.GradientAscent())
+            magnitudes = {name: total.total.abs() for name, total in sums.items()}
+            threshold = torch.cat([magnitude.flatten() for magnitude in magnitudes.values()]).median()
             count = 0
             for name, weight in weights.items():
-                mask = (gradients[name].abs() >= threshold).to(weight.dtype)
+                mask = (magnitudes[name] >= threshold).to(weight.dtype)
                 weight.register_hook(lambda gradient, mask=mask: gradient * mask)
                 count += int(mask.sum())
         _train(model, task, objective(task), learning_rate, epochs, retain)

@@ -46,7 +46,8 @@ from peft import (
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
-from semu_peft.gradients.gather import accumulate_gradients
+from semu_peft.gradients import GradientSum, Sketch
+from semu_peft.gradients.gather import gather
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.tuner.adapted import semu_layers
 
@@ -89,9 +90,8 @@ def extraction(accumulate: str) -> Callable[..., None]:
         wrapped = get_peft_model(
             model, SemuConfig(target_modules=subject.targets, explained_variance=arguments.explained_variance)
         )
-        initialize_semu_weights(
-            wrapped, batches, subject.loss, accumulate=accumulate, sketch_size=arguments.sketch_size, progress=False
-        )
+        statistic = Sketch.of_size(arguments.sketch_size) if accumulate == "sketch" else GradientSum
+        initialize_semu_weights(wrapped, batches, subject.loss, statistic=statistic, progress=False)
         wrapped.unload()
 
     return run
@@ -191,13 +191,12 @@ def time_steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, flo
 def time_factorising(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
     """The part of an exact extraction that comes after the pass over the data."""
     model = built(subject, arguments.dtype)
-    weights = {name: model.get_submodule(name).weight for name in arguments.names}
     batches = batches_of(subject, arguments.batches)
-    gradients, _ = accumulate_gradients(model, weights, batches, subject.loss, progress=False)
+    gathered = gather(model, batches, subject.loss, targets=arguments.names, progress=False)
 
     def run() -> None:
-        for gradient in gradients.values():
-            leading_factors(gradient.flatten(1), arguments.explained_variance)
+        for gradient in gathered.values():
+            leading_factors(gradient.total, arguments.explained_variance)
 
     return {"seconds": seconds(run)}
 
@@ -313,16 +312,14 @@ def captured_energy(subject: Subject, arguments: argparse.Namespace) -> dict[str
     exact = initialize_semu_weights(model, batches, subject.loss, progress=False)
     energy = sum(float(layer.singular_values[: layer.rank].double().square().sum()) for layer in exact.layers.values())
     sketched = initialize_semu_weights(
-        model, batches, subject.loss, accumulate="sketch", sketch_size=arguments.sketch_size,
-        keep_explained_variance=1.0, progress=False,
+        model, batches, subject.loss, statistic=Sketch.of_size(arguments.sketch_size), keep_explained_variance=1.0,
+        progress=False,
     )  # fmt: skip
-    layers = semu_layers(model)
-    weights = {name: layer.weight for name, layer in layers.items()}
-    gradients, _ = accumulate_gradients(model, weights, batches, subject.loss, progress=False)
+    gathered = gather(model, batches, subject.loss, progress=False, adapter_name="default")
     caught = 0.0
     rank_ratios, energy_ratios = [], []
-    for name, gradient in gradients.items():
-        matrix = layers[name].weight_to_matrix(gradient, "default")
+    for name, gradient in gathered.items():
+        matrix = gradient.total
         squares = squared_singular_values(matrix).cumsum(0)
         smallest = int((squares < arguments.explained_variance * squares[-1]).sum()) + 1
         rank_ratios.append(exact.ranks[name] / smallest)

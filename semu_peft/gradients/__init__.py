@@ -1,1 +1,23 @@
 """Gradients of chosen weights over some data: where they are caught, and what is kept of them."""
+
+from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
+from .sketch import Sketch
+from .sources import GradientSource, LayerSource, WeightSource, register_source
+from .statistics import CoreCovariance, GradientSum, MatrixSum, SquaredSum, Statistic
+
+__all__ = [
+    "BatchGradient",
+    "ConvGradient",
+    "CoreCovariance",
+    "DenseGradient",
+    "GradientSource",
+    "GradientSum",
+    "LayerSource",
+    "MatrixSum",
+    "Sketch",
+    "SquaredSum",
+    "Statistic",
+    "TokenGradient",
+    "WeightSource",
+    "register_source",
+]

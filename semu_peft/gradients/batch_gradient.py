@@ -3,22 +3,43 @@
 The gradient of a linear layer is a product, `G = dYᵀ X` over the batch's tokens, and that of a convolution is one over
 its windows. A sketch needs only thin products with `G`, which cost a fraction of `G` itself when they are taken factor
 by factor. All three forms answer the same questions: `G` itself in the precision that autograd would give it (products
-are accumulated in float32 there, and rounded once), and the thin products in float32.
+are accumulated in float32 there, and rounded once), and the thin products in float32. Where the examples of the batch
+can be told apart, so can their gradients: within example `i` a linear layer has `G_i = Σ_t dy_it x_itᵀ`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_ROWS_AT_ONCE = 8192  # bounds the float32 copies of half-precision activations
+
 
 class BatchGradient(ABC):
-    """A gradient `G`, `(m, n)`, as the product `AᵀB` of `(N, m)` and `(N, n)` factors that may never be formed."""
+    """A gradient `G`, `(m, n)`, as the product `AᵀB` of `(N, m)` and `(N, n)` factors that may never be formed.
+
+    A layer type of your own may bring a form of its own, see
+    [`register_source`][semu_peft.gradients.sources.register_source].
+
+    Examples:
+        >>> outputs, inputs = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+        >>> gradient = TokenGradient(outputs, inputs)
+        >>> gradient.dense().tolist()
+        [[1.0, 0.0, 1.0], [2.0, 3.0, 2.0]]
+        >>> gradient.examples, gradient.per_example(0, 2).shape
+        (2, torch.Size([2, 2, 3]))
+    """
+
+    @property
+    def examples(self) -> int | None:
+        """The number of examples where their gradients can be told apart; `None` where only the sum is known."""
+        return None
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -39,6 +60,22 @@ class BatchGradient(ABC):
     @abstractmethod
     def transposed_times(self, projected: Tensor) -> Tensor:
         """`projectedᵀ B`, `(k, n)`; with `projected = A left` it is `leftᵀ G`."""
+
+    def parts(self) -> Iterator[BatchGradient]:
+        """The gradient as a sum of gradients that are small enough to be copied into float32; examples may be cut."""
+        yield self
+
+    def per_example(self, start: int, stop: int) -> Tensor:
+        """The gradients of the examples `start … stop - 1`, `(stop - start, m, n)`, in float32 or better.
+
+        Raises:
+            NotImplementedError: Only their sum is known (`examples` is `None`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} knows the sum over the batch alone.")
+
+    def squared_per_example(self) -> Tensor | None:
+        """`Σ_i G_i ∘ G_i`, `(m, n)`, where the form has it without forming any `G_i`; `None` where it has not."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,28 +102,59 @@ class DenseGradient(BatchGradient):
 
 @dataclass(frozen=True)
 class TokenGradient(BatchGradient):
-    """A linear layer's gradient, from its output gradients `(N, m)` and its inputs `(N, n)`."""
+    """A linear layer's gradient, from its output gradients and its inputs.
+
+    Attributes:
+        outputs: `(N, m)`, or `(N, tokens, m)` for examples of several tokens.
+        inputs: `(N, n)` or `(N, tokens, n)`.
+    """
 
     outputs: Tensor
     inputs: Tensor
 
+    @property
+    def examples(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return self.outputs.flatten(0, -2), self.inputs.flatten(0, -2)
+
     def dense(self) -> Tensor:
-        return self.outputs.mT @ self.inputs
+        outputs, inputs = self._rows
+        return outputs.mT @ inputs
 
     def add_to(self, total: Tensor) -> None:
-        if total.device == self.inputs.device and total.dtype == self.inputs.dtype == self.outputs.dtype:
-            total.addmm_(self.outputs.mT, self.inputs)
+        outputs, inputs = self._rows
+        if total.device == inputs.device and total.dtype == inputs.dtype == outputs.dtype:
+            total.addmm_(outputs.mT, inputs)
         else:
             total.add_(self.dense().to(total.device))
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        return self.outputs.to(left) @ left, self.inputs.to(right) @ right
+        outputs, inputs = self._rows
+        return outputs.to(left) @ left, inputs.to(right) @ right
 
     def times(self, projected: Tensor) -> Tensor:
-        return self.outputs.to(projected).mT @ projected
+        return self._rows[0].to(projected).mT @ projected
 
     def transposed_times(self, projected: Tensor) -> Tensor:
-        return projected.mT @ self.inputs.to(projected)
+        return projected.mT @ self._rows[1].to(projected)
+
+    def parts(self) -> Iterator[BatchGradient]:
+        outputs, inputs = self._rows
+        for part in zip(outputs.split(_ROWS_AT_ONCE), inputs.split(_ROWS_AT_ONCE), strict=True):
+            yield TokenGradient(*part)
+
+    def per_example(self, start: int, stop: int) -> Tensor:
+        outputs, inputs = (_examples_of_tokens(_wide(factor[start:stop])) for factor in (self.outputs, self.inputs))
+        return outputs.mT @ inputs
+
+    def squared_per_example(self) -> Tensor | None:
+        outputs, inputs = (_examples_of_tokens(factor) for factor in (self.outputs, self.inputs))
+        if outputs.shape[1] != 1:
+            return None
+        return _wide(outputs[:, 0]).square().mT @ _wide(inputs[:, 0]).square()
 
 
 @dataclass(frozen=True)
@@ -94,7 +162,7 @@ class ConvGradient(BatchGradient):
     """A convolution's gradient read as `out × (in/groups · kernel)`, from output gradients and (padded) inputs.
 
     The products of a sketch are convolutions themselves: `B right` is one with `k` filters, `projectedᵀ B` the weight
-    gradient of one with `k` output channels. No window is ever copied out. Only `dense` knows groups.
+    gradient of one with `k` output channels. No window is ever copied out. Only `dense` and `per_example` know groups.
     """
 
     outputs: Tensor
@@ -116,8 +184,19 @@ class ConvGradient(BatchGradient):
             padding = (0,) * len(base.kernel_size)
         return cls(outputs, inputs, base.kernel_size, base.stride, padding, base.dilation, base.groups)
 
+    @property
+    def examples(self) -> int:
+        return len(self.outputs)
+
     def dense(self) -> Tensor:
         return self._weight_gradient(self.outputs, self.groups).flatten(1)
+
+    def per_example(self, start: int, stop: int) -> Tensor:
+        examples = (
+            replace(self, outputs=_wide(self.outputs[index : index + 1]), inputs=_wide(self.inputs[index : index + 1]))
+            for index in range(start, stop)
+        )
+        return torch.stack([example.dense() for example in examples])
 
     def add_to(self, total: Tensor) -> None:
         total.add_(self.dense().to(total.device))
@@ -151,3 +230,13 @@ class ConvGradient(BatchGradient):
 def _rows(features: Tensor) -> Tensor:
     """`(N, channels, *size)` as `(N · size, channels)`."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
+
+
+def _wide(factor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
+
+
+def _examples_of_tokens(factor: Tensor) -> Tensor:
+    """`(N, k)` or `(N, …, k)` as `(N, tokens, k)`."""
+    return factor.reshape(len(factor), -1, factor.shape[-1])

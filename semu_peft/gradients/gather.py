@@ -1,155 +1,262 @@
-"""Streaming gradients of chosen weights: each is folded away as soon as the backward pass has it."""
+"""Gathering statistics of gradients over data: each gradient is folded away as soon as the backward pass has it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from semu_peft.model_state import eval_mode
+from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.base import LossFunction
 
 from .processes import sum_over_processes
-from .sources import GradientSource, WeightSource, carries_gradient
-from .statistics import Accumulator, ExactSum
+from .sources import GradientSource
+from .statistics import GradientSum, Statistic, StatisticFactory
+from .targets import find_sources
 
-Objective = Callable[[nn.Module, Any], Tensor]
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Gathered(Mapping[str, Statistic]):
+    """Statistics by the full name of their layer in the base model, in the model's order.
+
+    Layers that share one weight have one statistic, under each of their names.
+
+    Attributes:
+        statistics: The statistics by layer name; `gathered[name]` is `gathered.statistics[name]`.
+        batches: How many batches they were taken over, of all processes.
+        examples: How many examples those had, `None` where a batch does not say.
+    """
+
+    statistics: dict[str, Statistic]
+    batches: int
+    examples: int | None
+
+    def __getitem__(self, name: str) -> Statistic:
+        return self.statistics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.statistics)
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    def __repr__(self) -> str:
+        kinds = "/".join(sorted({type(statistic).__name__ for statistic in self.statistics.values()}))
+        return f"Gathered({kinds} of {len(self)} layers, batches={self.batches}, examples={self.examples})"
+
+
+def gather(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: LossFunction,
+    *,
+    targets: Sequence[str] | str | None = None,
+    statistic: StatisticFactory | Mapping[str, StatisticFactory] = GradientSum,
+    description: str = "Gathering gradients",
+    progress: bool = True,
+    adapter_name: str | None = None,
+) -> Gathered:
+    """Gather a statistic of the objective's gradient at each layer's weight, over one pass of the batches.
+
+    The model runs as it stands, with the adapters that are switched on, but in eval mode. No more than one layer's
+    dense gradient is there at a time, and the model comes back as it was: `requires_grad` flags, gradients, modes and
+    hooks. In a distributed run every process brings its own batches and gets the statistics of all.
+
+    Args:
+        model: Any model, with or without adapters; also inside a distributed wrapper.
+        batches: A DataLoader or any iterable. Tensors are moved to the model's device; the first dimension of a
+            batch's first tensor is taken for its examples.
+        objective: `(model, batch) -> scalar loss`.
+        targets: Which layers: a list of names or name endings, or a regular expression for the whole name, as PEFT's
+            `target_modules`. By default every layer of a known type (see
+            [`register_source`][semu_peft.gradients.sources.register_source]), or the adapter's.
+        statistic: What to keep of each layer: a [`Statistic`][semu_peft.gradients.statistics.Statistic] class or a
+            function `(shape, dtype, device) -> Statistic`; or one for each layer by name, which then are the targets.
+        description: Title of the progress bar.
+        progress: Show a progress bar.
+        adapter_name: A SEMU adapter whose layers to take, and to read as it reads them: convolutions channel by
+            channel, parameters without a layer.
+
+    Raises:
+        ValueError: No layer matches, the data cannot give a gradient, or a batch cannot give the statistic; see
+            [`stream_gradients`][semu_peft.gradients.gather.stream_gradients].
+
+    Examples:
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> batches = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(2)]
+        >>> gathered = gather(model, batches, CrossEntropy(), progress=False)
+        >>> gathered, gathered["0"].total.shape
+        (Gathered(GradientSum of 2 layers, batches=2, examples=16), torch.Size([4, 3]))
+    """
+    if isinstance(statistic, Mapping) and targets is None:
+        targets = list(statistic)
+    sources, aliases = find_sources(model, targets, adapter_name)
+    factories = statistic if isinstance(statistic, Mapping) else dict.fromkeys(sources, statistic)
+    missing = [name for name in sources if name not in factories]
+    if missing:
+        raise ValueError(
+            f"`statistic` has none for the layers {missing[:3]} ({len(missing)} in all). Name each layer in full, or "
+            "leave `targets` out to take the layers that it names."
+        )
+    statistics = {name: factories[name](source.shape, source.dtype, source.device) for name, source in sources.items()}
+    # A distributed wrapper would wait for gradients of its own parameters, which this pass does not make.
+    runner = extract_model_from_parallel(model)
+    counts = stream_gradients(
+        runner, sources, statistics, batches, objective, description=description, progress=progress
+    )
+    by_name = {name: statistics[aliases.get(name, name)] for name in [*sources, *aliases]}
+    return Gathered(by_name, counts.batches, counts.examples)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much data a pass has seen, in all processes.
+
+    Attributes:
+        batches: The number of batches.
+        examples: The number of examples, `None` where a batch does not say.
+    """
+
+    batches: int
+    examples: int | None
 
 
 def stream_gradients(
     model: nn.Module,
     sources: Mapping[str, GradientSource],
-    accumulators: Mapping[str, Accumulator],
+    statistics: Mapping[str, Statistic],
     batches: Iterable[Any],
-    objective: Objective,
+    objective: LossFunction,
     *,
-    description: str = "Forget gradients",
+    description: str = "Gathering gradients",
     progress: bool = True,
-) -> int:
-    """Add the gradient of the objective at each source to its accumulator, over one pass, the model in eval mode.
+) -> Counts:
+    """Add the gradient of the objective at each source to its statistic: what `gather` does, for sources of your own.
 
-    A gradient is folded into its accumulator, and dropped, by a hook in the backward pass, so that at no moment the
-    gradients of two weights exist beside each other's sums. The model comes back as it was: `requires_grad` flags,
-    gradients, train/eval modes and hooks.
-
-    In a distributed run every process brings its own batches, and the sums of all are left on each. The accumulators
-    are added up one after the other.
+    A gradient is folded into its statistic, and dropped, by a hook in the backward pass. In a distributed run the
+    statistics of all processes are added up, one after the other, and left on each.
 
     Args:
         model: The model, called by `objective`.
         sources: Where each gradient comes from, with the name to use in errors.
-        accumulators: Where it goes, by the same names.
+        statistics: Where it goes, by the same names.
         batches: Tensors in them are moved to the model's device.
         objective: `(model, batch) -> scalar loss`.
         description: Title of the progress bar.
         progress: Show a progress bar.
 
-    Returns:
-        The number of batches, of all processes.
-
     Raises:
-        ValueError: There is no batch; a loss or a gradient is not finite; a loss depends on no target; a target never
-            received a gradient.
+        ValueError: There is no batch; a loss or a statistic is not finite; a loss depends on no target; a target never
+            received a gradient; a statistic cannot be taken from a batch.
     """
     received = dict.fromkeys(sources, 0)
+    weights = [source.weight for source in sources.values() if source.weight is not None]
+    with _only_differentiable(model, weights), torch.enable_grad(), _caught(sources, statistics, received):
+        seen = _run(model, statistics, tqdm(batches, desc=description, disable=not progress, leave=False), objective)
+    all_seen = sum_over_processes(torch.tensor([*seen, *received.values()], device=device_of(model)))
+    number, examples, uncounted, *parts = all_seen.tolist()
+    _check_received(number, dict(zip(sources, parts, strict=True)))
+    for name, statistic in statistics.items():
+        for tensor in statistic.tensors():
+            tensor.copy_(sum_over_processes(tensor))
+        if not statistic.is_finite():
+            raise ValueError(
+                f"The gradient of layer {name!r} is not finite. Check the data for extreme values, or compute in "
+                "float32 or bfloat16 instead of float16."
+            )
+    return Counts(number, None if uncounted else examples)
 
-    def fold_into(name: str) -> Callable[[Any], None]:
+
+@contextmanager
+def _caught(
+    sources: Mapping[str, GradientSource], statistics: Mapping[str, Statistic], received: dict[str, int]
+) -> Iterator[None]:
+    """Fold gradients into statistics while the context lasts, counting them."""
+
+    def fold_into(name: str) -> Any:
         def fold(gradient: Any) -> None:
             received[name] += 1
-            accumulators[name].add(gradient)
+            with _named(name):
+                statistics[name].add(gradient)
 
         return fold
 
-    weights = [source.weight for source in sources.values() if source.weight is not None]
-    count = 0
-    with _only_differentiable(model, weights), torch.enable_grad():
-        handles = [source.attach(fold_into(name)) for name, source in sources.items()]
-        try:
-            device = _input_device(model)
-            for batch in tqdm(batches, desc=description, disable=not progress, leave=False):
-                loss = objective(model, send_to_device(batch, device))
-                check_loss(loss, f"batch {count}")
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"`objective` is {loss.item()} for batch {count} of `batches`. Check that batch's inputs and "
-                        "labels for NaN, infinite or out-of-range values."
-                    )
-                loss.backward()
-                count += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-    counts = sum_over_processes(torch.tensor([count, *received.values()], device=device)).tolist()
-    if counts[0] == 0:
+    handles = [source.attach(fold_into(name)) for name, source in sources.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(
+    model: nn.Module, statistics: Mapping[str, Statistic], batches: Iterable[Any], objective: LossFunction
+) -> tuple[int, int, int]:
+    """Forward and backward over all batches; their number, that of their examples, and of those that do not say."""
+    device = device_of(model)
+    number = examples = uncounted = 0
+    for batch in batches:
+        loss = objective(model, send_to_device(batch, device))
+        check_loss(loss, f"batch {number}")
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"`objective` is {loss.item()} for batch {number} of `batches`. Check that batch's inputs and labels "
+                "for NaN, infinite or out-of-range values."
+            )
+        loss.backward()
+        size = count_examples(batch)
+        number, examples, uncounted = number + 1, examples + (size or 0), uncounted + (size is None)
+        for name, statistic in statistics.items():
+            with _named(name):
+                statistic.end_batch(size)
+    return number, examples, uncounted
+
+
+def _check_received(batches: int, received: Mapping[str, int]) -> None:
+    if batches == 0:
         raise ValueError(
             "`batches` is empty: expected at least one batch. If it is a generator or an iterator, it may have been "
             "used up by an earlier pass; pass a DataLoader or a list."
         )
-    missing = [name for name, parts in zip(sources, counts[1:], strict=True) if parts == 0]
+    missing = [name for name, parts in received.items() if parts == 0]
     if missing:
         raise ValueError(
             f"The loss has no gradient for the target layers {missing[:3]} ({len(missing)} in all): the forward pass "
-            "does not use them. Put them into `exclude_modules`, or use an objective that reaches them."
+            "does not use them. Leave them out of the targets (`exclude_modules` of an adapter), or use an objective "
+            "that reaches them."
         )
-    for name, accumulator in accumulators.items():
-        for tensor in accumulator.tensors():
-            tensor.copy_(sum_over_processes(tensor))
-        if not accumulator.is_finite():
-            raise ValueError(
-                f"The gradient of layer {name!r} is not finite. Check the forget data for extreme values, or compute "
-                "in float32 or bfloat16 instead of float16."
-            )
-    return int(counts[0])
 
 
-def accumulate_gradients(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batches: Iterable[Any],
-    objective: Objective,
-    *,
-    progress: bool = True,
-) -> tuple[dict[str, Tensor], int]:
-    """Sum the gradient of the objective at each weight over one pass of the batches, the model in eval mode.
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in a statistic's error which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r}: {error}") from error
 
-    Args:
-        model: The model, called by `objective`.
-        weights: The weights to differentiate by, with the names to use in errors. One `Parameter` may stand under
-            several names; each then gets the gradient of all its uses.
-        batches: See [`stream_gradients`][semu_peft.gradients.gather.stream_gradients], as the rest.
-        objective: `(model, batch) -> scalar loss`.
-        progress: Show a progress bar.
 
-    Returns:
-        The gradients by name, float32 (float64 for float64 weights), and the number of batches.
+def count_examples(batch: Any) -> int | None:
+    """The first dimension of the first tensor in a batch; `None` where there is none.
 
-    Raises:
-        ValueError: As `stream_gradients`, or a weight's dtype cannot carry a gradient.
+    Examples:
+        >>> count_examples({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_examples(["text"])
+        (4, None)
     """
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        if not carries_gradient(weight):
-            raise ValueError(
-                f"The weight {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a gradient. Load "
-                "the model unquantised and whole, or leave this weight out."
-            )
-        first.setdefault(id(weight), name)
-    sources = {name: WeightSource(weights[name]) for name in first.values()}
-    sums = {
-        name: ExactSum(tuple(source.weight.shape), sum_dtype(source.weight.dtype), source.weight.device)
-        for name, source in sources.items()
-    }
-    count = stream_gradients(model, sources, sums, batches, objective, progress=progress)
-    return {name: sums[first[id(weight)]].total for name, weight in weights.items()}, count
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that gradients of weights of this dtype are summed in: float32 or better."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if not isinstance(batch, (list, tuple)):
+        return None
+    return next((size for size in map(count_examples, batch) if size is not None), None)
 
 
 def check_loss(loss: Any, where: str) -> None:
@@ -172,12 +279,6 @@ def check_loss(loss: Any, where: str) -> None:
             f"`objective` returned a loss without a gradient for {where}: it depends on nothing that is trained. Do "
             "not detach the model's output or call the model under `torch.no_grad`."
         )
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    # Offloaded weights lie on the meta device; whatever moves them in moves the inputs as well.
-    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
-    return devices[0] if devices else torch.device("cpu")
 
 
 @contextmanager

@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
-from .batch_gradient import (
-    BatchGradient,
-    ConvGradient,
-    DenseGradient,
-    TokenGradient,
-)
+from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
 
 Fold = Callable[[BatchGradient], None]
-
-_TOKENS_AT_ONCE = 8192  # bounds the float32 copies of half-precision activations
 
 
 def carries_gradient(weight: Tensor) -> bool:
@@ -27,11 +21,29 @@ def carries_gradient(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.dtype.itemsize >= 2 and not weight.is_meta
 
 
-class GradientSource(ABC):
-    """One weight whose gradient is wanted, and the way to get at it."""
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that gradients of weights of this dtype are summed in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
 
+
+class GradientSource(ABC):
+    """One weight whose gradient is wanted, and the way to get at it.
+
+    Attributes:
+        shape: Of the weight read as a matrix, `(m, n)` or `(batch, m, n)`.
+        dtype: The dtype that its gradients are summed in.
+        device: Where the weight is; the execution device of one that is offloaded.
+        weight: The parameter that autograd must differentiate by, if any.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
     weight: nn.Parameter | None = None
-    """The parameter that autograd must differentiate by, if any."""
+
+    def around(self, layer: nn.Module) -> GradientSource:
+        """The same source where an adapter's layer is called in the place of the one that it was made for."""
+        return self
 
     @abstractmethod
     def attach(self, fold: Fold) -> RemovableHandle:
@@ -50,6 +62,8 @@ class WeightSource(GradientSource):
 
     def __init__(self, weight: nn.Parameter, as_matrix: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
         self.weight = weight
+        self.shape = tuple(as_matrix(weight.detach()).shape)
+        self.dtype, self.device = sum_dtype(weight.dtype), weight.device
         self._as_matrix = as_matrix
 
     def attach(self, fold: Fold) -> RemovableHandle:
@@ -74,11 +88,23 @@ class LayerSource(GradientSource):
     Args:
         layer: The layer; called with its input as the first argument.
         parts: Splits `(output gradient, input)` of one call into the gradients to fold.
+        shape: Of the weight read as a matrix; by default its rows, flattened.
     """
 
-    def __init__(self, layer: nn.Module, parts: Callable[[Tensor, Tensor], list[BatchGradient]]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        parts: Callable[[Tensor, Tensor], list[BatchGradient]],
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
         self._layer = layer
         self._parts = parts
+        weight: Any = layer.weight
+        self.shape = shape or tuple(weight.flatten(1).shape)
+        self.dtype, self.device = sum_dtype(weight.dtype), _home(layer, weight)
+
+    def around(self, layer: nn.Module) -> LayerSource:
+        return LayerSource(layer, self._parts, self.shape)
 
     def attach(self, fold: Fold) -> RemovableHandle:
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -106,16 +132,74 @@ class LayerSource(GradientSource):
 
 
 def token_gradients(outputs: Tensor, inputs: Tensor) -> list[BatchGradient]:
-    """The gradient of a linear layer, `(..., m)` and `(..., n)`, in parts of some thousands of tokens."""
-    outputs, inputs = outputs.reshape(-1, outputs.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+    """The gradient of a linear layer, from `(N, …, m)` and `(N, …, n)` for `N` examples."""
     inputs = inputs.to(outputs.dtype)  # autocast casts inside the layer
-    parts = zip(outputs.split(_TOKENS_AT_ONCE), inputs.split(_TOKENS_AT_ONCE), strict=True)
-    return [TokenGradient(*part) for part in parts]
+    return [TokenGradient(torch.atleast_2d(outputs), torch.atleast_2d(inputs))]
 
 
 def conv_gradients(conv: nn.Module) -> Callable[[Tensor, Tensor], list[BatchGradient]]:
     """The same for a convolution, whose settings are `conv`'s."""
     return lambda outputs, inputs: [ConvGradient.of(conv, outputs, inputs.to(outputs.dtype))]
+
+
+# ---- which layer types there are ----
+
+SourceFactory = Callable[[Any], GradientSource]
+
+_FACTORIES: dict[type[nn.Module], SourceFactory] = {}
+
+
+def register_source(layer_type: type[nn.Module], factory: SourceFactory) -> None:
+    """Let gradients of a layer type be gathered: say where the gradient of its weight is caught.
+
+    Subclasses are meant as well, unless one has a source of its own. The built-in layer types are registered in the
+    same way.
+
+    Args:
+        layer_type: The type of the layer.
+        factory: Makes the source from a layer of that type: a
+            [`LayerSource`][semu_peft.gradients.sources.LayerSource] where the layer's inputs and output gradients are
+            enough, else a [`WeightSource`][semu_peft.gradients.sources.WeightSource].
+
+    Examples:
+        >>> class Scaled(nn.Module):  # y = x (2 W)ᵀ
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.ones(3, 5))
+        ...     def forward(self, x):
+        ...         return 2 * x @ self.weight.T
+        >>> def gradients(outputs, inputs):  # of one call: a list of `BatchGradient`
+        ...     return [TokenGradient(2 * outputs, inputs)]
+        >>> register_source(Scaled, lambda layer: LayerSource(layer, gradients))
+        >>> registered_source(Scaled()).shape
+        (3, 5)
+    """
+    _FACTORIES[layer_type] = factory
+
+
+def registered_source(layer: nn.Module) -> GradientSource | None:
+    """The source for a layer, by its type or the nearest registered type that it inherits from; else `None`."""
+    factory = next((_FACTORIES[kind] for kind in type(layer).__mro__ if kind in _FACTORIES), None)
+    return None if factory is None else factory(layer)
+
+
+def _conv_source(conv: Any) -> GradientSource:
+    if conv.groups == 1:
+        return LayerSource(conv, conv_gradients(conv))
+    return WeightSource(conv.weight, lambda weight: weight.flatten(1))
+
+
+register_source(nn.Linear, lambda layer: LayerSource(layer, token_gradients, (layer.out_features, layer.in_features)))
+register_source(Conv1D, lambda layer: LayerSource(layer, token_gradients, tuple(layer.weight.mT.shape)))
+register_source(nn.Embedding, lambda layer: WeightSource(layer.weight))
+for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register_source(_kind, _conv_source)
+
+
+def _home(layer: nn.Module, weight: Tensor) -> torch.device:
+    hook: Any = getattr(layer, "_hf_hook", None)
+    device = getattr(layer, "execution_device", None) or getattr(hook, "execution_device", None)
+    return torch.device(device) if weight.is_meta and device is not None else weight.device
 
 
 class _BeginGraph(torch.autograd.Function):

@@ -3,13 +3,13 @@
 from .initialize import initialize_semu_weights
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget
-from .retain import Overlap, RetainSubspace
+from .retain import Overlap, RetainRule
 
 __all__ = [
     "LayerSpectrum",
     "Overlap",
     "RankBudget",
-    "RetainSubspace",
+    "RetainRule",
     "SubspaceProfile",
     "initialize_semu_weights",
 ]

@@ -3,67 +3,41 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
-import torch
-from accelerate.utils import align_module_device, extract_model_from_parallel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from semu_peft.gradients.gather import Objective, stream_gradients, sum_dtype
-from semu_peft.gradients.processes import from_main_process, in_several_processes
-from semu_peft.gradients.sources import (
-    GradientSource,
-    LayerSource,
-    WeightSource,
-    carries_gradient,
-    conv_gradients,
-    token_gradients,
-)
-from semu_peft.gradients.statistics import (
-    Accumulator,
-    ExactSum,
-    RandomMatrixPool,
-    Sketch,
-)
+from semu_peft.gradients.gather import Gathered, gather
+from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFactory
 from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.linalg.factorize import SingularFactors
-from semu_peft.tuner.adapted import base_model, semu_layers
-from semu_peft.tuner.config import SemuConfig
-from semu_peft.tuner.conv import ConvNd
+from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.retain import Retain, as_retain
 from semu_peft.tuner.layer import SemuLayer
-from semu_peft.tuner.linear import Linear
-from semu_peft.tuner.patterns import match_pattern
 
-from .profile import (
-    LayerSpectrum,
-    SubspaceProfile,
-    budget_ranks,
-    give_basis,
-)
-from .ranks import RankBudget
-from .retain import Overlap, RetainSubspace
+from .directions import find_directions
+from .fill import fill, layers_to_fill
+from .profile import LayerSpectrum, SubspaceProfile
+from .ranks import RankBudget, plan_ranks
+from .retain import RetainRule, as_rule
 
 
 def initialize_semu_weights(
     model: nn.Module,
-    batches: Iterable[Any],
-    objective: Objective,
+    forget: Iterable[Any] | Gathered | SubspaceProfile,
+    objective: LossFunction | None = None,
     *,
-    accumulate: Literal["exact", "sketch"] = "exact",
-    sketch_size: int = 192,
-    accumulator_device: torch.device | str | None = None,
+    retain: Retain | Sequence[Retain] | None = None,
+    retain_rule: RetainRule | Literal["project", "ratio"] = "project",
+    statistic: StatisticFactory = GradientSum,
     rank_budget: RankBudget | None = None,
-    retain: RetainSubspace | None = None,
     keep_explained_variance: float | None = None,
-    seed: int = 0,
-    adapter_name: str = "default",
+    overwrite: bool = False,
     progress: bool = True,
+    adapter_name: str = "default",
 ) -> SubspaceProfile:
     """Initialise a SEMU adapter from forget data, in one pass of forward and backward.
 
@@ -82,173 +56,127 @@ def initialize_semu_weights(
 
     Args:
         model: A model with a SEMU adapter (`get_peft_model`, `add_adapter` or `inject_adapter_in_model`).
-        batches: The forget set in batches, a DataLoader or any iterable.
-        objective: `(model, batch) -> scalar loss`, for example one of [`semu_peft.objectives`].
-        accumulate: `"exact"` keeps one float32 matrix a layer; `"sketch"` a random sketch of it, far smaller and
-            cheaper to fill, from which the leading directions are recovered with an estimated error. Layers of which a
-            sketch would not save most are exact either way.
-        sketch_size: The most directions a sketch can recover; the first half of them well.
-        accumulator_device: Where sums and sketches are kept; by default beside their weights. `"cpu"` takes exact sums
-            off the accelerator.
+        forget: The forget set in batches, a DataLoader or any iterable; or sums of its gradients that
+            [`gather`][semu_peft.gradients.gather.gather] took; or the profile of an earlier initialisation. The last
+            two need no pass over the data.
+        objective: `(model, batch) -> scalar loss`, for example one of [`semu_peft.objectives`]. Needed with batches.
+        retain: Keep away from what these data would change; the gradients of several add up, weighted.
+        retain_rule: How: `"project"`, `"ratio"` or a [`RetainRule`][semu_peft.subspace.retain.RetainRule].
+        statistic: What is kept of each layer's gradients in the passes: exact sums, or
+            [`Sketch.of_size(192)`][semu_peft.gradients.sketch.Sketch.of_size], which is far smaller and cheaper to
+            fill. `GradientSum.on("cpu")` takes exact sums off the accelerator.
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
-        retain: Keep away from what the retain data would change.
-        keep_explained_variance: Keep directions up to this larger share in the profile, so that it can initialise the
+        keep_explained_variance: Keep directions up to this larger γ in the profile, so that it can initialise the
             adapter again at a larger γ. By default the profile keeps those of the adapter.
-        seed: Of the sketches' test matrices.
-        adapter_name: The adapter to initialise. Doing so again starts it afresh.
+        overwrite: Start an adapter afresh that has been trained.
         progress: Show progress bars.
+        adapter_name: The adapter to initialise.
 
     Returns:
         The spectra, directions and ranks of all layers.
 
     Raises:
-        ValueError: The model has no such adapter, an argument is out of range, or the data cannot give a gradient; see
-            [`stream_gradients`][semu_peft.gradients.gather.stream_gradients]. The adapter is unchanged then.
+        ValueError: The model has no such adapter, an argument is out of range, the data cannot give a gradient (see
+            [`gather`][semu_peft.gradients.gather.gather]), or the adapter has been trained. It is unchanged then.
+        TypeError: `forget` or `retain` is of another kind. The adapter is unchanged then.
     """
-    _check_arguments(accumulate, sketch_size, keep_explained_variance)
-    layers = semu_layers(model, adapter_name)
-    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
-    plain = base_model(model)
-    if any(hasattr(layer.semu_core[adapter_name], "full_tensor") for layer in layers.values()):
-        raise ValueError(
-            f"The cores of the adapter {adapter_name!r} are sharded, and the initialisation gives them other shapes. "
-            "Shard the base model first and add the adapter then, or initialise before sharding."
-        )
-    # A distributed wrapper would wait for gradients of the cores, which this pass does not make.
-    runner = extract_model_from_parallel(model)
-    sources, aliases = _sources(plain, layers, adapter_name)
-    pool = RandomMatrixPool(seed)
-
-    def accumulators() -> dict[str, Accumulator]:
-        size = sketch_size if accumulate == "sketch" else None
-        return {name: _accumulator(layers[name], adapter_name, size, pool, accumulator_device) for name in sources}
-
-    sums, retain_sums = accumulators(), accumulators() if retain is not None else {}
-    with _switched_off(layers, adapter_name):
-        count = stream_gradients(runner, sources, sums, batches, objective, progress=progress)
-        if retain is not None:
-            stream_gradients(
-                runner, sources, retain_sums, retain.batches, retain.objective,
-                description="Retain gradients", progress=progress,
-            )  # fmt: skip
-
-    found: dict[str, SingularFactors] = {}
-    overlaps: dict[str, Overlap | None] = dict.fromkeys(layers)
-    for name in tqdm(list(sources), desc="Factorising", disable=not progress, leave=False):
-        layer, total = layers[name], sums.pop(name)
-        config = layer.configs[adapter_name]
-        share = _explained_variance(config, name)
-        if config.orthogonal_to_weight:
-            total.remove_component(layer.weight_to_matrix(_whole_weight(layer), adapter_name))
-        wanted, most = max(share, keep_explained_variance or 0.0), config.r
-        requested = _requested_rank(layer, adapter_name)
-        if requested is not None:
-            wanted, most = 1.0, max(requested, 1)
-        elif retain is not None:  # its rules choose among more directions than will be kept
-            wanted, most = max(wanted, (1.0 + share) / 2), None
-        factors = total.factorize(wanted, most)
-        if retain is not None:
-            kept = retain_sums.pop(name).factorize(retain.explained_variance)
-            overlaps[name] = Overlap.between(factors, kept)
-            factors = retain.apply(factors, kept, share)
-        found[name] = _agreed(factors)
-    for name, first in aliases.items():
-        found[name], overlaps[name] = found[first], overlaps[first]
-
-    ranks = {name: _rank(layers[name], adapter_name, name, found[name]) for name in layers}
-    if rank_budget is not None:
-        ranks = budget_ranks({name: found[name] for name in layers}, layers, adapter_name, rank_budget, ranks)
-    _check_ranks(ranks, found)
-    spectra = {}
-    for name, layer in layers.items():
-        give_basis(layer, adapter_name, found[name].leading(ranks[name]))
-        known = found[name] if keep_explained_variance is not None else found[name].leading(ranks[name])
-        spectra[name] = LayerSpectrum(_on_cpu(known), ranks[name], layer.matrix_shape(adapter_name), overlaps[name])
-    return SubspaceProfile(spectra, count)
-
-
-def _check_arguments(accumulate: str, sketch_size: int, keep_explained_variance: float | None) -> None:
-    if accumulate not in ("exact", "sketch"):
-        raise ValueError(f"`accumulate` must be 'exact' or 'sketch', got {accumulate!r}.")
-    if isinstance(sketch_size, bool) or not isinstance(sketch_size, int) or sketch_size < 2:
-        raise ValueError(f"`sketch_size` must be an integer of 2 or more, got {sketch_size!r}.")
     if keep_explained_variance is not None:
         check_explained_variance(keep_explained_variance)
-
-
-# ---- where gradients come from and go to ----
-
-
-def _sources(
-    plain: nn.Module, layers: Mapping[str, SemuLayer], adapter_name: str
-) -> tuple[dict[str, GradientSource], dict[str, str]]:
-    """The sources by layer, and layers whose weight another one brings already, by that one's name."""
-    uses = Counter(id(parameter) for module in plain.modules() for parameter in module.parameters(recurse=False))
-    sources: dict[str, GradientSource] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
+    layers = layers_to_fill(model, adapter_name, overwrite)
+    rule, terms = as_rule(retain_rule), as_retain(retain)
+    if isinstance(forget, SubspaceProfile):
+        if terms:
+            raise ValueError("`retain` changes directions as they are found: initialise from batches or a `Gathered`.")
+        return forget.initialize(model, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name)
+    sums, batches = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
+    retained = _retain_sums(model, layers, terms, statistic, progress, adapter_name)
+    found, overlaps = find_directions(
+        layers, sums, retained, rule,
+        keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
+    )  # fmt: skip
+    ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
+    _check_ranks(ranks, found)
+    fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, adapter_name)
+    spectra = {}
     for name, layer in layers.items():
-        weight: Any = layer.weight
-        if uses[id(weight)] > 1 and carries_gradient(weight):
-            if id(weight) in first:
-                aliases[name] = first[id(weight)]
-                continue
-            first[id(weight)] = name
-        elif isinstance(layer, Linear):
-            sources[name] = LayerSource(layer, token_gradients)
-            continue
-        elif isinstance(layer, ConvNd) and len(layer.matrix_shape(adapter_name)) == 2 and layer.conv.groups == 1:
-            sources[name] = LayerSource(layer, conv_gradients(layer.conv))
-            continue
-        if not carries_gradient(weight):
+        known = found[name] if keep_explained_variance is not None else found[name].leading(ranks[name])
+        shape = layer.matrix_shape(adapter_name)
+        spectra[name] = LayerSpectrum(_on_cpu(known), ranks[name], shape, overlaps[name])
+    return SubspaceProfile(spectra, batches)
+
+
+def _forget_sums(
+    model: nn.Module,
+    layers: Mapping[str, SemuLayer],
+    forget: Any,
+    objective: LossFunction | None,
+    statistic: StatisticFactory,
+    progress: bool,
+    adapter_name: str,
+) -> tuple[dict[str, MatrixSum], int]:
+    """The sum of each layer's forget gradient, and over how many batches it is."""
+    if isinstance(forget, Gathered):
+        sums = {name: forget.statistics.get(name) for name in layers}
+        odd = [name for name, total in sums.items() if not _fits(total, layers[name], adapter_name)]
+        if odd:
             raise ValueError(
-                f"The weight of layer {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a "
-                "gradient. Load this layer unquantised and not offloaded, or leave it out of `target_modules`."
+                f"`forget` holds no sum that fits the layers {odd[:3]} ({len(odd)} in all) of adapter "
+                f"{adapter_name!r}: for the first it has {sums[odd[0]]!r}, and needs the gradient's sum or sketch, of "
+                f"shape {layers[odd[0]].matrix_shape(adapter_name)}. Gather with `statistic=GradientSum` or "
+                "`Sketch.of_size(...)`, and with this `adapter_name` where the layers are not plain ones."
             )
-        sources[name] = WeightSource(weight, partial(layer.weight_to_matrix, adapter_name=adapter_name))
-    return sources, aliases
+        # Copies, as what is found in them is taken out of them.
+        copies = {id(total): total.copy() for total in sums.values() if isinstance(total, MatrixSum)}
+        return {name: copies[id(total)] for name, total in sums.items()}, forget.batches
+    if objective is None:
+        raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
+    with _switched_off(layers, adapter_name):
+        gathered = gather(
+            model, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,
+            adapter_name=adapter_name,
+        )  # fmt: skip
+    return _matrix_sums(gathered), gathered.batches
 
 
-def _accumulator(
-    layer: SemuLayer, adapter_name: str, sketch_size: int | None, pool: RandomMatrixPool, device: Any
-) -> Accumulator:
-    shape = layer.matrix_shape(adapter_name)
-    weight: Any = layer.weight
-    home = layer.semu_core[adapter_name].device if weight.is_meta else weight.device
-    place = torch.device(device) if device is not None else home
-    if sketch_size is not None and Sketch.pays(shape, sketch_size):
-        return Sketch((shape[0], shape[1]), sketch_size, pool, place)
-    return ExactSum(shape, sum_dtype(weight.dtype), place)
+def _retain_sums(
+    model: nn.Module,
+    layers: Mapping[str, SemuLayer],
+    terms: Sequence[Retain],
+    statistic: StatisticFactory,
+    progress: bool,
+    adapter_name: str,
+) -> dict[str, MatrixSum] | None:
+    """The weighted sum of all retain gradients of each layer."""
+    if not terms:
+        return None
+
+    def weighted(model: nn.Module, batch: tuple[int, Any]) -> Any:
+        term, inputs = terms[batch[0]], batch[1]
+        return term.weight * term.objective(model, inputs)
+
+    numbered = ((index, batch) for index, term in enumerate(terms) for batch in term.batches)
+    with _switched_off(layers, adapter_name):
+        gathered = gather(
+            model, numbered, weighted, statistic=statistic, description="Retain gradients", progress=progress,
+            adapter_name=adapter_name,
+        )  # fmt: skip
+    return _matrix_sums(gathered)
 
 
-def _whole_weight(layer: SemuLayer) -> Tensor:
-    with align_module_device(layer.get_base_layer()):  # brings an offloaded weight in for the moment
-        weight: Any = layer.get_base_weight()
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.clone()
+def _matrix_sums(gathered: Gathered) -> dict[str, MatrixSum]:
+    sums = {name: total for name, total in gathered.items() if isinstance(total, MatrixSum)}
+    if len(sums) < len(gathered):
+        kind = type(next(total for total in gathered.values() if not isinstance(total, MatrixSum)))
+        raise ValueError(
+            f"`statistic` must be a sum that can be factorised, got {kind.__name__}. Use `GradientSum` or "
+            "`Sketch.of_size(...)`."
+        )
+    return sums
 
 
-# ---- ranks ----
-
-
-def _explained_variance(config: SemuConfig, name: str) -> float:
-    """γ of this layer."""
-    return match_pattern(config.explained_variance_pattern, name) or config.explained_variance
-
-
-def _requested_rank(layer: SemuLayer, adapter_name: str) -> int | None:
-    """The rank that the user's `rank_pattern` asks for at this layer."""
-    return layer.requested_ranks[adapter_name]
-
-
-def _rank(layer: SemuLayer, adapter_name: str, name: str, factors: SingularFactors) -> int:
-    requested = _requested_rank(layer, adapter_name)
-    if requested is not None:
-        return min(requested, factors.rank)
-    config = layer.configs[adapter_name]
-    rank = factors.reaching(_explained_variance(config, name)).rank
-    return rank if config.r is None else min(rank, config.r)
+def _fits(total: Any, layer: SemuLayer, adapter_name: str) -> bool:
+    return isinstance(total, MatrixSum) and total.shape == layer.matrix_shape(adapter_name)
 
 
 def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors]) -> None:
@@ -266,27 +194,6 @@ def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors])
         )
     if not any(ranks.values()):
         raise ValueError("`rank_budget` pays for no direction at all: raise its `total`.")
-
-
-# ---- around it ----
-
-
-def _agreed(factors: SingularFactors) -> SingularFactors:
-    """The main process's factors on every process: rounding on unlike devices must not part them."""
-    if not in_several_processes():
-        return factors
-    rank, known = from_main_process(torch.tensor([factors.rank, factors.singular_values.shape[-1]])).tolist()
-
-    def agreed(tensor: Tensor, size: int) -> Tensor:
-        same = tensor.shape[-1] == size
-        return from_main_process(tensor if same else tensor.new_zeros(*tensor.shape[:-1], size))
-
-    return replace(
-        factors,
-        left=agreed(factors.left, rank),
-        right=agreed(factors.right, rank),
-        singular_values=agreed(factors.singular_values, known),
-    )
 
 
 def _on_cpu(factors: SingularFactors) -> SingularFactors:

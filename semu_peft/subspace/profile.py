@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from semu_peft.files import written_whole
-from semu_peft.linalg.energy import rank_for_energy
 from semu_peft.linalg.factorize import SingularFactors
-from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 
-from .ranks import Candidate, RankBudget, spread_budget
+from .fill import fill, layers_to_fill
+from .ranks import RankBudget, explained_variance_of, plan_ranks
 from .retain import Overlap
 
 _METADATA = "semu_subspace_profile"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerSpectrum:
     """One layer's forget gradient, as its leading singular directions tell it.
 
@@ -61,8 +60,14 @@ class LayerSpectrum:
         """Whether the figures come from a sketch."""
         return self.directions.estimated
 
+    def __repr__(self) -> str:
+        return (
+            f"LayerSpectrum(rank={self.rank} of {min(self.shape[-2:])}, shape={self.shape}, "
+            f"explained_variance={self.explained_variance:.3f}, estimated={self.estimated})"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class SubspaceProfile:
     """The spectra of all layers of an adapter, by layer name.
 
@@ -79,52 +84,77 @@ class SubspaceProfile:
         """Rank by layer name, as it stands in `SemuConfig.ranks`."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
+    def __repr__(self) -> str:
+        ranks = self.ranks.values()
+        return (
+            f"SubspaceProfile({len(ranks)} layers, {sum(ranks)} directions, ranks {min(ranks, default=0)} to "
+            f"{max(ranks, default=0)}, batches={self.batches})"
+        )
+
     def initialize(
         self,
         model: nn.Module,
         *,
         explained_variance: float | None = None,
         rank_budget: RankBudget | None = None,
+        overwrite: bool = False,
         adapter_name: str = "default",
     ) -> SubspaceProfile:
         """Initialise an adapter again, at another γ or budget, from these directions: no data is touched.
 
         Args:
             model: A model with a SEMU adapter on the layers of this profile.
-            explained_variance: γ in (0, 1] for all layers; by default the ranks of this profile.
+            explained_variance: γ in (0, 1] for all layers; by default what the adapter's configuration says.
             rank_budget: One budget for all layers, see [`RankBudget`][semu_peft.subspace.ranks.RankBudget].
+            overwrite: Start an adapter afresh that has been trained.
             adapter_name: The adapter to initialise; its core starts at zero again.
 
         Returns:
             This profile with the new ranks.
 
         Raises:
-            ValueError: The adapter's layers are not those of the profile, or a layer needs more directions than the
-                profile keeps. The adapter is unchanged then.
+            ValueError: The adapter's layers are not those of the profile, a layer needs more directions than the
+                profile keeps, or the adapter has been trained. The adapter is unchanged then.
         """
-        layers = semu_layers(model, adapter_name)
+        layers = layers_to_fill(model, adapter_name, overwrite)
+        self._check_fit(layers, adapter_name)
+        found = {name: self.layers[name].directions for name in layers}
+        ranks = plan_ranks(
+            found, layers, explained_variance=explained_variance, budget=rank_budget, adapter_name=adapter_name
+        )
+        if rank_budget is None:
+            self._check_extent(layers, ranks, explained_variance, adapter_name)
+        fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, adapter_name)
+        return replace(self, layers={name: replace(self.layers[name], rank=ranks[name]) for name in self.layers})
+
+    def _check_fit(self, layers: Mapping[str, SemuLayer], adapter_name: str) -> None:
         shapes = {name: layer.matrix_shape(adapter_name) for name, layer in layers.items()}
-        if shapes != {name: layer.shape for name, layer in self.layers.items()}:
-            odd = sorted(set(shapes.items()) ^ {(name, layer.shape) for name, layer in self.layers.items()})
+        odd = sorted(set(shapes.items()) ^ {(name, layer.shape) for name, layer in self.layers.items()})
+        if odd:
             raise ValueError(
                 f"The profile does not fit the adapter {adapter_name!r}: they differ at {odd[:2]} ({len(odd)} "
                 "differences). Use it with the model and the target layers that it was made with."
             )
-        ranks = self.ranks
-        if explained_variance is not None:
-            ranks = {name: _rank_within(name, layer, explained_variance) for name, layer in self.layers.items()}
-        if rank_budget is not None:
-            ranks = budget_ranks({name: layer.directions for name, layer in self.layers.items()}, layers, adapter_name,
-                                 rank_budget, ranks if explained_variance is not None else None)  # fmt: skip
-        for name, layer in layers.items():
-            give_basis(layer, adapter_name, self.layers[name].directions.leading(ranks[name]))
-        return SubspaceProfile(
-            {
-                name: LayerSpectrum(layer.directions, ranks[name], layer.shape, layer.overlap)
-                for name, layer in self.layers.items()
-            },
-            self.batches,
-        )
+
+    def _check_extent(
+        self,
+        layers: Mapping[str, SemuLayer],
+        ranks: Mapping[str, int],
+        explained_variance: float | None,
+        adapter_name: str,
+    ) -> None:
+        """Raise where γ asks for more directions of a layer than the profile keeps."""
+        for name, spectrum in self.layers.items():
+            config, known = layers[name].configs[adapter_name], spectrum.directions
+            gamma = explained_variance or explained_variance_of(config, name)
+            short = known.leading(ranks[name]).explained_variance < gamma - 1e-6
+            if ranks[name] < known.rank or ranks[name] == config.r or not short or spectrum.estimated or not known.rank:
+                continue
+            raise ValueError(
+                f"The profile keeps {known.rank} directions of layer {name!r}, which explain "
+                f"{known.explained_variance:.4f} of its energy: too few for `explained_variance={gamma}`. Initialise "
+                "from the data with `keep_explained_variance` at least as large, or pass a `rank_budget`."
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write the profile as one safetensors file.
@@ -184,42 +214,3 @@ class SubspaceProfile:
                 overlap = Overlap(tensors[f"{name}.overlap_inputs"], tensors[f"{name}.overlap_outputs"])
             layers[name] = LayerSpectrum(directions, layer["rank"], tuple(layer["shape"]), overlap)
         return cls(layers, described["batches"])
-
-
-def give_basis(layer: SemuLayer, adapter_name: str, directions: SingularFactors) -> None:
-    """Put directions into a layer as its frozen bases."""
-    layer.set_basis(adapter_name, directions.left, directions.right)
-
-
-def budget_ranks(
-    directions: Mapping[str, SingularFactors],
-    layers: Mapping[str, SemuLayer],
-    adapter_name: str,
-    budget: RankBudget,
-    caps: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Spread a budget over layers, each bidding with the directions that are known of it (`caps` at the most)."""
-    candidates = {}
-    for name, factors in directions.items():
-        kept = factors if caps is None else factors.leading(caps[name])
-        energies = kept.singular_values[..., : kept.rank].double().square()
-        batched = energies.dim() == 2
-        candidates[name] = Candidate(
-            energies.sum(0) if batched else energies,
-            float(factors.energy.sum()),
-            layers[name].configs[adapter_name].core == "diagonal",
-            energies.shape[0] if batched else 1,
-        )
-    return spread_budget(candidates, budget)
-
-
-def _rank_within(name: str, layer: LayerSpectrum, explained_variance: float) -> int:
-    known = layer.directions
-    rank = rank_for_energy(known.singular_values, explained_variance, known.energy)
-    if rank > known.rank or (known.rank and known.leading(rank).explained_variance < explained_variance - 1e-6):
-        raise ValueError(
-            f"The profile keeps {known.rank} directions of layer {name!r}, which explain "
-            f"{known.explained_variance:.4f} of its energy: too few for `explained_variance={explained_variance}`. "
-            "Initialise from the data with `keep_explained_variance` at least as large."
-        )
-    return rank

@@ -1,4 +1,4 @@
-"""How many directions a layer gets: by its own energy, or from one budget for all layers."""
+"""How many directions a layer gets: by its own energy, by the user's wish, or from one budget for all layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from semu_peft.linalg.factorize import SingularFactors
+from semu_peft.tuner.config import SemuConfig
+from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.patterns import match_pattern
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,58 @@ def spread_budget(candidates: Mapping[str, Candidate], budget: RankBudget) -> di
             ranks[name] += 1
             left -= price
     return ranks
+
+
+def explained_variance_of(config: SemuConfig, name: str) -> float:
+    """γ of the layer of that name."""
+    return match_pattern(config.explained_variance_pattern, name) or config.explained_variance
+
+
+def plan_ranks(
+    found: Mapping[str, SingularFactors],
+    layers: Mapping[str, SemuLayer],
+    *,
+    explained_variance: float | None = None,
+    budget: RankBudget | None = None,
+    adapter_name: str = "default",
+) -> dict[str, int]:
+    """The rank of each layer, from the directions that were found and all that has been asked for.
+
+    A layer gets the rank that `SemuConfig.rank_pattern` names for it, or else as many directions as explain γ of its
+    energy, `SemuConfig.r` at the most; in any case no more than were found. A budget is then spread over the layers,
+    with these ranks as upper bounds.
+
+    Args:
+        found: Each layer's directions by name.
+        layers: The adapter's layers by name.
+        explained_variance: γ for all layers, instead of the configuration's and the wish in `rank_pattern`.
+        budget: One budget for all layers.
+        adapter_name: The adapter's name.
+    """
+    ranks = {}
+    for name, factors in found.items():
+        config = layers[name].configs[adapter_name]
+        requested = layers[name].requested_ranks[adapter_name] if explained_variance is None else None
+        if requested is not None:
+            ranks[name] = min(requested, factors.rank)
+            continue
+        rank = factors.reaching(explained_variance or explained_variance_of(config, name)).rank
+        ranks[name] = rank if config.r is None else min(rank, config.r)
+    if budget is None:
+        return ranks
+    bids = {
+        name: _candidate(factors.leading(ranks[name]), layers[name].configs[adapter_name].core == "diagonal")
+        for name, factors in found.items()
+    }
+    return spread_budget(bids, budget)
+
+
+def _candidate(factors: SingularFactors, diagonal: bool) -> Candidate:
+    energies = factors.singular_values[..., : factors.rank].double().square()
+    batched = energies.dim() == 2
+    return Candidate(
+        energies.sum(0) if batched else energies,
+        float(factors.energy.sum()),
+        diagonal,
+        energies.shape[0] if batched else 1,
+    )

@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
 from semu_peft.linalg.factorize import SingularFactors
 
 
 @dataclass(frozen=True)
-class RetainSubspace:
-    """Take the retained data's gradients into account when the forget subspace is chosen.
+class RetainRule:
+    """How a forget subspace keeps away from the retained data's gradients.
 
-    - `rule="project"` removes from the forget basis what lies in the leading retain subspace, so that to first order a
+    - `"project"` removes from the forget basis what lies in the leading retain subspace, so that to first order a
       step of the core leaves the retain loss as it is (the idea of Geometric-disentanglement Unlearning, Zhou et al.
       2025, arXiv 2511.17100, applied to a subspace). It is enough to do so on one side: with `V ⊥ V_retain`,
       `⟨U R Vᵀ, G_retain⟩ = 0` for every core `R`.
-    - `rule="ratio"` keeps the forget directions with the largest ratio of forget to retain energy,
+    - `"ratio"` keeps the forget directions with the largest ratio of forget to retain energy,
       `‖G v‖² / (‖G_retain v‖² + λ)`, `λ = ‖G_retain‖² / n`: a generalised eigenproblem within the forget basis.
 
     Args:
-        batches: Retain batches.
-        objective: The loss on them, for example `CrossEntropy()`.
-        rule: `"project"` or `"ratio"`.
+        kind: `"project"` or `"ratio"`.
         explained_variance: Share of the retain gradient's energy that the retain subspace explains.
         side: For `"project"`: remove it from the `"input"` basis `V`, from the `"output"` basis `U`, or from `"both"`.
 
     Raises:
         ValueError: A value is outside its range.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.factorize import leading_factors
+        >>> forget = leading_factors(torch.diag(torch.tensor([3.0, 2.0, 0.0])), 1.0)
+        >>> retain = leading_factors(torch.diag(torch.tensor([5.0, 0.0, 0.0])), 1.0)
+        >>> RetainRule("project").apply(forget, retain, explained_variance=1.0).singular_values
+        tensor([2., 0.])
     """
 
-    batches: Iterable[Any] = field(repr=False)
-    objective: Callable[[nn.Module, Any], Tensor] = field(repr=False)
-    rule: Literal["project", "ratio"] = "project"
+    kind: Literal["project", "ratio"] = "project"
     explained_variance: float = 0.9
     side: Literal["input", "output", "both"] = "input"
 
     def __post_init__(self) -> None:
         check_explained_variance(self.explained_variance)
-        for name, choices in (("rule", ("project", "ratio")), ("side", ("input", "output", "both"))):
+        for name, choices in (("kind", ("project", "ratio")), ("side", ("input", "output", "both"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` of a RetainRule must be one of {choices}, got {getattr(self, name)!r}.")
 
     def apply(self, forget: SingularFactors, retain: SingularFactors, explained_variance: float) -> SingularFactors:
         """The forget directions that this rule leaves, by their energy.
@@ -57,9 +60,22 @@ class RetainSubspace:
         """
         if forget.rank == 0 or retain.rank == 0:
             return forget
-        if self.rule == "project":
+        if self.kind == "project":
             return _project(forget, retain, self.side)
         return _best_ratios(forget, retain, explained_variance)
+
+
+def as_rule(rule: RetainRule | str) -> RetainRule:
+    """Read an argument `retain_rule`, which may be a rule or the name of one.
+
+    Raises:
+        ValueError: There is no rule of that name.
+    """
+    if isinstance(rule, RetainRule):
+        return rule
+    if rule not in ("project", "ratio"):
+        raise ValueError(f"`retain_rule` must be 'project', 'ratio' or a `RetainRule`, got {rule!r}.")
+    return RetainRule(rule)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.tuner.adapted import semu_layers
 
 BATCHES = 4
+STATISTICS = {"exact": GradientSum, "sketch": Sketch.of_size(8)}
 
 
 class Network(nn.Module):
@@ -70,11 +72,9 @@ def main(wrapper: str, folder: Path) -> None:
     if wrapper == "ddp":
         model.get_base_model().head.base_layer.bias.requires_grad_(True)  # DDP wants something to train
         wrapped = DistributedDataParallel(model)
-    for accumulate in ("exact", "sketch"):
-        profile = initialize_semu_weights(
-            wrapped, mine, objectives.CrossEntropy(), accumulate=accumulate, sketch_size=8, progress=False
-        )
-        profile.save(folder / f"{accumulate}-{state.process_index}.safetensors")
+    for kind, statistic in STATISTICS.items():
+        profile = initialize_semu_weights(wrapped, mine, objectives.CrossEntropy(), statistic=statistic, progress=False)
+        profile.save(folder / f"{kind}-{state.process_index}.safetensors")
         bases = {n: layer.semu_U["default"] for n, layer in semu_layers(model).items()}
         assert all(torch.equal(profile.layers[n].directions.left, basis) for n, basis in bases.items())
     del wrapped  # DDP's own clean-up needs the process group

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, Snapshot, image_batches, vector_batches
+from models import CLASSES, Cnn, Mlp, Snapshot, gpt2, image_batches, vector_batches
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft.gradients.gather import accumulate_gradients
+from semu_peft import SemuConfig
+from semu_peft.gradients import GradientSum, SquaredSum, WeightSource
+from semu_peft.gradients.gather import gather, stream_gradients
 
 Batch = tuple[Tensor, Tensor]
 
@@ -22,6 +26,16 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def weights_of(model: nn.Module, *names: str) -> dict[str, nn.Parameter]:
     return {name: model.get_submodule(name).weight for name in names}
+
+
+def parameter_sums(
+    model: nn.Module, weights: dict[str, nn.Parameter], batches: Any, objective: Any = None
+) -> tuple[dict[str, Tensor], int]:
+    """The sums over a pass of gradients that are caught at the parameters."""
+    sources = {name: WeightSource(weight) for name, weight in weights.items()}
+    sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
+    counts = stream_gradients(model, sources, sums, batches, objective or loss, progress=False)
+    return {name: total.total for name, total in sums.items()}, counts.batches
 
 
 def plain_sums(model: nn.Module, weights: dict[str, nn.Parameter], batches: list[Batch]) -> dict[str, Tensor]:
@@ -59,7 +73,7 @@ def test_sums_are_those_of_autograd(kind: str) -> None:
     weights = weights_of(model, *(("fc1", "head") if kind == "mlp" else ("conv1", "conv2", "head")))
     expected = plain_sums(model, weights, batches)
     model.train()
-    sums, count = accumulate_gradients(model, weights, iter(batches), loss, progress=False)
+    sums, count = parameter_sums(model, weights, iter(batches))
     assert count == 3 and sums.keys() == expected.keys()
     for name, gradient in sums.items():
         assert gradient.dtype == torch.float32 and gradient.shape == weights[name].shape
@@ -72,7 +86,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     model = Mlp().to(dtype)
     batches = [(x.to(dtype), y) for x, y in vector_batches(20)]
     weights = weights_of(model, "fc1")
-    sums, _ = accumulate_gradients(model, weights, batches, loss, progress=False)
+    sums, _ = parameter_sums(model, weights, batches)
     assert sums["fc1"].dtype == torch.promote_types(dtype, torch.float32)
     expected = torch.zeros_like(sums["fc1"])
     for batch in batches:
@@ -99,17 +113,18 @@ def test_weights_used_twice() -> None:
     model = Twice()
     batches = vector_batches()
     expected = plain_sums(model, weights_of(model, "twice", "left"), batches)
-    sums, _ = accumulate_gradients(model, weights_of(model, "twice", "left", "right"), batches, loss, progress=False)
-    torch.testing.assert_close(sums["twice"], expected["twice"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(sums["left"], expected["left"], atol=1e-6, rtol=1e-5)
-    assert torch.equal(sums["left"], sums["right"])
+    gathered = gather(model, batches, loss, progress=False)
+    assert list(gathered) == ["twice", "left", "right"]
+    torch.testing.assert_close(gathered["twice"].total, expected["twice"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gathered["left"].total, expected["left"], atol=1e-6, rtol=1e-5)
+    assert gathered["left"] is gathered["right"]
 
 
 def test_the_model_comes_back_as_it_was() -> None:
     """Flags, gradient objects, modes per module, hooks, weights and BatchNorm statistics."""
     model = disturbed(Cnn())
     before = Snapshot.of(model)
-    accumulate_gradients(model, weights_of(model, "conv1", "conv2", "head"), image_batches(), loss, progress=False)
+    parameter_sums(model, weights_of(model, "conv1", "conv2", "head"), image_batches())
     before.assert_same(model)
 
 
@@ -138,7 +153,7 @@ def test_the_model_comes_back_after_a_failure(fails: str) -> None:
     if fails == "unused":
         weights["unused"] = nn.Parameter(torch.ones(2, 2))
     with pytest.raises((KeyError, OSError, ValueError)):
-        accumulate_gradients(model, weights, batches(), objective, progress=False)
+        parameter_sums(model, weights, batches(), objective)
     before.assert_same(model)
 
 
@@ -159,7 +174,7 @@ def test_one_gradient_at_a_time() -> None:
         assert all(weight.grad is None for weight in weights.values())
         return loss(model, batch)
 
-    accumulate_gradients(model, weights, image_batches(), objective, progress=False)
+    parameter_sums(model, weights, image_batches(), objective)
     for watcher in watchers:
         watcher.remove()
     assert len(held) == 9
@@ -171,7 +186,7 @@ def test_only_targets_are_differentiated() -> None:
     model = Mlp()
     expected = torch.autograd.grad(loss(model.eval(), vector_batches(1)[0]), [model.fc1.weight])[0]
     model.fc1.requires_grad_(False)
-    sums, _ = accumulate_gradients(model, weights_of(model, "fc1"), vector_batches(1), loss, progress=False)
+    sums, _ = parameter_sums(model, weights_of(model, "fc1"), vector_batches(1))
     torch.testing.assert_close(sums["fc1"], expected)
     assert not model.fc1.weight.requires_grad and model.head.weight.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -181,14 +196,14 @@ def test_works_under_no_grad() -> None:
     """The caller's `torch.no_grad` does not reach the pass."""
     model = Mlp()
     with torch.no_grad():
-        sums, _ = accumulate_gradients(model, weights_of(model, "fc1"), vector_batches(), loss, progress=False)
+        sums, _ = parameter_sums(model, weights_of(model, "fc1"), vector_batches())
     assert sums["fc1"].any()
 
 
 def test_sums_are_not_the_models_memory() -> None:
     """The sums can be changed without a change to the model."""
     model = Mlp()
-    sums, _ = accumulate_gradients(model, weights_of(model, "fc1"), vector_batches(1), loss, progress=False)
+    sums, _ = parameter_sums(model, weights_of(model, "fc1"), vector_batches(1))
     assert not sums["fc1"].requires_grad and sums["fc1"].data_ptr() != model.fc1.weight.data_ptr()
 
 
@@ -212,16 +227,17 @@ def test_errors(batches: Any, objective: Any, words: list[str]) -> None:
     model = Mlp()
     before = Snapshot.of(model)
     with pytest.raises(ValueError) as error:
-        accumulate_gradients(model, weights_of(model, "fc1", "head"), batches, objective, progress=False)
+        parameter_sums(model, weights_of(model, "fc1", "head"), batches, objective)
     assert all(word in str(error.value) for word in words), error.value
     before.assert_same(model)
 
 
 def test_integer_weights() -> None:
-    """A quantised weight is refused by layer name and dtype."""
-    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="'quantised'.*int8"):
-        accumulate_gradients(Mlp(), {"quantised": weight}, vector_batches(), loss, progress=False)
+    """A quantised weight that must be differentiated as a parameter is refused by layer name and dtype."""
+    model = Cnn()
+    model.conv2.weight = nn.Parameter(model.conv2.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="'conv2'.*int8"):
+        gather(model, image_batches(), loss, progress=False)
 
 
 class Explode(torch.autograd.Function):
@@ -234,3 +250,126 @@ class Explode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * float("inf")
+
+
+# ---- which layers, and what is kept of them ----
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (None, ["fc1", "fc2", "head"]),
+        (["head", "fc1"], ["fc1", "head"]),
+        (r"fc\d", ["fc1", "fc2"]),
+    ],
+)
+def test_targets(targets: Any, names: list[str]) -> None:
+    """All layers of known types, names and endings, or an expression for the whole name; in the model's order."""
+    model = Mlp()
+    gathered = gather(model, vector_batches(), loss, targets=targets, progress=False)
+    assert list(gathered) == names and len(gathered) == len(names)
+    expected = plain_sums(model, weights_of(model, *names), vector_batches())
+    for name in names:
+        torch.testing.assert_close(gathered[name].total, expected[name], atol=1e-6, rtol=1e-4)
+    assert (gathered.batches, gathered.examples) == (3, 12)
+    assert repr(gathered) == f"Gathered(GradientSum of {len(names)} layers, batches=3, examples=12)"
+
+
+@pytest.mark.parametrize("targets", [["fc1", "fc9"], r"fc", ["dropout"]])
+def test_targets_that_no_layer_matches(targets: Any) -> None:
+    """Named, with the layers that there are and the way to add a type."""
+    with pytest.raises(ValueError, match=r"`targets`.*(fc9|fc|dropout).*'fc1'.*register_source"):
+        gather(Mlp(), vector_batches(), loss, targets=targets, progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "semu"])
+def test_a_model_with_adapters(method: str) -> None:
+    """The layers keep their names, the weights are the base's, and the adapters take part as they stand."""
+    model = Mlp()
+    base = copy.deepcopy(model)
+    config = LoraConfig(target_modules=["fc1"], init_lora_weights=False, r=2)
+    if method == "semu":
+        config = SemuConfig(target_modules=["fc1"], r=2, init_weights=False)
+    adapted = get_peft_model(model, config)
+    base.fc1.weight.data += adapted.base_model.model.fc1.get_delta_weight("default")
+    gathered = gather(adapted, vector_batches(), loss, progress=False)
+    assert list(gathered) == Mlp.targets
+    expected = plain_sums(base, weights_of(base, *Mlp.targets), vector_batches())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gathered[name].total, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_an_adapters_reading() -> None:
+    """With `adapter_name` convolutions are read as the adapter reads them, and only its layers are gathered."""
+    model = Cnn()
+    expected = plain_sums(model, weights_of(model, "conv1"), image_batches())["conv1"]
+    adapted = get_peft_model(model, SemuConfig(target_modules=["conv1"], conv_mode="per_channel"))
+    gathered = gather(adapted, image_batches(), loss, progress=False, adapter_name="default")
+    assert list(gathered) == ["conv1"] and gathered["conv1"].shape == (3, 8, 9)
+    torch.testing.assert_close(gathered["conv1"].total, expected.transpose(0, 1).flatten(2), atol=1e-6, rtol=1e-4)
+
+
+def test_transposed_layers_and_shared_embeddings() -> None:
+    """`Conv1D` is read `(out, in)`; an embedding that is the head too has the gradient of both uses, once."""
+    model = gpt2()
+    tokens = torch.randint(32, (2, 8))
+    gathered = gather(model, [tokens], lambda m, b: m(b, labels=b).loss, progress=False)
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    layer = model.transformer.h[0].mlp.c_fc
+    torch.testing.assert_close(gathered["transformer.h.0.mlp.c_fc"].total, layer.weight.grad.T, atol=1e-6, rtol=1e-4)
+    assert gathered["lm_head"] is gathered["transformer.wte"]
+    torch.testing.assert_close(gathered["lm_head"].total, model.lm_head.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+class Bilinear(nn.Module):
+    """`y = (x W) ∘ s`: a layer type that the package does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(6, CLASSES)), torch.randn(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight * self.scale
+
+
+def test_a_layer_type_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once registered it is gathered, with every statistic that its gradients can give."""
+    from semu_peft.gradients import LayerSource, SquaredSum, TokenGradient, register_source, sources
+
+    monkeypatch.setattr(sources, "_FACTORIES", dict(sources._FACTORIES))
+    model = nn.Sequential(Bilinear())
+    with pytest.raises(ValueError, match="register_source"):
+        gather(model, vector_batches(), loss, progress=False)
+
+    def source(layer: Bilinear) -> LayerSource:
+        return LayerSource(layer, lambda dy, x: [TokenGradient(dy * layer.scale, x)], shape=(CLASSES, 6))
+
+    register_source(Bilinear, source)
+    gathered = gather(model, vector_batches(), loss, progress=False)
+    expected = sum(torch.autograd.grad(loss(model, batch), [model[0].weight])[0] for batch in vector_batches())
+    torch.testing.assert_close(gathered["0"].total, expected.T, atol=1e-6, rtol=1e-4)
+    squares = gather(model, vector_batches(3, 1), loss, statistic=SquaredSum, progress=False)["0"].total
+    rows = [torch.autograd.grad(loss(model, batch), [model[0].weight])[0] for batch in vector_batches(3, 1)]
+    torch.testing.assert_close(squares, sum(row.square() for row in rows).T, atol=1e-6, rtol=1e-4)
+
+
+def test_a_statistic_for_each_layer() -> None:
+    """A mapping names the targets too; a layer without one is an error."""
+    kinds = {"fc1": GradientSum, "head": SquaredSum}
+    gathered = gather(Mlp(), vector_batches(), loss, statistic=kinds, progress=False)
+    assert {name: type(statistic) for name, statistic in gathered.items()} == kinds
+    with pytest.raises(ValueError, match="`statistic` has none for the layers .*'fc2'"):
+        gather(Mlp(), vector_batches(), loss, targets="fc.", statistic=kinds, progress=False)
+
+
+@pytest.mark.parametrize("statistic", [GradientSum, SquaredSum])
+def test_gathering_leaves_the_model_as_it_was(statistic: Any) -> None:
+    model = disturbed(Cnn())
+    before = Snapshot.of(model)
+    gather(model, image_batches(), loss, targets=["conv1", "head"], statistic=statistic, progress=False)
+    before.assert_same(model)
+    with pytest.raises(ValueError, match="nan"):
+        gather(model, image_batches(), lambda m, b: loss(m, b) * float("nan"), statistic=statistic, progress=False)
+    before.assert_same(model)
+    assert not any(module._forward_hooks for module in model.modules())

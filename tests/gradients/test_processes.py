@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from initialize_in_processes import batches, config, network
+from initialize_in_processes import STATISTICS, batches, config, network
 from peft import get_peft_model
 
 from semu_peft import SubspaceProfile, initialize_semu_weights, objectives
@@ -46,13 +46,13 @@ def run_two(wrapper: str, folder: Path) -> None:
 def test_two_processes_find_the_bases_of_one(wrapper: str, tmp_path: Path) -> None:
     """Sums are taken over processes: exact and sketched, in DDP's wrapper, and with the base weights sharded."""
     run_two(wrapper, tmp_path)
-    for accumulate in ("exact", "sketch"):
+    for kind, statistic in STATISTICS.items():
         model = get_peft_model(network(), config(wrapper))
         alone = initialize_semu_weights(
-            model, batches(), objectives.CrossEntropy(), accumulate=accumulate, sketch_size=8, progress=False
+            model, batches(), objectives.CrossEntropy(), statistic=statistic, progress=False
         )
-        assert alone.layers["hidden.0"].estimated == (accumulate == "sketch")
-        first, second = (SubspaceProfile.load(tmp_path / f"{accumulate}-{rank}.safetensors") for rank in range(2))
+        assert alone.layers["hidden.0"].estimated == (kind == "sketch")
+        first, second = (SubspaceProfile.load(tmp_path / f"{kind}-{rank}.safetensors") for rank in range(2))
         assert first.batches == second.batches == alone.batches and first.ranks == second.ranks == alone.ranks
         for name, layer in alone.layers.items():
             one, two = first.layers[name].directions, second.layers[name].directions

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
 from semu_peft.gradients.gather import stream_gradients
 from semu_peft.gradients.sources import LayerSource, conv_gradients, token_gradients
-from semu_peft.gradients.statistics import ExactSum
+from semu_peft.gradients.statistics import GradientSum
 from semu_peft.tuner.adapted import semu_layers
 
 
@@ -34,7 +34,7 @@ def caught(model: nn.Module, names: list[str], batches: list[Any], objective: An
         for name, layer in layers.items()
     }
     sums = {
-        name: ExactSum(tuple(layer.weight.flatten(1).shape), torch.float32, torch.device("cpu"))
+        name: GradientSum(tuple(layer.weight.flatten(1).shape), torch.float32, torch.device("cpu"))
         for name, layer in layers.items()
     }
     stream_gradients(model, sources, sums, batches, objective, progress=False)
@@ -146,7 +146,7 @@ def test_inputs_are_let_go_during_the_backward_pass() -> None:
             lambda _, args, index=index: inputs.__setitem__(index, weakref.ref(args[0]))
         )
 
-    class Watching(ExactSum):
+    class Watching(GradientSum):
         def add(self, gradient: Any, scale: float = 1.0) -> None:
             super().add(gradient, scale)
             gc.collect()
@@ -154,7 +154,7 @@ def test_inputs_are_let_go_during_the_backward_pass() -> None:
 
     sources = {"0": LayerSource(model[0], token_gradients), "4": LayerSource(model[4], token_gradients)}
     sums = {"0": Watching((8, 6), torch.float32, torch.device("cpu"))}
-    sums["4"] = ExactSum((4, 8), torch.float32, torch.device("cpu"))
+    sums["4"] = GradientSum((4, 8), torch.float32, torch.device("cpu"))
     batch = (torch.randn(3, 6).tanh(), torch.tensor([0, 1, 2]))
     stream_gradients(model, sources, sums, [batch], loss, progress=False)
     assert seen == [True]

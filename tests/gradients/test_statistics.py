@@ -13,12 +13,8 @@ from semu_peft.gradients.batch_gradient import (
     DenseGradient,
     TokenGradient,
 )
-from semu_peft.gradients.statistics import (
-    Accumulator,
-    ExactSum,
-    RandomMatrixPool,
-    Sketch,
-)
+from semu_peft.gradients.sketch import RandomMatrixPool, Sketch
+from semu_peft.gradients.statistics import GradientSum, MatrixSum
 
 CPU = torch.device("cpu")
 
@@ -86,7 +82,7 @@ def test_thin_products_are_those_of_the_matrix(form: str) -> None:
 def test_exact_sums_are_float32_or_better(form: str, dtype: torch.dtype) -> None:
     """Half-precision gradients are added in float32: many small ones after a large one are not lost."""
     gradient, matrix = forms()[form]
-    total = ExactSum((40, 54), torch.promote_types(dtype, torch.float32), CPU)
+    total = GradientSum((40, 54), torch.promote_types(dtype, torch.float32), CPU)
     total.add(DenseGradient(torch.full((40, 54), 4096.0)))
     halves = DenseGradient(torch.ones(40, 54, dtype=dtype))
     for _ in range(8):
@@ -100,8 +96,8 @@ def test_exact_sums_are_float32_or_better(form: str, dtype: torch.dtype) -> None
 def test_sums_are_linear(kind: str) -> None:
     """Adding batch by batch, with weights, is adding the sum: what distributed and accumulated runs rely on."""
 
-    def fresh() -> Accumulator:
-        return ExactSum((40, 54), torch.float32, CPU) if kind == "exact" else sketch(40, 54, 8)
+    def fresh() -> MatrixSum:
+        return GradientSum((40, 54), torch.float32, CPU) if kind == "exact" else sketch(40, 54, 8)
 
     first, second = torch.randn(40, 54), torch.randn(40, 54)
     apart, together, half = fresh(), fresh(), fresh()
@@ -117,7 +113,7 @@ def test_sums_are_linear(kind: str) -> None:
 @pytest.mark.parametrize("form", ["dense", "tokens", "convolution"])
 def test_a_sum_leaves_its_first_gradient_alone(form: str) -> None:
     gradient, matrix = forms()[form]
-    total = ExactSum((40, 54), torch.float32, CPU)
+    total = GradientSum((40, 54), torch.float32, CPU)
     for _ in range(3):
         total.add(gradient)
     torch.testing.assert_close(total.total, 3 * matrix.to(total.total), atol=1e-3, rtol=1e-4)
@@ -205,7 +201,7 @@ def test_sketches_draw_alike() -> None:
 def test_component_along_the_weights_is_removed(kind: str) -> None:
     """Also from a sketch, as far as it knows the gradient."""
     weight, rest = decaying(60, 90, 0.5), decaying(60, 90, 0.5)
-    total: Accumulator = ExactSum((60, 90), torch.float32, CPU) if kind == "exact" else sketch(60, 90)
+    total: MatrixSum = GradientSum((60, 90), torch.float32, CPU) if kind == "exact" else sketch(60, 90)
     total.add(DenseGradient(rest + 3 * weight))
     total.remove_component(weight)
     expected = rest - (rest * weight).sum() / weight.square().sum() * weight
@@ -217,7 +213,7 @@ def test_component_along_the_weights_is_removed(kind: str) -> None:
 
 def test_component_along_half_precision_weights_is_removed_in_float32() -> None:
     weight = decaying(60, 90, 0.5).bfloat16()
-    total = ExactSum((60, 90), torch.float32, CPU)
+    total = GradientSum((60, 90), torch.float32, CPU)
     total.add(DenseGradient(torch.randn(60, 90) + 100 * weight.float()))
     total.remove_component(weight)
     cosine = (total.total.double() * weight.double()).sum() / total.total.double().norm() / weight.double().norm()

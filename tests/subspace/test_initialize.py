@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semu_peft import (
+    Retain,
     SemuConfig,
     SubspaceProfile,
     initialize_semu_weights,
     objectives,
 )
 from semu_peft.gradients.batch_gradient import DenseGradient
-from semu_peft.gradients.statistics import ExactSum
+from semu_peft.gradients.gather import gather
+from semu_peft.gradients.sketch import Sketch
+from semu_peft.gradients.statistics import GradientSum, SquaredSum
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET = objectives.CrossEntropy()
@@ -115,7 +118,7 @@ def test_removed_component_is_orthogonal_to_the_weights() -> None:
     """⟨G − (⟨G,W⟩/‖W‖²) W, W⟩ = 0, what is orthogonal already stays, and a weight of zeros removes nothing."""
 
     def removed(gradient: Tensor, weight: Tensor) -> Tensor:
-        total = ExactSum(tuple(gradient.shape), torch.float32, gradient.device)
+        total = GradientSum(tuple(gradient.shape), torch.float32, gradient.device)
         total.add(DenseGradient(gradient))
         total.remove_component(weight)
         return total.total
@@ -255,7 +258,12 @@ def test_initialising_again_starts_afresh(trained: bool) -> None:
         for layer in semu_layers(again).values():
             nn.init.normal_(layer.semu_core["default"])
     initialize_semu_weights(fresh, vector_batches(), FORGET, progress=False)
-    initialize_semu_weights(again, vector_batches(), FORGET, progress=False)
+    if trained:
+        before = Snapshot.of(again)
+        with pytest.raises(ValueError, match="has been trained.*overwrite=True"):
+            initialize_semu_weights(again, vector_batches(), FORGET, progress=False)
+        before.assert_same(again)
+    initialize_semu_weights(again, vector_batches(), FORGET, overwrite=trained, progress=False)
     assert again.peft_config["default"].ranks == fresh.peft_config["default"].ranks
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
@@ -346,7 +354,7 @@ def test_errors_leave_everything_alone(
     before, config = Snapshot.of(model), model.peft_config["default"].to_dict()
     active = [layer.active_adapters for layer in semu_layers(model).values()]
     with pytest.raises(ValueError) as error:
-        initialize_semu_weights(model, batches(), objective, adapter_name=adapter, progress=False)
+        initialize_semu_weights(model, batches(), objective, overwrite=True, adapter_name=adapter, progress=False)
     assert all(word in str(error.value) for word in words), error.value
     before.assert_same(model)
     assert model.peft_config["default"].to_dict() == config
@@ -357,3 +365,64 @@ def test_a_model_without_semu() -> None:
     """The error says how to add an adapter."""
     with pytest.raises(ValueError, match="Mlp has no SEMU adapter 'default'.*get_peft_model"):
         initialize_semu_weights(Mlp(), vector_batches(), FORGET)
+
+
+# ---- from what has been gathered before ----
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("statistic", [GradientSum, Sketch.of_size(4)], ids=["sum", "sketch"])
+def test_gathered_sums_need_no_pass(statistic: Any, orthogonal: bool) -> None:
+    """The bases are those of the batches, to the bit; what was gathered stays as it was and serves again."""
+    config = {"target_modules": Mlp.targets, "explained_variance": 0.8, "orthogonal_to_weight": orthogonal}
+    gathered = gather(same(Mlp), vector_batches(), FORGET, statistic=statistic, progress=False)
+    kept = {name: [tensor.clone() for tensor in total.tensors()] for name, total in gathered.items()}
+    expected = get_peft_model(same(Mlp), SemuConfig(**config))
+    initialize_semu_weights(expected, vector_batches(), FORGET, statistic=statistic, progress=False)
+    for _ in range(2):
+        model = get_peft_model(same(Mlp), SemuConfig(**config))
+        profile = initialize_semu_weights(model, gathered, progress=False)
+        assert profile.batches == 3
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    for name, total in gathered.items():
+        assert all(torch.equal(now, then) for now, then in zip(total.tensors(), kept[name], strict=True))
+
+
+@pytest.mark.parametrize("problem", ["layers", "kind", "shape"])
+def test_gathered_statistics_that_do_not_fit(problem: str) -> None:
+    """Other layers, another statistic, another reading of the weight: named, and the model stays as it was."""
+    model = same(Cnn) if problem == "shape" else same(Mlp)
+    batches = image_batches() if problem == "shape" else vector_batches()
+    kind = SquaredSum if problem == "kind" else GradientSum
+    targets = ["fc1", "fc2"] if problem == "layers" else None
+    gathered = gather(model, batches, FORGET, targets=targets, statistic=kind, progress=False)
+    adapted = get_peft_model(model, SemuConfig(target_modules=model.targets, conv_mode="per_channel"))
+    before = Snapshot.of(adapted)
+    name = {"layers": "head", "kind": "SquaredSum", "shape": "conv1"}[problem]
+    with pytest.raises(ValueError, match=f"`forget` holds no sum that fits.*{name}.*GradientSum"):
+        initialize_semu_weights(adapted, gathered, progress=False)
+    before.assert_same(adapted)
+
+
+def test_a_profile_needs_no_pass() -> None:
+    """The ranks are those that the adapter's own configuration asks for."""
+    first = get_peft_model(same(Mlp), SemuConfig(target_modules=Mlp.targets, explained_variance=0.99))
+    profile = initialize_semu_weights(first, vector_batches(), FORGET, progress=False)
+    assert "\n" not in repr(profile) and len(repr(profile)) < 120 and len(repr(profile.layers["fc1"])) < 120
+    expected = get_peft_model(same(Mlp), SemuConfig(target_modules=Mlp.targets, explained_variance=0.7))
+    from_data = initialize_semu_weights(expected, vector_batches(), FORGET, progress=False)
+    model = get_peft_model(same(Mlp), SemuConfig(target_modules=Mlp.targets, explained_variance=0.7))
+    assert initialize_semu_weights(model, profile).ranks == from_data.ranks
+    with pytest.raises(ValueError, match="`retain` changes directions"):
+        initialize_semu_weights(model, profile, retain=Retain(vector_batches(), FORGET))
+
+
+def test_arguments_that_are_missing_or_odd() -> None:
+    """Batches need an objective, and the statistic must be one that has directions."""
+    model = get_peft_model(same(Mlp), SemuConfig(target_modules=Mlp.targets))
+    with pytest.raises(TypeError, match="`objective` is missing"):
+        initialize_semu_weights(model, vector_batches(), progress=False)
+    with pytest.raises(ValueError, match="can be factorised, got SquaredSum"):
+        initialize_semu_weights(model, vector_batches(), FORGET, statistic=SquaredSum, progress=False)
+    with pytest.raises(TypeError, match="`retain` must be"):
+        initialize_semu_weights(model, vector_batches(), FORGET, retain=vector_batches(), progress=False)

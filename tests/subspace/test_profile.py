@@ -11,12 +11,13 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from semu_peft import (
+    Retain,
     SemuConfig,
     SubspaceProfile,
     initialize_semu_weights,
     objectives,
 )
-from semu_peft.subspace import RankBudget, RetainSubspace
+from semu_peft.subspace import RankBudget
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET = objectives.CrossEntropy()
@@ -30,7 +31,7 @@ def adapted(mode: str = "flatten", gamma: float = 0.9) -> torch.nn.Module:
 @pytest.mark.parametrize("mode", ["flatten", "per_channel"])
 def test_round_trip(mode: str, tmp_path: Path) -> None:
     """Everything comes back as it was, to the bit."""
-    retain = RetainSubspace(image_batches(seed=4), FORGET)
+    retain = Retain(image_batches(seed=4), FORGET)
     profile = initialize_semu_weights(adapted(mode), image_batches(), FORGET, retain=retain, progress=False)
     loaded = SubspaceProfile.load(profile.save(tmp_path / "new" / "profile.safetensors"))
     assert loaded.batches == profile.batches == 3 and list(loaded.layers) == list(profile.layers)
@@ -106,8 +107,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"accumulate": "exactly"}, "`accumulate` must be"),
-        ({"sketch_size": 1}, "`sketch_size` must be"),
+        ({"retain_rule": "keep"}, "`retain_rule` must be"),
         ({"keep_explained_variance": 1.2}, "explained_variance"),
         ({"rank_budget": RankBudget(1, "parameters")}, None),
     ],

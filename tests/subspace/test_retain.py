@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import CLASSES, Cnn, Mlp, image_batches, vector_batches
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft import Retain, SemuConfig, initialize_semu_weights, objectives
+from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
-from semu_peft.subspace import Overlap, RetainSubspace
+from semu_peft.subspace import Overlap, RetainRule
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()
@@ -18,10 +21,6 @@ FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()
 
 def factors_of(matrix: Tensor, gamma: float = 1.0) -> SingularFactors:
     return leading_factors(matrix, gamma)
-
-
-def rule(**settings: object) -> RetainSubspace:
-    return RetainSubspace([], RETAIN, **settings)
 
 
 def product(factors: SingularFactors) -> Tensor:
@@ -34,7 +33,7 @@ def test_projection_leaves_what_lies_outside(side: str, shape: tuple[int, ...]) 
     """`G (1 − V V')`, `(1 − U U') G` or both, with bases that no core can turn back."""
     forget, retain = torch.randn(shape), torch.randn(*shape[:-1], 3) @ torch.randn(*shape[:-2], 3, shape[-1])
     kept = factors_of(retain, 0.9)
-    result = rule(side=side).apply(factors_of(forget), kept, 0.9)
+    result = RetainRule(side=side).apply(factors_of(forget), kept, 0.9)
     expected = forget.double()
     if side in ("output", "both"):
         expected = expected - kept.left.double() @ (kept.left.double().mT @ expected)
@@ -57,7 +56,7 @@ def test_projection_leaves_what_lies_outside(side: str, shape: tuple[int, ...]) 
 def test_projection_of_what_lies_inside_leaves_nothing() -> None:
     """A forget gradient within the retain subspace has no direction left, and no invented one."""
     retain = torch.randn(10, 2) @ torch.randn(2, 8)
-    result = rule().apply(factors_of(3 * retain), factors_of(retain, 1.0), 0.9)
+    result = RetainRule().apply(factors_of(3 * retain), factors_of(retain, 1.0), 0.9)
     assert result.reaching(1.0).rank == 0
 
 
@@ -66,10 +65,10 @@ def test_ratio_prefers_directions_that_the_retain_data_leave_alone() -> None:
     left, right = torch.linalg.qr(torch.randn(20, 3))[0], torch.linalg.qr(torch.randn(15, 3))[0]
     forget = left[:, :2] * torch.tensor([2.0, 1.9]) @ right[:, :2].T
     retain = 5.0 * left[:, :1] @ right[:, :1].T + 0.1 * left[:, 2:] @ right[:, 2:].T
-    one = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 0.4)
+    one = RetainRule("ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 0.4)
     assert one.rank == 1
     assert (one.right[:, 0] @ right[:, 1]).abs() > 0.99 and (one.left[:, 0] @ left[:, 1]).abs() > 0.99
-    both = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1.0)
+    both = RetainRule("ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1.0)
     torch.testing.assert_close(product(both), forget, atol=1e-4, rtol=1e-4)
 
 
@@ -77,7 +76,7 @@ def test_ratio_prefers_directions_that_the_retain_data_leave_alone() -> None:
 def test_ratio_is_the_generalised_singular_value_problem(shape: tuple[int, ...]) -> None:
     """The first direction maximises ‖G v‖² / (‖G_retain v‖² + λ) among all."""
     forget, retain = torch.randn(shape), torch.randn(shape)
-    result = rule(rule="ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1e-9)
+    result = RetainRule("ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 1e-9)
     assert result.rank == 1
 
     def ratio(v: Tensor) -> Tensor:
@@ -119,9 +118,11 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate"), [("mlp", "exact"), ("cnn", "exact"), ("cnn_per_channel", "exact"), ("wide", "sketch")]
+    ("name", "statistic"),
+    [("mlp", GradientSum), ("cnn", GradientSum), ("cnn_per_channel", GradientSum), ("wide", Sketch.of_size(4))],
+    ids=["mlp", "cnn", "cnn_per_channel", "wide_sketch"],
 )
-def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> None:
+def test_any_step_is_silent_on_the_retained_data(name: str, statistic: Any) -> None:
     """With the whole retain gradient projected out, the retain loss's gradient in the core is zero; not without."""
     model = {"mlp": Mlp, "wide": Wide}.get(name, Cnn)()
     batches = image_batches if isinstance(model, Cnn) else vector_batches
@@ -131,30 +132,57 @@ def test_any_step_is_silent_on_the_retained_data(name: str, accumulate: str) -> 
     wrapped = get_peft_model(model.eval(), config)
     slopes = {}
     for aware in (False, True):
-        retain = RetainSubspace(batches(2, 1, seed=5), RETAIN, explained_variance=1.0) if aware else None
+        retain = Retain(batches(2, 1, seed=5), RETAIN) if aware else None
         profile = initialize_semu_weights(
-            wrapped, batches(3), FORGET, retain=retain, accumulate=accumulate, sketch_size=4, progress=False
+            wrapped,
+            batches(3),
+            FORGET,
+            retain=retain,
+            retain_rule=RetainRule(explained_variance=1.0),
+            statistic=statistic,
+            progress=False,
         )
         wrapped.zero_grad()
         for batch in batches(2, 1, seed=5):
             RETAIN(wrapped, batch).backward()
         slopes[aware] = {n: layer.semu_core["default"].grad for n, layer in semu_layers(wrapped).items()}
         assert all((layer.overlap is not None) == aware for layer in profile.layers.values())
-        assert {layer.estimated for layer in profile.layers.values()} == {accumulate == "sketch"}
+        assert {layer.estimated for layer in profile.layers.values()} == {name == "wide"}
     silent = sum(float(slope.square().sum()) for slope in slopes[True].values())
     loud = sum(float(slope.square().sum()) for slope in slopes[False].values())
     assert loud > 0 and silent < 1e-6 * loud
     assert sum(profile.ranks.values()) > 0
 
 
+def test_gradients_of_several_retain_sets_add_up() -> None:
+    """Weighted, as those of one set whose objective is the weighted sum."""
+    one, two = vector_batches(2, seed=5), vector_batches(2, seed=6)
+    subspaces = {}
+    for name, retain in {
+        "list": [Retain(one, RETAIN, weight=0.5), Retain(two, objectives.UniformDistribution(), weight=2.0)],
+        "sum": Retain(
+            list(zip(one, two, strict=True)),
+            lambda m, b: 0.5 * RETAIN(m, b[0]) + 2.0 * objectives.UniformDistribution()(m, b[1]),
+        ),
+        "unweighted": [Retain(one, RETAIN), Retain(two, objectives.UniformDistribution())],
+    }.items():
+        torch.manual_seed(3)
+        model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], explained_variance=0.9))
+        initialize_semu_weights(model, vector_batches(), FORGET, retain=retain, progress=False)
+        basis = semu_layers(model)["fc1"].semu_V["default"]
+        subspaces[name] = basis @ basis.mT
+    torch.testing.assert_close(subspaces["list"], subspaces["sum"], atol=1e-4, rtol=0)
+    assert not torch.allclose(subspaces["list"], subspaces["unweighted"], atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "keep"}, "`rule` must be one of"),
-        ({"side": "left"}, "`side` must be one of"),
+        ({"kind": "keep"}, "`kind` of a RetainRule must be one of"),
+        ({"side": "left"}, "`side` of a RetainRule must be one of"),
         ({"explained_variance": 0.0}, "explained_variance"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rule(**settings)
+        RetainRule(**settings)

@@ -1,0 +1,192 @@
+"""A random sketch of a sum of gradients, of a size that does not grow with the matrix, and its random matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from semu_peft.linalg.energy import without_noise
+from semu_peft.linalg.factorize import SingularFactors
+
+from .batch_gradient import BatchGradient
+from .statistics import GradientSum, MatrixSum, StatisticFactory
+
+ERROR_PROBES = 16
+_ROWS_AT_ONCE = 512
+# A sketch must be this much smaller than its matrix: near its size it takes longer to fill and catches less.
+_WORTHWHILE = 0.4
+
+
+@dataclass(frozen=True)
+class RandomMatrices:
+    """The random matrices of one sketch, `(m, s)`, `(n, s)` and `(m, ERROR_PROBES)`, standard normal."""
+
+    left: Tensor
+    right: Tensor
+    probes: Tensor
+
+
+class RandomMatrixPool:
+    """Draws each test matrix once: layers share the leading rows of the largest that any of them needs.
+
+    Args:
+        seed: Seed of the draws, which are made on the CPU and so are the same on every device and process.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._drawn: dict[tuple[int, str, torch.device], Tensor] = {}
+
+    def of(self, m: int, n: int, columns: int, device: torch.device) -> RandomMatrices:
+        return RandomMatrices(
+            self._draw(m, columns, "left", device),
+            self._draw(n, columns, "right", device),
+            self._draw(m, ERROR_PROBES, "probes", device),
+        )
+
+    def _draw(self, rows: int, columns: int, side: str, device: torch.device) -> Tensor:
+        key = (columns, side, device)
+        drawn = self._drawn.get(key, torch.empty(0, columns, device=device))
+        # In blocks with seeds of their own, so that it does not matter which layer asks first.
+        missing = range(len(drawn) // _ROWS_AT_ONCE, -(-rows // _ROWS_AT_ONCE))
+        if missing:
+            blocks = (self._block(index, columns, side).to(device) for index in missing)
+            drawn = self._drawn[key] = torch.cat([drawn, *blocks])
+        return drawn[:rows]
+
+    def _block(self, index: int, columns: int, side: str) -> Tensor:
+        salt = 3 * (index * 65_537 + columns) + ("left", "right", "probes").index(side)
+        generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + salt) % 2**63)
+        return torch.randn(_ROWS_AT_ONCE, columns, generator=generator)
+
+
+class Sketch(MatrixSum):
+    """A single-pass two-sided sketch: `G Ω`, `Ψᵀ G` and a core `Φᵀ G Ξ`, `k (m + n) + k²` numbers in all.
+
+    From `Q = orth(G Ω)` and `P = orth(Gᵀ Ψ)` it recovers `G ≈ Q C Pᵀ`, with the core `C` by least squares from
+    `Φᵀ G Ξ = (Φᵀ Q) C (Ξᵀ P)ᵀ`, without a second look at `G`. `Ω` and `Ψ` are the first `k` of the `2k + 1` columns of
+    `Ξ` and `Φ`: `Φ` stays independent of `Q` and `Ξ` of `P`, as the least squares need, and of the core only what the
+    other `k + 1` columns see has to be kept, as the rest of it follows from `G Ω` and `Ψᵀ G`.
+    A few more probes `Θᵀ G` give an unbiased estimate of the squared error, `E ‖Θᵀ (G − Ĝ)‖² = q ‖G − Ĝ‖²`, and with
+    it of the energy that the sketch did not catch.
+
+    Source: Tropp, Yurtsever, Udell, Cevher, *Streaming Low-Rank Matrix Approximation*, SIAM J. Sci. Comput. 2019,
+    arXiv 1902.08651, sections 2 and 6.
+
+    Args:
+        shape: `(m, n)`.
+        size: `k`, the most directions that can be recovered; half as many are recovered well.
+        pool: Where the test matrices come from.
+        device: Where the sketch is kept and computed.
+
+    Examples:
+        >>> from semu_peft.gradients.batch_gradient import TokenGradient
+        >>> matrix = torch.outer(torch.arange(40.0), torch.arange(50.0))  # of rank 1
+        >>> sketch = Sketch((40, 50), size=4, pool=RandomMatrixPool(seed=0), device=torch.device("cpu"))
+        >>> sketch.add(TokenGradient(torch.arange(40.0)[None], torch.arange(50.0)[None]))
+        >>> factors = sketch.factorize(explained_variance=0.99)
+        >>> factors.rank, round(float(factors.singular_values[0] / matrix.norm()), 3)
+        (1, 1.0)
+    """
+
+    def __init__(self, shape: tuple[int, int], size: int, pool: RandomMatrixPool, device: torch.device) -> None:
+        self.shape = shape
+        m, n = shape
+        self.size = size
+        self._pool, self._device = pool, device
+        self.left = torch.zeros(m, size, device=device)
+        self.right = torch.zeros(size, n, device=device)
+        self.core = torch.zeros(size + 1, size + 1, device=device)
+        self.probed = torch.zeros(ERROR_PROBES, n, device=device)
+
+    @classmethod
+    def of_size(cls, size: int = 192, *, seed: int = 0, device: torch.device | str | None = None) -> StatisticFactory:
+        """For `gather`: sketches of this size where they save most of the memory, exact sums elsewhere.
+
+        Args:
+            size: The most directions a sketch can recover; the first half of them well.
+            seed: Of the random matrices.
+            device: Where sketches and sums are kept; by default beside their weights.
+
+        Raises:
+            ValueError: `size` is too small.
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+            raise ValueError(f"`size` of a sketch must be an integer of 2 or more, got {size!r}.")
+        pool = RandomMatrixPool(seed)
+
+        def make(shape: tuple[int, ...], dtype: torch.dtype, home: torch.device) -> MatrixSum:
+            place = home if device is None else torch.device(device)
+            if cls.pays(shape, size):
+                return cls((shape[0], shape[1]), size, pool, place)
+            return GradientSum(shape, dtype, place)
+
+        return make
+
+    def copy(self) -> Sketch:
+        m, n = self.shape
+        duplicate = Sketch((m, n), self.size, self._pool, self._device)
+        for tensor, value in zip(duplicate.tensors(), self.tensors(), strict=True):
+            tensor.copy_(value)
+        return duplicate
+
+    @property
+    def _test(self) -> RandomMatrices:
+        # Asked for when needed: views taken before the pool has grown would keep the smaller matrices alive.
+        m, n = self.shape
+        return self._pool.of(m, n, 2 * self.size + 1, self._device)
+
+    @staticmethod
+    def pays(shape: tuple[int, ...], size: int) -> bool:
+        """Whether a sketch of this size is so much smaller than the matrix that it is worth its error."""
+        if len(shape) != 2:
+            return False
+        m, n = shape
+        numbers = size * (m + n) + (size + 1) ** 2 + ERROR_PROBES * n
+        return size < min(m, n) and numbers < _WORTHWHILE * m * n
+
+    def add(self, gradient: BatchGradient, scale: float = 1.0) -> None:
+        for part in gradient.parts():
+            self._add_part(part, scale)
+
+    def _add_part(self, gradient: BatchGradient, scale: float) -> None:
+        test = self._test
+        outputs, inputs = gradient.project(torch.cat([test.left, test.probes], 1), test.right)
+        outputs, probed = outputs[:, :-ERROR_PROBES], outputs[:, -ERROR_PROBES:]
+        self.left.add_(gradient.times(inputs[:, : self.size]), alpha=scale)
+        both = gradient.transposed_times(torch.cat([outputs[:, : self.size], probed], 1))
+        self.right.add_(both[: self.size], alpha=scale)
+        self.probed.add_(both[self.size :], alpha=scale)
+        self.core.add_(outputs[:, self.size :].mT @ inputs[:, self.size :], alpha=scale)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.left, self.right, self.core, self.probed]
+
+    def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
+        q, core, p = self._recovered()
+        u, values, vt = torch.linalg.svd(core)
+        energy = values.square().sum() + self._missed_energy(q, core, p)
+        values = without_noise(values, self.shape, torch.finfo(torch.float32).eps)
+        inside = SingularFactors(u.float(), vt.mT.float(), values.float(), energy, estimated=True)
+        inside = inside.reaching(explained_variance, max_rank)
+        return replace(inside, left=q @ inside.left, right=p @ inside.right)
+
+    def inner_product(self, matrix: Tensor) -> Tensor:
+        q, core, p = self._recovered()
+        return torch.sum(core * (q.mT @ matrix.to(q) @ p))
+
+    def _recovered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`Q`, `C` (in float64) and `P` of `G ≈ Q C Pᵀ`."""
+        q, p = torch.linalg.qr(self.left)[0], torch.linalg.qr(self.right.mT)[0]
+        test = self._test
+        from_left, from_right = (test.left.mT @ q).double(), (test.right.mT @ p).double()
+        below = torch.cat([test.left[:, self.size :].mT @ self.left, self.core], 1)
+        core = torch.cat([self.right @ test.right, below]).double()
+        half = torch.linalg.lstsq(from_left, core, driver="gels").solution
+        return q, torch.linalg.lstsq(from_right, half.mT, driver="gels").solution.mT, p
+
+    def _missed_energy(self, q: Tensor, core: Tensor, p: Tensor) -> Tensor:
+        approximation = (self._test.probes.mT @ q).double() @ core @ p.mT.double()
+        return (self.probed.double() - approximation).square().sum() / ERROR_PROBES

@@ -1,0 +1,146 @@
+"""Which layers of a model gradients are gathered at, and the source of each."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from semu_peft.tuner.adapted import base_model, semu_layers
+from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.linear import NEVER_CALLED, Linear
+from semu_peft.tuner.parameter import ParamWrapper
+
+from .sources import (
+    GradientSource,
+    LayerSource,
+    WeightSource,
+    carries_gradient,
+    registered_source,
+    token_gradients,
+)
+
+
+def find_sources(
+    model: nn.Module, targets: Sequence[str] | str | None = None, adapter_name: str | None = None
+) -> tuple[dict[str, GradientSource], dict[str, str]]:
+    """The sources of the targets' gradients.
+
+    Layers are differentiated between their inputs and output gradients where their type allows it; weights that
+    several layers share, once, as parameters.
+
+    Args:
+        model: See [`gather`][semu_peft.gradients.gather.gather], as the rest.
+        targets: Names, name endings, or a regular expression.
+        adapter_name: The SEMU adapter whose layers are meant.
+
+    Returns:
+        The sources by layer name, and the layers whose weight another one brings already, by that one's name.
+
+    Raises:
+        ValueError: No layer matches; a weight that must carry a gradient cannot.
+    """
+    plain = base_model(model)
+    layers = _supported_layers(plain) if adapter_name is None else semu_layers(model, adapter_name)
+    uses = Counter(id(parameter) for module in plain.modules() for parameter in module.parameters(recurse=False))
+    sources: dict[str, GradientSource] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, layer in _matching(layers, targets, adapter_name).items():
+        weight: Any = layer.weight
+        if uses[id(weight)] > 1 and carries_gradient(weight):
+            if id(weight) in first:
+                aliases[name] = first[id(weight)]
+                continue
+            first[id(weight)] = name
+            sources[name] = WeightSource(weight, _reading(layer, adapter_name))
+        else:
+            sources[name] = _source_of(layer, adapter_name)
+        if sources[name].weight is not None and not carries_gradient(weight):
+            raise ValueError(
+                f"The weight of layer {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a "
+                "gradient. Load this layer unquantised and not offloaded, or leave it out of `target_modules`."
+            )
+    return sources, aliases
+
+
+def _supported_layers(plain: nn.Module) -> dict[str, nn.Module]:
+    """Layers of registered types, adapters' own layers left out, each as the module that is called in its place."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in plain.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        base = _called(module)[1]
+        if not isinstance(base, NEVER_CALLED) and registered_source(base) is not None:
+            found[name] = module
+    return found
+
+
+def _matching(
+    layers: Mapping[str, nn.Module], targets: Sequence[str] | str | None, adapter_name: str | None
+) -> dict[str, nn.Module]:
+    if targets is None:
+        found = dict(layers)
+        odd: list[str] = []
+    elif isinstance(targets, str):
+        found = {name: layer for name, layer in layers.items() if re.fullmatch(targets, name)}
+        odd = []
+    else:
+        found = {name: layer for name, layer in layers.items() if any(_ends_in(name, target) for target in targets)}
+        odd = [target for target in targets if not any(_ends_in(name, target) for name in layers)]
+    if odd or not found:
+        whose = "of a type whose gradient can be gathered" if adapter_name is None else f"of adapter {adapter_name!r}"
+        raise ValueError(
+            f"`targets`: no layer {whose} is called {odd[:3] or targets!r}. The layers are {list(layers)[:5]} "
+            f"({len(layers)} in all); `register_source` adds a layer type."
+        )
+    return found
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _called(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The module to watch for a layer with adapters, and the bare layer.
+
+    A SEMU layer may run with the corrected weight instead of its base layer; other methods always call theirs.
+    """
+    called: Any = layer
+    while isinstance(called, BaseTunerLayer) and not isinstance(called, SemuLayer):
+        called = called.base_layer  # type: ignore[attr-defined]
+    base = called.get_base_layer() if isinstance(called, SemuLayer) else called
+    return called, base
+
+
+def _source_of(layer: nn.Module, adapter_name: str | None) -> GradientSource:
+    called, base = _called(layer)
+    source = None if isinstance(called, ParamWrapper) else registered_source(base)
+    if adapter_name is None:
+        assert source is not None  # as `_supported_layers` asked for it
+        return source.around(called)
+    adapted: Any = layer
+    shape = adapted.matrix_shape(adapter_name)
+    if isinstance(adapted, Linear):  # whatever quantised the base layer
+        return LayerSource(adapted, token_gradients, shape)
+    if source is not None and source.shape == shape:
+        return source.around(adapted)
+    return WeightSource(adapted.weight, _reading(adapted, adapter_name))
+
+
+def _reading(layer: Any, adapter_name: str | None) -> Callable[[Tensor], Tensor]:
+    """How the weight is read as a matrix."""
+    if adapter_name is not None:
+        return partial(layer.weight_to_matrix, adapter_name=adapter_name)
+    if isinstance(_called(layer)[1], Conv1D):
+        return lambda weight: weight.mT
+    return lambda weight: weight.flatten(1)

@@ -1,0 +1,55 @@
+"""The layers of an adapter: checked before they are given bases, and filled at once when all is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from semu_peft.linalg.factorize import SingularFactors
+from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.layer import SemuLayer
+
+
+def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict[str, SemuLayer]:
+    """The layers of an adapter by name, if all of them can be given bases.
+
+    Args:
+        model: A model with the adapter.
+        adapter_name: The adapter's name.
+        overwrite: Whether an adapter that has been trained may lose what it has learned.
+
+    Raises:
+        ValueError: There is no such adapter; it is merged, sharded, or trained.
+    """
+    layers = semu_layers(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    if any(hasattr(layer.semu_core[adapter_name], "full_tensor") for layer in layers.values()):
+        raise ValueError(
+            f"The cores of the adapter {adapter_name!r} are sharded, and the initialisation gives them other shapes. "
+            "Shard the base model first and add the adapter then, or initialise before sharding."
+        )
+    trained = [name for name, layer in layers.items() if _is_trained(layer, adapter_name)]
+    if trained and not overwrite:
+        raise ValueError(
+            f"The adapter {adapter_name!r} has been trained: its cores are not at their start at {trained[:3]} "
+            f"({len(trained)} of {len(layers)} layers). Pass `overwrite=True` to start it afresh, or add another "
+            "adapter."
+        )
+    return layers
+
+
+def fill(layers: Mapping[str, SemuLayer], directions: Mapping[str, SingularFactors], adapter_name: str) -> None:
+    """Put directions into the layers as their frozen bases, with cores of zeros, and ranks into the configuration."""
+    for name, layer in layers.items():
+        layer.set_basis(adapter_name, directions[name].left, directions[name].right)
+
+
+def _is_trained(layer: SemuLayer, adapter_name: str) -> bool:
+    core = layer.semu_core[adapter_name]
+    if core.is_meta:
+        return False
+    start = layer.semu_offset[adapter_name] if adapter_name in layer.semu_offset else torch.zeros_like(core)
+    return not torch.equal(core, start)
