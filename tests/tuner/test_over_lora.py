@@ -79,7 +79,7 @@ def test_forgetting_what_a_lora_has_learned() -> None:
         for module in model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, SemuLayer):
                 module.set_scale("lora", scale)
-        profile = initialize_semu_weights(model, [tokens], loss_of, progress=False)
+        profile = initialize_semu_weights(model, [tokens], loss_of, overwrite=True, progress=False)
         spectra.append(next(iter(profile.layers.values())).singular_values)
     assert not torch.allclose(spectra[0], spectra[1])
     assert before and all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
