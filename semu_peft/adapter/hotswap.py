@@ -10,10 +10,10 @@ from torch import nn
 
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
+from semu_peft.tuner.keys import PREFIX
 from semu_peft.tuner.reduced_bases import restored_bases
 
 _KINDS = ("semu_U", "semu_V", "semu_core", "semu_offset")
-_PREFIX = "base_model.model."
 # What the shapes of the tensors do not tell, but the forward pass depends on.
 _FIELDS = ("conv_mode", "core")
 
@@ -51,7 +51,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
             )
     found = restored_bases(load_peft_weights(model_name_or_path, device="cpu", **kwargs), config.save_dtype)
     places = {
-        f"{_PREFIX}{name}.{kind}": getattr(layer, kind)[adapter_name]
+        f"{PREFIX}{name}.{kind}": getattr(layer, kind)[adapter_name]
         for name, layer in layers.items()
         for kind in _KINDS
         if adapter_name in getattr(layer, kind)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.linalg.core import LowRank, eckart_young
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.layer import SemuLayer
 
@@ -82,20 +82,12 @@ def rerank(
 @torch.no_grad()
 def _rerank_layer(layer: SemuLayer, adapter_name: str, share: float, cap: int | None) -> tuple[float, float]:
     """Re-rank one layer; return the squared norm of what was lost and of what there was."""
-    core = layer.semu_core[adapter_name].detach()
-    if adapter_name in layer.semu_offset:  # what is left of it is counted from zero again
-        core = core - layer.semu_offset[adapter_name]
-    diagonal = layer.configs[adapter_name].core == "diagonal"
-    matrix = torch.diag_embed(core) if diagonal else core
-    left, values, right = torch.linalg.svd(matrix.double())
-    energy = values.square()
-    rank = max(rank_for_energy(values, share), 1)  # an untrained core keeps one direction to be trained in
-    rank = rank if cap is None else min(rank, cap)
-    kept = values[..., :rank].to(core)
-    layer.set_basis(
-        adapter_name,
-        layer.semu_U[adapter_name] @ left[..., :rank].to(core),
-        layer.semu_V[adapter_name] @ right.mT[..., :rank].to(core),
-        kept if diagonal else torch.diag_embed(kept),
-    )
-    return float(energy[..., rank:].sum()), float(energy.sum())
+    core = layer.get_core(adapter_name, scaled=False)
+    factors = eckart_young(LowRank(layer.semu_U[adapter_name], layer.semu_V[adapter_name], core))
+    kept = factors.reaching(share, cap)
+    if kept.rank == 0:  # an untrained core keeps one direction to be trained in
+        kept = factors.leading(1)
+    values = kept.singular_values[..., : kept.rank]
+    is_diagonal = layer.configs[adapter_name].core == "diagonal"
+    layer.set_basis(adapter_name, kept.left, kept.right, values if is_diagonal else torch.diag_embed(values))
+    return float(factors.singular_values[..., kept.rank :].square().sum()), float(factors.energy.sum())

@@ -17,12 +17,12 @@ from torch import nn
 from semu_peft.adapter.whole_model import merge_and_remove
 from semu_peft.files import written_whole
 from semu_peft.tuner.adapted import base_model, semu_layers
+from semu_peft.tuner.keys import PREFIX, without_prefix
 from semu_peft.tuner.layer import SemuLayer
 
 from .lora import to_lora
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-_PREFIX = "base_model.model."
 
 
 def save_as_diffusers_lora(
@@ -58,9 +58,7 @@ def save_as_diffusers_lora(
                 "component (`merge_pipeline`), or ship it with `save_adapter`."
             )
         config, state_dict = to_lora(model, adapter_name)
-        arguments[f"{component}_lora_layers"] = {
-            key.removeprefix(_PREFIX): value.cpu() for key, value in state_dict.items()
-        }
+        arguments[f"{component}_lora_layers"] = {without_prefix(key): value.cpu() for key, value in state_dict.items()}
         if config.modules_to_save:
             raise ValueError(
                 f"{component!r} has `modules_to_save`={config.modules_to_save}, which diffusers' LoRA files have no "
@@ -98,7 +96,7 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = "defaul
     state_dict = get_peft_model_state_dict(root, adapter_name=adapter_name, save_embedding_layers=False)
     folder = Path(path)
     with written_whole(folder / SAFETENSORS_WEIGHTS_NAME) as file:
-        weights = {f"{_PREFIX}{key.removeprefix(_PREFIX)}": value.cpu() for key, value in state_dict.items()}
+        weights = {f"{PREFIX}{without_prefix(key)}": value.cpu() for key, value in state_dict.items()}
         save_file(weights, file, metadata={"format": "pt"})
     before = config.inference_mode
     config.inference_mode = True

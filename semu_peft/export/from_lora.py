@@ -9,11 +9,12 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from semu_peft.linalg.energy import rank_for_energy
+from semu_peft.linalg.core import LowRank, diagonal, eckart_young, orthonormal
+from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import exactly
 from semu_peft.tuner.config import SemuConfig
+from semu_peft.tuner.keys import PREFIX, without_prefix
 
-_PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 # Each changes what a LoRA computes, or with which weights, into something that is not `W + s B A`.
 _UNSUPPORTED = (
@@ -63,7 +64,7 @@ def from_lora(
         raise ValueError(f"A LoRA with {', '.join(variants)} is more than `W + s B A`; merge it and start from there.")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be a positive integer or None, got {rank!r}.")
-    names = [key.removeprefix(_PREFIX).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
+    names = [without_prefix(key).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
     if not names:
         example = next(iter(state_dict), "nothing")
         raise ValueError(f"`state_dict` holds no LoRA (found {example!r}). Expected keys that end in {_DOWN!r}.")
@@ -71,19 +72,15 @@ def from_lora(
     ranks: dict[str, int] = {}
     used = set()
     for name in names:
-        down_key, up_key = f"{_PREFIX}{name}{_DOWN}", f"{_PREFIX}{name}{_UP}"
+        down_key, up_key = f"{PREFIX}{name}{_DOWN}", f"{PREFIX}{name}{_UP}"
         if up_key not in state_dict:
             raise ValueError(f"`state_dict` has {down_key!r} without {up_key!r}.")
         used |= {down_key, up_key}
-        left, values, right = _svd(name, state_dict[down_key], _scaling(config, name) * state_dict[up_key].double())
-        kept = rank_for_energy(values, explained_variance)
-        ranks[name] = kept if rank is None else min(kept, rank)
-        parts = {
-            "semu_U": left[:, : ranks[name]],
-            "semu_V": right[:, : ranks[name]],
-            "semu_core": torch.diag(values[: ranks[name]]),
-        }
-        converted |= {f"{_PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts.items()}
+        factors = _factors(name, state_dict[down_key], state_dict[up_key], _scaling(config, name))
+        kept = factors.reaching(explained_variance, rank)
+        ranks[name] = kept.rank
+        parts = zip(("semu_U", "semu_V", "semu_core"), diagonal(kept), strict=True)
+        converted |= {f"{PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts}
     others = {key: value for key, value in state_dict.items() if key not in used}
     if unknown := [key for key in others if ".lora_" in key]:
         raise ValueError(f"{unknown[0]!r} ({len(unknown)} such) is of a kind of layer that SEMU cannot take from LoRA.")
@@ -109,18 +106,13 @@ def _scaling(config: LoraConfig, name: str) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _svd(name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U`, the singular values and `V` of `up @ down`, with convolutions read as one matrix, in float64."""
+def _factors(name: str, down: Tensor, up: Tensor, scaling: float) -> SingularFactors:
+    """The singular directions of `s B A`, with convolutions read as one matrix."""
     if down.dim() != up.dim() or down.shape[0] != up.shape[1]:
         raise ValueError(
             f"The LoRA of layer {name!r} has A of shape {tuple(down.shape)} and B of shape {tuple(up.shape)}. Expected "
             "(r, n) and (m, r), or the kernels of an ungrouped convolution and a pointwise one: a LoRA of a grouped "
             "convolution mixes its groups, which the grouped weight cannot."
         )
-    left, left_mix = torch.linalg.qr(up.flatten(1))
-    right, right_mix = torch.linalg.qr(down.double().flatten(1).mT)
-    inner_left, values, inner_right = torch.linalg.svd(left_mix @ right_mix.mT, full_matrices=False)
-    # What rounding alone gives must not count as a direction of its own.
-    noise = max(up.shape[0], right.shape[0]) * torch.finfo(torch.float32).eps * values[:1]
-    values = torch.where(values > noise, values, torch.zeros_like(values))
-    return left @ inner_left, values, right @ inner_right.mT
+    core = scaling * torch.eye(up.shape[1], dtype=torch.float64, device=up.device)
+    return eckart_young(orthonormal(LowRank(up.flatten(1), down.flatten(1).mT, core)))

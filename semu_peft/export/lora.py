@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -15,19 +14,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft.files import written_whole
+from semu_peft.linalg.core import exact_svd
 from semu_peft.tuner.adapted import (
     base_model,
     exactly,
     initialized_layers,
     targets_for,
 )
-from semu_peft.tuner.adapter_file import without_wrappers
 from semu_peft.tuner.embedding import Embedding
+from semu_peft.tuner.keys import PREFIX, without_wrappers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 from semu_peft.tuner.tied import TiedLayer
 
-_PREFIX = "base_model.model."
 _LORA_BIAS = {"none": "none", "all": "all", "semu_only": "lora_only"}
 
 
@@ -82,13 +81,13 @@ def to_lora(
     for name, (down, up) in pairs.items():
         key = "lora_embedding_{}" if isinstance({**layers, **tied}[name], Embedding) else "lora_{}.weight"
         # A layer tied to another has the same bases, and a file may not hold one tensor twice.
-        state_dict[f"{_PREFIX}{name}.{key.format('A')}"] = down.clone() if name in tied else down
-        state_dict[f"{_PREFIX}{name}.{key.format('B')}"] = up.clone() if name in tied else up
+        state_dict[f"{PREFIX}{name}.{key.format('A')}"] = down.clone() if name in tied else down
+        state_dict[f"{PREFIX}{name}.{key.format('B')}"] = up.clone() if name in tied else up
     for name, place in _lora_places(model, parameters).items():
         down, up = _lora_pair_of_parameter(parameters[name], adapter_name, name)
         ranks[name] = parameters[name].r[adapter_name]
-        state_dict[f"{_PREFIX}{place}.lora_A.weight"] = down.contiguous()
-        state_dict[f"{_PREFIX}{place}.lora_B.weight"] = up.contiguous()
+        state_dict[f"{PREFIX}{place}.lora_A.weight"] = down.contiguous()
+        state_dict[f"{PREFIX}{place}.lora_B.weight"] = up.contiguous()
     source = next(iter(layers.values())).configs[adapter_name]
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {exactly(name): rank for name, rank in ranks.items() if rank != common}
@@ -110,7 +109,7 @@ def to_lora(
     )
     if source.modules_to_save or source.trainable_token_indices or source.bias != "none":
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        bare = {f"{_PREFIX}{name}.base_layer.": f"{_PREFIX}{name}." for name in layers if name not in ranks}
+        bare = {f"{PREFIX}{name}.base_layer.": f"{PREFIX}{name}." for name in layers if name not in ranks}
         for key, value in saved.items():
             if ".semu_" not in key:
                 layer, _, parameter = key.rpartition(".")
@@ -160,7 +159,11 @@ def _lora_pair(layer: SemuLayer, adapter_name: str, name: str) -> tuple[Tensor, 
             "(`merge_and_unload`), or leave such layers out of `target_modules`."
         )
     if layer.configs[adapter_name].conv_mode == "per_channel":
-        up, down = _exact_factors(layer.get_delta_weight(adapter_name).detach().flatten(1))
+        delta = layer.get_delta_weight(adapter_name).detach().flatten(1)
+        factors = exact_svd(delta)
+        factors = factors.leading(max(factors.reaching(1.0).rank, 1))
+        up = (factors.left * factors.singular_values[: factors.rank]).to(delta)
+        down = factors.right.mT.to(delta)
     else:
         up, down = layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach(), layer.semu_V[adapter_name].mT
     rank, groups = down.shape[0], base.groups
@@ -226,10 +229,3 @@ def _padded(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, 
         wide_up[:, :share] = up
         padded[name] = wide_down.flatten(0, 1), wide_up
     return padded
-
-
-def _exact_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    noise = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[0]
-    rank = max(1, int((values > noise).sum()))
-    return (left[:, :rank] * values[:rank]).to(matrix), right[:rank].to(matrix)

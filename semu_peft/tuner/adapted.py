@@ -47,14 +47,14 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
 
 
 def initialized_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
-    """The layers that carry the adapter, by name, of an adapter that has its bases.
+    """The layers that carry the adapter, by name, of an adapter that has bases in some of them at least.
 
     Raises:
         NotInitializedError: It has none yet.
         ValueError: No layer of the model carries a SEMU adapter of that name.
     """
     layers = semu_layers(model, adapter_name)
-    if not all(layer.is_initialized(adapter_name) for layer in layers.values()):
+    if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
         raise NotInitializedError(adapter_name)
     return layers
 

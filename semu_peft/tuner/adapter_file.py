@@ -8,6 +8,8 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .keys import without_prefix, without_wrappers
+
 
 def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
     """Check that the safetensors file in `folder` is whole, is a SEMU adapter and has the ranks of its configuration.
@@ -39,7 +41,7 @@ def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
             f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
             "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
         )
-    ranks = {layer.removeprefix("base_model.model."): shape[-1] for layer, shape in cores.items()}
+    ranks = {without_prefix(layer): shape[-1] for layer, shape in cores.items()}
     # Where parameters are corrected instead of a layer, the file has the module that holds them, once for each.
     owners = {without_wrappers(name) for name in ranks if name not in expected_ranks}
     lacking = sorted(name for name in set(expected_ranks) - set(ranks) if not _inside(name, owners))
@@ -61,8 +63,3 @@ def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
 def _inside(parameter: str, owners: set[str]) -> bool:
     parts = parameter.split(".")
     return any(".".join(parts[:count]) in owners for count in range(1, len(parts)))
-
-
-def without_wrappers(name: str) -> str:
-    """The name that a module or parameter has in the model without adapters."""
-    return name.replace(".base_layer", "")

@@ -319,14 +319,14 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
     # ---- the correction as a dense weight ----
 
-    def get_core(self, adapter_name: str) -> Tensor:
+    def get_core(self, adapter_name: str, *, scaled: bool = True) -> Tensor:
         """The core that the layer computes with, `R − R₀` as `(..., r, r)` matrices, times the adapter's scale."""
         core = self.semu_core[adapter_name]
         if adapter_name in self.semu_offset:
             core = core - self.semu_offset[adapter_name]
         if self.configs[adapter_name].core == "diagonal":
             core = torch.diag_embed(core)
-        scale = self.scaling[adapter_name]
+        scale = self.scaling[adapter_name] if scaled else 1.0
         return core if scale == 1.0 else core * scale
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -10,6 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import SemuConfig
+from .keys import without_prefix
 from .layer import SemuLayer
 from .tied import TiedLayer
 
@@ -86,7 +87,7 @@ def _saved_shapes(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
         name, kind, _ = key.rpartition(".semu_")
         if kind:
             # Where the layers were injected into a bare model, keys that match nothing keep PEFT's prefix.
-            found[key if name in names else key.removeprefix("base_model.model.")] = tuple(value.shape)
+            found[key if name in names else without_prefix(key)] = tuple(value.shape)
     return found
 
 

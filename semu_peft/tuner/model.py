@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapted import base_model, initialized_layers, targets_for
-from .adapter_file import without_wrappers
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
+from .keys import without_wrappers
 from .layer import SemuLayer
 from .loading import made_to_load, make_room, mismatch, withdraw
 from .mixed_batch import adapter_per_example

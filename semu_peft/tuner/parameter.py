@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .adapter_file import without_wrappers
 from .config import SemuConfig
+from .keys import without_wrappers
 from .layer import SemuLayer
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from semu_peft.linalg.core import polar_factor
+
 _KINDS = (".semu_U", ".semu_V")
 
 
@@ -24,16 +26,8 @@ def restored_bases(state_dict: dict[str, Tensor], save_dtype: str | None) -> dic
     """
     if save_dtype is None:
         return state_dict
-    return {key: _orthonormal(value) if _is_basis(key) else value for key, value in state_dict.items()}
+    return {key: polar_factor(value) if _is_basis(key) else value for key, value in state_dict.items()}
 
 
 def _is_basis(key: str) -> bool:
     return any(f"{kind}." in key or key.endswith(kind) for kind in _KINDS)
-
-
-def _orthonormal(basis: Tensor) -> Tensor:
-    basis = basis.float()
-    if not basis.any():  # of an adapter without a basis
-        return basis
-    left, _, right = torch.linalg.svd(basis, full_matrices=False)
-    return left @ right

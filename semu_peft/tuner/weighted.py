@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor
 
+from semu_peft.linalg.core import LowRank, diagonal, eckart_young, exact_svd, orthonormal
+
 from .layer import SemuLayer
-
-
-class LowRank(NamedTuple):
-    """A matrix `U R Vᵀ`, or a batch of them, with orthonormal columns in `left` and `right`."""
-
-    left: Tensor
-    right: Tensor
-    core: Tensor
-
 
 CombinationType = Literal["cat", "svd", "linear", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
 
@@ -79,12 +72,12 @@ class AdapterSum:
             return self._sum_of_cores(layer, name, parts)
         largest = max(layer.r[key] for key, _ in parts)
         if self._elementwise:
-            return _leading(*self._dense_sum(layer, parts), self.svd_rank or largest)
-        left, right, core = _concatenated(layer, parts)
-        if self.combination_type == "cat":
-            square = core.shape[-1] == core.shape[-2]
-            return LowRank(left, right, core) if square else _leading(left, right, core, min(core.shape[-2:]))
-        return _leading(left, right, core, self.svd_rank or largest)
+            return diagonal(exact_svd(self._dense_sum(layer, parts)).leading(self.svd_rank or largest))
+        total = orthonormal(_concatenated(layer, parts))
+        if self.combination_type == "svd":
+            return diagonal(eckart_young(total).leading(self.svd_rank or largest))
+        square = total.core.shape[-1] == total.core.shape[-2]
+        return total if square else diagonal(eckart_young(total))
 
     def _sum_of_cores(self, layer: SemuLayer, name: str, parts: list[tuple[str, float]]) -> LowRank:
         first = parts[0][0]
@@ -98,7 +91,7 @@ class AdapterSum:
             )
         return LowRank(left, right, sum((weight * layer.get_core(key) for key, weight in parts), torch.zeros(())))
 
-    def _dense_sum(self, layer: SemuLayer, parts: list[tuple[str, float]]) -> LowRank:
+    def _dense_sum(self, layer: SemuLayer, parts: list[tuple[str, float]]) -> Tensor:
         rules: dict[str, Callable[..., Tensor]] = {
             "ties_svd": ties,
             "dare_linear_svd": dare_linear,
@@ -108,31 +101,17 @@ class AdapterSum:
         deltas = [layer.weight_to_matrix(layer.get_delta_weight(key), key) for key, _ in parts]
         weights = torch.tensor([weight for _, weight in parts], dtype=deltas[0].dtype, device=deltas[0].device)
         options = [self.majority_sign_method] if "ties" in self.combination_type else []
-        total = rules[self.combination_type](deltas, weights, self.density, *options)
-        m, n = total.shape[-2:]
-        left, right = (torch.eye(size, dtype=total.dtype, device=total.device) for size in (m, n))
-        return LowRank(left, right, total)
+        return rules[self.combination_type](deltas, weights, self.density, *options)
 
 
 def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> LowRank:
-    """`Σ wᵢ Uᵢ Rᵢ Vᵢᵀ` as one `U R Vᵀ` with orthonormal bases.
-
-    With `[U₁ U₂ …] = Q_u T_u` and `[V₁ V₂ …] = Q_v T_v` it is `Q_u (T_u diag(w₁ R₁, w₂ R₂, …) T_vᵀ) Q_vᵀ`. The core in
-    brackets is square unless one of the bases has more columns than its space has dimensions.
-    """
-    left, left_mix = torch.linalg.qr(torch.cat([layer.semu_U[key] for key, _ in parts], -1).double())
-    right, right_mix = torch.linalg.qr(torch.cat([layer.semu_V[key] for key, _ in parts], -1).double())
+    """`Σ wᵢ Uᵢ Rᵢ Vᵢᵀ` as one `U R Vᵀ` with `U = [U₁ U₂ …]`, `V = [V₁ V₂ …]` and `R = diag(w₁ R₁, w₂ R₂, …)`."""
+    left = torch.cat([layer.semu_U[key] for key, _ in parts], -1)
+    right = torch.cat([layer.semu_V[key] for key, _ in parts], -1)
     ranks = [layer.r[key] for key, _ in parts]
     blocks = left.new_zeros(*left.shape[:-2], sum(ranks), sum(ranks))
     start = 0
     for (key, weight), rank in zip(parts, ranks, strict=True):
-        blocks[..., start : start + rank, start : start + rank] = weight * layer.get_core(key).double()
+        blocks[..., start : start + rank, start : start + rank] = weight * layer.get_core(key)
         start += rank
-    return LowRank(left, right, left_mix @ blocks @ right_mix.mT)
-
-
-def _leading(left: Tensor, right: Tensor, core: Tensor, rank: int) -> LowRank:
-    """The best approximation of `U R Vᵀ` of this rank (Eckart–Young), from the SVD of the small core."""
-    inner_left, values, inner_right = torch.linalg.svd(core, full_matrices=False)
-    inner_left, values, inner_right = inner_left[..., :rank], values[..., :rank], inner_right[..., :rank, :]
-    return LowRank(left @ inner_left, right @ inner_right.mT, torch.diag_embed(values))
+    return LowRank(left, right, blocks)
