@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pkgutil
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 from pages import PAGES, ROOT, name, pictures
+
+import semu_peft
 
 ILLUSTRATED = [page for page in PAGES if pictures(page)]
 
@@ -29,3 +33,20 @@ def test_the_house_is_drawn_from_the_contract() -> None:
     drawing = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["house"]
     drawn = (ROOT / "docs" / "pictures" / "house.svg").read_text(encoding="utf-8")
     assert drawn == drawing(ROOT / "setup.cfg", ROOT / "semu_peft"), "the rooms have changed: run `make pictures`"
+
+
+def test_the_reference_names_every_module() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = {module.name for module in pkgutil.walk_packages(semu_peft.__path__, "semu_peft.") if not module.ispkg}
+    shown = set(re.findall(r"^::: (\S+)", page, re.M))
+    inside = set(re.findall(r"^\| `(semu_peft\.[\w.]+)` \|", page, re.M))
+    assert modules - shown - inside == set(), "show a public module with `:::`, and name the others in the last table"
+    assert (shown | inside) - modules == set(), "these modules are gone"
+
+
+def test_contributors_find_every_room() -> None:
+    floors = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["read_floors"](ROOT / "setup.cfg")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    built = {room for floor in floors for room in floor if list((ROOT / "semu_peft").glob(f"{room}*"))}
+    assert {room for room in built if not any(f"`{room}`" in row.split("|")[1] for row in rows)} == set()
