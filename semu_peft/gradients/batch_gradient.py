@@ -80,7 +80,16 @@ class BatchGradient(ABC):
 
 @dataclass(frozen=True)
 class DenseGradient(BatchGradient):
-    """A gradient that is there as a matrix, or as a batch of matrices, `(..., m, n)`."""
+    """A gradient that is there as a matrix, or as a batch of matrices, `(..., m, n)`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import DenseGradient
+        >>> total = torch.zeros(2, 3)
+        >>> DenseGradient(torch.ones(2, 3)).add_to(total)
+        >>> total.sum()
+        tensor(6.)
+    """
 
     matrix: Tensor
 
@@ -107,6 +116,13 @@ class TokenGradient(BatchGradient):
     Attributes:
         outputs: `(N, m)`, or `(N, tokens, m)` for examples of several tokens.
         inputs: `(N, n)` or `(N, tokens, n)`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import TokenGradient
+        >>> outputs, inputs = torch.randn(5, 2), torch.randn(5, 3)  # of five tokens
+        >>> torch.allclose(TokenGradient(outputs, inputs).dense(), outputs.T @ inputs)
+        True
     """
 
     outputs: Tensor
@@ -163,6 +179,16 @@ class ConvGradient(BatchGradient):
 
     The products of a sketch are convolutions themselves: `B right` is one with `k` filters, `projectedᵀ B` the weight
     gradient of one with `k` output channels. No window is ever copied out. Only `dense` and `per_example` know groups.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import ConvGradient
+        >>> conv, images = torch.nn.Conv2d(2, 4, kernel_size=3), torch.randn(5, 2, 6, 6)
+        >>> output = conv(images)
+        >>> output.sum().backward()
+        >>> gradient = ConvGradient.of(conv, torch.ones_like(output), images)
+        >>> torch.allclose(gradient.dense(), conv.weight.grad.flatten(1), atol=1e-4)
+        True
     """
 
     outputs: Tensor

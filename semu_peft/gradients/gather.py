@@ -31,6 +31,15 @@ class Gathered(Mapping[str, Statistic]):
         statistics: The statistics by layer name; `gathered[name]` is `gathered.statistics[name]`.
         batches: How many batches they were taken over, of all processes.
         examples: How many examples those had, `None` where a batch does not say.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import gather, objectives
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> batches = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(2)]
+        >>> gathered = gather(model, batches, objectives.CrossEntropy(), progress=False)
+        >>> list(gathered), gathered.batches, gathered.examples
+        (['0', '2'], 2, 16)
     """
 
     statistics: dict[str, Statistic]

@@ -34,6 +34,12 @@ class GradientSource(ABC):
         dtype: The dtype that its gradients are summed in.
         device: Where the weight is; the execution device of one that is offloaded.
         weight: The parameter that autograd must differentiate by, if any.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import GradientSource, LayerSource, WeightSource
+        >>> issubclass(LayerSource, GradientSource), issubclass(WeightSource, GradientSource)
+        (True, True)
     """
 
     shape: tuple[int, ...]
@@ -56,6 +62,16 @@ class WeightSource(GradientSource):
     Args:
         weight: The parameter; its dtype must carry gradients.
         as_matrix: Reads a tensor shaped like the weight as the matrix, or batch of matrices, that is summed.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import WeightSource
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> seen = []
+        >>> handle = WeightSource(weight).attach(seen.append)
+        >>> (2 * weight).sum().backward()
+        >>> seen[0].dense().tolist(), weight.grad
+        ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], None)
     """
 
     weight: nn.Parameter
@@ -89,6 +105,16 @@ class LayerSource(GradientSource):
         layer: The layer; called with its input as the first argument.
         parts: Splits `(output gradient, input)` of one call into the gradients to fold.
         shape: Of the weight read as a matrix; by default its rows, flattened.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import LayerSource, TokenGradient
+        >>> layer, seen = torch.nn.Linear(3, 2).requires_grad_(False), []
+        >>> source = LayerSource(layer, lambda outputs, inputs: [TokenGradient(outputs, inputs)])
+        >>> handle = source.attach(seen.append)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> seen[0].dense().tolist(), layer.weight.grad
+        ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], None)
     """
 
     def __init__(

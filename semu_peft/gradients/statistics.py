@@ -76,6 +76,14 @@ class MatrixSum(Statistic):
     """A sum of gradients `G`, `(m, n)` or `(batch, m, n)`, that can be factorised into directions.
 
     It is linear in the gradient, so that sums over batches, micro-batches and processes commute with it.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gradients import DenseGradient, GradientSum
+        >>> total = GradientSum((2, 2), torch.float32, torch.device("cpu"))  # a `MatrixSum`
+        >>> total.add(DenseGradient(torch.diag(torch.tensor([4.0, 3.0]))))
+        >>> total.factorize(explained_variance=0.5).rank
+        1
     """
 
     shape: tuple[int, ...]

@@ -31,7 +31,15 @@ def _original(model: nn.Module, batch: Any, reference: nn.Module | None) -> tupl
 
 @dataclass
 class CrossEntropy(Objective):
-    """`−log p(y | x)`: the ordinary training loss, for retain data."""
+    """`−log p(y | x)`: the ordinary training loss, for retain data.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 1]))  # the inputs are the logits
+        >>> round(CrossEntropy()(model, batch).item(), 4)  # log 4
+        1.3863
+    """
 
     distribution = "categorical"
 
@@ -44,6 +52,13 @@ class GradientAscent(Objective):
     """`log p(y | x)`: the training loss with its sign turned (Thudi et al. 2022, arXiv 2109.13398).
 
     Unbounded below: stop early, or the model is destroyed.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import GradientAscent
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 1]))  # the inputs are the logits
+        >>> round(GradientAscent()(model, batch).item(), 4)  # −log 4
+        -1.3863
     """
 
     distribution = "categorical"
@@ -59,6 +74,14 @@ class RandomLabel(RandomObjective):
     Args:
         num_labels: The number of classes; by default that of the logits.
         seed: Seed of the draws.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import RandomLabel
+        >>> logits = torch.tensor([[9.0, 0.0, 0.0]])  # sure of the true class 0
+        >>> loss = RandomLabel()(torch.nn.Identity(), (logits, torch.tensor([0])))
+        >>> round(loss.item(), 1)  # −log p of another class, whichever was drawn
+        9.0
     """
 
     distribution = "categorical"
@@ -82,6 +105,14 @@ class DecoupledDistillation(Objective):
 
     Args:
         reference: A frozen original model. By default the model itself without its adapter.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import DecoupledDistillation
+        >>> original = torch.nn.Linear(3, 3).requires_grad_(False)
+        >>> batch = (torch.eye(3), torch.arange(3))
+        >>> bool(DecoupledDistillation(reference=original)(original, batch) > 0)  # it still knows the true classes
+        True
     """
 
     distribution = "categorical"
@@ -112,6 +143,15 @@ class UnseenConfidence(Objective):
 
     Raises:
         ValueError: `confidences` is empty or not within [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import UnseenConfidence
+        >>> original = torch.nn.Identity()  # the inputs are the logits
+        >>> memorised = (9 * torch.eye(3), torch.arange(3))
+        >>> objective = UnseenConfidence(torch.tensor([0.4, 0.5, 0.6]), reference=original)
+        >>> bool(objective(original, memorised) > objective(original, (torch.eye(3), torch.arange(3))))
+        True
     """
 
     distribution = "categorical"
@@ -142,7 +182,16 @@ class UnseenConfidence(Objective):
 
 @dataclass
 class InvertedHinge(Objective):
-    """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621)."""
+    """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621).
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import InvertedHinge
+        >>> model, labels = torch.nn.Identity(), torch.tensor([0])  # the inputs are the logits
+        >>> known, unknown = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+        >>> InvertedHinge()(model, (known, labels)).item(), InvertedHinge()(model, (unknown, labels)).item()
+        (2.0, 0.0)
+    """
 
     distribution = "categorical"
 
@@ -156,7 +205,15 @@ class InvertedHinge(Objective):
 
 @dataclass
 class UniformDistribution(Objective):
-    """`KL(uniform ‖ p)`: make the model know nothing of the forget data (Golatkar et al. 2020, arXiv 1911.04933)."""
+    """`KL(uniform ‖ p)`: make the model know nothing of the forget data (Golatkar et al. 2020, arXiv 1911.04933).
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import UniformDistribution
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 1]))  # the inputs are the logits
+        >>> abs(round(UniformDistribution()(model, batch).item(), 4))
+        0.0
+    """
 
     distribution = "categorical"
 

@@ -114,7 +114,19 @@ class DiffusionObjective(RandomObjective):
 
 @dataclass
 class DenoisingLoss(DiffusionObjective):
-    """The ordinary training loss, `‖f(x_t, c) − target‖²`: for retain data, and SEMU's loss for the subspace."""
+    """The ordinary training loss, `‖f(x_t, c) − target‖²`: for retain data, and SEMU's loss for the subspace.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import DenoisingLoss, NoiseSchedule
+        >>> class Denoiser(torch.nn.Embedding):  # stands for a U-Net: predicts one number for each class
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(class_labels).view(-1, 1, 1, 1).expand_as(noisy),)
+        >>> denoiser = Denoiser.from_pretrained(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10), "sample")
+        >>> DenoisingLoss(schedule)(denoiser, (torch.zeros(4, 1, 8, 8), torch.full((4,), 2))).item()
+        4.0
+    """
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         at = self._noised(batch)
@@ -126,6 +138,17 @@ class DenoisingAscent(DiffusionObjective):
     """The training loss with its sign turned (`"ga"` in SEMU's released code).
 
     Unbounded below: stop early, or the model is destroyed.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import DenoisingAscent, NoiseSchedule
+        >>> class Denoiser(torch.nn.Embedding):  # stands for a U-Net: predicts one number for each class
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(class_labels).view(-1, 1, 1, 1).expand_as(noisy),)
+        >>> denoiser = Denoiser.from_pretrained(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10), "sample")
+        >>> DenoisingAscent(schedule)(denoiser, (torch.zeros(4, 1, 8, 8), torch.full((4,), 2))).item()
+        -4.0
     """
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -167,6 +190,18 @@ class ConditionMatching(_Referenced):
 
     Args:
         towards: `c'`: a condition in the batch, by its key, or `"next"` or `"random"`, another class.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import ConditionMatching, NoiseSchedule
+        >>> class Denoiser(torch.nn.Embedding):  # stands for a U-Net: predicts one number for each class
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(class_labels).view(-1, 1, 1, 1).expand_as(noisy),)
+        >>> denoiser = Denoiser.from_pretrained(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10))
+        >>> objective = ConditionMatching(schedule, towards="next", num_classes=3, reference=denoiser)
+        >>> objective(denoiser, (torch.randn(4, 1, 8, 8), torch.zeros(4).long())).item()  # from 0 to the next, 1
+        1.0
     """
 
     towards: str = field(default="anchor", kw_only=True)
@@ -186,6 +221,19 @@ class NegativeGuidance(_Referenced):
 
     Args:
         eta: η, how far beyond the unconditional prediction to go.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import NegativeGuidance, NoiseSchedule
+        >>> class Denoiser(torch.nn.Embedding):  # stands for a U-Net: predicts one number for each class
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(class_labels).view(-1, 1, 1, 1).expand_as(noisy),)
+        >>> denoiser = Denoiser.from_pretrained(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10))
+        >>> forget, unconditional = ({"class_labels": torch.full((4,), label)} for label in (1, 0))
+        >>> batch = {"latents": torch.randn(4, 1, 8, 8), "condition": forget, "unconditional": unconditional}
+        >>> NegativeGuidance(schedule, reference=denoiser)(denoiser, batch).item()  # from 1 to 0 − (1 − 0)
+        4.0
     """
 
     eta: float = field(default=1.0, kw_only=True)
@@ -207,6 +255,19 @@ class PreservePrediction(_Referenced):
 
     Args:
         under: `c`: a condition in the batch, by its key, or `"next"` or `"random"`, another class.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import NoiseSchedule, PreservePrediction
+        >>> class Denoiser(torch.nn.Embedding):  # stands for a U-Net: predicts one number for each class
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(class_labels).view(-1, 1, 1, 1).expand_as(noisy),)
+        >>> original = Denoiser.from_pretrained(torch.tensor([[0.0], [1.0]]))
+        >>> changed = Denoiser.from_pretrained(torch.tensor([[0.0], [3.0]]))
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10))
+        >>> objective = PreservePrediction(schedule, reference=original)
+        >>> objective(changed, (torch.randn(4, 1, 8, 8), torch.ones(4).long())).item()
+        4.0
     """
 
     under: str = field(default="condition", kw_only=True)
@@ -228,6 +289,18 @@ class EmbeddingMatching(Objective):
 
     Args:
         reference: A frozen original encoder. By default the model itself without its adapter.
+
+    Examples:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from semu_peft.objectives import EmbeddingMatching
+        >>> class Encoder(torch.nn.Embedding):  # stands for a text encoder
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
+        >>> encoder = Encoder.from_pretrained(torch.tensor([[0.0], [2.0]]))
+        >>> batch = {"input_ids": torch.tensor([[1]]), "anchor_input_ids": torch.tensor([[0]])}
+        >>> EmbeddingMatching(reference=encoder)(encoder, batch).item()
+        4.0
     """
 
     reference: nn.Module | None = field(default=None, repr=False)

@@ -27,6 +27,15 @@ class NoiseSchedule:
         noise: `s_t`, `(T,)`, float32, rising with the index.
         timesteps: What the model is told at each index, `(T,)`, int64 or float32.
         prediction_type: What the model predicts.
+
+    Examples:
+        >>> from diffusers import DDPMScheduler
+        >>> from semu_peft.objectives import NoiseSchedule
+        >>> schedule = NoiseSchedule.from_scheduler(DDPMScheduler(num_train_timesteps=100))
+        >>> len(schedule), schedule.prediction_type
+        (100, 'epsilon')
+        >>> bool(schedule.noise[0] < schedule.noise[-1])
+        True
     """
 
     signal: Tensor

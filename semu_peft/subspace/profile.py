@@ -33,6 +33,16 @@ class LayerSpectrum:
         rank: The number of directions that the adapter was given.
         shape: The shape of the matrix (or batch of matrices) that was factorised.
         overlap: With retain data: how far the forget basis lay in the retain subspace, before anything was removed.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, initialize_semu_weights, objectives
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), SemuConfig(target_modules=["0"]))
+        >>> forget = [(torch.randn(8, 6), torch.arange(8) % 4)]
+        >>> spectrum = initialize_semu_weights(model, forget, objectives.RandomLabel(), progress=False).layers["0"]
+        >>> spectrum.shape, spectrum.explained_variance >= 0.9
+        ((4, 6), True)
     """
 
     directions: SingularFactors
@@ -74,6 +84,17 @@ class SubspaceProfile:
     Attributes:
         layers: One [`LayerSpectrum`][semu_peft.subspace.profile.LayerSpectrum] a layer, in the model's order.
         batches: How many forget batches the gradients were summed over.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, SubspaceProfile, initialize_semu_weights, objectives
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), SemuConfig(target_modules=["0"]))
+        >>> forget = [(torch.randn(8, 6), torch.arange(8) % 4)]
+        >>> profile = initialize_semu_weights(model, forget, objectives.RandomLabel(), progress=False)
+        >>> path = profile.save(f"{tempfile.mkdtemp()}/profile.safetensors")
+        >>> SubspaceProfile.load(path).layers["0"].shape
+        (4, 6)
     """
 
     layers: dict[str, LayerSpectrum]

@@ -29,6 +29,19 @@ class RankBudget:
 
     Raises:
         ValueError: A value is outside its range.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import RankBudget, SemuConfig, initialize_semu_weights, objectives
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(base, SemuConfig(target_modules=["0", "2"], explained_variance=1.0))
+        >>> forget = [(torch.randn(8, 6), torch.arange(8) % 4)]
+        >>> profile = initialize_semu_weights(
+        ...     model, forget, objectives.RandomLabel(), rank_budget=RankBudget(3), progress=False
+        ... )
+        >>> sum(layer.rank for layer in profile.layers.values())
+        3
     """
 
     total: int

@@ -85,6 +85,15 @@ class Overlap:
     Attributes:
         inputs: Between the two bases of input directions, `(min(r, r_retain),)`, descending.
         outputs: Between the two bases of output directions.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.factorize import leading_factors
+        >>> from semu_peft.subspace import Overlap
+        >>> forget = leading_factors(torch.diag(torch.tensor([3.0, 2.0, 0.0])), 1.0)
+        >>> retain = leading_factors(torch.diag(torch.tensor([5.0, 0.0, 0.0])), 1.0)
+        >>> Overlap.between(forget, retain).inputs  # the retain direction lies in the forget basis
+        tensor([1.])
     """
 
     inputs: Tensor

@@ -75,18 +75,51 @@ class ConvNd(SemuLayer):
 
 
 class Conv1d(ConvNd):
-    """`torch.nn.Conv1d` with SEMU corrections."""
+    """`torch.nn.Conv1d` with SEMU corrections.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Conv1d(2, 4, kernel_size=3)), config)
+        >>> layer = model.base_model.model[0]
+        >>> tuple(layer.semu_U["default"].shape), tuple(layer.semu_V["default"].shape)  # read as 4 × (2 · 3)
+        ((4, 2), (6, 2))
+    """
 
     convolution = staticmethod(F.conv1d)
 
 
 class Conv2d(ConvNd):
-    """`torch.nn.Conv2d` with SEMU corrections."""
+    """`torch.nn.Conv2d` with SEMU corrections.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False, conv_mode="per_channel")
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Conv2d(3, 4, kernel_size=3)), config)
+        >>> layer = model.base_model.model[0]
+        >>> tuple(layer.semu_U["default"].shape), tuple(layer.semu_V["default"].shape)  # read as 3 matrices of 4 × 9
+        ((3, 4, 2), (3, 9, 2))
+    """
 
     convolution = staticmethod(F.conv2d)
 
 
 class Conv3d(ConvNd):
-    """`torch.nn.Conv3d` with SEMU corrections."""
+    """`torch.nn.Conv3d` with SEMU corrections.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Conv3d(1, 4, kernel_size=2)), config)
+        >>> layer = model.base_model.model[0]
+        >>> tuple(layer.get_delta_weight("default").shape)
+        (4, 1, 2, 2, 2)
+    """
 
     convolution = staticmethod(F.conv3d)

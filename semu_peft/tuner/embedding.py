@@ -16,6 +16,15 @@ class Embedding(SemuLayer):
     is, so that no correction is ever formed for the whole vocabulary. The row at `padding_idx`, which PyTorch gives no
     gradient, is never corrected. `sparse` and `scale_grad_by_freq` shape the forget gradient, and so the bases, as
     they would shape the training of the weight; the core's own gradient is dense and unscaled.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> layer = get_peft_model(torch.nn.Sequential(torch.nn.Embedding(10, 4)), config).base_model.model[0]
+        >>> tuple(layer.semu_U["default"].shape), tuple(layer.semu_V["default"].shape)
+        ((10, 2), (4, 2))
     """
 
     @classmethod

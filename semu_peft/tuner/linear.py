@@ -17,7 +17,17 @@ UNKNOWN_QUANTIZATION = "it is quantised in a way that SEMU does not know; load i
 
 
 class Linear(SemuLayer):
-    """`torch.nn.Linear` or transformers' `Conv1D` (which stores its weight transposed) with SEMU corrections."""
+    """`torch.nn.Linear` or transformers' `Conv1D` (which stores its weight transposed) with SEMU corrections.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config).base_model.model[0]
+        >>> tuple(layer.semu_U["default"].shape), tuple(layer.semu_V["default"].shape)
+        ((3, 2), (4, 2))
+    """
 
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> str | None:

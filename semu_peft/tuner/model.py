@@ -50,6 +50,14 @@ class SemuModel(BaseTuner):
         config ([`SemuConfig`]): The adapter's configuration.
         adapter_name (`str`): The adapter's name, `"default"` unless PEFT is told otherwise.
         low_cpu_mem_usage (`bool`): Create the adapter on the meta device, to be filled by loading.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, SemuModel
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> isinstance(model.base_model, SemuModel)
+        True
     """
 
     prefix: str = "semu_"

@@ -22,6 +22,21 @@ class ParamWrapper(SemuLayer):
     written to. Several parameters of one module are corrected by wrappers around each other.
 
     PEFT finds wrapped parameters by the name of this class.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> class Experts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up = torch.nn.Parameter(torch.randn(2, 4, 3))
+        ...     def forward(self, x):
+        ...         return x @ self.up
+        >>> config = SemuConfig(target_modules=[], target_parameters=["0.up"], r=2, init_weights=False)
+        >>> wrapper = get_peft_model(torch.nn.Sequential(Experts()), config).base_model.model[0]
+        >>> tuple(wrapper.get_delta_weight("default").shape)  # a correction for each expert
+        (2, 4, 3)
     """
 
     def __init__(

@@ -11,6 +11,14 @@ from .peft_type import NAME, add_peft_type
 
 
 def register() -> None:
-    """Register SEMU with PEFT. Calling it again changes nothing; no other PEFT method is touched."""
+    """Register SEMU with PEFT. Calling it again changes nothing; no other PEFT method is touched.
+
+    Examples:
+        >>> from peft import get_peft_config
+        >>> from semu_peft.tuner import register
+        >>> register()  # `import semu_peft` has done so; doing it again changes nothing
+        >>> get_peft_config({"peft_type": "SEMU", "target_modules": ["fc"], "task_type": None}).core
+        'full'
+    """
     if add_peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=SemuConfig, model_cls=SemuModel)
