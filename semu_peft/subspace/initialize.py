@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFact
 from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
 from semu_peft.tuner.layer import SemuLayer
 
@@ -90,7 +90,7 @@ def initialize_semu_weights(
             raise ValueError("`retain` changes directions as they are found: initialise from batches or a `Gathered`.")
         return forget.initialize(model, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name)
     sums, batches = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
-    retained = _retain_sums(model, layers, terms, statistic, progress, adapter_name)
+    retained = _retain_sums(model, terms, statistic, progress, adapter_name)
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
@@ -131,9 +131,9 @@ def _forget_sums(
         return {name: copies[id(total)] for name, total in sums.items()}, forget.batches
     if objective is None:
         raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
-    with _switched_off(layers, adapter_name):
+    with original(model, adapter_name) as reference:
         gathered = gather(
-            model, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,
+            reference, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,
             adapter_name=adapter_name,
         )  # fmt: skip
     return _matrix_sums(gathered), gathered.batches
@@ -141,7 +141,6 @@ def _forget_sums(
 
 def _retain_sums(
     model: nn.Module,
-    layers: Mapping[str, SemuLayer],
     terms: Sequence[Retain],
     statistic: StatisticFactory,
     progress: bool,
@@ -156,9 +155,9 @@ def _retain_sums(
         return term.weight * term.objective(model, inputs)
 
     numbered = ((index, batch) for index, term in enumerate(terms) for batch in term.batches)
-    with _switched_off(layers, adapter_name):
+    with original(model, adapter_name) as reference:
         gathered = gather(
-            model, numbered, weighted, statistic=statistic, description="Retain gradients", progress=progress,
+            reference, numbered, weighted, statistic=statistic, description="Retain gradients", progress=progress,
             adapter_name=adapter_name,
         )  # fmt: skip
     return _matrix_sums(gathered)
@@ -204,15 +203,3 @@ def _on_cpu(factors: SingularFactors) -> SingularFactors:
         singular_values=factors.singular_values.cpu(),
         energy=factors.energy.cpu(),
     )
-
-
-@contextmanager
-def _switched_off(layers: Mapping[str, SemuLayer], adapter_name: str) -> Iterator[None]:
-    active = [(layer, layer._active_adapter) for layer in layers.values()]
-    for layer in layers.values():
-        layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
-    try:
-        yield
-    finally:
-        for layer, names in active:
-            layer._active_adapter = names
