@@ -15,6 +15,7 @@ from .subspace import (
     RetainRule,
     SubspaceProfile,
     initialize_semu_weights,
+    starts,
 )
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
@@ -53,6 +54,7 @@ __all__ = [
     "save_as_diffusers_lora",
     "save_as_lora",
     "set_scale",
+    "starts",
     "to_lora",
     "unlearn",
     "unlearn_concept",

@@ -1,5 +1,6 @@
 """Where forgetting lives: from forget gradients to bases and ranks."""
 
+from . import starts
 from .initialize import initialize_semu_weights
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget
@@ -12,4 +13,5 @@ __all__ = [
     "RetainRule",
     "SubspaceProfile",
     "initialize_semu_weights",
+    "starts",
 ]

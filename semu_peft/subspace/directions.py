@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,6 +14,7 @@ from semu_peft.gradients.statistics import MatrixSum
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.layer import SemuLayer
 
+from .base_weight import whole_weight
 from .ranks import explained_variance_of
 from .retain import Overlap, RetainRule
 
@@ -57,13 +56,6 @@ def find_directions(
             factors = rule.apply(factors, kept, gamma)
         found[name] = _agreed(factors)
     return {name: found[aliases[name]] for name in layers}, {name: overlaps[aliases[name]] for name in layers}
-
-
-def whole_weight(layer: SemuLayer) -> Tensor:
-    """A copy of the base weight in full, wherever it is kept: offloaded, quantised or sharded."""
-    with align_module_device(layer.get_base_layer()):  # brings an offloaded weight in for the moment
-        weight: Any = layer.get_base_weight()
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.clone()
 
 
 def _extent(

@@ -11,6 +11,8 @@ from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 
+from .starts import LayerStart, Start, Zero
+
 
 def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict[str, SemuLayer]:
     """The layers of an adapter by name, if all of them can be given bases.
@@ -41,10 +43,36 @@ def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict
     return layers
 
 
-def fill(layers: Mapping[str, SemuLayer], directions: Mapping[str, SingularFactors], adapter_name: str) -> None:
-    """Put directions into the layers as their frozen bases, with cores of zeros, and ranks into the configuration."""
-    for name, layer in layers.items():
-        layer.set_basis(adapter_name, directions[name].left, directions[name].right)
+def fill(
+    layers: Mapping[str, SemuLayer], directions: Mapping[str, SingularFactors], start: Start | None, adapter_name: str
+) -> None:
+    """Give the layers what they start from, frozen bases and a core, and write their ranks into the configuration.
+
+    Args:
+        layers: The adapter's layers by name.
+        directions: The directions of each, as many as its rank.
+        start: What they start from; by default the directions and cores of zeros.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: A start does not fit its layer. All layers are unchanged then.
+    """
+    start = start or Zero()
+    starts = {name: start(layer, directions[name], adapter_name) for name, layer in layers.items()}
+    for name, begin in starts.items():
+        _check_shapes(begin, layers[name].tensor_shapes(adapter_name, begin.left.shape[-1]), name)
+    for name, begin in starts.items():
+        layers[name].set_basis(adapter_name, begin.left, begin.right, begin.core, offset=begin.offset)
+
+
+def _check_shapes(begin: LayerStart, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    parts = {"left": begin.left, "right": begin.right, "core": begin.core, "offset": begin.offset}
+    for (part, tensor), shape in zip(parts.items(), shapes.values(), strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"`start`: the {part} of layer {name!r} must have shape {shape}, got {tuple(tensor.shape)}. Return a "
+                "`LayerStart` that fits the layer."
+            )
 
 
 def _is_trained(layer: SemuLayer, adapter_name: str) -> bool:

@@ -23,6 +23,7 @@ from .fill import fill, layers_to_fill
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget, plan_ranks
 from .retain import RetainRule, as_rule
+from .starts import Start
 
 
 def initialize_semu_weights(
@@ -33,6 +34,7 @@ def initialize_semu_weights(
     retain: Retain | Sequence[Retain] | None = None,
     retain_rule: RetainRule | Literal["project", "ratio"] = "project",
     statistic: StatisticFactory = GradientSum,
+    start: Start | None = None,
     rank_budget: RankBudget | None = None,
     keep_explained_variance: float | None = None,
     overwrite: bool = False,
@@ -65,6 +67,8 @@ def initialize_semu_weights(
         statistic: What is kept of each layer's gradients in the passes: exact sums, or
             [`Sketch.of_size(192)`][semu_peft.gradients.sketch.Sketch.of_size], which is far smaller and cheaper to
             fill. `GradientSum.on("cpu")` takes exact sums off the accelerator.
+        start: What the training starts from, see [`starts`][semu_peft.subspace.starts]; by default the directions found
+            and a core of zeros.
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
         keep_explained_variance: Keep directions up to this larger γ in the profile, so that it can initialise the
@@ -80,6 +84,16 @@ def initialize_semu_weights(
         ValueError: The model has no such adapter, an argument is out of range, the data cannot give a gradient (see
             [`gather`][semu_peft.gradients.gather.gather]), or the adapter has been trained. It is unchanged then.
         TypeError: `forget` or `retain` is of another kind. The adapter is unchanged then.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, initialize_semu_weights, objectives
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> model = get_peft_model(model, SemuConfig(target_modules=["0", "2"], explained_variance=0.8))
+        >>> forget = [(torch.randn(16, 4), torch.zeros(16, dtype=torch.int64))]
+        >>> initialize_semu_weights(model, forget, objectives.CrossEntropy(), progress=False)
+        SubspaceProfile(2 layers, ...)
     """
     if keep_explained_variance is not None:
         check_explained_variance(keep_explained_variance)
@@ -88,7 +102,9 @@ def initialize_semu_weights(
     if isinstance(forget, SubspaceProfile):
         if terms:
             raise ValueError("`retain` changes directions as they are found: initialise from batches or a `Gathered`.")
-        return forget.initialize(model, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name)
+        return forget.initialize(
+            model, start=start, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name
+        )
     sums, batches = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
     retained = _retain_sums(model, terms, statistic, progress, adapter_name)
     found, overlaps = find_directions(
@@ -97,7 +113,7 @@ def initialize_semu_weights(
     )  # fmt: skip
     ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
     _check_ranks(ranks, found)
-    fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, adapter_name)
+    fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, start, adapter_name)
     spectra = {}
     for name, layer in layers.items():
         known = found[name] if keep_explained_variance is not None else found[name].leading(ranks[name])

@@ -19,6 +19,7 @@ from semu_peft.tuner.layer import SemuLayer
 from .fill import fill, layers_to_fill
 from .ranks import RankBudget, explained_variance_of, plan_ranks
 from .retain import Overlap
+from .starts import Start
 
 _METADATA = "semu_subspace_profile"
 
@@ -117,6 +118,7 @@ class SubspaceProfile:
         model: nn.Module,
         *,
         explained_variance: float | None = None,
+        start: Start | None = None,
         rank_budget: RankBudget | None = None,
         overwrite: bool = False,
         adapter_name: str = "default",
@@ -126,9 +128,10 @@ class SubspaceProfile:
         Args:
             model: A model with a SEMU adapter on the layers of this profile.
             explained_variance: γ in (0, 1] for all layers; by default what the adapter's configuration says.
+            start: What the training starts from, see [`starts`][semu_peft.subspace.starts]; by default a core of zeros.
             rank_budget: One budget for all layers, see [`RankBudget`][semu_peft.subspace.ranks.RankBudget].
             overwrite: Start an adapter afresh that has been trained.
-            adapter_name: The adapter to initialise; its core starts at zero again.
+            adapter_name: The adapter to initialise.
 
         Returns:
             This profile with the new ranks.
@@ -145,7 +148,7 @@ class SubspaceProfile:
         )
         if rank_budget is None:
             self._check_extent(layers, ranks, explained_variance, adapter_name)
-        fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, adapter_name)
+        fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, start, adapter_name)
         return replace(self, layers={name: replace(self.layers[name], rank=ranks[name]) for name in self.layers})
 
     def _check_fit(self, layers: Mapping[str, SemuLayer], adapter_name: str) -> None:

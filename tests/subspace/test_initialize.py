@@ -426,3 +426,25 @@ def test_arguments_that_are_missing_or_odd() -> None:
         initialize_semu_weights(model, vector_batches(), FORGET, statistic=SquaredSum, progress=False)
     with pytest.raises(TypeError, match="`retain` must be"):
         initialize_semu_weights(model, vector_batches(), FORGET, retain=vector_batches(), progress=False)
+
+
+def test_the_model_may_serve_while_it_is_initialised() -> None:
+    """The pass runs on modules of its own: the trained adapter stays on in the model, in its modes."""
+    model = get_peft_model(same(Cnn), SemuConfig(target_modules=Cnn.targets, r=2))
+    initialize_semu_weights(model, image_batches(), FORGET, progress=False)
+    for layer in semu_layers(model).values():
+        nn.init.normal_(layer.semu_core["default"])
+    x = sample_input(same(Cnn))
+    expected, original = run(model, *x), run(same(Cnn), *x)
+    model.train()
+    model.base_model.model.norm.eval()
+
+    def objective(reference: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.no_grad():
+            torch.testing.assert_close(model(*x), expected, atol=1e-6, rtol=1e-5)
+            assert torch.equal(reference(*x), original)
+        assert model.training and not model.base_model.model.norm.training and not reference.training
+        return FORGET(reference, batch)
+
+    initialize_semu_weights(model, image_batches(), objective, overwrite=True, progress=False)
+    torch.testing.assert_close(run(model, *x), original)
