@@ -17,6 +17,8 @@ from .subspace import (
     initialize_semu_weights,
     starts,
 )
+from .training.callbacks import Callback, EarlyStopping
+from .training.rules import ClipGradientNorm, Rule
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
     NotInitializedError,
@@ -30,7 +32,10 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Callback",
+    "ClipGradientNorm",
     "CoreCovariance",
+    "EarlyStopping",
     "Gathered",
     "GradientSum",
     "NotInitializedError",
@@ -38,6 +43,7 @@ __all__ = [
     "RerankReport",
     "Retain",
     "RetainRule",
+    "Rule",
     "SemuConfig",
     "SemuLayer",
     "SemuModel",

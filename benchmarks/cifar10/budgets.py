@@ -22,6 +22,7 @@ from tasks import random_tasks
 
 from semu_peft import (
     RankBudget,
+    Retain,
     SemuConfig,
     SubspaceProfile,
     initialize_semu_weights,
@@ -72,8 +73,8 @@ def main() -> None:
             model = copy.deepcopy(adapted)
             ranks = profile.initialize(model, **settings).ranks
             result = unlearn(
-                model, loader(task.forget, task.seed), objective, retain_batches=loader(task.retain, task.seed),
-                retain_objective=4.0 * objectives.CrossEntropy(), epochs=arguments.epochs, learning_rate=1e-2,
+                model, loader(task.forget, task.seed), objective, epochs=arguments.epochs, learning_rate=1e-2,
+                retain=Retain(loader(task.retain, task.seed), objectives.CrossEntropy(), weight=4.0),
             )  # fmt: skip
             metrics = evaluate(model, task, result.trainable_parameters, result.seconds, name)
             used = sum(rank > 0 for rank in ranks.values())

@@ -13,7 +13,7 @@ from tasks import ForgettingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft import Retain, SemuConfig, initialize_semu_weights, objectives, unlearn
 from semu_peft.evaluation import predict
 from semu_peft.gradients import GradientSum, WeightSource
 from semu_peft.gradients.gather import stream_gradients
@@ -72,8 +72,7 @@ def _train(
         model,
         loader(task.forget, task.seed),
         objective,
-        retain_batches=loader(task.retain, task.seed) if retain else None,
-        retain_objective=retain * objectives.CrossEntropy() if retain else None,
+        retain=Retain(loader(task.retain, task.seed), objectives.CrossEntropy(), retain) if retain else None,
         epochs=epochs,
         learning_rate=learning_rate,
         seed=task.seed,

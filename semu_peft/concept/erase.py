@@ -23,6 +23,7 @@ from semu_peft.objectives.diffusion import (
 )
 from semu_peft.objectives.noise_schedule import NoiseSchedule
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
+from semu_peft.training.callbacks import EarlyStopping
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
 
@@ -139,7 +140,7 @@ def unlearn_concept(
     family = family_of(pipe)
     denoiser: Any = getattr(pipe, family.denoiser)
     _check(denoiser, adapter_name, forget, examples, cache, steps)
-    own = {"epochs": "steps", "max_steps": "steps"} | ({"metric": "preview"} if preview is not None else {})
+    own = {"epochs": "steps", "max_steps": "steps"} | ({"callbacks": "preview"} if preview is not None else {})
     if taken := sorted(set(own) & set(training)):
         raise ValueError(f"`{taken[0]}` follows from `{own[taken[0]]}` here: it cannot be given as well.")
     if examples is None and cache is not None and Path(cache).is_file():
@@ -180,8 +181,8 @@ def unlearn_concept(
             )
             if preview is not None:
                 first = next(iter(in_order))
-                training["metric"] = _Watch(pipe, preview, previews, forgetting, first, len(loader), epochs)
-                training["patience"] = epochs + 1
+                watch = _Watch(pipe, preview, previews, forgetting, first, len(loader), epochs)
+                training["callbacks"] = EarlyStopping(watch, patience=epochs + 1, restore_best=False)
                 preview(pipe, 0)
             result = unlearn(
                 denoiser, loader, loss, epochs=epochs, max_steps=steps, learning_rate=learning_rate,

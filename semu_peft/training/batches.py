@@ -4,61 +4,84 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from .checkpoint import Progress
+from .progress import Position
+
+_END = object()
 
 
-def as_loader(batches: Iterable[Any], name: str) -> DataLoader[Any]:
-    """A DataLoader over batches: the one given, or one over a list (or other finite iterable) of ready batches.
+def as_loader(batches: Iterable[Any], name: str, most: int | None = None) -> DataLoader[Any]:
+    """Return a DataLoader over batches: the one given, or one over ready batches.
+
+    Args:
+        batches: A DataLoader; an `IterableDataset` of ready batches; a list or another iterable of ready batches.
+        name: The argument to name in errors.
+        most: How many ready batches are needed at most, which bounds what is taken of an endless iterator.
 
     Raises:
-        ValueError: It is empty or has no length; `name` is the argument to name.
+        TypeError: There is nothing to go through.
+        ValueError: It is empty.
     """
-    loader = batches if isinstance(batches, DataLoader) else _ready_batches(batches)
-    try:
-        count = len(loader)
-    except TypeError as error:
-        raise ValueError(f"`{name}` must have a length; wrap an iterable dataset into a list of batches.") from error
-    if count == 0:
-        raise ValueError(f"`{name}` is empty: expected at least one batch.")
+    if isinstance(batches, DataLoader):
+        loader = batches
+    elif isinstance(batches, IterableDataset):
+        loader = DataLoader(batches, batch_size=None)
+    elif not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
+        raise TypeError(
+            f"`{name}` must be a DataLoader or a list of batches, got {type(batches).__name__}. Wrap one batch as "
+            "`[batch]`."
+        )
+    else:
+        # One more than is needed, or the run would take the last one for the end of an epoch.
+        most = None if most is None or isinstance(batches, Sized) else most + 1
+        ready: list[Any] = list(itertools.islice(batches, most))
+        loader = DataLoader(ready, batch_size=1, shuffle=False, collate_fn=_only)  # type: ignore[arg-type]
+    if batches_in(loader) == 0:
+        raise ValueError(f"`{name}` is empty: expected at least one batch. An iterator may have been used up before.")
     return loader
 
 
-def _ready_batches(batches: Iterable[Any]) -> DataLoader[Any]:
-    return DataLoader(list(batches), batch_size=1, shuffle=False, collate_fn=_only)  # type: ignore[arg-type]
+def batches_in(loader: DataLoader[Any]) -> int | None:
+    """Return how many batches one pass has; None for an iterable dataset that does not say."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def _only(items: list[Any]) -> Any:
     return items[0]
 
 
-def rest_of_epoch(loader: DataLoader[Any], seed: int, epoch: int, seen: int) -> Iterator[Any]:
-    """The batches of an epoch, without the first `seen`.
+def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator[Any, None, None]:
+    """The batches of an epoch, without those that were seen already.
 
-    Each epoch of each loader draws from a random state of its own, set by `seed` and `epoch`: a resumed run loads the
+    Each epoch of each loader draws from a random state of its own, set by `seed` and epoch: a resumed run loads the
     seen batches again and is then where the interrupted one was, whatever samplers and augmentations had drawn.
     """
-    loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    own = _seeded_random_states(seed + epoch)
+    seen = at.batch
+    loader.set_epoch(at.epoch)  # type: ignore[attr-defined]
+    random_states = _seeded_random_states(seed + at.epoch)
     iterator: Iterator[Any] | None = None
     try:
         for index in itertools.count():
             outside = _random_states()
-            _set_random_states(own)
+            _set_random_states(random_states)
             try:
                 iterator = iter(loader) if iterator is None else iterator
-                batch = next(iterator, None)
+                batch = next(iterator, _END)
             finally:
-                own = _random_states()
+                random_states = _random_states()
                 _set_random_states(outside)
-            if batch is None:
+            if batch is _END:
                 return
             if index >= seen:
                 yield batch
@@ -66,13 +89,36 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, epoch: int, seen: int) -> 
         loader.end()  # type: ignore[attr-defined]  # or a run that stops midway leaves it as Accelerate's active one
 
 
-def cycle(loader: DataLoader[Any], seed: int, state: Progress) -> Iterator[Any]:
-    """The batches of retain data, epoch after epoch, from where the run stands."""
+def in_steps(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
+    """Groups of `size` batches, one group a step, each with whether it is the last of the epoch; that may be smaller.
+
+    >>> list(in_steps(iter("abc"), 2))
+    [(['a', 'b'], False), (['c'], True)]
+    """
+    group: list[Any] = []
+    for batch in batches:
+        if len(group) == size:
+            yield group, False
+            group = []
+        group.append(batch)
+    if group:
+        yield group, True
+
+
+def cycle(loader: DataLoader[Any], seed: int, at: Position) -> Generator[Any, None, None]:
+    """The batches of retain data, epoch after epoch, from where the run stands.
+
+    Raises:
+        ValueError: The loader gives no batch any more.
+    """
     while True:
-        for batch in rest_of_epoch(loader, seed, state.retain_epoch, state.retain_batch):
-            state.retain_batch += 1
-            yield batch
-        state.retain_epoch, state.retain_batch = state.retain_epoch + 1, 0
+        with closing(rest_of_epoch(loader, seed, at)) as batches:
+            for batch in batches:
+                at.batch += 1
+                yield batch
+        if at.batch == 0:
+            raise ValueError(f"`retain` gave no batch in epoch {at.epoch}. Check that it gives its batches anew.")
+        at.next_epoch()
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -95,6 +141,11 @@ def _seeded_random_states(seed: int) -> tuple[Any, ...]:
 
 
 def batch_size(batch: Any) -> int:
-    """How many examples a batch holds: the length of its first tensor, 1 where there is none."""
+    """How many examples a batch holds: the length of its first tensor, 1 where there is none.
+
+    >>> import torch
+    >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4)})
+    4
+    """
     values = list(batch.values()) if hasattr(batch, "values") else list(batch)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 1)

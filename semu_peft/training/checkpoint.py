@@ -2,100 +2,91 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-
-from semu_peft.objectives.base import Objective
 
 _STATE_FILE = "unlearn_state.pt"
 
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch already seen
-    retain_epoch: int = 0
-    retain_batch: int = 0
-    examples: int = 0
-    best_metric: float = -math.inf
-    epochs_without_gain: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+Parts = Mapping[str, Sequence[Any]]
+"""What a run consists of beside model and optimiser, by kind: objects with `state_dict` and `load_state_dict`."""
 
 
-def _trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, parts: Parts) -> None:
+    """Write `output_dir/checkpoint-{step}`, under another name until it is whole.
 
-
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    state: Progress,
-    schedule: LRScheduler,
-    objectives: list[Objective],
-) -> None:
-    """Write `output_dir/checkpoint-{step}`, under another name until it is whole."""
-    folder = output_dir / f"checkpoint-{state.step}"
+    Args:
+        accelerator: It holds the model and the optimiser.
+        output_dir: The folder of the run.
+        step: How many steps were taken.
+        parts: The rest of the run; objects without a `state_dict` have no state.
+    """
+    folder = Path(output_dir) / f"checkpoint-{step}"
     partial = folder.with_suffix(".partial")
-
-    def keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-        weights[:] = [_trainable_state(accelerator.unwrap_model(model)) for model in models]
-
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)
     accelerator.wait_for_everyone()
-    hook = accelerator.register_save_state_pre_hook(keep_trainable)
-    try:
-        accelerator.save_state(str(partial))
-    finally:
-        hook.remove()
+    _save_trained(accelerator, partial)
+    states = {kind: [_state_of(member) for member in members] for kind, members in parts.items()}
     if accelerator.is_main_process:
-        torch.save(
-            {
-                "progress": vars(state),
-                "scheduler": schedule.state_dict(),
-                "objectives": [objective.state_dict() for objective in objectives],
-            },
-            partial / _STATE_FILE,
-        )
+        torch.save(states, partial / _STATE_FILE)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(
-    accelerator: Accelerator, folder: Path, schedule: LRScheduler, objectives: list[Objective]
-) -> Progress:
-    """Restore all that `save_checkpoint` wrote and return where the run stood.
+def _save_trained(accelerator: Accelerator, folder: Path) -> None:
+    def keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+        weights[:] = [_trained_state(accelerator.unwrap_model(model)) for model in models]
+
+    hook = accelerator.register_save_state_pre_hook(keep_trained)
+    try:
+        accelerator.save_state(str(folder))
+    finally:
+        hook.remove()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, parts: Parts) -> None:
+    """Restore all that `save_checkpoint` wrote.
+
+    Args:
+        accelerator: It holds the model and the optimiser.
+        folder: The checkpoint.
+        parts: The rest of the run, as many of each kind as were saved.
 
     Raises:
-        ValueError: The checkpoint is of other trained parameters; nothing is changed then.
+        ValueError: The checkpoint is of other trained parameters or of a run with other parts; nothing is changed then.
     """
     for index, model in enumerate(accelerator._models):
         _check_weights(accelerator.unwrap_model(model), folder / f"model{f'_{index}' if index else ''}.safetensors")
+    states = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
+    _check_parts(states, parts, folder)
     accelerator.load_state(str(folder), strict=False)
-    saved = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
-    schedule.load_state_dict(saved["scheduler"])
-    for objective, objective_state in zip(objectives, saved["objectives"], strict=True):
-        objective.load_state_dict(objective_state)
-    return Progress(**saved["progress"])
+    for kind, members in parts.items():
+        for member, state in zip(members, states[kind], strict=True):
+            if hasattr(member, "load_state_dict"):
+                member.load_state_dict(state)
+
+
+def _state_of(member: Any) -> dict[str, Any]:
+    return member.state_dict() if hasattr(member, "state_dict") else {}
+
+
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _check_weights(model: nn.Module, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    expected = {name: tuple(tensor.shape) for name, tensor in _trainable_state(model).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _trained_state(model).items()}
     if saved != expected:
         differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise ValueError(
@@ -105,8 +96,18 @@ def _check_weights(model: nn.Module, path: Path) -> None:
         )
 
 
+def _check_parts(states: Mapping[str, Sequence[Any]], parts: Parts, folder: Path) -> None:
+    for kind, members in parts.items():
+        saved = len(states.get(kind, ()))
+        if saved != len(members):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} is of a run with {saved} {kind}, this one has {len(members)}. "
+                "Resume with the arguments of the interrupted run."
+            )
+
+
 def find_checkpoint(wanted: str | Path, output_dir: str | Path | None) -> Path:
-    """The folder of a checkpoint, or of the latest one in `output_dir`.
+    """Find the folder of a checkpoint, or of the latest one in `output_dir`.
 
     Raises:
         FileNotFoundError: There is none.

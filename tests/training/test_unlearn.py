@@ -7,71 +7,38 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from models import CLASSES, Cnn, Mlp, Snapshot, image_batches, run, vector_batches
-from peft import LoraConfig, OFTConfig, get_peft_model
+from models import CLASSES, Cnn, Snapshot, image_batches, run, vector_batches
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from training_runs import (
+    QUIET,
+    Interrupted,
+    Schedule,
+    assert_same_state,
+    loader,
+    lora,
+    oft,
+    plain,
+    semu,
+    trained_state,
+)  # fmt: skip
 
-from semu_peft import SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
+from semu_peft import Retain, SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
 from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
     RandomLabel,
     UniformDistribution,
 )
+from semu_peft.training.callbacks import EarlyStopping
 from semu_peft.tuner.adapted import semu_layers
-
-QUIET: dict[str, Any] = {"progress": False}
-
-
-def semu(kind: type[Mlp | Cnn] = Mlp, **options: Any) -> nn.Module:
-    """A model with an initialised SEMU adapter, the same at every call."""
-    torch.manual_seed(11)
-    model = get_peft_model(kind(), SemuConfig(target_modules=kind.targets, **options))
-    batches = vector_batches() if kind is Mlp else image_batches()
-    initialize_semu_weights(model, batches, CrossEntropy(), progress=False)
-    return model
-
-
-def lora() -> nn.Module:
-    torch.manual_seed(11)
-    return get_peft_model(Mlp(), LoraConfig(target_modules=["fc1", "fc2"], lora_dropout=0.5))
-
-
-def oft() -> nn.Module:
-    torch.manual_seed(11)
-    return get_peft_model(Mlp(), OFTConfig(target_modules=["fc2"], oft_block_size=2))
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(11)
-    model = Mlp()
-    model.fc1.requires_grad_(False)
-    return model
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    different = [name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])]
-    assert not different
-
-
-def loader(count: int = 13, size: int = 4, seed: int = 0, **options: Any) -> DataLoader[Any]:
-    """A shuffled loader whose last batch is smaller."""
-    x, y = (torch.cat(part) for part in zip(*vector_batches(count, 1, seed), strict=True))
-    return DataLoader(TensorDataset(x, y), batch_size=size, **{"shuffle": True, **options})
-
 
 # ---- what it trains ----
 
@@ -139,7 +106,7 @@ def test_the_update_is_the_optimisers() -> None:
     loss = CrossEntropy()(twin.eval(), forget[0]) + 0.5 * UniformDistribution()(twin, retain[0])
     loss.backward()
     result = unlearn(
-        model, forget, CrossEntropy(), retain_batches=retain, retain_objective=0.5 * UniformDistribution(),
+        model, forget, CrossEntropy(), retain=Retain(retain, 0.5 * UniformDistribution()),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), epochs=1, **QUIET,
     )  # fmt: skip
     for name, parameter in twin.named_parameters():
@@ -261,8 +228,9 @@ def test_history() -> None:
     """One entry a step with step, epoch and loss; with retain data its two parts; the metric at the end of an epoch."""
     model = semu()
     result = unlearn(
-        model, vector_batches(3), CrossEntropy(), retain_batches=vector_batches(2, seed=4),
-        retain_objective=0.5 * UniformDistribution(), metric=lambda m: 7.0, epochs=2, patience=5, **QUIET,
+        model, vector_batches(3), CrossEntropy(), epochs=2,
+        retain=Retain(vector_batches(2, seed=4), UniformDistribution(), weight=0.5),
+        callbacks=EarlyStopping(lambda m: 7.0, patience=5), **QUIET,
     )  # fmt: skip
     assert isinstance(result, UnlearnResult)
     assert [entry["step"] for entry in result.history] == [1, 2, 3, 4, 5, 6]
@@ -293,9 +261,7 @@ def test_retain_data_goes_round() -> None:
         return CrossEntropy()(model, batch)
 
     batches = [(torch.full((2, 6), float(index)), torch.zeros(2, dtype=torch.long)) for index in range(4)]
-    unlearn(
-        semu(), vector_batches(3), CrossEntropy(), retain_batches=batches, retain_objective=retain, epochs=3, **QUIET
-    )
+    unlearn(semu(), vector_batches(3), CrossEntropy(), retain=Retain(batches, retain), epochs=3, **QUIET)
     assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 0]
 
 
@@ -314,8 +280,8 @@ def test_early_stopping(metrics: list[float], patience: int, min_delta: float, e
     """Stops after `patience` epochs in a row without a gain of `min_delta` over the best so far."""
     values = iter(metrics)
     result = unlearn(
-        semu(), vector_batches(2), CrossEntropy(), metric=lambda model: next(values), patience=patience,
-        min_delta=min_delta, epochs=len(metrics), **QUIET,
+        semu(), vector_batches(2), CrossEntropy(), epochs=len(metrics),
+        callbacks=EarlyStopping(lambda model: next(values), patience, min_delta), **QUIET,
     )  # fmt: skip
     assert result.steps == 2 * epochs
     assert result.stopped_early == (epochs < len(metrics) or metrics[-1] < metrics[0])
@@ -330,9 +296,9 @@ def test_the_metric_may_do_as_it_likes_with_modes_and_gradients() -> None:
         return 0.0
 
     states = []
-    for given in (None, metric):
+    for callbacks in ((), EarlyStopping(metric, patience=9, restore_best=False)):
         model = semu()
-        unlearn(model, vector_batches(), CrossEntropy(), metric=given, patience=9, epochs=3, **QUIET)
+        unlearn(model, vector_batches(), CrossEntropy(), callbacks=callbacks, epochs=3, **QUIET)
         states.append(trained_state(model))
     assert_same_state(*states)
 
@@ -360,7 +326,6 @@ def test_each_run_has_its_own_precision() -> None:
         dtypes.clear()
         unlearn(model, vector_batches(), CrossEntropy(), epochs=1, mixed_precision=precision, **QUIET)
         assert set(dtypes) == {expected}
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_ones_own_accelerator() -> None:
@@ -392,7 +357,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
     result = unlearn(
         semu(), vector_batches(), CrossEntropy(), epochs=2, output_dir=tmp_path, log_with="tensorboard",
-        metric=lambda model: 0.25, **QUIET,
+        callbacks=EarlyStopping(lambda model: 0.25), **QUIET,
     )  # fmt: skip
     folders = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
     assert len(folders) == 1
@@ -418,7 +383,7 @@ def test_the_loader_comes_back() -> None:
     data, retain = loader(), loader(seed=5)
     before = [(dict(vars(each)), each.sampler, each.batch_sampler, each.batch_sampler.sampler) for each in (data, retain)]  # fmt: skip  # noqa: E501
     for _ in range(2):
-        unlearn(semu(), data, CrossEntropy(), retain_batches=retain, retain_objective=CrossEntropy(), epochs=2, **QUIET)
+        unlearn(semu(), data, CrossEntropy(), retain=Retain(retain, CrossEntropy()), epochs=2, **QUIET)
     for each, (attributes, sampler, batch_sampler, inner) in zip((data, retain), before, strict=True):
         assert vars(each) == attributes
         assert each.sampler is sampler and each.batch_sampler is batch_sampler and batch_sampler.sampler is inner
@@ -538,29 +503,14 @@ DATA: dict[str, Data] = {
 }
 
 
-class Interrupted(Exception):
-    pass
-
-
-class Schedule(torch.optim.lr_scheduler.CosineAnnealingLR):
-    """A schedule that pulls the plug: it raises instead of taking a step after `dies_after`."""
-
-    dies_after: ClassVar[float] = math.inf
-
-    def step(self, epoch: int | None = None) -> None:
-        if self.last_epoch >= self.dies_after:
-            raise Interrupted
-        super().step(epoch)
-
-
 def long_run(model: nn.Module, data: Any, *, dies_after: float = math.inf, **options: Any) -> UnlearnResult:
     """A run with everything that has a state: two loaders, a random objective, a schedule, a metric."""
     schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
     return unlearn(
         model, data, RandomLabel(seed=7) + 0.1 * CrossEntropy(), epochs=4, scheduler=schedule,
-        retain_batches=loader(9, 2, seed=5), retain_objective=0.5 * RandomLabel(seed=8),
-        metric=lambda m: -CrossEntropy()(m, vector_batches(1)[0]).item(), patience=50, max_grad_norm=1.0,
-        **{**QUIET, **options},
+        retain=[Retain(loader(9, 2, seed=5), RandomLabel(seed=8), 0.5), Retain(loader(7, 2), RandomLabel(seed=9), 0.1)],
+        callbacks=EarlyStopping(lambda m: -CrossEntropy()(m, vector_batches(1)[0]).item(), patience=50),
+        max_grad_norm=1.0, **{**QUIET, **options},
     )  # fmt: skip
 
 
@@ -593,6 +543,25 @@ def semu_at(seed: int) -> nn.Module:
     return model
 
 
+def pissa() -> nn.Module:
+    torch.manual_seed(11)
+    return get_peft_model(plain(), LoraConfig(target_modules=["fc1"], r=2, init_lora_weights="pissa"))
+
+
+def test_the_original_after_a_resume_is_that_of_the_start(tmp_path: Path) -> None:
+    """PiSSA moves the start into the adapter; a resumed run measures against the original all the same."""
+
+    def run(model: nn.Module, **options: Any) -> UnlearnResult:
+        return unlearn(
+            model, vector_batches(), DecoupledDistillation(), epochs=4, output_dir=tmp_path, **QUIET, **options
+        )
+
+    whole, resumed = pissa(), pissa()
+    expected = run(whole, checkpointing_steps=5)
+    assert run(resumed, resume_from_checkpoint=tmp_path / "checkpoint-5").history == expected.history
+    assert_same_state(trained_state(resumed), trained_state(whole))
+
+
 @pytest.mark.parametrize("make", [lora, plain], ids=["lora", "plain"])
 def test_resume_of_other_methods(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Resuming works for whatever is trained."""
@@ -622,12 +591,14 @@ def test_resume_with_ones_own_accelerator(tmp_path: Path) -> None:
 
 def test_resume_keeps_the_patience(tmp_path: Path) -> None:
     """Early stopping counts on across a resume, and a run that had stopped stays stopped."""
-    options: dict[str, Any] = {"metric": lambda model: 1.0, "patience": 3, "epochs": 9, "output_dir": tmp_path, **QUIET}
-    unlearn(semu(), vector_batches(2), CrossEntropy(), checkpointing_steps=2, **options)
+    options: dict[str, Any] = {"epochs": 9, "output_dir": tmp_path, **QUIET}
+    stopping = EarlyStopping(lambda model: 1.0, patience=3)
+    unlearn(semu(), vector_batches(2), CrossEntropy(), checkpointing_steps=2, callbacks=stopping, **options)
     for step in (4, 8):
         result = unlearn(
-            semu(), vector_batches(2), CrossEntropy(), resume_from_checkpoint=tmp_path / f"checkpoint-{step}", **options
-        )
+            semu(), vector_batches(2), CrossEntropy(), resume_from_checkpoint=tmp_path / f"checkpoint-{step}",
+            callbacks=EarlyStopping(lambda model: 1.0, patience=3), **options,
+        )  # fmt: skip
         assert result.steps == 8 and result.stopped_early
 
 
@@ -679,16 +650,27 @@ class Endless(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"batches": []}, ValueError, ["`batches` is empty"]),
-        ({"batches": iter(())}, ValueError, ["`batches` is empty"]),
-        ({"batches": DataLoader(Endless(), batch_size=None)}, ValueError, ["`batches`", "length", "list"]),
-        ({"retain_batches": vector_batches()}, ValueError, ["`retain_objective`"]),
-        ({"retain_objective": CrossEntropy()}, ValueError, ["`retain_batches`"]),
-        ({"retain_batches": [], "retain_objective": CrossEntropy()}, ValueError, ["`retain_batches` is empty"]),
+        ({"forget": []}, ValueError, ["`forget` is empty"]),
+        ({"forget": iter(())}, ValueError, ["`forget` is empty"]),
+        ({"forget": 3}, TypeError, ["`forget`", "int", "list"]),
+        ({"forget": DataLoader(Endless(), batch_size=None)}, ValueError, ["`forget`", "length", "`max_steps`"]),
+        ({"forget": Endless()}, ValueError, ["`forget`", "length", "`max_steps`"]),
+        ({"retain": vector_batches()}, TypeError, ["`retain`", "Retain(batches, objective)"]),
+        ({"retain": Retain([], CrossEntropy())}, ValueError, ["`retain` is empty"]),
+        ({"objective": CrossEntropy}, TypeError, ["`objective`", "CrossEntropy()"]),
+        ({"rules": [lambda step: None]}, TypeError, ["`rules`", "`Rule`"]),
+        ({"callbacks": [EarlyStopping]}, TypeError, ["`callbacks`", "on_step_end"]),
+        ({"callbacks": [object()]}, TypeError, ["`callbacks`", "on_step_end"]),
+        ({"max_grad_norm": 0.0}, ValueError, ["`max_grad_norm`", "0.0"]),
+        ({"max_grad_norm": -1}, ValueError, ["`max_grad_norm`", "-1"]),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, TypeError, ["`optimizer`", "SGD", "lambda"]),
+        ({"optimizer": "sgd"}, TypeError, ["`optimizer`", "str", "lambda"]),
+        ({"optimizer": lambda parameters: None}, TypeError, ["`optimizer`", "NoneType", "return"]),
+        ({"optimizer": torch.optim.LBFGS, "mixed_precision": "fp16"}, ValueError, ["`mixed_precision`", "LBFGS"]),
+        ({"adapter_name": "other"}, ValueError, ["`adapter_name`", "'other'", "'default'"]),
         ({"epochs": 0}, ValueError, ["`epochs`", "0"]),
         ({"epochs": 1.5}, ValueError, ["`epochs`", "1.5"]),
         ({"max_steps": 0}, ValueError, ["`max_steps`"]),
-        ({"patience": -1}, ValueError, ["`patience`"]),
         ({"gradient_accumulation_steps": 0}, ValueError, ["`gradient_accumulation_steps`"]),
         ({"checkpointing_steps": 2}, ValueError, ["`checkpointing_steps`", "`output_dir`"]),
         ({"log_with": "tensorboard"}, ValueError, ["`log_with`", "`output_dir`"]),
@@ -705,7 +687,7 @@ def test_errors(options: dict[str, Any], error: type[Exception], words: list[str
     """Each names the argument and the mend, and leaves the model as it was."""
     model = semu().train()
     before = Snapshot.of(model)
-    arguments = {"batches": vector_batches(), "objective": CrossEntropy(), **QUIET, **options}
+    arguments = {"forget": vector_batches(), "objective": CrossEntropy(), **QUIET, **options}
     with pytest.raises(error) as raised:
         unlearn(model, **arguments)
     assert all(word in str(raised.value) for word in words), raised.value

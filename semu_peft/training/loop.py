@@ -1,0 +1,289 @@
+"""The loop of an unlearning run: epochs of steps, each of them losses, gradients, rules and an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from semu_peft.gradients.gather import check_loss
+from semu_peft.model_state import same_modes
+from semu_peft.objectives.base import Objective, as_objective
+from semu_peft.objectives.original import remember_start
+from semu_peft.objectives.retain import Retain
+
+from .accelerate_state import Prepared
+from .batches import batch_size, batches_in, cycle, in_steps, rest_of_epoch
+from .callbacks import Event, TrainingContext
+from .checkpoint import Parts, find_checkpoint, load_checkpoint, save_checkpoint
+from .optimizers import SchedulerFactory, linear_decay, needs_closure
+from .parameters import trained_parameters
+from .progress import Position, Progress
+from .rules import Rule, Step, look_at_changes
+from .settings import Settings
+
+_RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
+_NEXT_RETAIN_SEED = 2**20
+
+Losses = dict[str, float]
+
+
+class Loop:
+    """One run over prepared things; `train` reads from top to bottom.
+
+    Args:
+        model: The bare model, for callbacks.
+        prepared: What Accelerate made of model, optimiser and loaders.
+        objective: The loss on forget batches.
+        retain: What is added to it.
+        rules: What edits each step.
+        callbacks: What looks on.
+        settings: The rest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepared: Prepared,
+        objective: Objective,
+        retain: Sequence[Retain],
+        rules: Sequence[Rule],
+        callbacks: Sequence[Any],
+        settings: Settings,
+    ) -> None:
+        self.model, self.prepared, self.settings = model, prepared, settings
+        self.accelerator, self.optimizer = prepared.accelerator, prepared.optimizer
+        self.objectives = [objective, *(as_objective(term.objective) for term in retain)]
+        self.weights = [term.weight for term in retain]
+        self.rules, self.callbacks = rules, callbacks
+        self.accumulation = self.accelerator.gradient_accumulation_steps
+        self.parameters = trained_parameters(model)  # FSDP has put sharded ones in their places
+        self.progress = Progress(retain=[Position() for _ in retain])
+        self.epochs, total_steps = self._length()
+        self.context = TrainingContext(model, self.progress, total_steps, track=self.accelerator.log)
+
+    def _length(self) -> tuple[float, int]:
+        """How many epochs there are at most, and how many steps."""
+        batches, most = batches_in(self.prepared.forget), self.settings.max_steps
+        if batches is not None:
+            steps = self.settings.epochs * math.ceil(batches / self.accumulation)
+            return self.settings.epochs, min(steps, most or steps)
+        if most is None:
+            raise ValueError("`forget` is an iterable dataset without a length: say in `max_steps` how long to train.")
+        return math.inf, most
+
+    def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: torch.optim.Optimizer) -> None:
+        """Make the schedule, and go to where a checkpoint left off where there is one to resume from.
+
+        Raises:
+            ValueError: The checkpoint does not fit, or an optimiser with a closure is to run in fp16.
+            FileNotFoundError: There is no such checkpoint.
+        """
+        self.evaluates_again = needs_closure(bare_optimizer)
+        if self.evaluates_again and self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                f"`mixed_precision` must be 'no' or 'bf16' with {type(bare_optimizer).__name__}, got 'fp16'. It takes "
+                "several evaluations a step, which loss scaling does not allow: use 'bf16'."
+            )
+        # DeepSpeed's optimiser is no torch Optimizer.
+        self.schedule: LRScheduler = (scheduler or linear_decay)(bare_optimizer, self.context.total_steps)
+        if self.settings.resume_from_checkpoint is not None:
+            folder = find_checkpoint(self.settings.resume_from_checkpoint, self.settings.output_dir)
+            remember_start(self.model)  # the original of an adapter whose start splits the weight
+            load_checkpoint(self.accelerator, folder, self._parts())
+        self.optimizer.zero_grad()  # what the caller left in `.grad` is not ours
+
+    def _parts(self) -> Parts:
+        return {
+            "progress": [self.progress],
+            "schedules": [self.schedule],
+            "objectives": self.objectives,
+            "rules": self.rules,
+            "callbacks": self.callbacks,
+        }
+
+    # ---- the run ----
+
+    def train(self) -> None:
+        """Take all steps that are left.
+
+        Raises:
+            ValueError: A loss is no finite scalar with a gradient, or there are no batches any more.
+        """
+        self._call("on_train_begin")
+        with self._progress_bar() as self.bar, ExitStack() as streams:
+            self.retained = [streams.enter_context(closing(stream)) for stream in self._retain_streams()]
+            while not self._is_over():
+                self._train_epoch()
+        self._call("on_train_end")
+
+    def _retain_streams(self) -> list[Generator[Any, None, None]]:
+        seed = self.settings.seed + _RETAIN_SEED
+        loaders = zip(self.prepared.retain, self.progress.retain, strict=True)
+        return [cycle(loader, seed + index * _NEXT_RETAIN_SEED, at) for index, (loader, at) in enumerate(loaders)]
+
+    def _is_over(self) -> bool:
+        over = self.progress.step >= self.context.total_steps or self.progress.forget.epoch >= self.epochs
+        return over or self.context.control.should_stop
+
+    def _train_epoch(self) -> None:
+        at, before = self.progress.forget, self.progress.step
+        with closing(rest_of_epoch(self.prepared.forget, self.settings.seed, at)) as batches:
+            for group, is_last in in_steps(batches, self.accumulation):
+                self._train_step(group)
+                self._call("on_step_end")
+                if is_last:
+                    at.next_epoch()
+                    self._call("on_epoch_end")
+                self._save()
+                if self._is_over():
+                    return
+        if self.progress.step == before:
+            raise ValueError(
+                f"`forget` gave no batch in epoch {at.epoch} after the {at.batch} seen before. Check that it gives its "
+                "batches anew for each epoch, and resume with the data of the interrupted run."
+            )
+
+    def _train_step(self, batches: list[Any]) -> None:
+        together = [(batch, [next(stream) for stream in self.retained]) for batch in batches]
+        step = self._start_step()
+        losses = self._update_again_and_again(step, together) if self.evaluates_again else self._update(step, together)
+        if not self.optimizer.step_was_skipped:
+            self._apply(step, "update")
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        self.progress.forget.batch += len(batches)
+        self.progress.examples += sum(map(batch_size, batches)) * self.accelerator.num_processes
+        self._record(losses)
+
+    def _start_step(self) -> Step:
+        before = {}
+        if look_at_changes(self.rules):
+            before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return Step(self.progress.step, self.model, self.parameters, before)
+
+    def _update(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
+        losses = self._backward(step, batches)
+        self.optimizer.step()
+        return losses
+
+    def _update_again_and_again(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
+        """A step of an optimiser that evaluates the loss itself, always with the same batches and random draws."""
+        evaluations: list[Losses] = []
+        drawn = [objective.state_dict() for objective in self.objectives]
+
+        def evaluate() -> Tensor:
+            for objective, state in zip(self.objectives, drawn, strict=True):
+                objective.load_state_dict(state)
+            self.optimizer.zero_grad()
+            evaluations.append(self._backward(step, batches))
+            return torch.tensor(self._mean_over_processes(evaluations[-1])["loss"])
+
+        start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self.optimizer.step(evaluate)
+        except Exception:
+            _set(self.parameters, start)  # it fails between two evaluations, where no good step ends
+            raise
+        return evaluations[0]
+
+    # ---- one step ----
+
+    def _backward(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
+        """Leave the gradient of the mean loss over the batches of a step in `.grad`, and return the mean losses."""
+        losses = []
+        for number, (batch, retained) in enumerate(batches):
+            parts = self._losses(batch, retained, self.progress.forget.batch + number)
+            loss = torch.stack(list(parts.values())).sum()
+            losses.append(self._checked(loss, parts, self.progress.forget.batch + number))
+            # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean as well.
+            loss = loss * (self.accumulation / len(batches))
+            if number < len(batches) - 1:
+                with self.accelerator.no_sync(self.prepared.model):
+                    self.accelerator.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+        self._apply(step, "gradients")
+        return {key: sum(each[key] for each in losses) / len(losses) for key in losses[0]}
+
+    def _losses(self, batch: Any, retained: list[Any], number: int) -> dict[str, Tensor]:
+        model, where = self.prepared.model, f"batch {number} of epoch {self.progress.forget.epoch}"
+        objective, *keep = self.objectives
+        parts = {"forget_loss": _scalar(objective(model, batch), where)}
+        if retained:
+            terms = [
+                weight * _scalar(objective(model, each), f"the retain data beside {where}")
+                for weight, objective, each in zip(self.weights, keep, retained, strict=True)
+            ]
+            parts["retain_loss"] = torch.stack(terms).sum()
+        return parts
+
+    def _checked(self, loss: Tensor, parts: dict[str, Tensor], number: int) -> Losses:
+        values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"The loss is {values['loss']} at step {self.progress.step} (batch {number} of epoch "
+                f"{self.progress.forget.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm` or check that "
+                "batch."
+            )
+        return values
+
+    def _apply(self, step: Step, method: str) -> None:
+        if self.rules and method == "gradients":
+            self.accelerator.unscale_gradients()
+        with torch.no_grad():
+            for rule in self.rules:
+                getattr(rule, method)(step)
+
+    # ---- what is told about it ----
+
+    def _record(self, losses: Losses) -> None:
+        entry = self._mean_over_processes(losses)
+        if not self.weights:
+            del entry["forget_loss"]
+        self.progress.history.append({"step": self.progress.step, "epoch": self.progress.forget.epoch, **entry})
+        self.bar.update()
+        self.bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items()})
+        self.accelerator.log(entry, step=self.progress.step)
+
+    def _mean_over_processes(self, losses: Losses) -> Losses:
+        if self.accelerator.num_processes == 1:
+            return dict(losses)
+        values = torch.tensor(list(losses.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(losses, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+    def _progress_bar(self) -> Any:
+        return tqdm(
+            total=self.context.total_steps, initial=self.progress.step, desc="Unlearning",
+            disable=not self.settings.progress or not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+
+    def _call(self, event: Event) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                with torch.no_grad(), same_modes(self.model):
+                    method(self.context)
+
+    def _save(self) -> None:
+        every, folder = self.settings.checkpointing_steps, self.settings.output_dir
+        if every and folder is not None and self.progress.step % every == 0:
+            save_checkpoint(self.accelerator, folder, self.progress.step, self._parts())
+
+
+@torch.no_grad()
+def _set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _scalar(loss: Any, where: str) -> Tensor:
+    check_loss(loss, where)
+    return loss.reshape(())

@@ -1,0 +1,78 @@
+"""The optimiser and the schedule of a run, from what the user gave to make them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
+
+OptimizerFactory = Callable[[list[Any]], Optimizer]
+"""`(parameters) -> Optimizer`, or `(named_parameters) -> Optimizer` with pairs of a name and a parameter."""
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+"""`(optimizer, total_steps) -> LRScheduler`."""
+
+
+def make_optimizer(
+    factory: OptimizerFactory | None, parameters: Mapping[str, nn.Parameter], learning_rate: float
+) -> Optimizer:
+    """Make the optimiser of a run; without a factory AdamW.
+
+    Args:
+        factory: Gets a list of the parameters; or, where its argument is called `named_parameters`, pairs of a name and
+            a parameter.
+        parameters: What is trained, by name.
+        learning_rate: Of AdamW.
+
+    Raises:
+        TypeError: The factory is something else, or returned something else.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> type(make_optimizer(torch.optim.SGD, dict(layer.named_parameters()), 0.1)).__name__
+    'SGD'
+    """
+    if factory is None:
+        # AdamW's weight decay would pull the core back to zero, that is, towards remembering.
+        return torch.optim.AdamW(list(parameters.values()), lr=learning_rate, weight_decay=0.0)
+    if not callable(factory):
+        raise TypeError(
+            f"`optimizer` must be a function (parameters) -> Optimizer, got {type(factory).__name__}. Write, for "
+            "example, `optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)`."
+        )
+    given = list(parameters.items()) if _takes_names(factory) else list(parameters.values())
+    optimizer = factory(given)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` must return a torch Optimizer, got {type(optimizer).__name__}. Check that the function ends "
+            "with `return`."
+        )
+    return optimizer
+
+
+def _takes_names(factory: OptimizerFactory) -> bool:
+    try:
+        return "named_parameters" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimiser's `step` must be given a function that evaluates the loss, as that of L-BFGS.
+
+    >>> import torch
+    >>> weight = [torch.nn.Parameter(torch.zeros(1))]
+    >>> needs_closure(torch.optim.LBFGS(weight)), needs_closure(torch.optim.SGD(weight))
+    (True, False)
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def linear_decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The learning rate falls linearly to zero over the run, as in transformers' Trainer."""
+    return LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=total_steps)

@@ -1,0 +1,114 @@
+"""Which parameters a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from semu_peft.tuner.layer import NotInitializedError, SemuLayer
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what requires gradients and is not empty, by name.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    >>> list(trained_parameters(model))
+    ['0.weight', '0.bias']
+    """
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Check that there is something to train, and that SEMU adapters have been initialised.
+
+    Raises:
+        NotInitializedError: An adapter that is to be trained has not been initialised.
+        ValueError: Nothing requires gradients.
+    """
+    for layer in model.modules():
+        if isinstance(layer, SemuLayer):
+            _check_initialized(layer)
+    if not trained_parameters(model):
+        raise ValueError(
+            "`model` has no trainable parameter. An adapter loaded for inference is frozen: load it with "
+            "`is_trainable=True`, activate it with `set_adapter`, or name it in `adapter_name`."
+        )
+
+
+def _check_initialized(layer: SemuLayer) -> None:
+    for adapter in layer.active_adapters:
+        core = layer.semu_core.get(adapter)
+        if core is not None and core.requires_grad and not layer.is_initialized(adapter):
+            raise NotInitializedError(adapter)
+
+
+@contextmanager
+def only_adapter_trains(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Let gradients reach one adapter alone, and give every parameter its own flag back; None changes nothing.
+
+    Args:
+        model: A model with adapters of any PEFT method.
+        adapter_name: The adapter. Others stay as active as they are, and frozen.
+
+    Raises:
+        ValueError: There is no such adapter, or it is not active.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
+    >>> _ = model.requires_grad_(False)
+    >>> with only_adapter_trains(model, "default"):
+    ...     print(len(trained_parameters(model)))
+    2
+    >>> len(trained_parameters(model))
+    0
+    """
+    if adapter_name is None:
+        yield
+        return
+    chosen = _parameters_of(model, adapter_name)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    found = [layer for layer in layers if adapter_name in _adapters_of(layer)]
+    if not found:
+        names = sorted({name for layer in layers for name in _adapters_of(layer)})
+        raise ValueError(
+            f"`adapter_name`: {type(model).__name__} has no adapter {adapter_name!r}; it has {names or 'none'}. Add it "
+            "first, or name one of these."
+        )
+    if not any(adapter_name in layer.active_adapters for layer in found):
+        raise ValueError(
+            f"`adapter_name`: the adapter {adapter_name!r} is not active, so that training would not move it. Activate "
+            f"it first: `set_adapter({adapter_name!r})`, or with others `model.base_model.set_adapter([...])`."
+        )
+    holders: list[Any] = [getattr(layer, name, {}) for layer in found for name in layer.adapter_layer_names]
+    holders += [module.modules_to_save for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [parameter for holder in holders if adapter_name in holder for parameter in _within(holder[adapter_name])]
+
+
+def _adapters_of(layer: BaseTunerLayer) -> set[str]:
+    holders = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    return {name for holder in holders if isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for name in holder}
+
+
+def _within(held: Any) -> list[nn.Parameter]:
+    if isinstance(held, nn.Parameter):
+        return [held]
+    return list(held.parameters()) if isinstance(held, nn.Module) else []

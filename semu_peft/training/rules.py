@@ -1,0 +1,135 @@
+"""Rules edit the steps of a run: gradients before the optimiser, and what the optimiser then made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.objectives.base import finite_number
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One optimiser step, as rules see it.
+
+    Attributes:
+        number: How many steps were taken before it.
+        model: The model.
+        parameters: What is trained, by name, to be changed in place.
+        before: The values before the optimiser, by name; empty where no rule looks at them.
+    """
+
+    number: int
+    model: nn.Module = field(repr=False)
+    parameters: Mapping[str, nn.Parameter] = field(repr=False)
+    before: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients by name, to be changed in place; parameters without one are left out."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    @property
+    def changes(self) -> dict[str, Tensor]:
+        """What the optimiser (and the rules before) made of the step: the values now less those before, by name."""
+        return {name: self.parameters[name].detach() - value for name, value in self.before.items()}
+
+
+class Rule:
+    """Edits the steps of a run; subclasses define what they need of the four methods.
+
+    Rules are applied in order, without gradients. In a run in `fp16` they see gradients at their true scale.
+
+    >>> class StayWithin(Rule):
+    ...     '''Keep each parameter within a distance of its value before the step.'''
+    ...     def update(self, step):
+    ...         for name, change in step.changes.items():
+    ...             step.parameters[name].copy_(step.before[name] + change.clamp(-0.01, 0.01))
+    """
+
+    def gradients(self, step: Step) -> None:
+        """Change gradients in place, before the optimiser sees them.
+
+        An optimiser that evaluates the loss several times a step (L-BFGS) has this called each time.
+        """
+
+    def update(self, step: Step) -> None:
+        """Change the parameters in place, after the optimiser: `step.before` and `step.changes` say what it did."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be saved to go on exactly: tensors, numbers, strings, lists and dictionaries."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+@dataclass
+class ClipGradientNorm(Rule):
+    """Scale the gradient down where its norm over all trained parameters is larger than `max_norm`.
+
+    Source: Pascanu et al. 2013, arXiv 1211.5063, algorithm 1.
+
+    Args:
+        max_norm: The largest norm.
+
+    Raises:
+        TypeError: `max_norm` is no number.
+        ValueError: `max_norm` is not above zero.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> ClipGradientNorm(1.0).gradients(Step(0, torch.nn.Identity(), {"weight": weight}))
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+    """
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if finite_number(self.max_norm, "max_norm") <= 0:
+            raise ValueError(f"`max_norm` must be above zero, got {self.max_norm!r}. To clip nothing leave it out.")
+
+    def gradients(self, step: Step) -> None:
+        gradients = list(step.gradients.values())
+        if gradients:
+            norm = torch.stack([_norm(gradient) for gradient in gradients]).norm()
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).item()
+            for gradient in gradients:
+                gradient.mul_(factor)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(gradient)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes that hold a part
+
+
+def as_rules(rules: Rule | Iterable[Rule], max_grad_norm: float | None) -> tuple[Rule, ...]:
+    """Read the arguments `rules` and `max_grad_norm` as one tuple; the clipping comes first.
+
+    Raises:
+        TypeError: Something is no rule.
+        ValueError: `max_grad_norm` is not above zero.
+    """
+    several = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    for rule in several:
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"`rules` must be objects of classes that derive from `Rule`, got {rule!r}. Derive yours from "
+                "`semu_peft.training.rules.Rule`, and give an object of it."
+            )
+    if max_grad_norm is None:
+        return several
+    if finite_number(max_grad_norm, "max_grad_norm") <= 0:
+        raise ValueError(f"`max_grad_norm` must be above zero, got {max_grad_norm!r}. Leave it out to clip nothing.")
+    return (ClipGradientNorm(max_grad_norm), *several)
+
+
+def look_at_changes(rules: Iterable[Rule]) -> bool:
+    """Whether a rule has an `update`, and so needs a copy of the values before the step."""
+    return any(type(rule).update is not Rule.update for rule in rules)
