@@ -101,9 +101,10 @@ def predict(
 
     Args:
         model: Classifier whose output is logits `(batch, C)`: a tensor, a tuple that starts with it or an object with
-            `.logits`.
+            `.logits`. Logits of tokens `(batch, L, C)` count one entry a real token, see
+            [`call_model`][semu_peft.objectives.batches.call_model].
         loader: Batches `(inputs, labels)`, or dictionaries with a `labels` key whose other entries are the model's
-            keyword arguments. Labels are int64 class indices `(batch,)`.
+            keyword arguments. Labels are int64 class indices `(batch,)`, or `(batch, L)` of tokens.
         device: Where batches are sent; by default the device of the model's first parameter.
         progress: Show a progress bar.
         name: What to call the loader in the progress bar and in errors.

@@ -98,6 +98,25 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(modules.values())
 
 
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """The adapters' configurations by name, which PEFT keeps at the model that it was given, wherever that is now.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.objectives.adapter_parts import adapter_configs
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), SemuConfig(target_modules=["0"]))
+        >>> list(adapter_configs(nn.Sequential(model)))
+        ['default']
+    """
+    configs: dict[str, Any] = {}
+    for module in modules_of(model):
+        for name, config in (vars(module).get("peft_config") or {}).items():
+            configs.setdefault(name, config)
+    return configs
+
+
 def _all_parts(model: nn.Module) -> list[Part]:
     modules = modules_of(model)
     beside = {id(module) for module in modules if isinstance(module, AuxiliaryTrainingWrapper)}

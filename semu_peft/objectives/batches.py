@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapter_parts import adapter_configs
+
+IGNORED = -100  # the label of a token that does not count
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
@@ -18,6 +24,12 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 
     Raises:
         TypeError: The batch is neither, or has no labels.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.batches import split_batch
+        >>> split_batch({"input_ids": torch.tensor([[3, 4]]), "labels": torch.tensor([1])})
+        ((), {'input_ids': tensor([[3, 4]])}, tensor([1]))
     """
     if isinstance(batch, Mapping):
         inputs = dict(batch)
@@ -33,10 +45,16 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, an object or mapping with `logits`, or the first item of a tuple.
+    """Find the logits in a model's output: a tensor, an object or mapping with `logits`, or a tuple's first item.
 
     Raises:
         TypeError: The output is none of these.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.batches import logits_of
+        >>> logits_of({"logits": torch.zeros(1, 3), "loss": None})
+        tensor([[0., 0., 0.]])
     """
     if isinstance(output, Tensor):
         return output
@@ -48,19 +66,49 @@ def logits_of(output: Any) -> Tensor:
     raise TypeError(f"The model returned {type(output).__name__}: expected logits, or an output with `logits`.")
 
 
-def call_model(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Run the model on a classification batch and return its logits `(N, classes)` and the labels `(N,)`.
+def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Run the model on a batch and return one row of logits and one label for each example or real token.
+
+    A classifier's logits `(N, classes)` and labels `(N,)` are returned as they are. Of logits `(N, L, classes)` and
+    labels `(N, L)` the real tokens are taken, those whose label is not −100 and that no `attention_mask` calls padding.
+    A causal language model's prediction at position t is read against the label at t + 1, as transformers' own loss
+    reads it; those of an encoder-decoder or a token classifier are read against the label at t.
+
+    Args:
+        model: The model, bare or in any wrapper.
+        batch: See [`split_batch`][semu_peft.objectives.batches.split_batch].
+        shift_labels: Whether labels are one position ahead of the predictions; by default as the model's configuration,
+            class or PEFT task type says.
+
+    Returns:
+        Logits `(T, classes)` in the model's dtype, and labels `(T,)`.
 
     Raises:
         TypeError: The batch or the output has an unknown form.
-        ValueError: Logits and labels do not fit each other.
+        ValueError: Logits and labels do not fit each other, no label is left, or `shift_labels` must be told.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.batches import call_model
+        >>> ids, labels = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[-100, -100, 2, 3]])
+        >>> logits, labels = call_model(torch.nn.Embedding(4, 4), (ids, labels), shift_labels=True)
+        >>> logits.shape, labels
+        (torch.Size([2, 4]), tensor([2, 3]))
     """
     args, kwargs, labels = split_batch(batch)
-    logits = logits_of(model(*args, **kwargs))
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+    decodes = labels.dim() == 2 and _is_encoder_decoder(model)
+    makes_inputs = decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
+    output = model(*args, **kwargs, **({"labels": labels} if makes_inputs else {}))
+    logits = logits_of(output[1:] if makes_inputs and isinstance(output, tuple) else output)  # after the loss
+    labels = labels.to(logits.device)
+    if logits.dim() == 3 and labels.shape == logits.shape[:2]:
+        mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
+        shift = _labels_are_ahead(model) if shift_labels is None else shift_labels
+        logits, labels = _real_tokens(logits, labels, mask, shift)
+    elif logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"Classification needs logits (N, classes) and labels (N,), got {tuple(logits.shape)} and "
-            f"{tuple(labels.shape)}."
+            "Classification needs logits (N, classes) and labels (N,), or of tokens (N, L, classes) and (N, L); got "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"Labels must be integer class indices, got dtype {labels.dtype}.")
@@ -70,3 +118,47 @@ def call_model(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             f"the model has {logits.shape[1]} classes."
         )
     return logits, labels
+
+
+def _real_tokens(logits: Tensor, labels: Tensor, mask: Any, shift: bool) -> tuple[Tensor, Tensor]:
+    """The predictions `(T, classes)` and labels `(T,)` of the tokens that count, of `(N, L, classes)` and `(N, L)`."""
+    real = labels != IGNORED
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        real = real & mask.to(real.device).bool()
+    if shift:
+        logits, labels, real = logits[:, :-1], labels[:, 1:], real[:, 1:]
+    if not real.any():
+        raise ValueError(
+            f"No label of the batch counts: of {real.numel()} tokens that the model predicts, all are {IGNORED} or "
+            "padding. Leave such examples out, or cut prompts so that an answer is left."
+        )
+    return logits[real], labels[real]
+
+
+def _labels_are_ahead(model: nn.Module) -> bool:
+    """Whether the model predicts the next token at each position, as far as it says what it is."""
+    if _is_encoder_decoder(model):
+        return False  # it shifts its decoder's inputs itself
+    name = type(_transformer(model)).__name__
+    if re.search("CausalLM|LMHead|ForConditionalGeneration|ForImageTextToText", name):
+        return True
+    configs = adapter_configs(model).values() if isinstance(model, nn.Module) else ()
+    tasks = {str(getattr(config.task_type, "value", config.task_type)) for config in configs}
+    if re.search("For[A-Z]", name) or tasks & {"TOKEN_CLS", "SEQ_2_SEQ_LM"}:
+        return False
+    if "CAUSAL_LM" in tasks:
+        return True
+    raise ValueError(
+        f"{type(model).__name__} does not say whether it predicts the next token or the one at each position. Tell the "
+        "objective: `shift_labels=True` for a causal language model, `shift_labels=False` for labels in place."
+    )
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(_transformer(model), "config", None), "is_encoder_decoder", False))
+
+
+def _transformer(model: Any) -> nn.Module | None:
+    """The outermost model of transformers in the wrappers around it."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)

@@ -18,19 +18,32 @@ from .batches import call_model
 from .original import reference_model
 
 
-def _call(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    logits, labels = call_model(model, batch)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+@dataclass
+class ClassificationObjective(Objective):
+    """What the objectives below share: how a batch is read, each real token of a language model being an example.
 
+    Args:
+        shift_labels: Whether a token's label stands one position after its prediction; by default as the model says,
+            see [`call_model`][semu_peft.objectives.batches.call_model].
+    """
 
-def _original(model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:
-    """The original model's logits, without a graph, and the labels."""
-    with torch.no_grad(), reference_model(model, reference) as original:
-        return _call(original, batch)
+    distribution = "categorical"
+    shift_labels: bool | None = field(default=None, kw_only=True, repr=False)
+
+    def _read(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The logits `(T, classes)` in float32 or better, and the labels `(T,)`."""
+        logits, labels = call_model(model, batch, shift_labels=self.shift_labels)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+
+    @torch.no_grad()
+    def _read_original(self, model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """The same of the reference, or else of the model without its adapter."""
+        with reference_model(model, reference) as original:
+            return self._read(original, batch)
 
 
 @dataclass
-class CrossEntropy(Objective):
+class CrossEntropy(ClassificationObjective):
     """`−log p(y | x)`: the ordinary training loss, for retain data.
 
     Examples:
@@ -41,14 +54,12 @@ class CrossEntropy(Objective):
         1.3863
     """
 
-    distribution = "categorical"
-
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(*_call(model, batch))
+        return F.cross_entropy(*self._read(model, batch))
 
 
 @dataclass
-class GradientAscent(Objective):
+class GradientAscent(ClassificationObjective):
     """`log p(y | x)`: the training loss with its sign turned (Thudi et al. 2022, arXiv 2109.13398).
 
     Unbounded below: stop early, or the model is destroyed.
@@ -61,14 +72,12 @@ class GradientAscent(Objective):
         -1.3863
     """
 
-    distribution = "categorical"
-
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return -F.cross_entropy(*_call(model, batch))
+        return -F.cross_entropy(*self._read(model, batch))
 
 
 @dataclass
-class RandomLabel(RandomObjective):
+class RandomLabel(ClassificationObjective, RandomObjective):
     """Cross entropy to a random label other than the true one, drawn afresh at each call (SEMU, arXiv 2502.07587, §4).
 
     Args:
@@ -84,11 +93,10 @@ class RandomLabel(RandomObjective):
         9.0
     """
 
-    distribution = "categorical"
     num_labels: int | None = None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, labels = _call(model, batch)
+        logits, labels = self._read(model, batch)
         count = self.num_labels or logits.shape[-1]
         if not 2 <= count <= logits.shape[-1]:
             raise ValueError(f"`num_labels` must lie between 2 and the {logits.shape[-1]} logits, got {count}.")
@@ -97,7 +105,7 @@ class RandomLabel(RandomObjective):
 
 
 @dataclass
-class DecoupledDistillation(Objective):
+class DecoupledDistillation(ClassificationObjective):
     """Distil the original model's own prediction with the true class struck out and the rest renormalised.
 
     `KL(q ‖ p)` with `q = softmax(z_ref)` over all classes but `y` (DELETE, Zhou et al. 2025, arXiv 2503.23751). It
@@ -115,19 +123,18 @@ class DecoupledDistillation(Objective):
         True
     """
 
-    distribution = "categorical"
     reference: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        original, labels = _original(model, batch, self.reference)
+        original, labels = self._read_original(model, batch, self.reference)
         struck_out = original.scatter(1, labels.unsqueeze(1), float("-inf"))
         target = struck_out.softmax(-1)
-        logits, _ = _call(model, batch)
+        logits, _ = self._read(model, batch)
         return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
 
 
 @dataclass
-class UnseenConfidence(Objective):
+class UnseenConfidence(ClassificationObjective):
     """Treat forget examples as the model treats data that it has never seen: the target for random forgetting.
 
     A model that was retrained without some training examples is right about most of them, with the confidence of unseen
@@ -154,7 +161,6 @@ class UnseenConfidence(Objective):
         True
     """
 
-    distribution = "categorical"
     confidences: Tensor = field(repr=False)
     reference: nn.Module | None = field(default=None, repr=False)
 
@@ -168,7 +174,7 @@ class UnseenConfidence(Objective):
         self.confidences = confidences
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        original, labels = _original(model, batch, self.reference)
+        original, labels = self._read_original(model, batch, self.reference)
         index = labels.unsqueeze(1)
         struck_out = original.scatter(1, index, float("-inf"))
         # The margin orders examples whose confidence has saturated at 1.
@@ -176,12 +182,12 @@ class UnseenConfidence(Objective):
         quantile = (margin.argsort().argsort() + 0.5) / len(labels)
         confidence = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
         target = ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
-        logits, _ = _call(model, batch)
+        logits, _ = self._read(model, batch)
         return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
 
 
 @dataclass
-class InvertedHinge(Objective):
+class InvertedHinge(ClassificationObjective):
     """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621).
 
     Examples:
@@ -193,10 +199,8 @@ class InvertedHinge(Objective):
         (2.0, 0.0)
     """
 
-    distribution = "categorical"
-
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, labels = _call(model, batch)
+        logits, labels = self._read(model, batch)
         probabilities = logits.softmax(-1)
         true = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
         others = probabilities.scatter(1, labels.unsqueeze(1), -1.0)
@@ -204,7 +208,7 @@ class InvertedHinge(Objective):
 
 
 @dataclass
-class UniformDistribution(Objective):
+class UniformDistribution(ClassificationObjective):
     """`KL(uniform ‖ p)`: make the model know nothing of the forget data (Golatkar et al. 2020, arXiv 1911.04933).
 
     Examples:
@@ -215,9 +219,7 @@ class UniformDistribution(Objective):
         0.0
     """
 
-    distribution = "categorical"
-
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, _ = _call(model, batch)
+        logits, _ = self._read(model, batch)
         uniform = torch.full_like(logits, 1.0 / logits.shape[-1])
         return F.kl_div(logits.log_softmax(-1), uniform, reduction="batchmean")

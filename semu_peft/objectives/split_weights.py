@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .adapter_parts import Part, modules_of
+from .adapter_parts import Part, adapter_configs, modules_of
 
 _STARTS: Any = WeakIdKeyDictionary()  # parameter -> its value at the start; an entry goes when the parameter goes
 
@@ -48,7 +48,7 @@ def at_start(model: nn.Module, parts: list[Part]) -> AtStart:
         ValueError: The values are not at hand, as they are offloaded or sharded by DeepSpeed.
     """
     modules = modules_of(model)
-    configs = _configs(modules)
+    configs = adapter_configs(model)
     split = {part.adapter_name for part in parts if splits_weight(configs.get(part.adapter_name))}
     staying = [part for part in parts if part.adapter_name in split and isinstance(part.layer, LoraLayer)]
     changed = [parameter for part in staying for parameter in part.parameters()]
@@ -69,12 +69,3 @@ def _start(parameter: nn.Parameter) -> Tensor:
     if parameter not in _STARTS:
         _STARTS[parameter] = parameter.detach().clone()
     return _STARTS[parameter].to(parameter.device, parameter.dtype)
-
-
-def _configs(modules: list[nn.Module]) -> dict[str, Any]:
-    """The adapters' configurations, which PEFT keeps at the model that it was given, wherever that is in this one."""
-    configs: dict[str, Any] = {}
-    for module in modules:
-        for name, config in (vars(module).get("peft_config") or {}).items():
-            configs.setdefault(name, config)
-    return configs
