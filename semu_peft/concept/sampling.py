@@ -57,12 +57,12 @@ def sample_denoiser(
     draws = {"generator": generators} if "generator" in accepted else {}
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(noisy, timestep) if hasattr(scheduler, "scale_model_input") else noisy
-        told = timestep.to(device).expand(len(noisy))
-        prediction = denoiser_output(model, scaled, told, condition)
+        timesteps = timestep.to(device).expand(len(noisy))
+        noise_pred = denoiser_output(model, scaled, timesteps, condition)
         if unconditional is not None and guidance_scale != 1.0:
-            nothing = denoiser_output(model, scaled, told, unconditional)
-            prediction = nothing + guidance_scale * (prediction - nothing)
-        noisy = scheduler.step(prediction, timestep, noisy, **draws).prev_sample
+            noise_pred_uncond = denoiser_output(model, scaled, timesteps, unconditional)
+            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred - noise_pred_uncond)
+        noisy = scheduler.step(noise_pred, timestep, noisy, **draws).prev_sample
     return noisy
 
 

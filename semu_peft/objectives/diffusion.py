@@ -33,7 +33,7 @@ class _Noised(NamedTuple):
     """A batch at random timesteps."""
 
     noisy: Tensor
-    timestep: Tensor
+    timesteps: Tensor
     target: Tensor
     batch: Mapping[str, Any]
 
@@ -68,8 +68,8 @@ class DiffusionObjective(RandomObjective):
         low, high = self.timestep_span
         if not 0 <= low < high <= 1:
             raise ValueError(f"`timestep_span` must be shares 0 <= low < high <= 1, got {self.timestep_span}.")
-        given = self.scheduler
-        self.schedule = given if isinstance(given, NoiseSchedule) else NoiseSchedule.from_scheduler(given)
+        known = isinstance(self.scheduler, NoiseSchedule)
+        self.schedule = self.scheduler if known else NoiseSchedule.from_scheduler(self.scheduler)
 
     def _noised(self, batch: Any) -> _Noised:
         batch = read_batch(batch)
@@ -84,11 +84,11 @@ class DiffusionObjective(RandomObjective):
         )
 
     def _predict(self, model: nn.Module, at: _Noised, condition: Condition, guided: bool = True) -> Tensor:
-        prediction = denoiser_output(model, at.noisy, at.timestep, condition)
+        noise_pred = denoiser_output(model, at.noisy, at.timesteps, condition)
         if not guided or self.guidance_scale == 1.0:
-            return prediction
-        unconditional = denoiser_output(model, at.noisy, at.timestep, self._condition(at.batch, "unconditional"))
-        return unconditional + self.guidance_scale * (prediction - unconditional)
+            return noise_pred
+        noise_pred_uncond = denoiser_output(model, at.noisy, at.timesteps, self._condition(at.batch, "unconditional"))
+        return noise_pred_uncond + self.guidance_scale * (noise_pred - noise_pred_uncond)
 
     def _condition(self, batch: Mapping[str, Any], name: str) -> Condition:
         """A condition of the batch by its key; or `"next"` and `"random"`, another class than the batch's own."""
@@ -240,9 +240,10 @@ class NegativeGuidance(_Referenced):
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         at = self._noised(batch)
-        condition, nothing = at.batch["condition"], self._condition(at.batch, "unconditional")
-        own, unconditional = self._targets(model, at, [condition, nothing], guided=False)
-        return F.mse_loss(self._predict(model, at, condition), unconditional - self.eta * (own - unconditional))
+        condition, uncond = at.batch["condition"], self._condition(at.batch, "unconditional")
+        noise_pred, noise_pred_uncond = self._targets(model, at, [condition, uncond], guided=False)
+        target = noise_pred_uncond - self.eta * (noise_pred - noise_pred_uncond)
+        return F.mse_loss(self._predict(model, at, condition), target)
 
 
 @dataclass

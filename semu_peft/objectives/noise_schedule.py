@@ -25,7 +25,7 @@ class NoiseSchedule:
     Attributes:
         signal: `a_t`, `(T,)`, float32, falling with the index.
         noise: `s_t`, `(T,)`, float32, rising with the index.
-        timesteps: What the model is told at each index, `(T,)`, int64 or float32.
+        timesteps: What the model is given at each index, `(T,)`, int64 or float32.
         prediction_type: What the model predicts.
 
     Examples:
@@ -66,14 +66,14 @@ class NoiseSchedule:
         if hasattr(scheduler, "scale_noise") or config.get("use_flow_sigmas") or kind == "flow_prediction":
             if hasattr(scheduler, "scale_noise"):
                 fresh = type(scheduler).from_config(config)  # sampling overwrites what training needs
-                share, timesteps = fresh.sigmas[:count].float().cpu(), fresh.timesteps[:count].float().cpu()
-                share, timesteps = share.flip(0), timesteps.flip(0)
+                sigmas, timesteps = fresh.sigmas[:count].float().cpu(), fresh.timesteps[:count].float().cpu()
+                sigmas, timesteps = sigmas.flip(0), timesteps.flip(0)
             else:
-                share = torch.arange(1, count + 1) / count
+                sigmas = torch.arange(1, count + 1) / count
                 shift = config.get("flow_shift") or 1.0
-                share = shift * share / (1 + (shift - 1) * share)
-                timesteps = share * count
-            return cls(1 - share, share, timesteps * timestep_scale, "flow_prediction")
+                sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+                timesteps = sigmas * count
+            return cls(1 - sigmas, sigmas, timesteps * timestep_scale, "flow_prediction")
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(alphas, Tensor) or kind not in get_args(PredictionType):
             raise ValueError(
@@ -83,28 +83,28 @@ class NoiseSchedule:
                 "model was trained with, or a `NoiseSchedule`."
             )
         alphas = alphas.double().cpu()
-        told = torch.arange(len(alphas))
-        told = told if timestep_scale == 1.0 else told * timestep_scale
-        return cls(alphas.sqrt().float(), (1 - alphas).sqrt().float(), told, kind)
+        timesteps = torch.arange(len(alphas))
+        timesteps = timesteps if timestep_scale == 1.0 else timesteps * timestep_scale
+        return cls(alphas.sqrt().float(), (1 - alphas).sqrt().float(), timesteps, kind)
 
     def add_noise(self, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """`x_t`, shaped like `clean` `(N, ...)`, at the schedule indices `(N,)`."""
-        signal, share = self._at(index, clean)
-        return signal * clean + share * noise
+        """Make `x_t`, shaped like `clean` `(N, ...)`, at the schedule indices `(N,)`."""
+        signal_rate, noise_rate = self._at(index, clean)
+        return signal_rate * clean + noise_rate * noise
 
     def target(self, clean: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """What the model should predict at `x_t`, shaped like `clean` `(N, ...)`."""
+        """Make what the model should predict at `x_t`, shaped like `clean` `(N, ...)`."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "sample":
             return clean
         if self.prediction_type == "flow_prediction":
             return noise - clean
-        signal, share = self._at(index, clean)
-        return signal * noise - share * clean
+        signal_rate, noise_rate = self._at(index, clean)
+        return signal_rate * noise - noise_rate * clean
 
     def timesteps_at(self, index: Tensor) -> Tensor:
-        """What to tell the model at the schedule indices `(N,)`, on the device of `index`."""
+        """The timesteps that the model is given at the schedule indices `(N,)`, on the device of `index`."""
         return self.timesteps.to(index.device)[index]
 
     def draw(
