@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -30,3 +34,43 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file whole, with the same bytes for the same content.
+
+    safetensors itself writes the entries of the metadata in an order that changes from process to process.
+
+        >>> import tempfile, torch
+        >>> from semu_peft.files import save_tensors
+        >>> folder = tempfile.mkdtemp()
+        >>> first = save_tensors(f"{folder}/a.safetensors", {"core": torch.eye(2)}, {"rank": "2", "gamma": "0.9"})
+        >>> second = save_tensors(f"{folder}/b.safetensors", {"core": torch.eye(2)}, {"gamma": "0.9", "rank": "2"})
+        >>> first.read_bytes() == second.read_bytes()
+        True
+
+    Args:
+        path: The file.
+        tensors: Contiguous tensors by name, no two of which share memory.
+        metadata: Texts by name; `{"format": "pt"}` is added.
+
+    Returns:
+        The file.
+    """
+    entries = {"format": "pt", **(metadata or {})}
+    with written_whole(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=entries)
+        _sort_metadata(temporary)
+    return Path(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    # The header is its length in eight bytes and then JSON, to which spaces may be added at the end.
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from semu_peft.tuner.adapted import base_model
+
 
 class Family:
     """Stable Diffusion 1 and 2: one text encoder, cross-attention in a U-Net."""
@@ -130,7 +132,9 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: It is none of those known here.
     """
-    model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    model = getattr(pipe, "unet", None)
+    model = getattr(pipe, "transformer", None) if model is None else model
+    model = base_model(model) if isinstance(model, nn.Module) else model  # out of `torch.compile`'s wrapper
     family = _BY_DENOISER.get(type(model).__name__)
     if family is None:
         raise ValueError(
@@ -146,4 +150,4 @@ def family_of(pipe: Any) -> Family:
 
 def denoiser_of(pipe: Any) -> nn.Module:
     """The pipeline's U-Net or transformer."""
-    return getattr(pipe, family_of(pipe).denoiser)
+    return base_model(getattr(pipe, family_of(pipe).denoiser))

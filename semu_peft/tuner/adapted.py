@@ -7,15 +7,16 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .keys import without_wrappers
 from .layer import NotInitializedError, SemuLayer
 from .parameter import ParamWrapper, parameter_path
 from .tied import TiedLayer
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that the adapters were put into, out of a `PeftModel` and a distributed wrapper where there are any."""
-    root: Any = extract_model_from_parallel(model)
-    return root.get_base_model() if hasattr(root, "get_base_model") else root
+    """The model that the adapters were put into, out of whatever it is in: compiled, distributed, in a `PeftModel`."""
+    root: Any = _uncompiled(extract_model_from_parallel(_uncompiled(model)))
+    return _uncompiled(root.get_base_model()) if hasattr(root, "get_base_model") else root
 
 
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
@@ -33,7 +34,7 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
     """
     root = base_model(model)
     found = {
-        parameter_path(name, layer) if isinstance(layer, ParamWrapper) else name: layer
+        parameter_path(name, layer) if isinstance(layer, ParamWrapper) else without_wrappers(name): layer
         for name, layer in root.named_modules()
         if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer)
     }
@@ -59,6 +60,12 @@ def initialized_layers(model: nn.Module, adapter_name: str = "default") -> dict[
     return layers
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):  # in `torch.compile`'s wrapper
+        model = inside
+    return model
+
+
 def exactly(name: str) -> str:
     """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
     return "^" + name.replace(".", r"\.")
@@ -72,6 +79,6 @@ def targets_for(model: nn.Module, names: list[str]) -> list[str] | str:
         names: Full names in the base model.
     """
     endings = tuple(f".{name}" for name in names)
-    if any(other.endswith(endings) for other, _ in base_model(model).named_modules()):
+    if any(without_wrappers(other).endswith(endings) for other, _ in base_model(model).named_modules()):
         return "|".join(exactly(name)[1:] for name in names)
     return names

@@ -5,6 +5,8 @@ from __future__ import annotations
 PREFIX = "base_model.model."
 """What PEFT's files put before a layer's full name."""
 
+_WRAPPERS = ("base_layer", "_orig_mod")  # what PEFT's layers and `torch.compile` put between the names of modules
+
 
 def without_prefix(key: str) -> str:
     """A file's key as a model without PEFT's wrapper has it.
@@ -18,11 +20,11 @@ def without_prefix(key: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """The name that a module or parameter has in the model without adapters.
+    """The name that a module or parameter has in the model without adapters, and before it was compiled.
 
     Examples:
         >>> from semu_peft.tuner.keys import without_wrappers
         >>> without_wrappers("experts.base_layer.gate_up_proj")
         'experts.gate_up_proj'
     """
-    return name.replace(".base_layer", "")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -43,11 +43,11 @@ def test_one_adapter_of_two() -> None:
     """Only the named adapter is scaled; an exported LoRA has the scale in it."""
     model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
     model.add_adapter("other", SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
-    _, whole = to_lora(model, "other")
+    _, whole = to_lora(model, adapter_name="other")
     set_scale(model, -0.5, "other")
     layer = model.base_model.model.fc1
     assert layer.scaling == {"default": 1.0, "other": -0.5}
-    _, scaled = to_lora(model, "other")
+    _, scaled = to_lora(model, adapter_name="other")
     key = "base_model.model.fc1.lora_B.weight"
     torch.testing.assert_close(scaled[key], -0.5 * whole[key])
     layer.set_adapter(["other"])

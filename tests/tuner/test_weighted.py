@@ -101,7 +101,7 @@ def test_the_model_with_the_sum(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         run(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "sum"), *x), expected, **EXACT
     )
-    config, _ = to_lora(model, "sum")
+    config, _ = to_lora(model, adapter_name="sum")
     assert config.r > 0
     model.delete_adapter("sum")
 
