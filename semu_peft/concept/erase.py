@@ -138,7 +138,7 @@ def unlearn_concept(
             is left without the adapter.
     """
     family = family_of(pipe)
-    denoiser: Any = getattr(pipe, family.denoiser)
+    denoiser: Any = denoiser_of(pipe)
     _check(denoiser, adapter_name, forget, examples, cache, steps)
     own = {"epochs": "steps", "max_steps": "steps"} | ({"callbacks": "preview"} if preview is not None else {})
     if taken := sorted(set(own) & set(training)):

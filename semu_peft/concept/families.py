@@ -132,9 +132,8 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ValueError: It is none of those known here.
     """
-    model = getattr(pipe, "unet", None)
-    model = getattr(pipe, "transformer", None) if model is None else model
-    model = base_model(model) if isinstance(model, nn.Module) else model  # out of `torch.compile`'s wrapper
+    found = [getattr(pipe, name, None) for name in ("unet", "transformer")]
+    model: Any = next((base_model(model) for model in found if model is not None), None)
     family = _BY_DENOISER.get(type(model).__name__)
     if family is None:
         raise ValueError(
@@ -142,7 +141,7 @@ def family_of(pipe: Any) -> Family:
             f"denoisers are {', '.join(_BY_DENOISER)}. For others, make batches yourself and use "
             "`initialize_semu_weights` and `unlearn` with an objective of `semu_peft.objectives`."
         )
-    added: str | None = model.config.get("addition_embed_type")  # type: ignore[union-attr]
+    added: str | None = model.config.get("addition_embed_type")
     if family is Family and added == "text_time":
         family = StableDiffusionXL
     return family()

@@ -6,6 +6,8 @@ import re
 
 from torch import nn
 
+from semu_peft.tuner.adapted import base_model
+
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _PARTS = {
     # What reads the text: keys and values of cross-attention; in an MMDiT those of the text stream.
@@ -35,7 +37,7 @@ def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list
         kinds = (nn.Conv2d,) if part == "convolutions" else (nn.Linear,)
     names = [
         name
-        for name, module in denoiser.named_modules()
+        for name, module in base_model(denoiser).named_modules()
         if isinstance(module, kinds) and re.fullmatch(_PARTS[part], name)
     ]
     if not names:

@@ -90,6 +90,7 @@ def test_biases_of_layers_without_a_direction() -> None:
     model = get_peft_model(copy.deepcopy(base), config)
     layer = model.base_model.model.head
     layer.set_basis("default", torch.eye(4)[:, :2], torch.eye(8)[:, :2], torch.randn(2, 2))
+    model.base_model.model.fc1.set_basis("default", torch.zeros(10, 0), torch.zeros(6, 0))
     model.base_model.model.fc1.base_layer.bias.data.add_(1.0)
     lora_config, state = to_lora(model)
     stock = get_peft_model(copy.deepcopy(base), lora_config)
