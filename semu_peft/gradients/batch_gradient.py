@@ -201,7 +201,7 @@ class ConvGradient(BatchGradient):
 
     @classmethod
     def of(cls, conv: nn.Module, outputs: Tensor, inputs: Tensor) -> ConvGradient:
-        """From a convolution of any dimension, what it returned a gradient for and what it was given."""
+        """Make the gradient of a convolution of any dimension from its output gradients and its inputs."""
         base: Any = conv
         padding = base.padding
         if isinstance(padding, str) or base.padding_mode != "zeros":

@@ -48,7 +48,7 @@ class GradientSource(ABC):
     weight: nn.Parameter | None = None
 
     def around(self, layer: nn.Module) -> GradientSource:
-        """The same source where an adapter's layer is called in the place of the one that it was made for."""
+        """This source, for an adapter's layer that is called in the place of the one it was made for."""
         return self
 
     @abstractmethod
@@ -164,7 +164,7 @@ def token_gradients(outputs: Tensor, inputs: Tensor) -> list[BatchGradient]:
 
 
 def conv_gradients(conv: nn.Module) -> Callable[[Tensor, Tensor], list[BatchGradient]]:
-    """The same for a convolution, whose settings are `conv`'s."""
+    """Make the function that takes the gradient of a convolution with the settings of `conv`."""
     return lambda outputs, inputs: [ConvGradient.of(conv, outputs, inputs.to(outputs.dtype))]
 
 

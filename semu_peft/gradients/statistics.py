@@ -94,7 +94,7 @@ class MatrixSum(Statistic):
 
     @abstractmethod
     def copy(self) -> MatrixSum:
-        """The same sum in memory of its own."""
+        """A copy of the sum, in memory of its own."""
 
     @abstractmethod
     def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:

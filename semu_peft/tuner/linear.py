@@ -48,13 +48,13 @@ class Linear(SemuLayer):
 
     @property
     def in_features(self) -> int:
-        """As of the base layer: SDXL's pipeline asks its time embedding for it."""
+        """The base layer's input features, which SDXL's pipeline asks its time embedding for."""
         base: Any = self.get_base_layer()
         return base.weight.shape[0] if self.fan_in_fan_out else base.in_features
 
     @property
     def out_features(self) -> int:
-        """As of the base layer."""
+        """The base layer's output features."""
         base: Any = self.get_base_layer()
         return base.weight.shape[1] if self.fan_in_fan_out else base.out_features
 
