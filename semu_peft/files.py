@@ -41,21 +41,22 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
     safetensors itself writes the entries of the metadata in an order that changes from process to process.
 
-        >>> import tempfile, torch
-        >>> from semu_peft.files import save_tensors
-        >>> folder = tempfile.mkdtemp()
-        >>> first = save_tensors(f"{folder}/a.safetensors", {"core": torch.eye(2)}, {"rank": "2", "gamma": "0.9"})
-        >>> second = save_tensors(f"{folder}/b.safetensors", {"core": torch.eye(2)}, {"gamma": "0.9", "rank": "2"})
-        >>> first.read_bytes() == second.read_bytes()
-        True
+        Examples:
+            >>> import tempfile, torch
+            >>> from semu_peft.files import save_tensors
+            >>> folder = tempfile.mkdtemp()
+            >>> first = save_tensors(f"{folder}/a.safetensors", {"core": torch.eye(2)}, {"rank": "2", "gamma": "0.9"})
+            >>> second = save_tensors(f"{folder}/b.safetensors", {"core": torch.eye(2)}, {"gamma": "0.9", "rank": "2"})
+            >>> first.read_bytes() == second.read_bytes()
+            True
 
-    Args:
-        path: The file.
-        tensors: Contiguous tensors by name, no two of which share memory.
-        metadata: Texts by name; `{"format": "pt"}` is added.
+        Args:
+            path: The file.
+            tensors: Contiguous tensors by name, no two of which share memory.
+            metadata: Texts by name; `{"format": "pt"}` is added.
 
-    Returns:
-        The file.
+        Returns:
+            The file.
     """
     entries = {"format": "pt", **(metadata or {})}
     with written_whole(path) as temporary:

@@ -17,9 +17,10 @@ def device_of(model: nn.Module) -> torch.device:
     Offloaded weights lie on the meta device; whatever moves them in moves the inputs as well. A model that has no other
     parameters, or none at all, takes its inputs on the CPU.
 
-    >>> from torch import nn
-    >>> device_of(nn.Linear(2, 2)), device_of(nn.Linear(2, 2, device="meta")), device_of(nn.ReLU())
-    (device(type='cpu'), device(type='cpu'), device(type='cpu'))
+    Examples:
+        >>> from torch import nn
+        >>> device_of(nn.Linear(2, 2)), device_of(nn.Linear(2, 2, device="meta")), device_of(nn.ReLU())
+        (device(type='cpu'), device(type='cpu'), device(type='cpu'))
     """
     at_hand = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     return next(at_hand, torch.device("cpu"))
@@ -29,12 +30,13 @@ def device_of(model: nn.Module) -> torch.device:
 def same_modes(model: nn.Module) -> Iterator[None]:
     """Put every module back into its own train or eval mode after the context.
 
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Dropout()).train()
-    >>> with same_modes(model):
-    ...     _ = model.eval()
-    >>> model.training
-    True
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Dropout()).train()
+        >>> with same_modes(model):
+        ...     _ = model.eval()
+        >>> model.training
+        True
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -55,13 +57,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any model. Backward passes belong inside the context, as they recompute in it.
 
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    >>> with eval_mode(model):
-    ...     model.training
-    False
-    >>> model.training
-    True
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> with eval_mode(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
     """
     recomputing = [vars(module) for module in model.modules() if _recomputes(module)] if torch.is_grad_enabled() else []
     functions = [attributes["_gradient_checkpointing_func"] for attributes in recomputing]
@@ -82,10 +85,11 @@ def leave_recomputation(attributes: dict[str, Any]) -> None:
 
     `eval_mode` works on the layer itself and would leave the copy in train mode.
 
-    >>> attributes = {"training": True}
-    >>> leave_recomputation(attributes)
-    >>> attributes
-    {'training': True}
+    Examples:
+        >>> attributes = {"training": True}
+        >>> leave_recomputation(attributes)
+        >>> attributes
+        {'training': True}
     """
     checkpoint = getattr(attributes.get("_gradient_checkpointing_func"), "recomputes", None)
     if checkpoint is not None:

@@ -92,8 +92,9 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
 def in_steps(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
     """Groups of `size` batches, one group a step, each with whether it is the last of the epoch; that may be smaller.
 
-    >>> list(in_steps(iter("abc"), 2))
-    [(['a', 'b'], False), (['c'], True)]
+    Examples:
+        >>> list(in_steps(iter("abc"), 2))
+        [(['a', 'b'], False), (['c'], True)]
     """
     group: list[Any] = []
     for batch in batches:
@@ -143,9 +144,10 @@ def _seeded_random_states(seed: int) -> tuple[Any, ...]:
 def batch_size(batch: Any) -> int:
     """How many examples a batch holds: the length of its first tensor, 1 where there is none.
 
-    >>> import torch
-    >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4)})
-    4
+    Examples:
+        >>> import torch
+        >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4)})
+        4
     """
     values = list(batch.values()) if hasattr(batch, "values") else list(batch)
     return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 1)

@@ -57,11 +57,12 @@ class Callback:
     They are called without gradients, and may put the model into whatever mode they like. Any other object that has
     some of the four events serves as well.
 
-    >>> class Print(Callback):
-    ...     def on_step_end(self, context):
-    ...         print(context.progress.step, sorted(context.progress.history[-1]))
-    >>> Print().on_step_end(TrainingContext(nn.Identity(), Progress(1, history=[{"loss": 0.5}]), total_steps=2))
-    1 ['loss']
+    Examples:
+        >>> class Print(Callback):
+        ...     def on_step_end(self, context):
+        ...         print(context.progress.step, sorted(context.progress.history[-1]))
+        >>> Print().on_step_end(TrainingContext(nn.Identity(), Progress(1, history=[{"loss": 0.5}]), total_steps=2))
+        1 ['loss']
     """
 
     def on_train_begin(self, context: TrainingContext) -> None:
@@ -100,8 +101,9 @@ class EarlyStopping(Callback):
         TypeError: `metric` cannot be called.
         ValueError: `patience` is not a positive integer.
 
-    >>> EarlyStopping(metric=lambda model: 0.0, patience=3).patience
-    3
+    Examples:
+        >>> EarlyStopping(metric=lambda model: 0.0, patience=3).patience
+        3
     """
 
     metric: Callable[[nn.Module], float] = field(repr=False)

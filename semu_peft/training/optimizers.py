@@ -31,10 +31,11 @@ def make_optimizer(
     Raises:
         TypeError: The factory is something else, or returned something else.
 
-    >>> import torch
-    >>> layer = torch.nn.Linear(2, 1)
-    >>> type(make_optimizer(torch.optim.SGD, dict(layer.named_parameters()), 0.1)).__name__
-    'SGD'
+    Examples:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> type(make_optimizer(torch.optim.SGD, dict(layer.named_parameters()), 0.1)).__name__
+        'SGD'
     """
     if factory is None:
         # AdamW's weight decay would pull the core back to zero, that is, towards remembering.
@@ -64,10 +65,11 @@ def _takes_names(factory: OptimizerFactory) -> bool:
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether an optimiser's `step` must be given a function that evaluates the loss, as that of L-BFGS.
 
-    >>> import torch
-    >>> weight = [torch.nn.Parameter(torch.zeros(1))]
-    >>> needs_closure(torch.optim.LBFGS(weight)), needs_closure(torch.optim.SGD(weight))
-    (True, False)
+    Examples:
+        >>> import torch
+        >>> weight = [torch.nn.Parameter(torch.zeros(1))]
+        >>> needs_closure(torch.optim.LBFGS(weight)), needs_closure(torch.optim.SGD(weight))
+        (True, False)
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty

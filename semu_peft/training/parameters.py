@@ -16,10 +16,11 @@ from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what requires gradients and is not empty, by name.
 
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    >>> list(trained_parameters(model))
-    ['0.weight', '0.bias']
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+        >>> list(trained_parameters(model))
+        ['0.weight', '0.bias']
     """
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
 
@@ -59,14 +60,15 @@ def only_adapter_trains(model: nn.Module, adapter_name: str | None) -> Iterator[
     Raises:
         ValueError: There is no such adapter, or it is not active.
 
-    >>> from peft import LoraConfig, get_peft_model
-    >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
-    >>> _ = model.requires_grad_(False)
-    >>> with only_adapter_trains(model, "default"):
-    ...     print(len(trained_parameters(model)))
-    2
-    >>> len(trained_parameters(model))
-    0
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
+        >>> _ = model.requires_grad_(False)
+        >>> with only_adapter_trains(model, "default"):
+        ...     print(len(trained_parameters(model)))
+        2
+        >>> len(trained_parameters(model))
+        0
     """
     if adapter_name is None:
         yield

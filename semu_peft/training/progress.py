@@ -34,8 +34,9 @@ class Progress:
         retain: The position in the batches of each `Retain`.
         history: One entry a step, see [`UnlearnResult`][semu_peft.training.unlearn.UnlearnResult].
 
-    >>> Progress(step=3).step
-    3
+    Examples:
+        >>> Progress(step=3).step
+        3
     """
 
     step: int = 0

@@ -44,11 +44,12 @@ class Rule:
 
     Rules are applied in order, without gradients. In a run in `fp16` they see gradients at their true scale.
 
-    >>> class StayWithin(Rule):
-    ...     '''Keep each parameter within a distance of its value before the step.'''
-    ...     def update(self, step):
-    ...         for name, change in step.changes.items():
-    ...             step.parameters[name].copy_(step.before[name] + change.clamp(-0.01, 0.01))
+    Examples:
+        >>> class StayWithin(Rule):
+        ...     '''Keep each parameter within a distance of its value before the step.'''
+        ...     def update(self, step):
+        ...         for name, change in step.changes.items():
+        ...             step.parameters[name].copy_(step.before[name] + change.clamp(-0.01, 0.01))
     """
 
     def gradients(self, step: Step) -> None:
@@ -81,12 +82,13 @@ class ClipGradientNorm(Rule):
         TypeError: `max_norm` is no number.
         ValueError: `max_norm` is not above zero.
 
-    >>> import torch
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> weight.grad = torch.tensor([3.0, 4.0])
-    >>> ClipGradientNorm(1.0).gradients(Step(0, torch.nn.Identity(), {"weight": weight}))
-    >>> weight.grad
-    tensor([0.6000, 0.8000])
+    Examples:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> ClipGradientNorm(1.0).gradients(Step(0, torch.nn.Identity(), {"weight": weight}))
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
     """
 
     max_norm: float

@@ -19,9 +19,10 @@ class Settings:
     Raises:
         ValueError: A count is not a positive integer, or something needs `output_dir`.
 
-    >>> Settings(epochs=0)
-    Traceback (most recent call last):
-    ValueError: `epochs` must be a positive integer, got 0. Give at least 1.
+    Examples:
+        >>> Settings(epochs=0)
+        Traceback (most recent call last):
+        ValueError: `epochs` must be a positive integer, got 0. Give at least 1.
     """
 
     epochs: int = 2

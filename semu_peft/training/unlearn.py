@@ -37,6 +37,17 @@ class UnlearnResult:
         trainable_parameters: How many numbers were trained.
         seconds: Wall time of this call.
         stopped_early: Whether a callback stopped the run.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import unlearn
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
+        >>> result = unlearn(torch.nn.Linear(4, 3), batches, CrossEntropy(), max_steps=4, progress=False)
+        >>> result
+        UnlearnResult(steps=4, examples_seen=32, trainable_parameters=15, seconds=..., stopped_early=False)
+        >>> [entry["step"] for entry in result.history]
+        [1, 2, 3, 4]
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -122,15 +133,16 @@ def unlearn(
         NotInitializedError: A SEMU adapter has not been initialised.
         FileNotFoundError: The checkpoint does not exist.
 
-    >>> import torch
-    >>> from peft import get_peft_model
-    >>> from semu_peft import SemuConfig, initialize_semu_weights, unlearn
-    >>> from semu_peft.objectives import RandomLabel
-    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"], r=2))
-    >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
-    >>> _ = initialize_semu_weights(model, batches, RandomLabel(), progress=False)
-    >>> unlearn(model, batches, RandomLabel(), progress=False)
-    UnlearnResult(steps=10, examples_seen=80, trainable_parameters=4, seconds=..., stopped_early=False)
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, initialize_semu_weights, unlearn
+        >>> from semu_peft.objectives import RandomLabel
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"], r=2))
+        >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
+        >>> _ = initialize_semu_weights(model, batches, RandomLabel(), progress=False)
+        >>> unlearn(model, batches, RandomLabel(), progress=False)
+        UnlearnResult(steps=10, examples_seen=80, trainable_parameters=4, seconds=..., stopped_early=False)
     """
     started = time.perf_counter()
     settings = Settings(
