@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,13 +72,16 @@ def find_sources(
 
 
 def _supported_layers(plain: nn.Module) -> dict[str, nn.Module]:
-    """Layers of registered types, adapters' own layers left out, each as the module that is called in its place."""
+    """Layers of registered types, each as the module that is called in its place.
+
+    Adapters' own layers are left out, and those that an adapter trains in full (`modules_to_save`).
+    """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in plain.named_modules():
         if name.startswith(inside) and inside:
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = (*inside, f"{name}.")
         base = _called(module)[1]
         if not isinstance(base, NEVER_CALLED) and registered_source(base) is not None:

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from semu_peft.gradients.gather import Gathered, gather
+from semu_peft.gradients.processes import sum_over_processes
 from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFactory
 from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.linalg.factorize import SingularFactors
+from semu_peft.model_state import device_of
 from semu_peft.objectives.base import LossFunction
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
@@ -166,9 +169,12 @@ def _retain_sums(
     if not terms:
         return None
 
+    seen = torch.zeros(len(terms), dtype=torch.int64, device=device_of(model))
+
     def weighted(model: nn.Module, batch: tuple[int, Any]) -> Any:
-        term, inputs = terms[batch[0]], batch[1]
-        return term.weight * term.objective(model, inputs)
+        index, inputs = batch
+        seen[index] += 1
+        return terms[index].weight * terms[index].objective(model, inputs)
 
     numbered = ((index, batch) for index, term in enumerate(terms) for batch in term.batches)
     with original(model, adapter_name) as reference:
@@ -176,6 +182,12 @@ def _retain_sums(
             reference, numbered, weighted, statistic=statistic, description="Retain gradients", progress=progress,
             adapter_name=adapter_name,
         )  # fmt: skip
+    empty = [terms[index] for index, count in enumerate(sum_over_processes(seen).tolist()) if count == 0]
+    if empty:
+        raise ValueError(
+            f"`retain`: {empty[0]} has no batch. If its batches are a generator or an iterator, they may have been "
+            "used up by an earlier pass; give a DataLoader or a list."
+        )
     return _matrix_sums(gathered)
 
 

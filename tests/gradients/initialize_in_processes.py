@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
-from semu_peft.gradients import GradientSum, Sketch
+from semu_peft.gradients import CoreCovariance, GradientSum, Sketch, SquaredSum
+from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.tuner.adapted import semu_layers
 
 BATCHES = 4
+UNGROUPED = ["hidden.0", "hidden.2", "head", "body.0"]
 STATISTICS = {"exact": GradientSum, "sketch": Sketch.of_size(8)}
 
 
@@ -49,9 +52,17 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(5, 3, 6, 6, generator=draw), torch.randint(4, (5,), generator=draw)) for _ in range(BATCHES)]
 
 
+def tensors_of(gathered: Gathered) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{index}": tensor
+        for name, statistic in gathered.items()
+        for index, tensor in enumerate(statistic.tensors())
+    }
+
+
 def config(wrapper: str) -> SemuConfig:
     # FSDP makes the gradient of a sharded parameter its own affair; the grouped convolution needs it.
-    targets = ["hidden.0", "hidden.2", "head", "body.0"] + ([] if wrapper == "fsdp2" else ["body.2"])
+    targets = UNGROUPED + ([] if wrapper == "fsdp2" else ["body.2"])
     return SemuConfig(target_modules=targets, explained_variance=0.95, orthogonal_to_weight=True)
 
 
@@ -77,6 +88,13 @@ def main(wrapper: str, folder: Path) -> None:
         profile.save(folder / f"{kind}-{state.process_index}.safetensors")
         bases = {n: layer.semu_U["default"] for n, layer in semu_layers(model).items()}
         assert all(torch.equal(profile.layers[n].directions.left, basis) for n, basis in bases.items())
+    for kind, statistic in (("fisher", SquaredSum), ("covariance", CoreCovariance.of_adapter(model))):
+        gathered = gather(
+            wrapped, mine, objectives.CrossEntropy(), targets=UNGROUPED, statistic=statistic, progress=False,
+            adapter_name="default",
+        )  # fmt: skip
+        assert (gathered.batches, gathered.examples) == (BATCHES, 5 * BATCHES)
+        save_file(tensors_of(gathered), folder / f"{kind}-{state.process_index}.safetensors")
     del wrapped  # DDP's own clean-up needs the process group
     gc.collect()
     state.destroy_process_group()

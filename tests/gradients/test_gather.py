@@ -299,6 +299,12 @@ def test_a_model_with_adapters(method: str) -> None:
         torch.testing.assert_close(gathered[name].total, gradient, atol=1e-5, rtol=1e-3)
 
 
+def test_layers_that_an_adapter_trains_in_full_are_left_out() -> None:
+    """There are two of them, and only one is called."""
+    adapted = get_peft_model(Mlp(), LoraConfig(target_modules=["fc1"], modules_to_save=["head"]))
+    assert list(gather(adapted, vector_batches(), loss, progress=False)) == ["fc1", "fc2"]
+
+
 def test_an_adapters_reading() -> None:
     """With `adapter_name` convolutions are read as the adapter reads them, and only its layers are gathered."""
     model = Cnn()

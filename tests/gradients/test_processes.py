@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from initialize_in_processes import STATISTICS, batches, config, network
+from initialize_in_processes import STATISTICS, UNGROUPED, batches, config, network, tensors_of
 from peft import get_peft_model
+from safetensors.torch import load_file
 
-from semu_peft import SubspaceProfile, initialize_semu_weights, objectives
+from semu_peft import CoreCovariance, SquaredSum, SubspaceProfile, gather, initialize_semu_weights, objectives
+from semu_peft.tuner.adapted import semu_layers
 
 WORKER = Path(__file__).with_name("initialize_in_processes.py")
 
@@ -61,3 +63,19 @@ def test_two_processes_find_the_bases_of_one(wrapper: str, tmp_path: Path) -> No
             torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-3)
             for mine, other in ((one.left, layer.directions.left), (one.right, layer.directions.right)):
                 assert torch.linalg.svdvals(mine.T @ other).min() > 0.999
+    # The core covariances are taken in the bases of the last initialisation, which have the processes' signs.
+    for name, layer in semu_layers(model).items():
+        directions = first.layers[name].directions.leading(first.ranks[name])
+        layer.set_basis("default", directions.left, directions.right)
+    for kind, statistic in (("fisher", SquaredSum), ("covariance", CoreCovariance.of_adapter(model))):
+        expected = tensors_of(
+            gather(
+                model, batches(), objectives.CrossEntropy(), targets=UNGROUPED, statistic=statistic, progress=False,
+                adapter_name="default",
+            )
+        )  # fmt: skip
+        for rank in range(2):
+            found = load_file(tmp_path / f"{kind}-{rank}.safetensors")
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, atol=1e-6 * float(tensor.abs().max()), rtol=1e-3)

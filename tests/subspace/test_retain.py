@@ -175,6 +175,15 @@ def test_gradients_of_several_retain_sets_add_up() -> None:
     assert not torch.allclose(subspaces["list"], subspaces["unweighted"], atol=1e-2)
 
 
+def test_a_retain_set_without_batches_is_named() -> None:
+    """Also beside one that has some, and the adapter stays as it was."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"]))
+    retain = [Retain(vector_batches(), RETAIN), Retain([], RETAIN, weight=3.0)]
+    with pytest.raises(ValueError, match=r"`retain`: Retain\(list of 0, .*weight=3.0\) has no batch"):
+        initialize_semu_weights(model, vector_batches(), FORGET, retain=retain, progress=False)
+    assert not model.peft_config["default"].ranks
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
