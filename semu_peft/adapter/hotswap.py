@@ -19,7 +19,7 @@ _FIELDS = ("conv_mode", "core")
 
 
 @torch.no_grad()
-def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: str = "default", **kwargs: Any) -> None:
     """Replace the weights of an adapter by those of a saved one with the same layers and ranks, in place.
 
     PEFT's function of this name is for LoRA alone. Every tensor keeps its place in memory, so a model compiled with
@@ -37,6 +37,19 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
             corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown or merged.
             Nothing is changed then.
         NotInitializedError: The adapter to overwrite has no bases yet: load the saved one with `load_adapter`.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, hotswap_adapter
+        >>> config, x = SemuConfig(target_modules=["0"], r=2, init_weights=False), torch.ones(1, 4)
+        >>> first, second = (get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config) for _ in range(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     second.save_pretrained(folder)
+        ...     hotswap_adapter(first, folder)
+        >>> torch.equal(first.base_model.model[0].semu_U["default"], second.base_model.model[0].semu_U["default"])
+        True
     """
     layers = initialized_layers(getattr(model, "_orig_mod", model), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):

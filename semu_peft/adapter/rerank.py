@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from semu_peft.linalg.core import LowRank, eckart_young
+from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.layer import SemuLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RerankReport:
     """What re-ranking did to each layer.
 
@@ -29,10 +30,11 @@ class RerankReport:
     relative_error: dict[str, float]
     total_relative_error: float
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         before, after = sum(self.ranks_before.values()), sum(self.ranks_after.values())
         return (
-            f"{before} -> {after} directions in {len(self.ranks_after)} layers, error {self.total_relative_error:.2%}"
+            f"RerankReport({before} -> {after} directions in {len(self.ranks_after)} layers, "
+            f"error {self.total_relative_error:.2%})"
         )
 
 
@@ -40,7 +42,7 @@ def rerank(
     model: nn.Module,
     *,
     explained_variance: float | None = None,
-    rank: int | None = None,
+    r: int | None = None,
     adapter_name: str = "default",
 ) -> RerankReport:
     """Cut a trained adapter down, in place, to the best approximation of lower rank (Eckart–Young).
@@ -52,18 +54,29 @@ def rerank(
     Args:
         model: A model with a trained SEMU adapter.
         explained_variance: Keep the fewest directions that hold this share of each layer's `‖ΔW‖²`.
-        rank: Keep this many directions at the most; both bounds may be given.
+        r: Keep this many directions at the most; both bounds may be given.
         adapter_name: The adapter to re-rank.
 
     Raises:
         ValueError: Neither bound is given, one is out of range, or the adapter is unknown or merged.
         NotInitializedError: The adapter has no bases yet.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, rerank
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5))
+        >>> model = get_peft_model(base, SemuConfig(target_modules=["0"], r=3, init_weights=False))
+        >>> model.base_model.model[0].semu_core["default"].data = torch.diag(torch.tensor([3.0, 4.0, 0.0]))
+        >>> rerank(model, r=1)
+        RerankReport(3 -> 1 directions in 1 layers, error 60.00%)
     """
-    if explained_variance is None and rank is None:
-        raise ValueError("Give `explained_variance`, `rank` or both.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
-    share = 1.0 if explained_variance is None else explained_variance
+    if explained_variance is None and r is None:
+        raise ValueError("Give `explained_variance`, `r` or both.")
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
+    gamma = 1.0 if explained_variance is None else explained_variance
+    check_explained_variance(gamma)
     layers = initialized_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
@@ -71,7 +84,7 @@ def rerank(
     lost_total = energy_total = 0.0
     for name, layer in layers.items():
         before[name] = layer.r[adapter_name]
-        lost, energy = _rerank_layer(layer, adapter_name, share, rank) if before[name] else (0.0, 0.0)
+        lost, energy = _rerank_layer(layer, adapter_name, gamma, r) if before[name] else (0.0, 0.0)
         after[name] = layer.r[adapter_name]
         errors[name] = math.sqrt(lost / energy) if energy > 0 else 0.0
         lost_total, energy_total = lost_total + lost, energy_total + energy
@@ -80,11 +93,11 @@ def rerank(
 
 
 @torch.no_grad()
-def _rerank_layer(layer: SemuLayer, adapter_name: str, share: float, cap: int | None) -> tuple[float, float]:
+def _rerank_layer(layer: SemuLayer, adapter_name: str, gamma: float, r: int | None) -> tuple[float, float]:
     """Re-rank one layer; return the squared norm of what was lost and of what there was."""
     core = layer.get_core(adapter_name, scaled=False)
     factors = eckart_young(LowRank(layer.semu_U[adapter_name], layer.semu_V[adapter_name], core))
-    kept = factors.reaching(share, cap)
+    kept = factors.reaching(gamma, r)
     if kept.rank == 0:  # an untrained core keeps one direction to be trained in
         kept = factors.leading(1)
     values = kept.singular_values[..., : kept.rank]

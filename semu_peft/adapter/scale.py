@@ -9,7 +9,7 @@ from torch import nn
 from semu_peft.tuner.adapted import semu_layers
 
 
-def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
+def set_scale(model: nn.Module, scale: float, *, adapter_name: str = "default") -> None:
     """Apply `scale` times an adapter's correction: `W' = W + scale · U R Vᵀ`, in all of its layers.
 
     0 is the original model, 1 the trained forgetting; between them the forgetting is partial, beyond 1 it is stronger,
@@ -23,6 +23,17 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
     Raises:
         ValueError: `scale` is not finite, or the adapter is unknown or merged. Nothing is changed then.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, set_scale
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.randn(2, 4)
+        >>> original = base(x)
+        >>> model = get_peft_model(base, SemuConfig(target_modules=["0"], r=2, init_weights=False))
+        >>> set_scale(model, 0.0)
+        >>> torch.equal(model(x), original)
+        True
     """
     if not math.isfinite(scale):
         raise ValueError(f"`scale` must be a finite number, got {scale!r}.")

@@ -10,8 +10,26 @@ from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.loading import restore_layers
 
 
-def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
-    """Take an adapter out of the model; layers that then have none become stock layers again. Unknown names pass."""
+def remove_adapter(model: nn.Module, *, adapter_name: str = "default") -> None:
+    """Take an adapter out of the model; layers that then have none become stock layers again. Unknown names pass.
+
+    Args:
+        model: The model, changed in place.
+        adapter_name: The adapter to take out.
+
+    Examples:
+        >>> from peft import inject_adapter_in_model
+        >>> from semu_peft import SemuConfig
+        >>> from torch import nn
+        >>> from semu_peft.adapter.whole_model import remove_adapter
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 3)))
+        >>> remove_adapter(model)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+        )
+    """
     root: Any = base_model(model)
     restore_layers(root, adapter_name)
     configs = getattr(root, "peft_config", {})
@@ -22,7 +40,7 @@ def remove_adapter(model: nn.Module, adapter_name: str = "default") -> None:
             root._hf_peft_config_loaded = False
 
 
-def merge_and_remove(model: nn.Module, adapter_name: str = "default") -> nn.Module:
+def merge_and_remove(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
     """Add an adapter's correction to the weights for good, and leave a stock model.
 
     For models with injected adapters; a `PeftModel` has `merge_and_unload`.
@@ -37,6 +55,18 @@ def merge_and_remove(model: nn.Module, adapter_name: str = "default") -> nn.Modu
     Raises:
         ValueError: There is no such adapter, one is merged already, or a merged weight would not be finite; the weights
             are then as they were.
+
+    Examples:
+        >>> from peft import inject_adapter_in_model
+        >>> from semu_peft import SemuConfig
+        >>> from torch import nn
+        >>> from semu_peft.adapter.whole_model import merge_and_remove
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 3)))
+        >>> merge_and_remove(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+        )
     """
     layers = semu_layers(model, adapter_name)
     if merged := {name for layer in layers.values() for name in layer.merged_adapters}:
@@ -49,5 +79,5 @@ def merge_and_remove(model: nn.Module, adapter_name: str = "default") -> nn.Modu
             if layer.merged:
                 layer.unmerge()
         raise
-    remove_adapter(model, adapter_name)
+    remove_adapter(model, adapter_name=adapter_name)
     return model

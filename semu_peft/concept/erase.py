@@ -191,7 +191,7 @@ def unlearn_concept(
         if preview is not None:
             preview(pipe, result.steps)
     except Exception:
-        remove_adapter(denoiser, adapter_name)
+        remove_adapter(denoiser, adapter_name=adapter_name)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise

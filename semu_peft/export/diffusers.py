@@ -19,6 +19,7 @@ from semu_peft.files import save_tensors, written_whole
 from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.keys import PREFIX, without_prefix, without_wrappers
 from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.misnomers import check_order
 from semu_peft.tuner.parameter import ParamWrapper
 
 from .kohya import kohya_tensors
@@ -58,7 +59,9 @@ def save_as_diffusers_lora(
     Raises:
         ValueError: No component has such an adapter, the format has no place for one that has or for one of its
             layers, or the adapter is no LoRA; nothing is written then.
+        TypeError: The arguments are in PEFT's order, the path first.
     """
+    check_order("save_as_diffusers_lora(pipe, path)", pipe)
     if format not in ("diffusers", "kohya"):
         raise ValueError(f"`format` must be 'diffusers' or 'kohya', got {format!r}.")
     components = dict(_adapted_components(pipe, adapter_name))
@@ -106,7 +109,22 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter_name: str = "def
 
     Raises:
         ValueError: The model has no such adapter.
+        TypeError: The arguments are in PEFT's order, the path first.
+
+    Examples:
+        >>> import tempfile
+        >>> from peft import PeftModel, inject_adapter_in_model
+        >>> from torch import nn
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.export.diffusers import save_adapter
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 3)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 3)), save_adapter(model, folder))
+        >>> loaded.peft_config["default"].ranks
+        {'0': 2}
     """
+    check_order("save_adapter(model, path)", model)
     root: Any = base_model(model)
     config = next(iter(semu_layers(model, adapter_name).values())).configs[adapter_name]
     state_dict = get_peft_model_state_dict(root, adapter_name=adapter_name, save_embedding_layers=False)
@@ -123,6 +141,13 @@ def merge_pipeline(pipe: Any, *, adapter_name: str = "default") -> Any:
 
     `pipe.save_pretrained` then writes an ordinary checkpoint.
 
+    Args:
+        pipe: The pipeline, changed in place.
+        adapter_name: The adapter to merge.
+
+    Returns:
+        The pipeline.
+
     Raises:
         ValueError: No component has such an adapter; or see
             [`merge_and_remove`][semu_peft.adapter.whole_model.merge_and_remove].
@@ -132,7 +157,7 @@ def merge_pipeline(pipe: Any, *, adapter_name: str = "default") -> Any:
         raise ValueError(f"No component of this {type(pipe).__name__} has a SEMU adapter {adapter_name!r}.")
     for name, model in components.items():
         setattr(pipe, name, base_model(model))  # out of `get_peft_model`'s wrapper, where it has one
-        merge_and_remove(getattr(pipe, name), adapter_name)
+        merge_and_remove(getattr(pipe, name), adapter_name=adapter_name)
     return pipe
 
 

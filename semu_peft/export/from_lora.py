@@ -33,7 +33,7 @@ def from_lora(
     state_dict: Mapping[str, Tensor],
     *,
     explained_variance: float = 1.0,
-    rank: int | None = None,
+    r: int | None = None,
 ) -> tuple[SemuConfig, dict[str, Tensor]]:
     """Write a LoRA of linear layers and convolutions as a SEMU adapter, with the same `ΔW` unless it is cut down.
 
@@ -50,7 +50,7 @@ def from_lora(
         state_dict: Its weights, with PEFT's file keys, as `peft.load_peft_weights` and
             [`to_lora`][semu_peft.export.lora.to_lora] give them.
         explained_variance: Keep the fewest directions that hold this share of each layer's `‖ΔW‖²`; 1 keeps all.
-        rank: Keep this many directions at the most.
+        r: Keep this many directions at the most.
 
     Returns:
         The configuration and the state dict of the SEMU adapter, float32.
@@ -58,12 +58,22 @@ def from_lora(
     Raises:
         ValueError: The state dict holds no such LoRA, or one that is more than `W + s B A` (DoRA, biases of its own,
             grouped convolutions, embeddings, layers of an unknown kind), or a bound is out of range.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+        >>> from torch import nn
+        >>> from semu_peft import from_lora
+        >>> lora = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=2))
+        >>> _ = nn.init.ones_(lora.base_model.model[0].lora_B["default"].weight)
+        >>> config, state_dict = from_lora(lora.peft_config["default"], get_peft_model_state_dict(lora))
+        >>> config.ranks  # both columns of B are the same
+        {'0': 1}
     """
     variants = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if variants:
         raise ValueError(f"A LoRA with {', '.join(variants)} is more than `W + s B A`; merge it and start from there.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` must be a positive integer or None, got {rank!r}.")
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
     names = [without_prefix(key).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
     if not names:
         example = next(iter(state_dict), "nothing")
@@ -77,7 +87,7 @@ def from_lora(
             raise ValueError(f"`state_dict` has {down_key!r} without {up_key!r}.")
         used |= {down_key, up_key}
         factors = _factors(name, state_dict[down_key], state_dict[up_key], _scaling(config, name))
-        kept = factors.reaching(explained_variance, rank)
+        kept = factors.reaching(explained_variance, r)
         ranks[name] = kept.rank
         parts = zip(("semu_U", "semu_V", "semu_core"), diagonal(kept), strict=True)
         converted |= {f"{PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts}

@@ -18,6 +18,7 @@ from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.embedding import Embedding
 from semu_peft.tuner.keys import PREFIX
 from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.misnomers import check_order
 from semu_peft.tuner.parameter import ParamWrapper
 from semu_peft.tuner.tied import TiedLayer
 
@@ -63,7 +64,9 @@ def to_lora(
             convolution's dilation and padding modes other than zeros, adds up the weights of an
             `nn.MultiheadAttention` wrongly, cannot name every parameter, and renames some models' layers on loading.
         NotInitializedError: The adapter has no bases yet.
+        TypeError: `model` is a path.
     """
+    check_order("to_lora(model)", model)
     layers = layers_to_export(model, adapter_name)
     pairs = {name: lora_pair(layer, name, adapter_name) for name, layer in layers.items()}
     if uniform_rank:
@@ -114,13 +117,9 @@ def save_as_lora(
 
     Raises:
         ValueError: See [`to_lora`][semu_peft.export.lora.to_lora]; nothing is written then.
-        TypeError: `model` is no module.
+        TypeError: The arguments are in the order of PEFT's own `save_as_lora(path, model)`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be a module with a SEMU adapter, got {model!r}. Call `save_as_lora(model, path)`; the other "
-            "order is that of `peft.save_as_lora`."
-        )
+    check_order("save_as_lora(model, path)", model)
     config, state_dict = to_lora(model, uniform_rank=uniform_rank, adapter_name=adapter_name)
     folder = Path(path)
     save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, {key: value.cpu() for key, value in state_dict.items()})

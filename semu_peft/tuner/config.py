@@ -9,10 +9,23 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from .adapter_file import check_adapter_file
+from .misnomers import explaining
 from .model_card import fill_model_card
 from .peft_type import add_peft_type
 
+_FOREIGN = {
+    "rank": "The upper bound on every layer's rank is `r`, and the rank of single layers `rank_pattern`.",
+    "gamma": "The share of the forget gradient's energy that is kept, γ, is `explained_variance`.",
+    "init_lora_weights": "What the bases start from is `init_weights`.",
+    **dict.fromkeys(
+        ("alpha", "lora_alpha", "use_rslora"),
+        "A core has no factor α / r: it is trained at full scale, and dialled afterwards by `set_scale`.",
+    ),
+    "lora_dropout": "A correction has no dropout: it is trained with the model in eval mode.",
+}
 
+
+@explaining(_FOREIGN)
 @dataclass
 class SemuConfig(PeftConfig):
     """Configuration of a SEMU adapter, `W' = W + U R Vᵀ` with frozen orthonormal `U`, `V` and a trainable core `R`.
@@ -78,7 +91,16 @@ class SemuConfig(PeftConfig):
 
     Raises:
         ValueError: A value is outside its range, or two values contradict each other.
-        TypeError: `target_parameters` is a string.
+        TypeError: `target_parameters` is a string, or a keyword is another method's; the error names SEMU's.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> config = SemuConfig(target_modules=["0", "2"], r=4, rank_pattern={"2": 2}, init_weights="weight")
+        >>> get_peft_model(model, config).peft_config["default"].ranks
+        {'0': 4, '2': 2}
     """
 
     target_modules: list[str] | str | None = field(

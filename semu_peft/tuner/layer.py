@@ -25,7 +25,7 @@ class NotInitializedError(RuntimeError, ValueError):
         >>> from semu_peft import NotInitializedError, SemuConfig, rerank
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
         >>> try:
-        ...     rerank(model, rank=1)
+        ...     rerank(model, r=1)
         ... except NotInitializedError as error:
         ...     print(str(error).partition(":")[0])
         The SEMU adapter 'default' is not initialised

@@ -54,7 +54,7 @@ def test_a_named_adapter_among_others(tmp_path: Path) -> None:
     model.add_adapter("second", SemuConfig(target_modules=Cnn.targets, r=3, init_weights=False))
     expected = [run(model, *x), run(other, *x)]
     other.save_pretrained(tmp_path / "folder")
-    hotswap_adapter(model, str(tmp_path), "second", subfolder="folder")
+    hotswap_adapter(model, str(tmp_path), adapter_name="second", subfolder="folder")
     assert torch.equal(run(model, *x), expected[0])
     model.set_adapter("second")
     assert torch.equal(run(model, *x), expected[1])
@@ -89,5 +89,5 @@ def test_refused_while_merged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unmerge_adapter"):
         hotswap_adapter(model, str(tmp_path))
     with pytest.raises(ValueError, match="'none'"):
-        hotswap_adapter(model, str(tmp_path), "none")
+        hotswap_adapter(model, str(tmp_path), adapter_name="none")
     assert semu_layers(model)

@@ -44,7 +44,7 @@ def test_one_adapter_of_two() -> None:
     model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
     model.add_adapter("other", SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
     _, whole = to_lora(model, adapter_name="other")
-    set_scale(model, -0.5, "other")
+    set_scale(model, -0.5, adapter_name="other")
     layer = model.base_model.model.fc1
     assert layer.scaling == {"default": 1.0, "other": -0.5}
     _, scaled = to_lora(model, adapter_name="other")
@@ -66,7 +66,7 @@ def test_refused() -> None:
         with pytest.raises(ValueError, match="`scale`"):
             set_scale(model, bad)
     with pytest.raises(ValueError, match="'none'"):
-        set_scale(model, 0.5, "none")
+        set_scale(model, 0.5, adapter_name="none")
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         set_scale(model, 0.5)

@@ -103,7 +103,7 @@ def test_cut_down_by_energy_and_rank() -> None:
     """Bounds give the Eckart–Young approximation of the dense correction."""
     base, lora = lora_of("mlp")
     weights = get_peft_model_state_dict(lora)
-    for options in ({"explained_variance": 0.8}, {"rank": 1}):
+    for options in ({"explained_variance": 0.8}, {"r": 1}):
         config, state = from_lora(lora.peft_config["default"], weights, **options)
         model = get_peft_model(copy.deepcopy(base), config)
         set_peft_model_state_dict(model, state)
@@ -113,7 +113,7 @@ def test_cut_down_by_energy_and_rank() -> None:
             rank = layer.r["default"]
             lost = (dense - layer.get_delta_weight("default")).norm().item()
             assert lost == pytest.approx(values[rank:].norm().item(), abs=1e-5)
-            assert rank == 1 if "rank" in options else lost**2 <= 0.2 * dense.norm().item() ** 2 + 1e-6
+            assert rank == 1 if "r" in options else lost**2 <= 0.2 * dense.norm().item() ** 2 + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_refused() -> None:
         ({}, {}, "nothing"),
         ({"base_model.model.fc1.semu_U": torch.zeros(1)}, {}, "semu_U"),
         (half, {}, "lora_B"),
-        (state, {"rank": 0}, "`rank`"),
+        (state, {"r": 0}, "`r`"),
         (state, {"explained_variance": 0.0}, "explained_variance"),
     ):
         with pytest.raises(ValueError, match=words):

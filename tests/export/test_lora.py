@@ -165,7 +165,7 @@ def test_an_empty_adapter_is_not_exported(tmp_path: Path) -> None:
 def test_reranking_is_the_best_approximation_and_says_its_error(core: str, conv_mode: str) -> None:
     model = adapted(core=core, conv_mode=conv_mode)
     before = {name: layer.get_delta_weight("default").detach().clone() for name, layer in semu_layers(model).items()}
-    report = rerank(model, rank=2)
+    report = rerank(model, r=2)
     for name, layer in semu_layers(model).items():
         after = layer.get_delta_weight("default").detach()
         error = (after - before[name]).norm() / before[name].norm()
@@ -199,11 +199,11 @@ def test_reranking_by_all_of_the_energy_changes_nothing(images: Tensor) -> None:
     torch.testing.assert_close(model(images), untouched(images), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("bounds", [{}, {"rank": 0}, {"rank": True}, {"explained_variance": 0.0}])
+@pytest.mark.parametrize("bounds", [{}, {"r": 0}, {"r": True}, {"explained_variance": 0.0}])
 def test_reranking_refuses_bad_bounds(bounds: dict[str, object]) -> None:
     model = adapted()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="rank|explained_variance"):
+    with pytest.raises(ValueError, match="`r`|explained_variance"):
         rerank(model, **bounds)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -212,4 +212,4 @@ def test_a_merged_adapter_is_not_reranked() -> None:
     model = adapted()
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
-        rerank(model, rank=1)
+        rerank(model, r=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -28,8 +29,12 @@ from semu_peft import (
     SemuLayer,
     initialize_semu_weights,
     objectives,
+    save_as_diffusers_lora,
+    save_as_lora,
+    to_lora,
     unlearn,
 )
+from semu_peft.export.diffusers import save_adapter
 from semu_peft.tuner.adapted import semu_layers
 
 WEIGHTS = "adapter_model.safetensors"
@@ -86,6 +91,32 @@ def test_unknown_field() -> None:
     """A misspelt field is refused, not ignored."""
     with pytest.raises(TypeError, match="explained_varience"):
         SemuConfig(explained_varience=0.9)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "mend"),
+    [("rank", "`r`"), ("gamma", "`explained_variance`"), ("lora_alpha", "set_scale"), ("alpha", "set_scale"),
+     ("init_lora_weights", "`init_weights`"), ("lora_dropout", "eval mode")],
+)  # fmt: skip
+def test_words_of_other_methods(keyword: str, mend: str) -> None:
+    """The error names the keyword and what SEMU has in its place; the signature stays the dataclass's."""
+    with pytest.raises(TypeError, match=f"'{keyword}'.*{mend}"):
+        SemuConfig(target_modules=["fc1"], **{keyword: 4})
+    assert keyword not in inspect.signature(SemuConfig).parameters and "r" in inspect.signature(SemuConfig).parameters
+
+
+@pytest.mark.parametrize(
+    "export",
+    [save_as_lora, save_adapter, save_as_diffusers_lora, lambda path, _: to_lora(path)],
+    ids=["save_as_lora", "save_adapter", "save_as_diffusers_lora", "to_lora"],
+)
+def test_arguments_in_pefts_order(export: Callable[[Any, Any], Any], tmp_path: Path) -> None:
+    """PEFT's `save_as_lora` takes the path first; ours says that it takes the model, and writes nothing."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
+    for path in (tmp_path / "lora", str(tmp_path / "lora")):
+        with pytest.raises(TypeError, match=r"got the path .*lora'\. The order here is `\w+\((model|pipe)"):
+            export(path, model)
+    assert not any(tmp_path.iterdir())
 
 
 # ---- the target modules ----

@@ -229,7 +229,7 @@ def test_reranking_to_nothing_lost(cell: Cell) -> None:
     on = cell.output(model)
     rerank(model, explained_variance=1.0)
     assert_close(cell.output(model), on)
-    rerank(model, rank=1)
+    rerank(model, r=1)
     assert {layer.r["default"] for layer in semu_layers(model).values()} == {1}
 
 

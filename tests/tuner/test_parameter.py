@@ -186,7 +186,7 @@ def test_rerank_by_expert() -> None:
     """Cutting to rank 1 keeps each expert's leading direction."""
     model = adapted("mixtral")
     before = {name: layer.get_delta_weight("default").detach() for name, layer in semu_layers(model).items()}
-    rerank(model, rank=1)
+    rerank(model, r=1)
     for name, layer in semu_layers(model).items():
         left, values, right = torch.linalg.svd(before[name], full_matrices=False)
         best = left[..., :1] * values[:, None, :1] @ right[:, :1]

@@ -258,7 +258,7 @@ def test_saved_by_transformers_loaded_by_peft(make: Any, tmp_path: Path) -> None
     model = seeded(make)
     targets = ["c_attn"] if make is gpt2 else ["q_proj", "fc1"]
     model.add_adapter(SemuConfig(target_modules=targets, r=3, init_weights=False))
-    rerank(model, rank=2)
+    rerank(model, r=2)
     tokens = torch.randint(32, (2, 6))
     expected = run(model, tokens)
     model.save_pretrained(tmp_path)

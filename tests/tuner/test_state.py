@@ -69,7 +69,7 @@ def test_loading_and_reranking_keep_the_core_too() -> None:
     source, model = initialized(), waiting()
     cores = dict(model.named_parameters())
     set_peft_model_state_dict(model, get_peft_model_state_dict(source))
-    rerank(model, rank=1)
+    rerank(model, r=1)
     assert all(parameter is cores[name] for name, parameter in model.named_parameters())
     assert all(layer.semu_core["default"].shape == (1, 1) for layer in semu_layers(model).values())
 
@@ -154,7 +154,7 @@ def test_a_configuration_used_twice_keeps_to_itself() -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda model: rerank(model, rank=1),
+        lambda model: rerank(model, r=1),
         lambda model: save_as_lora(model, "never-written"),
         lambda model: model.add_weighted_adapter(["default"], [1.0], "sum"),
         lambda model: hotswap_adapter(model, "never-read"),

@@ -169,7 +169,7 @@ def test_switching_scaling_reranking_and_deleting() -> None:
             module.scale_layer(0.5)
     assert layer.scaling == {"default": 0.5, "other": 0.5}
     torch.testing.assert_close(logits(model), reference("default", "other"), atol=1e-5, rtol=0)
-    rerank(model, rank=1)
+    rerank(model, r=1)
     torch.testing.assert_close(logits(model), reference("default", "other"), atol=1e-5, rtol=0)
     model.delete_adapter("default")
     torch.testing.assert_close(logits(model), reference("other"), atol=1e-5, rtol=0)

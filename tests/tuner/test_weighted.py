@@ -66,7 +66,7 @@ def assert_orthonormal(basis: Tensor) -> None:
 def test_cat_is_exact(name: str, core: str, conv_mode: str) -> None:
     """`"cat"`: the weighted sum itself, negative weights and scales included, with orthonormal bases."""
     model = MODELS[name](core=core, conv_mode=conv_mode)
-    set_scale(model, 0.5, "second")
+    set_scale(model, 0.5, adapter_name="second")
     dense = wanted(model)
     model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum", combination_type="cat")
     layers = semu_layers(model, "sum")
@@ -87,7 +87,7 @@ def test_the_model_with_the_sum(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     x = sample_input(model.get_base_model())
     for adapter, weight in WEIGHTS.items():
-        set_scale(model, weight, adapter)
+        set_scale(model, weight, adapter_name=adapter)
     model.base_model.set_adapter(list(WEIGHTS))
     expected = run(model, *x)
     model.add_weighted_adapter(list(WEIGHTS), [1.0, 1.0], "sum", combination_type="cat")
