@@ -9,6 +9,7 @@ from peft.utils import _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .adapted import base_model
 from .config import SemuConfig
 from .keys import without_prefix
 from .layer import SemuLayer
@@ -28,6 +29,37 @@ def restore_layers(root: nn.Module, adapter_name: str) -> None:
         if stock is not None:
             parent, _, child = _get_submodules(root, name)
             setattr(parent, child, stock)
+
+
+def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Saved tensors as the model has them, with room made for all of them.
+
+    Args:
+        model: The model with the adapter, which may wait for its bases: it takes its ranks from the tensors then.
+        config: The adapter's configuration.
+        adapter_name: The adapter to fill.
+        state_dict: The tensors, by the model's keys as far as it has a place for them.
+
+    Returns:
+        The tensors, all by the model's keys.
+
+    Raises:
+        ValueError: They do not fit. An adapter that was there before stays as it was, one that was put in to be loaded
+            is taken out again.
+    """
+    # An offset that the model has no place for yet.
+    state_dict = {f"{key}.{adapter_name}" if key.endswith(".semu_offset") else key: t for key, t in state_dict.items()}
+    problem = mismatch(model, adapter_name, state_dict)
+    if problem:
+        name = type(base_model(model)).__name__
+        if made_to_load(model, config, adapter_name):
+            withdraw(model, adapter_name)
+        raise ValueError(
+            f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
+            "load it onto the model named in its adapter_config.json. The model given is left as it was."
+        )
+    make_room(model, adapter_name, state_dict)
+    return state_dict
 
 
 def mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:

@@ -7,36 +7,29 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapted import base_model, initialized_layers, targets_for
+from .adapted import initialized_layers, targets_for
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .keys import without_wrappers
 from .layer import SemuLayer
-from .loading import made_to_load, make_room, mismatch, withdraw
+from .loading import fitted
 from .mixed_batch import adapter_per_example
 from .parameter import ParamWrapper
-from .patterns import requested_rank, unmatched
+from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
-from .targets import (
-    check_parameter,
-    check_tied,
-    layer_class,
-    untied,
-)
+from .targets import check_names_of_ranks, check_parameter, check_tied, layer_class, untied
 from .tied import TiedLayer
-from .weighted import AdapterSum, CombinationType
+from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
 
 
 class SemuModel(BaseTuner):
@@ -81,11 +74,8 @@ class SemuModel(BaseTuner):
             warnings.filterwarnings("ignore", message="The following rank_pattern keys")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        names = {
-            layer.layer_name
-            for layer in self.model.modules()
-            if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core
-        }
+        layers = [layer for layer in self.model.modules() if isinstance(layer, SemuLayer)]
+        names = {layer.layer_name for layer in layers if adapter_name in layer.semu_core}
         config.ranks = {name: rank for name, rank in config.ranks.items() if name in names}
         config.offsets = [name for name in config.offsets if name in names]
 
@@ -139,40 +129,33 @@ class SemuModel(BaseTuner):
         if "_requires_grad_before" not in vars(self):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
-        names = dict(model.named_modules())
         parameters = {
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
-        self._full_names = {*(without_wrappers(name) for name in names), *parameters}
-        if unknown := unmatched(peft_config.rank_pattern, self._full_names):
-            raise ValueError(
-                f"`rank_pattern` names layers that {type(model).__name__} does not have: {unknown[:3]} ({len(unknown)} "
-                "in all). Name layers by their full names, by how those end, or by a regular expression."
-            )
-        if foreign := sorted(set(peft_config.ranks) - self._full_names):
-            raise ValueError(
-                f"`ranks` names layers that {type(model).__name__} does not have: {foreign[:3]} ({len(foreign)} in "
-                "all). The adapter was made for another architecture: load it onto the model it was trained on, or "
-                "clear `ranks` to start afresh."
-            )
+        self._full_names = {*(without_wrappers(name) for name, _ in model.named_modules()), *parameters}
+        check_names_of_ranks(peft_config, self._full_names, type(model).__name__)
         targets: SemuConfig = peft_config
-        wanted: Any = nn.Module
+        kinds: Any = nn.Module
         if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
-            targets, wanted = copy.copy(peft_config), (nn.Linear, Conv1D)
+            targets, kinds = copy.copy(peft_config), (nn.Linear, Conv1D)
             targets.target_modules = ".*"
-        inside = tuple(f"{name}." for name, module in names.items() if isinstance(module, BaseTunerLayer))
-        for name, module in names.items():
-            if not name or name.startswith(inside) or not isinstance(module, wanted):
-                continue
-            if self._check_tied_module_exists(peft_config, name):
-                check_tied(model, module, name)
-            elif self._check_target_module_exists(targets, name):
-                layer_class(module, name)
+        self._check_target_modules(targets, model, kinds)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
-                also = bool(owner) and bool(self._check_target_module_exists(targets, owner))
-                check_parameter(model, name, parameter, also)
+                also_as_layer = bool(owner) and bool(self._check_target_module_exists(targets, owner))
+                check_parameter(model, name, parameter, also_as_layer)
+
+    def _check_target_modules(self, targets: SemuConfig, model: nn.Module, kinds: Any) -> None:
+        modules = dict(model.named_modules())
+        inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        for name, module in modules.items():
+            if not name or name.startswith(inside) or not isinstance(module, kinds):
+                continue
+            if self._check_tied_module_exists(targets, name):
+                check_tied(model, module, name)
+            elif self._check_target_module_exists(targets, name):
+                layer_class(module, name)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -294,36 +277,16 @@ class SemuModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
         rule = AdapterSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
-        saved = _modules_to_save_of(self.model, adapters)
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
-        if any(config.trainable_token_indices for config in configs):
-            raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
         layers = {key: layer for name in adapters for key, layer in initialized_layers(self.model, name).items()}
-        convolutions = [key for key, layer in layers.items() if layer.weight.dim() > 2]
-        if convolutions and len({config.conv_mode for config in configs}) > 1:
-            raise ValueError(
-                f"{adapters} read convolutions ({convolutions[0]!r} …) with different `conv_mode`, so their bases have "
-                "nothing in common. Combine adapters of one `conv_mode`."
-            )
+        configs = [self.peft_config[name] for name in adapters]
+        check_summable(adapters, configs, layers)
+        saved = modules_to_save_of(self.model, adapters)
         sums = {key: rule.at(layer, key) for key, layer in layers.items()}
-        self.peft_config[adapter_name] = replace(
-            configs[0],
-            target_modules=targets_for(self.model, list(layers)),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
-            rank_pattern={},
-            ranks={layers[key].layer_name: core.shape[-1] for key, (_, _, core) in sums.items()},
-            offsets=[],
-            r=None,
-            core="full",
-            init_weights=True,
-            bias="none",
-        )
+        ranks = {layers[key].layer_name: total.core.shape[-1] for key, total in sums.items()}
+        self.peft_config[adapter_name] = config_of_the_sum(configs, targets_for(self.model, list(layers)), ranks)
         self.inject_adapter(self.model, adapter_name)
-        for key, factors in sums.items():
-            layers[key].set_basis(adapter_name, *factors)
+        for key, total in sums.items():
+            layers[key].set_basis(adapter_name, *total)
         for wrapper, name in saved.items():
             wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[name].state_dict())
 
@@ -345,36 +308,4 @@ class SemuModel(BaseTuner):
     ) -> dict[str, Tensor]:
         state_dict = restored_bases(state_dict, config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # An offset that the model has no place for yet.
-        remapped = {f"{key}.{adapter_name}" if key.endswith(".semu_offset") else key: v for key, v in remapped.items()}
-        problem = mismatch(model, adapter_name, remapped)
-        if problem:
-            name = type(base_model(model)).__name__
-            if made_to_load(model, config, adapter_name):
-                withdraw(model, adapter_name)
-            raise ValueError(
-                f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
-                "load it onto the model named in its adapter_config.json. The model given is left as it was."
-            )
-        make_room(model, adapter_name, remapped)
-        return remapped
-
-
-def _modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesToSaveWrapper, str]:
-    """The modules that one of the adapters trains in full, and which.
-
-    Raises:
-        ValueError: Several of them train the same module, which cannot be added up.
-    """
-    found: dict[ModulesToSaveWrapper, str] = {}
-    for name, wrapper in model.named_modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
-            users = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
-            if len(users) > 1:
-                raise ValueError(
-                    "Cannot add weighted adapters if they target the same module with modules_to_save, but "
-                    f"{users} all train {name!r}."
-                )
-            if users:
-                found[wrapper] = users[0]
-    return found
+        return fitted(model, config, adapter_name, remapped)

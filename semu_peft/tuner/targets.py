@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
+from .patterns import unmatched
 from .quantized import QuantizedLinear, quantization_backend
 from .tied import TiedLayer
 
@@ -44,6 +47,27 @@ def layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
         f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
         "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
+
+
+def check_names_of_ranks(config: SemuConfig, names: Collection[str], model_name: str) -> None:
+    """Raise where the wished or the recorded ranks name layers that the model does not have.
+
+    Args:
+        config: The adapter's configuration.
+        names: The full names of the model's modules and parameters.
+        model_name: The model's class, for the error.
+    """
+    if unknown := unmatched(config.rank_pattern, names):
+        raise ValueError(
+            f"`rank_pattern` names layers that {model_name} does not have: {unknown[:3]} ({len(unknown)} in all). Name "
+            "layers by their full names, by how those end, or by a regular expression."
+        )
+    if foreign := sorted(set(config.ranks) - set(names)):
+        raise ValueError(
+            f"`ranks` names layers that {model_name} does not have: {foreign[:3]} ({len(foreign)} in all). The adapter "
+            "was made for another architecture: load it onto the model it was trained on, or clear `ranks` to start "
+            "afresh."
+        )
 
 
 def untied(names: Any, tied: set[str]) -> set[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from semu_peft.linalg.core import LowRank, diagonal, eckart_young, exact_svd, orthonormal
 
@@ -102,6 +103,57 @@ class AdapterSum:
         weights = torch.tensor([weight for _, weight in parts], dtype=deltas[0].dtype, device=deltas[0].device)
         options = [self.majority_sign_method] if "ties" in self.combination_type else []
         return rules[self.combination_type](deltas, weights, self.density, *options)
+
+
+def check_summable(adapters: Sequence[str], configs: Sequence[Any], layers: Mapping[str, SemuLayer]) -> None:
+    """Raise where the adapters train what has no sum, or read the same convolutions differently."""
+    if any(config.trainable_token_indices for config in configs):
+        raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
+    convolutions = [key for key, layer in layers.items() if layer.weight.dim() > 2]
+    if convolutions and len({config.conv_mode for config in configs}) > 1:
+        raise ValueError(
+            f"{adapters} read convolutions ({convolutions[0]!r} …) with different `conv_mode`, so their bases have "
+            "nothing in common. Combine adapters of one `conv_mode`."
+        )
+
+
+def config_of_the_sum(configs: Sequence[Any], target_modules: list[str] | str, ranks: dict[str, int]) -> Any:
+    """The configuration of an adapter that is the sum of others, with these targets and ranks."""
+    return replace(
+        configs[0],
+        target_modules=target_modules,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
+        rank_pattern={},
+        ranks=ranks,
+        offsets=[],
+        r=None,
+        core="full",
+        init_weights=True,
+        bias="none",
+    )
+
+
+def modules_to_save_of(model: nn.Module, adapters: list[str]) -> dict[ModulesToSaveWrapper, str]:
+    """The modules that one of the adapters trains in full, and which.
+
+    Raises:
+        ValueError: Several of them train the same module, which cannot be added up.
+    """
+    found: dict[ModulesToSaveWrapper, str] = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            users = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+            if len(users) > 1:
+                raise ValueError(
+                    "Cannot add weighted adapters if they target the same module with modules_to_save, but "
+                    f"{users} all train {name!r}."
+                )
+            if users:
+                found[wrapper] = users[0]
+    return found
 
 
 def _concatenated(layer: SemuLayer, parts: list[tuple[str, float]]) -> LowRank:
