@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
@@ -69,8 +70,14 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
         for kind in _KINDS
         if adapter_name in getattr(layer, kind)
     }
+    _check_same_places(places, found, model_name_or_path)
+    for key, place in places.items():
+        place.copy_(found[key])
+
+
+def _check_same_places(places: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
     if differing := sorted(places.keys() ^ found.keys()):
-        where = "the model" if differing[0] in places else model_name_or_path
+        where = "the model" if differing[0] in places else source
         raise ValueError(
             f"The adapters are of different layers: only {where} has {differing[0]!r} ({len(differing)} such). Load "
             "the adapter beside the other one instead (`load_adapter`)."
@@ -78,8 +85,6 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
     for key, place in places.items():
         if found[key].shape != place.shape:
             raise ValueError(
-                f"{key!r} has shape {tuple(found[key].shape)} in {model_name_or_path} and {tuple(place.shape)} in the "
+                f"{key!r} has shape {tuple(found[key].shape)} in {source} and {tuple(place.shape)} in the "
                 "model. Adapters of other ranks are loaded beside the old one (`load_adapter`)."
             )
-    for key, place in places.items():
-        place.copy_(found[key])

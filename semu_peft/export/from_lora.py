@@ -76,26 +76,28 @@ def from_lora(
         raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
     names = [without_prefix(key).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
     if not names:
-        example = next(iter(state_dict), "nothing")
+        example = next(iter(state_dict), "no key")
         raise ValueError(f"`state_dict` holds no LoRA (found {example!r}). Expected keys that end in {_DOWN!r}.")
+    others = dict(state_dict)
     converted: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    used = set()
     for name in names:
         down_key, up_key = f"{PREFIX}{name}{_DOWN}", f"{PREFIX}{name}{_UP}"
         if up_key not in state_dict:
             raise ValueError(f"`state_dict` has {down_key!r} without {up_key!r}.")
-        used |= {down_key, up_key}
-        factors = _factors(name, state_dict[down_key], state_dict[up_key], _scaling(config, name))
+        factors = _factors(name, others.pop(down_key), others.pop(up_key), _scaling(config, name))
         kept = factors.reaching(explained_variance, r)
         ranks[name] = kept.rank
         parts = zip(("semu_U", "semu_V", "semu_core"), diagonal(kept), strict=True)
         converted |= {f"{PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts}
-    others = {key: value for key, value in state_dict.items() if key not in used}
     if unknown := [key for key in others if ".lora_" in key]:
         raise ValueError(f"{unknown[0]!r} ({len(unknown)} such) is of a kind of layer that SEMU cannot take from LoRA.")
-    semu_config = SemuConfig(
-        target_modules="|".join(exactly(name)[1:] for name in names),
+    return _semu_config(config, ranks), converted | others
+
+
+def _semu_config(config: LoraConfig, ranks: dict[str, int]) -> SemuConfig:
+    return SemuConfig(
+        target_modules="|".join(exactly(name)[1:] for name in ranks),
         ranks=ranks,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
@@ -105,7 +107,6 @@ def from_lora(
         task_type=config.task_type,
         inference_mode=config.inference_mode,
     )
-    return semu_config, converted | others
 
 
 def _scaling(config: LoraConfig, name: str) -> float:

@@ -31,6 +31,14 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
 
     Raises:
         ValueError: No layer of the model carries a SEMU adapter of that name.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.adapted import semu_layers
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> {name: layer.is_initialized("default") for name, layer in semu_layers(model).items()}
+        {'0': False}
     """
     root = base_model(model)
     found = {
@@ -77,6 +85,12 @@ def targets_for(model: nn.Module, names: list[str]) -> list[str] | str:
     Args:
         model: The model, with or without adapters.
         names: Full names in the base model.
+
+    Examples:
+        >>> from semu_peft.tuner.adapted import targets_for
+        >>> model = nn.ModuleDict({"head": nn.Linear(4, 3), "aux": nn.ModuleDict({"head": nn.Linear(4, 3)})})
+        >>> targets_for(model, ["aux.head"]), targets_for(model, ["head"])
+        (['aux.head'], 'head')
     """
     endings = tuple(f".{name}" for name in names)
     if any(without_wrappers(other).endswith(endings) for other, _ in base_model(model).named_modules()):

@@ -423,7 +423,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name == BASE or not self.r.get(name):
                 continue
-            rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            rows = torch.tensor([row for row, chosen in enumerate(adapter_names) if chosen == name], device=x.device)
             output = output.index_copy(0, rows, self.add_correction(output[rows], x[rows], name))
         return output
 

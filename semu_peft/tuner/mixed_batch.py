@@ -28,6 +28,19 @@ def adapter_per_example(model: nn.Module, adapter_names: Sequence[str], num_beam
     Raises:
         ValueError: The model is in train mode, or no layer has an adapter of one of the names.
         TypeError: `adapter_names` is not a list.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.mixed_batch import adapter_per_example
+        >>> base, x = nn.Sequential(nn.Linear(4, 3)), torch.ones(2, 4)
+        >>> original = base(x)
+        >>> model = get_peft_model(base, SemuConfig(target_modules=["0"], r=2, init_weights=False)).eval()
+        >>> with adapter_per_example(model, ["default", "__base__"]):
+        ...     output = model(x)
+        >>> torch.equal(output[0], original[0]), torch.equal(output[1], original[1])
+        (False, True)
     """
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")

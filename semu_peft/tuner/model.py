@@ -59,14 +59,14 @@ class SemuModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # Ranks are written into the configuration, so each adapter has its own, whatever else the caller uses it for.
-        own: Any = copy.deepcopy(peft_config)
-        for name, config in self.peft_config.items():
-            if config is peft_config:
-                self.peft_config[name] = own
-        if own.target_modules is None and own.target_parameters:
+        config: Any = copy.deepcopy(peft_config)
+        for name, other in self.peft_config.items():
+            if other is peft_config:
+                self.peft_config[name] = config
+        if config.target_modules is None and config.target_parameters:
             default = self.target_module_mapping.get(model_config["model_type"])
-            own.target_modules = default if isinstance(default, str) else set(default or ())
-        return super()._prepare_adapter_config(own, model_config)
+            config.target_modules = default if isinstance(default, str) else set(default or ())
+        return super()._prepare_adapter_config(config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -81,13 +81,13 @@ class SemuModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SemuConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
-        wanted = set(config.target_parameters or ())
+        parameters = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
-            theirs = set(getattr(other, "target_parameters", None) or ())
-            if wanted and theirs and wanted != theirs:  # a file names a wrapper by its place among the others
+            others = set(getattr(other, "target_parameters", None) or ())
+            if parameters and others and parameters != others:  # a file names a wrapper by its place among the others
                 raise ValueError(
                     "All adapters of a model must have the same `target_parameters`, if any: the new one has "
-                    f"{sorted(wanted)}, {name!r} has {sorted(theirs)}."
+                    f"{sorted(parameters)}, {name!r} has {sorted(others)}."
                 )
             if getattr(other, "ensure_weight_tying", False) != config.ensure_weight_tying:
                 raise ValueError(
@@ -113,11 +113,11 @@ class SemuModel(BaseTuner):
         tied = {without_wrappers(name) for name in tied_weight_keys}
         peft_config.target_modules_to_tie = tied
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        wanted = peft_config.target_modules
-        if isinstance(wanted, str):
-            peft_config.target_modules = rf"(?:{wanted}|^{re.escape(embedding)}$)"
+        targets = peft_config.target_modules
+        if isinstance(targets, str):
+            peft_config.target_modules = rf"(?:{targets}|^{re.escape(embedding)}$)"
         else:
-            peft_config.target_modules = untied(wanted, tied) | {embedding}
+            peft_config.target_modules = untied(targets, tied) | {embedding}
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         tied = {without_wrappers(name) for name in tied_weight_keys}
@@ -270,6 +270,17 @@ class SemuModel(BaseTuner):
                 cannot be added up: different `conv_mode`, different bases with `"linear"`, `trainable_token_indices`,
                 or one `modules_to_save` in more than one of them. The model is as before then.
             NotInitializedError: One of them is not initialised.
+
+        Examples:
+            >>> from peft import get_peft_model
+            >>> from torch import nn
+            >>> from semu_peft import SemuConfig
+            >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+            >>> model.add_adapter("cats", config)
+            >>> model.add_weighted_adapter(["default", "cats"], [1.0, 0.5], "both", combination_type="cat")
+            >>> model.peft_config["both"].ranks
+            {'0': 4}
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} already exists. Delete it first, or give the sum another name.")

@@ -31,6 +31,12 @@ def requested_rank(patterns: Mapping[str, int], name: str, names: Collection[str
         patterns: `SemuConfig.rank_pattern`.
         name: The layer's full name.
         names: All full names in the model: a pattern that is one of them means that layer or parameter alone.
+
+    Examples:
+        >>> from semu_peft.tuner.patterns import requested_rank
+        >>> names = ["fc1", "head", "blocks.0.fc1", "blocks.0.head"]
+        >>> [requested_rank({"fc1": 2, "(fc|conv)1": 4}, name, names) for name in names]
+        [2, None, 4, None]
     """
     if name in patterns:
         return patterns[name]
