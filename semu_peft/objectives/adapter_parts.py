@@ -64,6 +64,16 @@ def adapter_parts(model: nn.Module, adapter_name: str | None = None) -> list[Par
 
     Raises:
         ValueError: The model has no adapter, or none of that name.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.objectives.adapter_parts import adapter_parts
+        >>> base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = get_peft_model(base, SemuConfig(target_modules=["0"], modules_to_save=["1"]))
+        >>> [(part.adapter_name, part.beside) for part in adapter_parts(model)]
+        [('default', False), ('default', True)]
     """
     every = _all_parts(model)
     if not every:

@@ -160,6 +160,15 @@ class RandomObjective(Objective):
 
     Args:
         seed: Seed of the generator.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.base import RandomObjective
+        >>> class Drawn(RandomObjective):
+        ...     def __call__(self, model, batch):
+        ...         return torch.rand((), generator=self.generator)
+        >>> Drawn(seed=1)(None, None) == Drawn(seed=1)(None, None)
+        tensor(True)
     """
 
     seed: int = field(default=0, kw_only=True)
@@ -208,6 +217,14 @@ def finite_number(value: Any, name: str) -> float:
     Raises:
         TypeError: It is no real number (a bool is none).
         ValueError: It is NaN or infinite.
+
+    Examples:
+        >>> from semu_peft.objectives.base import finite_number
+        >>> finite_number(2, "weight")
+        2.0
+        >>> finite_number("2", "weight")
+        Traceback (most recent call last):
+        TypeError: `weight` must be a finite number, got '2'. Write it as a float, such as 0.5.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a finite number, got {value!r}. Write it as a float, such as 0.5.")

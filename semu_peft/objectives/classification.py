@@ -25,6 +25,14 @@ class ClassificationObjective(Objective):
     Args:
         shift_labels: Whether a token's label stands one position after its prediction; by default as the model says,
             see [`call_model`][semu_peft.objectives.batches.call_model].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> logits = torch.zeros(1, 3, 4)  # of three tokens, of which the first predicts the second, and so on
+        >>> batch = (logits, torch.tensor([[0, -100, 3]]))
+        >>> round(CrossEntropy(shift_labels=True)(torch.nn.Identity(), batch).item(), 4)
+        1.3863
     """
 
     distribution = "categorical"

@@ -30,6 +30,16 @@ def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition
 
     Raises:
         ValueError: The prediction has another shape than `noisy`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.denoiser import denoiser_output
+        >>> class Denoiser(torch.nn.Linear):  # stands for a U-Net
+        ...     def forward(self, noisy, timestep, class_labels, return_dict):
+        ...         return (super().forward(noisy),)
+        >>> noisy, timesteps = torch.randn(2, 3), torch.tensor([5, 900])
+        >>> denoiser_output(Denoiser(3, 3).half(), noisy, timesteps, {"class_labels": torch.tensor([0, 1])}).dtype
+        torch.float32
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     arguments = {name: _prepared(value, dtype, name in SHARED) for name, value in condition.items()}
@@ -45,7 +55,14 @@ def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition
 
 
 def repeated(condition: Condition, count: int) -> dict[str, Any]:
-    """The condition of one example, tensors `(1, ...)`, for `count` examples."""
+    """Give the condition of one example, tensors `(1, ...)`, to `count` examples.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.denoiser import repeated
+        >>> repeated({"class_labels": torch.tensor([3])}, 2)
+        {'class_labels': tensor([3, 3])}
+    """
     return {
         name: repeated(value, count) if isinstance(value, Mapping) else value.expand(count, *value.shape[1:])
         for name, value in condition.items()

@@ -54,6 +54,13 @@ class DiffusionObjective(RandomObjective):
 
     Raises:
         ValueError: The scheduler is of an unknown kind, or the span is not within [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import DenoisingLoss, NoiseSchedule
+        >>> schedule = NoiseSchedule(torch.linspace(1, 0, 10), torch.linspace(0, 1, 10), torch.arange(10))
+        >>> DenoisingLoss(schedule, timestep_span=(0.5, 1.0), seed=3)  # the noisier half
+        DenoisingLoss(seed=3, antithetic=True, timestep_span=(0.5, 1.0), guidance_scale=1.0, num_classes=None)
     """
 
     distribution = "gaussian"
@@ -316,10 +323,17 @@ class EmbeddingMatching(Objective):
 
 
 def read_batch(batch: Any) -> Mapping[str, Any]:
-    """A batch as a mapping with `latents` and `condition`.
+    """Read a batch as a mapping with `latents` and `condition`.
 
     Raises:
         TypeError: It is neither that nor a tuple `(images, class_labels)`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.diffusion import read_batch
+        >>> batch = read_batch((torch.zeros(2, 3, 8, 8), torch.tensor([0, 1])))
+        >>> batch["latents"].shape, batch["condition"]
+        (torch.Size([2, 3, 8, 8]), {'class_labels': tensor([0, 1])})
     """
     if isinstance(batch, Mapping) and isinstance(batch.get("latents"), Tensor) and "condition" in batch:
         return batch

@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .adapter_parts import Part, adapter_parts, modules_of
 from .replica import is_compiled, replicate
-from .split_weights import AtStart, at_start
+from .split_weights import AtStart, at_start, keep_start
 
 _LEFT_OUT = "_semu_left_out"  # at a replica: the names of the adapters that it is without
 
@@ -98,14 +98,15 @@ def remember_start(model: nn.Module, adapter_name: str | None = None) -> None:
     """Keep the values that an adapter starts from, where the original is not to be had without them.
 
     `original` does so when it is first called. Call this before values that were trained are loaded over the start, on
-    the parameters that will be trained. For adapters that leave the base weight alone it does nothing.
+    the parameters that will be trained. For adapters that leave the base weight alone it does nothing, nor where values
+    are offloaded or sharded by DeepSpeed.
 
     Args:
         model: A model with a PEFT adapter; without one nothing happens.
         adapter_name: The adapter; by default all that are trained, or else the active ones.
 
     Raises:
-        ValueError: There is no adapter of that name, or its values are offloaded or sharded by DeepSpeed.
+        ValueError: There is no adapter of that name.
 
     Examples:
         >>> import torch
@@ -127,11 +128,19 @@ def remember_start(model: nn.Module, adapter_name: str | None = None) -> None:
         if adapter_name is not None:
             raise
         return
-    at_start(model, parts)
+    keep_start(model, parts)
 
 
 def reference_model(model: nn.Module, reference: nn.Module | None) -> AbstractContextManager[nn.Module]:
-    """Give the frozen reference, where an objective has one, or else the original of the model."""
+    """Give the frozen reference, where an objective has one, or else the original of the model.
+
+    Examples:
+        >>> from torch import nn
+        >>> from semu_peft.objectives.original import reference_model
+        >>> with reference_model(nn.Identity(), nn.ReLU()) as reference:
+        ...     reference
+        ReLU()
+    """
     return original(model) if reference is None else nullcontext(reference)
 
 

@@ -64,7 +64,14 @@ def replicate(model: nn.Module, values: Mapping[int, Tensor] | None = None) -> d
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile(module)` made this module."""
+    """Whether `torch.compile(module)` made this module.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.replica import is_compiled
+        >>> is_compiled(torch.compile(torch.nn.Linear(2, 2))), is_compiled(torch.nn.Linear(2, 2))
+        (True, False)
+    """
     return _COMPILED in module.__dict__.get("_modules", {})
 
 

@@ -30,7 +30,7 @@ def splits_weight(config: Any) -> bool:
 
 
 class AtStart(NamedTuple):
-    """What of an adapter stays on in the original."""
+    """What of an adapter stays on in the original, as `at_start` finds it."""
 
     parts: list[Part]
     """The layers in which it stays on, at its start."""
@@ -42,12 +42,38 @@ def at_start(model: nn.Module, parts: list[Part]) -> AtStart:
     """Find the adapters in `parts` whose start splits the weight, and biases that are trained with an adapter.
 
     Returns:
-        What stays on, with the values that the parameters had when this was first asked.
+        What stays on, with the values that the parameters had when this or `keep_start` was first called.
 
     Raises:
         ValueError: The values are not at hand, as they are offloaded or sharded by DeepSpeed.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from semu_peft.objectives.adapter_parts import adapter_parts
+        >>> from semu_peft.objectives.split_weights import at_start
+        >>> config = LoraConfig(target_modules=["0"], r=2, init_lora_weights="olora")
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        >>> [tuple(value.shape) for value in at_start(model, adapter_parts(model)).values.values()]
+        [(2, 4), (3, 2)]
     """
-    modules = modules_of(model)
+    staying, changed = _changed(model, parts)
+    if not all(_is_at_hand(parameter) for parameter in changed):
+        raise ValueError(
+            "The adapter's start splits the weight, and its values are offloaded or sharded, so the original is not to "
+            "be had from it. Give the objective a frozen copy as `reference`."
+        )
+    _keep(changed)
+    return AtStart(staying, {id(p): _STARTS[p].to(p.device, p.dtype) for p in changed})
+
+
+def keep_start(model: nn.Module, parts: list[Part]) -> None:
+    """Keep the values that `at_start` will give, of those parameters whose values are at hand."""
+    _keep(_changed(model, parts)[1])
+
+
+def _changed(model: nn.Module, parts: list[Part]) -> tuple[list[Part], list[nn.Parameter]]:
+    """The parts that stay on in the original, and the parameters that are not at their start in the model."""
     configs = adapter_configs(model)
     split = {part.adapter_name for part in parts if splits_weight(configs.get(part.adapter_name))}
     staying = [part for part in parts if part.adapter_name in split and isinstance(part.layer, LoraLayer)]
@@ -55,17 +81,16 @@ def at_start(model: nn.Module, parts: list[Part]) -> AtStart:
     names = {part.adapter_name for part in parts}
     if any(getattr(configs.get(name), "bias", "none") not in ("none", False) for name in names):
         adapters = {id(parameter) for part in parts for parameter in part.parameters()}
-        biases = [module._parameters.get("bias") for module in modules]
+        biases = [module._parameters.get("bias") for module in modules_of(model)]
         changed += [bias for bias in biases if bias is not None and bias.requires_grad and id(bias) not in adapters]
-    return AtStart(staying, {id(parameter): _start(parameter) for parameter in changed})
+    return staying, changed
 
 
-def _start(parameter: nn.Parameter) -> Tensor:
-    if parameter.is_meta or hasattr(parameter, "ds_id"):
-        raise ValueError(
-            "The adapter's start splits the weight, and its values are offloaded or sharded, so the original is not to "
-            "be had from it. Give the objective a frozen copy as `reference`."
-        )
-    if parameter not in _STARTS:
-        _STARTS[parameter] = parameter.detach().clone()
-    return _STARTS[parameter].to(parameter.device, parameter.dtype)
+def _keep(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter not in _STARTS and _is_at_hand(parameter):
+            _STARTS[parameter] = parameter.detach().clone()
+
+
+def _is_at_hand(parameter: nn.Parameter) -> bool:
+    return not parameter.is_meta and not hasattr(parameter, "ds_id")

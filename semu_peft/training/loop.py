@@ -93,9 +93,9 @@ class Loop:
             )
         # DeepSpeed's optimiser is no torch Optimizer.
         self.schedule: LRScheduler = (scheduler or linear_decay)(bare_optimizer, self.context.total_steps)
+        remember_start(self.model)  # before it is trained: the original of an adapter whose start splits the weight
         if self.settings.resume_from_checkpoint is not None:
             folder = find_checkpoint(self.settings.resume_from_checkpoint, self.settings.output_dir)
-            remember_start(self.model)  # the original of an adapter whose start splits the weight
             load_checkpoint(self.accelerator, folder, self._parts())
         self.optimizer.zero_grad()  # what the caller left in `.grad` is not ours
 

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from semu_peft import SemuConfig
+from semu_peft import SemuConfig, unlearn
 from semu_peft.model_state import eval_mode
-from semu_peft.objectives import DecoupledDistillation, UnseenConfidence
+from semu_peft.objectives import DecoupledDistillation, GradientAscent, UnseenConfidence
 from semu_peft.objectives.original import original, remember_start, without_adapter
 from semu_peft.tuner.adapted import semu_layers
 
@@ -597,6 +597,24 @@ def test_the_start_can_be_remembered_before_weights_are_loaded() -> None:
     remember_start(Mlp())
     with pytest.raises(ValueError, match="`adapter_name`"):
         remember_start(model, "other")
+
+
+def test_a_run_without_a_reference_leaves_one_for_the_next() -> None:
+    """`unlearn` remembers the start also where its own objective asks for no original."""
+    model, base = split("olora")
+    x = vector_batches(1)[0][0]
+    unlearn(model, vector_batches(2), GradientAscent(), learning_rate=0.1, epochs=2, progress=False)
+    assert not torch.allclose(run(model, x), run(base, x), atol=1e-2)
+    with original(model) as reference:
+        torch.testing.assert_close(run(reference, x), run(base, x), atol=1e-5, rtol=0)
+
+
+def test_a_start_that_is_not_at_hand() -> None:
+    """On offloaded values there is nothing to remember, and the reference is refused with what to give instead."""
+    model = split("pissa")[0].to("meta")
+    remember_start(model)
+    with pytest.raises(ValueError, match="offloaded or sharded.*`reference`"), original(model):
+        pass
 
 
 def test_an_adapter_over_a_split_one_leaves_it_at_its_values() -> None:
