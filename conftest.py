@@ -1,8 +1,9 @@
-"""What tests and docstring examples share: a fixed seed and a fresh Accelerate."""
+"""What tests and docstring examples share: a fixed seed, a fresh Accelerate, and a pipeline for those that need one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,15 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def loaded_pipeline(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> Iterator[None]:
+    """`pipe` in the examples of docstrings: a tiny Stable Diffusion with random weights stands for a loaded one."""
+    examples = getattr(getattr(request.node, "dtest", None), "examples", ())
+    if any("pipe" in example.source for example in examples):
+        from diffusion_models import quiet, sd_pipeline
+
+        doctest_namespace["pipe"] = quiet(sd_pipeline())
+    yield
+    doctest_namespace.pop("pipe", None)
