@@ -164,6 +164,17 @@ def stream_gradients(
     Raises:
         ValueError: There is no batch; a loss or a statistic is not finite; a loss depends on no target; a target never
             received a gradient; a statistic cannot be taken from a batch.
+
+    Examples:
+        >>> from semu_peft.gradients import WeightSource
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> model, batch = nn.Sequential(nn.Linear(3, 2)), (torch.randn(8, 3), torch.randint(2, (8,)))
+        >>> sources = {name: WeightSource(parameter) for name, parameter in model.named_parameters()}
+        >>> sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
+        >>> stream_gradients(model, sources, sums, [batch], CrossEntropy(), progress=False)
+        Counts(batches=1, examples=8)
+        >>> sums["0.bias"].total.shape
+        torch.Size([2])
     """
     received = dict.fromkeys(sources, 0)
     weights = [source.weight for source in sources.values() if source.weight is not None]

@@ -33,6 +33,12 @@ class RandomMatrixPool:
 
     Args:
         seed: Seed of the draws, which are made on the CPU and so are the same on every device and process.
+
+    Examples:
+        >>> pool = RandomMatrixPool(seed=0)
+        >>> small, large = (pool.of(m, n=5, columns=3, device=torch.device("cpu")) for m in (4, 9))
+        >>> torch.equal(small.left, large.left[:4])
+        True
     """
 
     def __init__(self, seed: int = 0) -> None:

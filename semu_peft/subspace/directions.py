@@ -47,6 +47,7 @@ def find_directions(
     for name in tqdm(list(first.values()), desc="Factorising", disable=not progress, leave=False):
         layer, total = layers[name], sums.pop(name)
         if layer.configs[adapter_name].orthogonal_to_weight:
+            total = total.copy()  # it may have been gathered by the user, to be used again
             total.remove_component(layer.weight_to_matrix(whole_weight(layer), adapter_name))
         gamma, least, most = _extent(layer, name, retained is not None, keep_explained_variance, adapter_name)
         factors, overlaps[name] = total.factorize(least, most), None

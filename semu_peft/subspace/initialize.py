@@ -109,19 +109,20 @@ def initialize_semu_weights(
             model, start=start, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name
         )
     sums, batches = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
-    retained = _retain_sums(model, terms, statistic, progress, adapter_name)
+    retained = _retain_sums(model, terms, statistic, progress, adapter_name) if terms else None
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
     ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
     _check_ranks(ranks, found)
-    fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, start, adapter_name)
-    spectra = {}
-    for name, layer in layers.items():
-        known = found[name] if keep_explained_variance is not None else found[name].leading(ranks[name])
-        shape = layer.matrix_shape(adapter_name)
-        spectra[name] = LayerSpectrum(_on_cpu(known), ranks[name], shape, overlaps[name])
+    chosen = {name: found[name].leading(ranks[name]) for name in layers}
+    fill(layers, chosen, start, adapter_name)
+    known = chosen if keep_explained_variance is None else found
+    spectra = {
+        name: LayerSpectrum(_on_cpu(known[name]), ranks[name], layer.matrix_shape(adapter_name), overlaps[name])
+        for name, layer in layers.items()
+    }
     return SubspaceProfile(spectra, batches)
 
 
@@ -145,9 +146,7 @@ def _forget_sums(
                 f"shape {layers[odd[0]].matrix_shape(adapter_name)}. Gather with `statistic=GradientSum` or "
                 "`Sketch.of_size(...)`, and with this `adapter_name` where the layers are not plain ones."
             )
-        # Copies, as what is found in them is taken out of them.
-        copies = {id(total): total.copy() for total in sums.values() if isinstance(total, MatrixSum)}
-        return {name: copies[id(total)] for name, total in sums.items()}, forget.batches
+        return {name: total for name, total in sums.items() if isinstance(total, MatrixSum)}, forget.batches
     if objective is None:
         raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
     with original(model, adapter_name) as reference:
@@ -164,11 +163,8 @@ def _retain_sums(
     statistic: StatisticFactory,
     progress: bool,
     adapter_name: str,
-) -> dict[str, MatrixSum] | None:
+) -> dict[str, MatrixSum]:
     """The weighted sum of all retain gradients of each layer."""
-    if not terms:
-        return None
-
     seen = torch.zeros(len(terms), dtype=torch.int64, device=device_of(model))
 
     def weighted(model: nn.Module, batch: tuple[int, Any]) -> Any:

@@ -131,6 +131,17 @@ def plan_ranks(
         explained_variance: γ for all layers, instead of the configuration's and the wish in `rank_pattern`.
         budget: One budget for all layers.
         adapter_name: The adapter's name.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.linalg.factorize import leading_factors
+        >>> from semu_peft.tuner.adapted import semu_layers
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SemuConfig(target_modules=["0"]))
+        >>> found = {"0": leading_factors(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])), 1.0)}
+        >>> plan_ranks(found, semu_layers(model)), plan_ranks(found, semu_layers(model), budget=RankBudget(1))
+        ({'0': 3}, {'0': 1})
     """
     ranks = {}
     for name, factors in found.items():
