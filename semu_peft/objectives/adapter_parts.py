@@ -104,7 +104,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         module = todo.pop()
         if module is not None and id(module) not in modules:
             modules[id(module)] = module
-            todo += reversed(vars(module)["_modules"].values())
+            todo += reversed(vars(module).get("_modules", {}).values())  # what is scripted shows none
     return list(modules.values())
 
 

@@ -217,4 +217,6 @@ def _is_sharded(model: nn.Module) -> bool:
     names = {kind.__name__ for cls in {type(module) for module in modules} for kind in cls.__mro__}
     if names & {"FSDPModule", "FullyShardedDataParallel", "DeepSpeedEngine"}:
         return True
-    return any(hasattr(parameter, "ds_id") for module in modules for parameter in module._parameters.values())
+    return any(
+        hasattr(parameter, "ds_id") for module in modules for parameter in vars(module).get("_parameters", {}).values()
+    )

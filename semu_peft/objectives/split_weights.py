@@ -81,7 +81,7 @@ def _changed(model: nn.Module, parts: list[Part]) -> tuple[list[Part], list[nn.P
     names = {part.adapter_name for part in parts}
     if any(getattr(configs.get(name), "bias", "none") not in ("none", False) for name in names):
         adapters = {id(parameter) for part in parts for parameter in part.parameters()}
-        biases = [module._parameters.get("bias") for module in modules_of(model)]
+        biases = [vars(module).get("_parameters", {}).get("bias") for module in modules_of(model)]
         changed += [bias for bias in biases if bias is not None and bias.requires_grad and id(bias) not in adapters]
     return staying, changed
 

@@ -405,6 +405,31 @@ def test_layers_that_occur_twice_and_plain_convolutions() -> None:
     assert_reference(adapted(cnn, ["conv1", "conv2"]), cnn, *sample_input(cnn))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_modules_that_are_made_by_others() -> None:
+    """Scripted and traced modules are shared; graph modules and parametrised ones have counterparts."""
+
+    class Various(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(6, 6)
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+            self.graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.normed(self.graph(self.scripted(self.plain(x))))
+
+    base, x = Various().eval(), torch.randn(3, 6)
+    bare = run(base, x)
+    model = get_peft_model(base, SemuConfig(target_modules=["plain"], r=2, init_weights=False)).eval()
+    expected = run(model, x)
+    with original(model) as reference:
+        assert reference is not model
+        assert torch.equal(run(reference, x), bare) and torch.equal(run(model, x), expected)
+    assert not torch.allclose(expected, bare)
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_tied_embeddings() -> None:
     """A head that computes with the embedding's adapter computes without it in the reference."""
