@@ -23,6 +23,12 @@ class RerankReport:
         ranks_after: Rank by layer name.
         relative_error: `‖ΔW − ΔW'‖_F / ‖ΔW‖_F` by layer name.
         total_relative_error: The same over all layers together.
+
+    Examples:
+        >>> from semu_peft import RerankReport
+        >>> report = RerankReport({"fc": 8}, {"fc": 2}, relative_error={"fc": 0.05}, total_relative_error=0.05)
+        >>> report
+        RerankReport(8 -> 2 directions in 1 layers, error 5.00%)
     """
 
     ranks_before: dict[str, int]

@@ -60,6 +60,14 @@ def save_as_diffusers_lora(
         ValueError: No component has such an adapter, the format has no place for one that has or for one of its
             layers, or the adapter is no LoRA; nothing is written then.
         TypeError: The arguments are in PEFT's order, the path first.
+
+    Examples:
+        >>> import tempfile
+        >>> from semu_peft import SemuConfig, save_as_diffusers_lora
+        >>> # `pipe` is a loaded pipeline, of Stable Diffusion here
+        >>> pipe.unet.add_adapter(SemuConfig(target_modules=["attn2.to_k"], r=2, init_weights=False))
+        >>> save_as_diffusers_lora(pipe, tempfile.mkdtemp()).name  # and elsewhere: pipe.load_lora_weights(folder)
+        'pytorch_lora_weights.safetensors'
     """
     check_order("save_as_diffusers_lora(pipe, path)", pipe)
     if format not in ("diffusers", "kohya"):

@@ -39,15 +39,6 @@ def to_lora(
     both into one weight. Corrected parameters become LoRA's `target_parameters`, and so do the weights of layers whose
     names PEFT would take for those of fused experts; `modules_to_save`, trained biases and token rows go along.
 
-        >>> import torch
-        >>> from peft import get_peft_model
-        >>> from semu_peft import SemuConfig, to_lora
-        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
-        >>> model = get_peft_model(network, SemuConfig(target_modules=["0"], r=2, init_weights=False))
-        >>> config, state_dict = to_lora(model)
-        >>> {key: tuple(value.shape) for key, value in state_dict.items()}
-        {'base_model.model.0.lora_A.weight': (2, 8), 'base_model.model.0.lora_B.weight': (6, 2)}
-
     Args:
         model: A model with a SEMU adapter.
         uniform_rank: Pad every layer to the largest rank with zeros, so that `α` over the rank is 1 however a reader
@@ -65,6 +56,16 @@ def to_lora(
             `nn.MultiheadAttention` wrongly, cannot name every parameter, and renames some models' layers on loading.
         NotInitializedError: The adapter has no bases yet.
         TypeError: `model` is a path.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, to_lora
+        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(network, SemuConfig(target_modules=["0"], r=2, init_weights=False))
+        >>> config, state_dict = to_lora(model)
+        >>> {key: tuple(value.shape) for key, value in state_dict.items()}
+        {'base_model.model.0.lora_A.weight': (2, 8), 'base_model.model.0.lora_B.weight': (6, 2)}
     """
     check_order("to_lora(model)", model)
     layers = layers_to_export(model, adapter_name)
@@ -97,15 +98,6 @@ def save_as_lora(
 
     The same adapter gives the same bytes.
 
-        >>> import tempfile, torch
-        >>> from peft import PeftModel, get_peft_model
-        >>> from semu_peft import SemuConfig, save_as_lora
-        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
-        >>> model = get_peft_model(network, SemuConfig(target_modules=["0"], r=2, init_weights=False))
-        >>> folder = save_as_lora(model, tempfile.mkdtemp())
-        >>> sorted(file.name for file in folder.iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
-
     Args:
         model: A model with a SEMU adapter.
         path: The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
@@ -118,6 +110,16 @@ def save_as_lora(
     Raises:
         ValueError: See [`to_lora`][semu_peft.export.lora.to_lora]; nothing is written then.
         TypeError: The arguments are in the order of PEFT's own `save_as_lora(path, model)`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import PeftModel, get_peft_model
+        >>> from semu_peft import SemuConfig, save_as_lora
+        >>> network = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(network, SemuConfig(target_modules=["0"], r=2, init_weights=False))
+        >>> folder = save_as_lora(model, tempfile.mkdtemp())
+        >>> sorted(file.name for file in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_order("save_as_lora(model, path)", model)
     config, state_dict = to_lora(model, uniform_rank=uniform_rank, adapter_name=adapter_name)
