@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from semu_peft import SemuConfig
-from semu_peft.concept import denoiser_targets, unlearn_concept
+from semu_peft.concept import Preview, concept_examples, denoiser_targets, unlearn_concept
 from semu_peft.concept.families import denoiser_of
 from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.evaluation import clip_score
@@ -115,12 +115,24 @@ def main() -> None:
     sampling |= {"height": args.size, "width": args.size} if args.size else {}
     grids = SampleGrids(output / "samples", args.forget, retain, args.preview_samples, seed=1000, settings=sampling)
 
-    result = unlearn_concept(
+    examples = concept_examples(
         pipe,
         args.forget,
         anchor=args.anchor or "",
         retain=retain,
         images=read_pictures(args.images) if args.images else None,
+        samples_per_prompt=args.samples_per_prompt,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.size,
+        width=args.size,
+        cache=output / "examples.safetensors",
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    result = unlearn_concept(
+        pipe,
+        examples,
         objective=args.objective,
         preserve=args.preserve,
         config=SemuConfig(
@@ -128,18 +140,11 @@ def main() -> None:
             explained_variance=args.explained_variance,
             r=args.rank,
         ),
-        steps=args.steps,
+        max_steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
-        samples_per_prompt=args.samples_per_prompt,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.size,
-        width=args.size,
-        cache=output / "examples.safetensors",
         gradient_checkpointing=args.gradient_checkpointing,
-        preview=grids if args.previews else None,
-        previews=args.previews,
+        callbacks=Preview(pipe, grids, args.previews) if args.previews else (),
         seed=args.seed,
     )
     plot_spectra(result.profile, output / "spectra.png")

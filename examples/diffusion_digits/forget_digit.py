@@ -47,7 +47,7 @@ from semu_peft import (
     objectives,
     unlearn,
 )
-from semu_peft.concept import ConceptResult, unlearn_concept
+from semu_peft.concept import ConceptResult, Preview, concept_examples, unlearn_concept
 from semu_peft.concept.sampling import sample_denoiser, sample_pipeline
 from semu_peft.evaluation import ErasureMetrics, classify_samples, evaluate_erasure
 from semu_peft.report import (
@@ -265,20 +265,26 @@ def text_conditional(setting: Setting, train: Images) -> None:
     retain = [template.format(name) for name in others for template in TEMPLATES] + [""] * len(others)
     grids = SampleGrids(output / "training", forget[:1], [TEMPLATES[0].format(name) for name in others[:4]],
                         samples=SHOWN // 2, settings=setting.sampling)  # fmt: skip
-    erased = unlearn_concept(
+    examples = concept_examples(
         pipe,
         forget,
         anchor=anchor,
         retain=retain,
-        config=SemuConfig(**SEMU_TEXT),
-        preserve=args.preserve,
-        steps=args.steps,
-        batch_size=BATCH,
-        learning_rate=LEARNING_RATE["SEMU, text"],
         samples_per_prompt=48,
-        preview=grids,
+        batch_size=BATCH,
         seed=args.seed,
         **setting.sampling,
+    )
+    erased = unlearn_concept(
+        pipe,
+        examples,
+        config=SemuConfig(**SEMU_TEXT),
+        preserve=args.preserve,
+        max_steps=args.steps,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE["SEMU, text"],
+        callbacks=Preview(pipe, grids),
+        seed=args.seed,
     )
     after = samples(pipe)
     budget = erased.training.trainable_parameters

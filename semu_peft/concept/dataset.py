@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .families import Family, family_of
 from .sampling import seeded
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConceptExamples(Dataset[dict[str, Any]]):
     """Examples `{"latents", "condition", "anchor", "unconditional", "retain"}`, as the diffusion objectives take them.
 
@@ -34,12 +35,30 @@ class ConceptExamples(Dataset[dict[str, Any]]):
         prompts: The P prompts that occur.
         encoded: The denoiser's keyword arguments for each, flat, `(P, ...)`.
         roles: For each role (`condition`, `anchor` …) the prompt of each example, `(N,)`, int64.
+        request: What they were made of: the arguments of
+            [`concept_examples`][semu_peft.concept.dataset.concept_examples].
+
+    Examples:
+        >>> examples = ConceptExamples(
+        ...     latents=torch.zeros(2, 4, 8, 8), prompts=["a cat", ""],
+        ...     encoded={"encoder_hidden_states": torch.zeros(2, 5, 16)},
+        ...     roles={"condition": torch.tensor([0, 0]), "unconditional": torch.tensor([1, 1])},
+        ... )
+        >>> examples
+        ConceptExamples(2 of ['a cat'], latents (4, 8, 8))
+        >>> next(iter(examples.loader(2)))["condition"]["encoder_hidden_states"].shape
+        torch.Size([2, 5, 16])
     """
 
     latents: Tensor
     prompts: list[str]
     encoded: dict[str, Tensor]
     roles: dict[str, Tensor]
+    request: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        prompts = [self.prompts[int(index)] for index in self.roles["condition"].unique()]
+        return f"ConceptExamples({len(self)} of {prompts}, latents {tuple(self.latents.shape[1:])})"
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -62,7 +81,7 @@ class ConceptExamples(Dataset[dict[str, Any]]):
         tensors |= {f"encoded.{name}": tensor for name, tensor in self.encoded.items()}
         tensors |= {f"roles.{name}": tensor for name, tensor in self.roles.items()}
         with written_whole(path) as file:
-            metadata = {"format": "pt", "prompts": json.dumps(self.prompts)}
+            metadata = {"format": "pt", "prompts": json.dumps(self.prompts), "request": json.dumps(self.request)}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
         return Path(path)
 
@@ -82,7 +101,8 @@ class ConceptExamples(Dataset[dict[str, Any]]):
             kind: {key.removeprefix(f"{kind}."): value for key, value in tensors.items() if key.startswith(f"{kind}.")}
             for kind in ("encoded", "roles")
         }
-        return cls(tensors["latents"], json.loads(metadata["prompts"]), parts["encoded"], parts["roles"])
+        prompts, request = json.loads(metadata["prompts"]), json.loads(metadata.get("request", "{}"))
+        return cls(tensors["latents"], prompts, parts["encoded"], parts["roles"], request)
 
 
 def concept_examples(
@@ -90,13 +110,14 @@ def concept_examples(
     forget: str | Sequence[str],
     *,
     anchor: str | Sequence[str] = "",
-    retain: str | Sequence[str] | None = None,
+    retain: str | Sequence[str] = "",
     images: Any = None,
     samples_per_prompt: int = 16,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
     height: int | None = None,
     width: int | None = None,
+    cache: str | Path | None = None,
     batch_size: int = 4,
     seed: int = 0,
     progress: bool = True,
@@ -116,6 +137,8 @@ def concept_examples(
         guidance_scale: Guidance of the sampling.
         height: Height of the images in pixels, by default the pipeline's own.
         width: Width likewise.
+        cache: File to keep the examples in: loaded if it exists, in which case the pipeline needs neither text encoders
+            nor VAE, and written otherwise.
         batch_size: Images or prompts at a time.
         seed: Seed of samples and draws.
         progress: Show a progress bar.
@@ -124,47 +147,82 @@ def concept_examples(
         The examples, on the CPU.
 
     Raises:
-        ValueError: The pipeline is of an unknown kind or lacks a part that is needed, or images and prompts do not fit.
+        ValueError: The pipeline is of an unknown kind or lacks a part that is needed, images and prompts do not fit, or
+            the cache holds examples that were made of something else.
+
+    Examples:
+        >>> from semu_peft.concept import concept_examples
+        >>> settings = {"samples_per_prompt": 2, "num_inference_steps": 1, "height": 16, "width": 16}
+        >>> concept_examples(pipe, "a cat", anchor="a dog", progress=False, **settings)
+        ConceptExamples(2 of ['a cat'], latents (4, 8, 8))
     """
-    family = family_of(pipe)
-    wanted = {
-        "condition": as_list(forget, "forget"),
-        "anchor": as_list(anchor, "anchor"),
-        "unconditional": [""],
-        "retain": as_list("" if retain is None else retain, "retain"),
-    }
-    if getattr(pipe, "text_encoder", None) is None:
-        raise ValueError("`pipe` has no text encoder: load it with one, or make the examples elsewhere and save them.")
-    if images is not None and pipe.vae is None:
-        raise ValueError("`pipe` has no VAE, which is needed to encode `images`: load it with one.")
-    prompts = list(dict.fromkeys(prompt for several in wanted.values() for prompt in several))
-    size = family.size(pipe, height, width)
+    prompts = {"forget": as_list(forget, "forget"), "anchor": as_list(anchor, "anchor")}
+    prompts["retain"] = as_list(retain, "retain")
+    sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    request: dict[str, Any] = {**prompts, "height": height, "width": width, "seed": seed}
+    if images is not None:
+        request["images"] = _digest(images)
+    else:
+        request |= {**sampling, "samples_per_prompt": samples_per_prompt}
+    if cache is not None and Path(cache).is_file():
+        return _cached(Path(cache), request)
+    source = _Source(pipe, family_of(pipe), (height, width), batch_size, seed, progress, with_images=images is not None)
+    texts = list(dict.fromkeys([*prompts["forget"], *prompts["anchor"], "", *prompts["retain"]]))
     with torch.no_grad(), _silent(pipe):
-        encoded = _encode(family, pipe, prompts, size, batch_size)
+        encoded = source.encode(texts)
         if images is not None:
-            latents = _encode_images(family, pipe, images, size, batch_size, seed, progress)
-            chosen = _assign(wanted["condition"], len(latents), "forget")
+            latents = source.latents_of(images)
+            chosen = _assign(prompts["forget"], len(latents))
         else:
-            chosen = [prompt for prompt in wanted["condition"] for _ in range(samples_per_prompt)]
-            settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-            settings |= {"height": size[0], "width": size[1]}
-            index = torch.tensor([prompts.index(prompt) for prompt in chosen])
-            empty = prompts.index("")
-            latents = _sample(family, pipe, encoded, index, empty, batch_size, seed, progress, settings)
+            chosen = [prompt for prompt in prompts["forget"] for _ in range(samples_per_prompt)]
+            latents = source.sample(encoded, [texts.index(prompt) for prompt in chosen], texts.index(""), sampling)
+    examples = ConceptExamples(latents, texts, encoded, _roles(prompts, chosen, texts, seed), request)
+    if cache is not None:
+        examples.save(cache)
+    return examples
+
+
+def _roles(prompts: Mapping[str, list[str]], chosen: list[str], texts: list[str], seed: int) -> dict[str, Tensor]:
+    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or a draw."""
     generator = torch.Generator().manual_seed(seed)
-    roles = {"condition": torch.tensor([prompts.index(prompt) for prompt in chosen])}
-    paired = len(wanted["anchor"]) == len(wanted["condition"]) > 1
-    for role in ("anchor", "unconditional", "retain"):
-        options = torch.tensor([prompts.index(prompt) for prompt in wanted[role]])
+    roles = {"condition": torch.tensor([texts.index(prompt) for prompt in chosen])}
+    paired = len(prompts["anchor"]) == len(prompts["forget"]) > 1
+    for role, options in (("anchor", prompts["anchor"]), ("unconditional", [""]), ("retain", prompts["retain"])):
+        indices = torch.tensor([texts.index(prompt) for prompt in options])
         if role == "anchor" and paired:
-            roles[role] = options[torch.tensor([wanted["condition"].index(prompt) for prompt in chosen])]
+            roles[role] = indices[torch.tensor([prompts["forget"].index(prompt) for prompt in chosen])]
         else:
-            roles[role] = options[torch.randint(len(options), (len(chosen),), generator=generator)]
-    return ConceptExamples(latents, prompts, encoded, roles)
+            roles[role] = indices[torch.randint(len(indices), (len(chosen),), generator=generator)]
+    return roles
+
+
+def _cached(cache: Path, request: Mapping[str, Any]) -> ConceptExamples:
+    examples = ConceptExamples.load(cache)
+    names = [name for name in {**examples.request, **request} if examples.request.get(name) != request.get(name)]
+    if names:
+        name = names[0]
+        raise ValueError(
+            f"`cache`: {cache} was made with {name}={examples.request.get(name)!r}, not {request.get(name)!r}. Name "
+            "another file, or remove this one to make it afresh."
+        )
+    return examples
+
+
+def _digest(images: Any) -> str:
+    parts = images.detach().cpu().contiguous().numpy() if isinstance(images, Tensor) else images
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(part.tobytes())
+    return content.hexdigest()
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": x}` as `{"a": {"b": x}}`."""
+    """Nest what a dot in the name stands for.
+
+    Examples:
+        >>> nested({"a.b": 1, "c": 2})
+        {'a': {'b': 1}, 'c': 2}
+    """
     result: dict[str, Any] = {}
     for name, value in flat.items():
         *parents, last = name.split(".")
@@ -176,65 +234,87 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_list(value: str | Sequence[str], name: str) -> list[str]:
-    """One prompt or several as a list.
+    """Read one prompt or several as a list.
 
     Raises:
+        TypeError: It is neither.
         ValueError: There is none, or something is no text.
+
+    Examples:
+        >>> as_list("a cat", "forget")
+        ['a cat']
     """
+    if not isinstance(value, Sequence):
+        raise TypeError(f"`{name}` must be a prompt or a list of prompts, got {value!r}. Write it as a string.")
     several = [value] if isinstance(value, str) else list(value)
     if not several or not all(isinstance(prompt, str) for prompt in several):
         raise ValueError(f"`{name}` must be a prompt or a list of at least one, got {value!r}.")
     return several
 
 
-def _assign(prompts: list[str], count: int, name: str) -> list[str]:
+def _assign(prompts: list[str], count: int) -> list[str]:
     if len(prompts) not in (1, count):
-        raise ValueError(f"`{name}` has {len(prompts)} prompts for {count} images: give one, or one per image.")
+        raise ValueError(f"`forget` has {len(prompts)} prompts for {count} images: give one, or one per image.")
     return prompts * count if len(prompts) == 1 else prompts
 
 
-def _encode(family: Family, pipe: Any, prompts: list[str], size: tuple[int, int], batch_size: int) -> dict[str, Tensor]:
-    parts = [family.encode(pipe, prompts[i : i + batch_size], size) for i in range(0, len(prompts), batch_size)]
-    return {name: torch.cat([part[name].float().cpu() for part in parts]).contiguous() for name in parts[0]}
+class _Source:
+    """A pipeline as a source of encodings and latents, some at a time."""
 
+    def __init__(
+        self,
+        pipe: Any,
+        family: Family,
+        size: tuple[int | None, int | None],
+        batch_size: int,
+        seed: int,
+        progress: bool,
+        with_images: bool,
+    ) -> None:
+        if getattr(pipe, "text_encoder", None) is None:
+            raise ValueError("`pipe` has no text encoder: load it with one, or make examples elsewhere and save them.")
+        if with_images and pipe.vae is None:
+            raise ValueError("`pipe` has no VAE, which is needed to encode `images`: load it with one.")
+        self.pipe, self.family, self.size = pipe, family, family.size(pipe, *size)
+        self.batch_size, self.seed, self.progress = batch_size, seed, progress
 
-def _encode_images(
-    family: Family, pipe: Any, images: Any, size: tuple[int, int], batch_size: int, seed: int, progress: bool
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for start in tqdm(range(0, len(images), batch_size), desc="Encoding images", disable=not progress, leave=False):
-        part = images[start : start + batch_size]
-        pixels = pipe.image_processor.preprocess(part, height=size[0], width=size[1])
-        parts.append(family.to_latents(pipe, pixels, generator).float().cpu())
-    return torch.cat(parts)
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the denoiser takes for each prompt, flat, `(P, ...)`, float32, on the CPU."""
+        starts = range(0, len(prompts), self.batch_size)
+        parts = [self.family.encode(self.pipe, prompts[i : i + self.batch_size], self.size) for i in starts]
+        return {name: torch.cat([part[name].float().cpu() for part in parts]).contiguous() for name in parts[0]}
 
+    def latents_of(self, images: Any) -> Tensor:
+        """Images as latents, `(N, ...)`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = []
+        for part in self._parts(images, "Encoding images"):
+            pixels = self.pipe.image_processor.preprocess(part, height=self.size[0], width=self.size[1])
+            parts.append(self.family.to_latents(self.pipe, pixels, generator).float().cpu())
+        return torch.cat(parts)
 
-def _sample(
-    family: Family,
-    pipe: Any,
-    encoded: dict[str, Tensor],
-    index: Tensor,
-    empty: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    settings: dict[str, Any],
-) -> Tensor:
-    dtype, device = getattr(pipe, family.denoiser).dtype, pipe.device
-    parts = []
-    for start in tqdm(range(0, len(index), batch_size), desc="Sampling latents", disable=not progress, leave=False):
-        part = index[start : start + batch_size]
-        rows = {name: tensor[part].to(device, dtype) for name, tensor in encoded.items()}
-        nothing = {name: tensor[[empty] * len(part)].to(device, dtype) for name, tensor in encoded.items()}
-        output = pipe(
-            **family.sampling_arguments(rows, nothing),
-            generator=seeded(range(seed + start, seed + start + len(part))),
-            output_type="latent",
-            **settings,
-        )
-        parts.append(output.images.float().cpu())
-    return torch.cat(parts)
+    def sample(self, encoded: Mapping[str, Tensor], rows: list[int], uncond: int, settings: dict[str, Any]) -> Tensor:
+        """Latents that the pipeline samples for rows of encoded prompts, `(N, ...)`, each with a seed of its own."""
+        latents: list[Tensor] = []
+        for part in self._parts(torch.tensor(rows), "Sampling latents"):
+            seeds = range(self.seed + len(latents), self.seed + len(latents) + len(part))
+            conditions = self._on_device(encoded, part)
+            unconditional = self._on_device(encoded, torch.full_like(part, uncond))
+            output = self.pipe(
+                **self.family.sampling_arguments(conditions, unconditional), generator=seeded(seeds),
+                output_type="latent", height=self.size[0], width=self.size[1], **settings,
+            )  # fmt: skip
+            latents.extend(output.images.float().cpu())
+        return torch.stack(latents)
+
+    def _on_device(self, encoded: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        dtype = getattr(self.pipe, self.family.denoiser).dtype
+        return {name: tensor[rows].to(self.pipe.device, dtype) for name, tensor in encoded.items()}
+
+    def _parts(self, items: Any, title: str) -> Iterator[Any]:
+        starts = range(0, len(items), self.batch_size)
+        for start in tqdm(starts, desc=title, disable=not self.progress, leave=False):
+            yield items[start : start + self.batch_size]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from semu_peft.model_state import device_of
 from semu_peft.objectives.denoiser import Condition, denoiser_output
 
 
@@ -42,6 +43,16 @@ def sample_denoiser(
 
     Raises:
         ValueError: Guidance is asked for without `unconditional`.
+
+    Examples:
+        >>> from diffusers import DDIMScheduler, UNet2DModel
+        >>> unet = UNet2DModel(
+        ...     sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
+        ...     down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=3,
+        ... ).eval()
+        >>> digits = {"class_labels": torch.tensor([0, 2])}
+        >>> sample_denoiser(unet, DDIMScheduler(), digits, (1, 4, 4), seeds=[5, 6], num_inference_steps=2).shape
+        torch.Size([2, 1, 4, 4])
     """
     if guidance_scale != 1.0 and unconditional is None:
         raise ValueError(
@@ -49,7 +60,7 @@ def sample_denoiser(
         )
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
-    device = next(model.parameters()).device
+    device = device_of(model)
     generators = seeded(seeds)
     noisy = torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
     noisy = noisy * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -95,5 +106,10 @@ def sample_pipeline(
 
 
 def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per seed: samples are then the same on every device."""
+    """One CPU generator per seed: samples are then the same on every device.
+
+    Examples:
+        >>> [generator.initial_seed() for generator in seeded([3, 4])]
+        [3, 4]
+    """
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

@@ -29,6 +29,11 @@ def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list
 
     Raises:
         ValueError: There is no such part, or this denoiser has no layer of it.
+
+    Examples:
+        >>> block = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": nn.Linear(4, 2), "to_out": nn.Linear(2, 4)})})
+        >>> denoiser_targets(block)
+        ['attn2.to_k']
     """
     if part not in _PARTS:
         raise ValueError(f"`part` must be one of {', '.join(map(repr, _PARTS))}, got {part!r}.")

@@ -166,8 +166,8 @@ def plot_scales(
 class SampleGrids:
     """Write a grid of samples whenever it is called with a pipeline and a step, always with the same seeds.
 
-    Made for [`unlearn_concept`][semu_peft.concept.erase.unlearn_concept]: the first call, before training, is the left
-    half of all later grids.
+    Made for [`Preview`][semu_peft.concept.preview.Preview], as in `Preview(pipe, SampleGrids(...))`: the first call,
+    before training, is the left half of all later grids.
 
     Args:
         folder: Where `step-00000.png` and so on are written.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from semu_peft import SemuConfig, objectives
-from semu_peft.concept import ConceptExamples, denoiser_targets, unlearn_concept
+from semu_peft.concept import ConceptExamples, Preview, denoiser_targets, unlearn_concept
 from semu_peft.concept.dataset import concept_examples, nested
 from semu_peft.concept.families import denoiser_of, family_of
 from semu_peft.concept.sampling import sample_pipeline
@@ -28,6 +28,11 @@ every_family = pytest.mark.parametrize("kind", PIPELINES)
 def images(pipe: Any, prompt: str = "a photo of a cat", count: int = 3) -> Tensor:
     settings = {**SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}
     return sample_pipeline(quiet(pipe), [prompt] * count, seeds=range(count), **settings)
+
+
+def made(pipe: Any, forget: Any, **options: Any) -> ConceptExamples:
+    """Examples made quickly."""
+    return concept_examples(pipe, forget, **{**QUICK, "samples_per_prompt": 1, **options})
 
 
 def flat(arguments: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -136,8 +141,8 @@ def test_one_call_erases_and_the_rest_of_the_pipeline_stays(kind: str) -> None:
     before = images(pipe)
     config = SemuConfig(target_modules=denoiser_targets(denoiser, "attention"))
     result = unlearn_concept(
-        pipe, "a photo of a cat", anchor="a photo of a dog", images=torch.rand(4, 3, 16, 16), config=config, steps=40,
-        learning_rate=0.01, **QUICK,
+        pipe, made(pipe, "a photo of a cat", anchor="a photo of a dog", images=torch.rand(4, 3, 16, 16)), config=config,
+        max_steps=40, learning_rate=0.01, progress=False,
     )  # fmt: skip
     assert result.pipe is pipe and result.training.steps == 40
     check = objectives.ConditionMatching(
@@ -161,7 +166,8 @@ def test_runs_are_a_matter_of_the_seed() -> None:
     for seed in (0, 0, 1):
         torch.manual_seed(len(cores))
         pipe = quiet(sd_pipeline())
-        unlearn_concept(pipe, "cat", anchor="dog", steps=5, samples_per_prompt=4, seed=seed, **QUICK)
+        examples = made(pipe, "cat", anchor="dog", samples_per_prompt=4, seed=seed)
+        unlearn_concept(pipe, examples, max_steps=5, seed=seed, progress=False)
         cores.append([layer.semu_core["default"].detach() for layer in semu_layers(pipe.unet).values()])
     assert all(torch.equal(a, b) for a, b in zip(cores[0], cores[1], strict=True))
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(cores[0], cores[2], strict=True))
@@ -171,31 +177,51 @@ def test_runs_are_a_matter_of_the_seed() -> None:
 def test_other_objectives(objective: str) -> None:
     pipe = quiet(sd_pipeline("v_prediction"))
     before = images(pipe)
-    result = unlearn_concept(pipe, "a photo of a cat", objective=objective, steps=20, samples_per_prompt=4, **QUICK)
+    examples = made(pipe, "a photo of a cat", samples_per_prompt=4)
+    result = unlearn_concept(pipe, examples, objective=objective, max_steps=20, progress=False)
     assert (images(pipe) - before).abs().max() > 1e-3
     assert result.training.history[-1]["loss"] < result.training.history[0]["loss"]
 
 
 def test_a_second_stage_needs_neither_text_encoder_nor_vae(tmp_path: Path) -> None:
-    cache = tmp_path / "examples.safetensors"
-    settings: dict[str, Any] = {"anchor": "dog", "steps": 6, "samples_per_prompt": 4, **QUICK}
+    options: dict[str, Any] = {"anchor": "dog", "samples_per_prompt": 4, "cache": tmp_path / "examples.safetensors"}
     whole = quiet(sd_pipeline())
-    unlearn_concept(whole, "cat", cache=cache, **settings)
+    unlearn_concept(whole, made(whole, "cat", **options), max_steps=6, progress=False)
     bare = quiet(sd_pipeline())
     bare.text_encoder = bare.tokenizer = bare.vae = None
-    unlearn_concept(bare, "cat", cache=cache, gradient_checkpointing=True, **settings)
+    examples = made(bare, "cat", **options)
+    unlearn_concept(bare, examples, max_steps=6, gradient_checkpointing=True, progress=False)
     for one, other in zip(semu_layers(whole.unet).values(), semu_layers(bare.unet).values(), strict=True):
         torch.testing.assert_close(one.semu_core["default"], other.semu_core["default"], atol=1e-5, rtol=1e-4)
     assert not bare.unet.is_gradient_checkpointing
     with pytest.raises(ValueError, match="text encoder"):
-        unlearn_concept(bare, "cat", adapter_name="second", **settings)
-    with pytest.raises(ValueError, match="not of 'dog'"):
-        unlearn_concept(bare, "dog", cache=cache, adapter_name="second", **settings)
+        unlearn_concept(bare, "cat", adapter_name="second", progress=False)
+
+
+def test_a_cache_is_of_one_request(tmp_path: Path) -> None:
+    """Examples made of anything else than what is asked for now are refused, by name."""
+    pipe, cache = quiet(sd_pipeline()), tmp_path / "examples.safetensors"
+    first = made(pipe, "cat", anchor="dog", cache=cache)
+    again = made(pipe, "cat", anchor="dog", cache=cache)
+    assert torch.equal(again.latents, first.latents) and again.request == first.request
+    pictures = torch.rand(1, 3, 16, 16)
+    others: dict[str, dict[str, Any]] = {
+        "forget": {"forget": "dog"}, "anchor": {"anchor": "car"}, "retain": {"retain": ["monet"]},
+        "samples_per_prompt": {"samples_per_prompt": 2}, "images": {"images": pictures}, "seed": {"seed": 1},
+        "num_inference_steps": {"num_inference_steps": 3}, "height": {"height": 32},
+    }  # fmt: skip
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"`cache`.*{'' if name == 'images' else f'{name}='}"):
+            made(pipe, **{"forget": "cat", "anchor": "dog", "cache": cache, **other})
+    made(pipe, "cat", images=pictures, cache=tmp_path / "pictures.safetensors")
+    with pytest.raises(ValueError, match="images="):
+        made(pipe, "cat", images=1 - pictures, cache=tmp_path / "pictures.safetensors")
 
 
 def test_a_bfloat16_pipeline() -> None:
     pipe = quiet(sd_pipeline().to(torch.bfloat16))
-    result = unlearn_concept(pipe, "cat", anchor="dog", steps=3, samples_per_prompt=2, **QUICK)
+    examples = made(pipe, "cat", anchor="dog", samples_per_prompt=2)
+    result = unlearn_concept(pipe, examples, max_steps=3, progress=False)
     layer = next(iter(semu_layers(pipe.unet).values()))
     assert layer.semu_core["default"].dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
     assert result.examples.latents.isfinite().all() and layer.semu_core["default"].any()
@@ -204,37 +230,79 @@ def test_a_bfloat16_pipeline() -> None:
 def test_previews_before_during_and_after() -> None:
     pipe = quiet(sd_pipeline())
     seen: list[tuple[int, Tensor]] = []
-    result = unlearn_concept(
-        pipe, "cat", anchor="dog", steps=10, samples_per_prompt=4, previews=2, learning_rate=0.05,
-        preview=lambda pipe, step: seen.append((step, images(pipe, "cat", 1))), **QUICK,
-    )  # fmt: skip
+    preview = Preview(pipe, lambda pipe, step: seen.append((step, images(pipe, "cat", 1))), times=2)
+    examples = made(pipe, "cat", anchor="dog", samples_per_prompt=4)
+    result = unlearn_concept(pipe, examples, max_steps=10, learning_rate=0.05, callbacks=preview, progress=False)
     assert [step for step, _ in seen] == [0, 3, 7, 10]
     assert len({float(image.sum()) for _, image in seen}) == 4
-    metric = [entry["metric"] for entry in result.training.history if "metric" in entry]
-    assert len(metric) == 10 and metric[-1] > metric[0]
+    assert all("metric" not in entry for entry in result.training.history)
+    with pytest.raises(TypeError, match="`show`"):
+        Preview(pipe, "grids")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`times`"):
+        Preview(pipe, print, -1)
 
 
 def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
     pipe = quiet(sd_pipeline())
-    before = Snapshot.of(pipe.unet)
+    before, examples = Snapshot.of(pipe.unet), made(pipe, "cat", anchor="dog")
     with pytest.raises(ValueError, match="`objective` must be one of"):
-        unlearn_concept(pipe, "cat", objective="other", samples_per_prompt=1, **QUICK)
+        unlearn_concept(pipe, examples, objective="other", progress=False)
 
     def broken(pipe: Any, step: int) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        unlearn_concept(pipe, "cat", preview=broken, samples_per_prompt=1, **QUICK)
+        unlearn_concept(
+            pipe, examples, callbacks=Preview(pipe, broken), gradient_checkpointing=True, max_steps=2, progress=False
+        )
     before.assert_same(pipe.unet)
-    assert not getattr(pipe.unet, "peft_config", {})
-    unlearn_concept(pipe, "cat", anchor="dog", steps=1, samples_per_prompt=1, **QUICK)
+    assert not getattr(pipe.unet, "peft_config", {}) and not pipe.unet.is_gradient_checkpointing
+    unlearn_concept(pipe, examples, max_steps=1, progress=False)
     with pytest.raises(ValueError, match="adapter_name"):
-        unlearn_concept(pipe, "cat", samples_per_prompt=1, **QUICK)
-    for wrong in ({"forget": None}, {"forget": []}, {"forget": "cat", "steps": 0}, {"forget": "cat", "epochs": 3}):
-        with pytest.raises(ValueError):
-            unlearn_concept(pipe, adapter_name="other", **{"samples_per_prompt": 1, **QUICK, **wrong})
+        unlearn_concept(pipe, examples, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"forget": None}, TypeError, ["`forget`", "None"]),
+        ({"forget": []}, ValueError, ["`forget`"]),
+        ({"max_steps": 0}, ValueError, ["`max_steps`", "0"]),
+        ({"epochs": 3}, ValueError, ["`epochs`", "`max_steps`"]),
+        ({"samples_per_prompt": 3}, TypeError, ["`samples_per_prompt`", "concept_examples"]),
+        ({"steps": 3}, TypeError, ["`steps`", "neither"]),
+        ({"callbacks": print}, TypeError, ["`callbacks`"]),
+    ],
+)
+def test_errors(options: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    """Each names the argument, before anything is encoded or trained."""
+    pipe = quiet(sd_pipeline())
+    before = Snapshot.of(pipe.unet)
+    with pytest.raises(error) as raised:
+        unlearn_concept(pipe, **{"forget": "cat", "progress": False, **options})
+    assert all(word in str(raised.value) for word in words), raised.value
+    before.assert_same(pipe.unet)
+
+
+@pytest.mark.parametrize("name", ["anchor", "retain", "images"])
+def test_ready_examples_have_their_own_prompts(name: str) -> None:
+    pipe = quiet(sd_pipeline())
+    with pytest.raises(ValueError, match=f"`{name}` cannot be given with ready examples"):
+        unlearn_concept(pipe, made(pipe, "cat"), **{name: ["dog"]}, progress=False)
     with pytest.raises(ValueError, match="3 prompts for 2 images"):
-        concept_examples(pipe, ["a", "b", "c"], images=torch.rand(2, 3, 16, 16), **QUICK)
+        made(pipe, ["a", "b", "c"], images=torch.rand(2, 3, 16, 16))
+
+
+def test_prompts_are_made_into_examples_with_the_pipelines_own_settings() -> None:
+    """Prompts with anchor, retain and images give what `concept_examples` gives."""
+    pipe = quiet(sd_pipeline())
+    given: dict[str, Any] = {"anchor": "dog", "retain": ["car", ""], "images": torch.rand(3, 3, 16, 16), "seed": 4}
+    result = unlearn_concept(pipe, "cat", max_steps=2, progress=False, **given)
+    expected = concept_examples(pipe, "cat", progress=False, **given)
+    assert torch.equal(result.examples.latents, expected.latents) and result.examples.request == expected.request
+    assert all(torch.equal(result.examples.roles[role], index) for role, index in expected.roles.items())
+    assert repr(result).startswith("ConceptResult(adapter_name='default', training=UnlearnResult(steps=2")
+    assert "\n" not in repr(result) and repr(result.examples) == "ConceptExamples(3 of ['cat'], latents (4, 8, 8))"
 
 
 def test_parts_of_a_denoiser() -> None:

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from semu_peft import SemuConfig
-from semu_peft.concept import unlearn_concept
+from semu_peft.concept import Preview, concept_examples, unlearn_concept
 from semu_peft.report import (
     SampleGrids,
     plot_before_after,
@@ -82,8 +82,7 @@ def test_the_slider_samples_at_every_scale_and_puts_it_back(tmp_path: Path) -> N
 def test_grids_during_training(tmp_path: Path) -> None:
     pipe = quiet(sd_pipeline())
     grids = SampleGrids(tmp_path, ["cat"], ["dog", ""], samples=2, settings=QUICK)
-    unlearn_concept(
-        pipe, "cat", anchor="dog", steps=4, samples_per_prompt=4, previews=1, preview=grids, progress=False, **QUICK
-    )
+    examples = concept_examples(pipe, "cat", anchor="dog", samples_per_prompt=4, progress=False, **QUICK)
+    unlearn_concept(pipe, examples, max_steps=4, callbacks=Preview(pipe, grids, times=1), progress=False)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000.png", "step-00002.png", "step-00004.png"]
     assert list(grids.first) == ["cat", "dog", "(no prompt)"]
