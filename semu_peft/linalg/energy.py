@@ -26,6 +26,12 @@ def rank_for_energy(singular_values: Tensor, explained_variance: float, energy: 
 
     Raises:
         ValueError: γ is outside (0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.energy import rank_for_energy
+        >>> [rank_for_energy(torch.tensor([3.0, 1.0, 0.5]), gamma) for gamma in (0.5, 0.9, 1.0)]
+        [1, 2, 3]
     """
     check_explained_variance(explained_variance)
     sums = singular_values.double().square().cumsum(-1)

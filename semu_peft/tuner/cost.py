@@ -16,5 +16,10 @@ def dense_is_cheaper(m: int, n: int, rank: int, positions: int) -> bool:
         n: Its inputs.
         rank: The rank of all corrections together.
         positions: Tokens, or places of a convolution's output.
+
+    Examples:
+        >>> from semu_peft.tuner.cost import dense_is_cheaper
+        >>> dense_is_cheaper(64, 64, rank=4, positions=4096), dense_is_cheaper(64, 64, rank=48, positions=4096)
+        (False, True)
     """
     return positions * (2 * rank * (m + n) - m * n) > 3 * rank * m * n

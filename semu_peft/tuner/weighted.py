@@ -25,6 +25,17 @@ class AdapterSum:
 
     Raises:
         ValueError: An argument is unknown, out of range or missing, or there is not one weight for each adapter.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner import Linear
+        >>> from semu_peft.tuner.weighted import AdapterSum
+        >>> layer = Linear(torch.nn.Linear(6, 5), "cats", SemuConfig(r=2, init_weights=False), "fc")
+        >>> total = AdapterSum(["cats"], [0.5], "cat").at(layer, "fc")
+        >>> dense = total.left @ total.core @ total.right.mT
+        >>> torch.allclose(dense.float(), 0.5 * layer.get_delta_weight("cats"), atol=1e-6)
+        True
     """
 
     adapters: Sequence[str]
