@@ -51,6 +51,16 @@ class ConceptResult:
         profile: The spectra and ranks of the forget gradients.
         training: History, time and counts of the training.
         examples: What it was trained on; save them to spare the encoding next time.
+
+    Examples:
+        >>> from semu_peft import unlearn_concept
+        >>> from semu_peft.concept import concept_examples
+        >>> # `pipe` is a loaded pipeline, of Stable Diffusion here; few and short samples, for speed
+        >>> few = {"samples_per_prompt": 2, "num_inference_steps": 1, "progress": False}
+        >>> examples = concept_examples(pipe, "a photo of a cat", **few)
+        >>> result = unlearn_concept(pipe, examples, max_steps=1, batch_size=2, progress=False)
+        >>> result.pipe is pipe, len(result.profile.layers), len(result.examples)
+        (True, 8, 2)
     """
 
     pipe: Any = field(repr=False)

@@ -67,6 +67,16 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     `m × n` is the shape of the weight read as a matrix ([`weight_to_matrix`]); a convolution in `per_channel` mode is a
     batch of matrices, and all of these have its input channels as a leading dimension. An adapter is initialised when
     its configuration's `ranks` list the layer; before that it has rank 0 and does nothing.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, SemuLayer
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+        >>> layer = next(module for module in model.modules() if isinstance(module, SemuLayer))
+        >>> {name: tuple(getattr(layer, name)["default"].shape) for name in ("semu_U", "semu_V", "semu_core")}
+        {'semu_U': (3, 2), 'semu_V': (4, 2), 'semu_core': (2, 2)}
     """
 
     adapter_layer_names: tuple[str, ...] = ("semu_core",)
