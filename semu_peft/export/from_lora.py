@@ -76,7 +76,7 @@ def from_lora(
         raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
     names = [without_prefix(key).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
     if not names:
-        example = next(iter(state_dict), "no key")
+        example = next(iter(state_dict), "nothing")
         raise ValueError(f"`state_dict` holds no LoRA (found {example!r}). Expected keys that end in {_DOWN!r}.")
     others = dict(state_dict)
     converted: dict[str, Tensor] = {}
