@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from semu_peft.files import written_whole
+from semu_peft.files import save_tensors
 
 from .families import Family, family_of
 from .sampling import seeded
@@ -80,10 +79,9 @@ class ConceptExamples(Dataset[dict[str, Any]]):
         tensors = {"latents": self.latents}
         tensors |= {f"encoded.{name}": tensor for name, tensor in self.encoded.items()}
         tensors |= {f"roles.{name}": tensor for name, tensor in self.roles.items()}
-        with written_whole(path) as file:
-            metadata = {"format": "pt", "prompts": json.dumps(self.prompts), "request": json.dumps(self.request)}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
-        return Path(path)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        metadata = {"prompts": json.dumps(self.prompts), "request": json.dumps(self.request)}
+        return save_tensors(path, contiguous, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ConceptExamples:

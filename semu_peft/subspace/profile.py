@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from semu_peft.files import written_whole
+from semu_peft.files import save_tensors
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.layer import SemuLayer
 
@@ -201,9 +200,7 @@ class SubspaceProfile:
             tensors |= {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in parts.items()}
             described[name] = {"rank": layer.rank, "shape": layer.shape, "estimated": layer.estimated}
         text = json.dumps({"batches": self.batches, "layers": described})
-        with written_whole(path) as file:
-            save_file(tensors, file, metadata={"format": "pt", _METADATA: text})
-        return Path(path)
+        return save_tensors(path, tensors, {_METADATA: text})
 
     @classmethod
     def load(cls, path: str | Path) -> SubspaceProfile:

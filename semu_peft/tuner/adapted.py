@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 
-from .keys import without_wrappers
+from .keys import without_compilation, without_prefix, without_wrappers
 from .layer import NotInitializedError, SemuLayer
 from .parameter import ParamWrapper, parameter_path
 from .tied import TiedLayer
@@ -15,8 +15,8 @@ from .tied import TiedLayer
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the adapters were put into, out of whatever it is in: compiled, distributed, in a `PeftModel`."""
-    root: Any = _uncompiled(extract_model_from_parallel(_uncompiled(model)))
-    return _uncompiled(root.get_base_model()) if hasattr(root, "get_base_model") else root
+    root: Any = uncompiled(extract_model_from_parallel(uncompiled(model)))
+    return uncompiled(root.get_base_model()) if hasattr(root, "get_base_model") else root
 
 
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
@@ -68,8 +68,9 @@ def initialized_layers(model: nn.Module, adapter_name: str = "default") -> dict[
     return layers
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):  # in `torch.compile`'s wrapper
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself, out of `torch.compile`'s wrapper where it is in one."""
+    while isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
         model = inside
     return model
 
@@ -77,6 +78,48 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 def exactly(name: str) -> str:
     """A pattern that matches this layer alone, where PEFT would also take every name that ends in it."""
     return "^" + name.replace(".", r"\.")
+
+
+def named_for_a_file(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the names that they have where nothing is compiled and no other method is around SEMU."""
+    paths = _paths_in_files(model)
+    if all(path == plain for path, plain in paths.items()):
+        return state_dict
+    renamed = {}
+    for key, value in state_dict.items():
+        path, kind, rest = key.partition(".semu_")
+        renamed[f"{paths.get(path, path)}{kind}{rest}" if kind else without_compilation(key)] = value
+    return renamed
+
+
+def named_for_the_model(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of [`named_for_a_file`] for the tensors of SEMU's layers, with PEFT's prefix or without."""
+    paths = {plain: path for path, plain in _paths_in_files(model).items() if plain != path}
+    if not paths:
+        return state_dict
+    renamed = {}
+    for key, value in state_dict.items():
+        path, kind, rest = key.partition(".semu_")
+        if path not in paths and without_prefix(path) in paths:  # injected into a bare model
+            path = without_prefix(path)
+        renamed[f"{paths.get(path, path)}{kind}{rest}"] = value
+    return renamed
+
+
+def _paths_in_files(model: nn.Module) -> dict[str, str]:
+    paths = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, SemuLayer):
+            parts: list[str] = []
+            parent: Any = model
+            for part in path.split("."):
+                # A file says of SEMU's own wrappers around each other which one a tensor belongs to.
+                foreign = part == "base_layer" and not isinstance(parent, SemuLayer)
+                if part != "_orig_mod" and not foreign:
+                    parts.append(part)
+                parent = getattr(parent, part)
+            paths[path] = ".".join(parts)
+    return paths
 
 
 def targets_for(model: nn.Module, names: list[str]) -> list[str] | str:

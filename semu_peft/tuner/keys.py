@@ -19,6 +19,17 @@ def without_prefix(key: str) -> str:
     return key.removeprefix(PREFIX)
 
 
+def without_compilation(name: str) -> str:
+    """The name that a module or parameter has before it, or a module around it, was compiled.
+
+    Examples:
+        >>> from semu_peft.tuner.keys import without_compilation
+        >>> without_compilation("_orig_mod.encoder._orig_mod.fc1")
+        'encoder.fc1'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def without_wrappers(name: str) -> str:
     """The name that a module or parameter has in the model without adapters, and before it was compiled.
 

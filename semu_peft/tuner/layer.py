@@ -289,6 +289,8 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         return self.layer_name in self.configs[adapter_name].ranks
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.semu_core:  # PEFT names another method's adapter, put around this layer
+            return
         # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
         device = device or self.weight.device
         if device.type == "meta":

@@ -10,16 +10,22 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    cast_adapter_dtype,
+    find_parameter_name_by_module,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapted import initialized_layers, targets_for
+from .adapted import initialized_layers, named_for_a_file, named_for_the_model, targets_for, uncompiled
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
-from .keys import without_wrappers
+from .keys import without_compilation, without_wrappers
 from .layer import SemuLayer
 from .loading import fitted
 from .mixed_batch import adapter_per_example
@@ -67,6 +73,13 @@ class SemuModel(BaseTuner):
             default = self.target_module_mapping.get(model_config["model_type"])
             config.target_modules = default if isinstance(default, str) else set(default or ())
         return super()._prepare_adapter_config(config, model_config)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # A compiled module and the one inside go by one name, that of the module in the plain model.
+        if key.rpartition(".")[2] == "_orig_mod":
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, without_compilation(key))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -129,6 +142,8 @@ class SemuModel(BaseTuner):
         if "_requires_grad_before" not in vars(self):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
+        if any("_orig_mod" in name for name, _ in model.named_modules()):
+            _name_as_uncompiled(peft_config, model)
         parameters = {
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
@@ -147,7 +162,7 @@ class SemuModel(BaseTuner):
                 check_parameter(model, name, parameter, also_as_layer)
 
     def _check_target_modules(self, targets: SemuConfig, model: nn.Module, kinds: Any) -> None:
-        modules = dict(model.named_modules())
+        modules = {name: uncompiled(module) for name, module in model.named_modules()}
         inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         for name, module in modules.items():
             if not name or name.startswith(inside) or not isinstance(module, kinds):
@@ -167,6 +182,7 @@ class SemuModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        target = uncompiled(target)  # a single compiled layer is run uncompiled once it is corrected
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer: nn.Module = target
         if self._check_tied_module_exists(peft_config, current_key):
@@ -311,12 +327,19 @@ class SemuModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return rounded_bases(found, config.save_dtype)
+        return rounded_bases(named_for_a_file(model, found), config.save_dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = restored_bases(state_dict, config.save_dtype)
+        state_dict = restored_bases(named_for_the_model(model, state_dict), config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return fitted(model, config, adapter_name, remapped)
+
+
+def _name_as_uncompiled(config: SemuConfig, model: nn.Module) -> None:
+    """Name the targets as they are called in the model before it was compiled, which is what a file is to say."""
+    resolved: Any = _maybe_include_all_linear_layers(config, model)
+    if isinstance(resolved.target_modules, (list, set)):
+        config.target_modules = {without_compilation(name) for name in resolved.target_modules}  # type: ignore[assignment]
