@@ -106,15 +106,15 @@ def _check_parts(states: Mapping[str, Sequence[Any]], parts: Parts, folder: Path
             )
 
 
-def find_checkpoint(wanted: str | Path, output_dir: str | Path | None) -> Path:
+def find_checkpoint(given: str | Path, output_dir: str | Path | None) -> Path:
     """Find the folder of a checkpoint, or of the latest one in `output_dir`.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: The latest is wanted, and no `output_dir` is given to look in.
     """
-    folder = Path(wanted)
-    if wanted == "latest":
+    folder = Path(given)
+    if given == "latest":
         if output_dir is None:
             raise ValueError('`resume_from_checkpoint="latest"` looks in `output_dir`: set it as well.')
         found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
