@@ -1,4 +1,4 @@
-"""Erase a concept from a text-to-image pipeline. Needs `pip install semu-peft[diffusion]`."""
+"""Erase a concept from a text-to-image pipeline."""
 
 from .erase import ConceptResult, unlearn_concept
 from .examples import ConceptExamples, concept_examples

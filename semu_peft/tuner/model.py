@@ -30,7 +30,7 @@ from .patterns import match_pattern, name_matches
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
 from .targets import check_parameter, check_tied, layer_class, untied
-from .tied import TiedLayer
+from .tied import TiedLayer, part_shared_embeddings
 from .weighted import CombinationType, WeightedSum
 from .whole_model import restore_layers
 
@@ -118,6 +118,7 @@ class SemuModel(BaseTuner):
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        part_shared_embeddings(model, getattr(peft_config, "target_modules_to_tie", None) or ())
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         names = dict(model.named_modules())
         parameters = {

@@ -205,7 +205,7 @@ def test_previews_before_during_and_after() -> None:
     pipe = quiet(sd_pipeline())
     seen: list[tuple[int, Tensor]] = []
     result = unlearn_concept(
-        pipe, "cat", anchor="dog", steps=10, samples_per_prompt=4, previews=2, learning_rate=0.05,
+        pipe, "cat", anchor="dog", steps=10, samples_per_prompt=4, previews=2, learning_rate=0.02,
         preview=lambda pipe, step: seen.append((step, images(pipe, "cat", 1))), **QUICK,
     )  # fmt: skip
     assert [step for step, _ in seen] == [0, 3, 7, 10]
