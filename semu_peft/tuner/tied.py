@@ -88,7 +88,7 @@ def part_shared_embeddings(model: Any, names: Collection[str]) -> None:
     source = model.get_input_embeddings()
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
-        if modules.get(name) is source:
+        if name in modules and modules[name] is source:
             own = copy.copy(source)
             own._parameters = dict(source._parameters)
             parent, _, last = name.rpartition(".")
