@@ -173,7 +173,8 @@ def main() -> None:
     before = sample()
     if args.clip:
         scores["before"] = clip_scores(args.clip, before, prompts)
-    pipe.load_lora_weights(output / "lora")
+    # By the file's name, since diffusers before 0.40 looks for it on the hub alone.
+    pipe.load_lora_weights(output / "lora", weight_name="pytorch_lora_weights.safetensors")
     differences["LoRA on the original pipeline"] = (sample() - wanted).abs().max().item()
     pipe.fuse_lora()
     differences["LoRA, fused"] = (sample() - wanted).abs().max().item()

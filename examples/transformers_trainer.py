@@ -81,7 +81,8 @@ def main() -> None:
     print(f"knows all: {accuracy(model, forget):.1f}% of the {FORGOTTEN}s, {accuracy(model, retain):.1f}% of the rest")
 
     objective = objectives.DecoupledDistillation()
-    adapted = get_peft_model(model, SemuConfig(target_modules=["q_proj", "v_proj", "fc1", "fc2", "classifier"]))
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = get_peft_model(model, SemuConfig(target_modules=layers))
     initialize_semu_weights(adapted, DataLoader(forget, batch_size=32), objective)
     trainer = ObjectiveTrainer(adapted, args, train_dataset=forget, objective=objective)
     trainer.train()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import Cnn, Mlp, clip_text, dit, gpt2, llama, sd3, t5, unet, unet_condition, vit
+from models import VIT, Cnn, Mlp, clip_text, dit, gpt2, llama, sd3, t5, unet, unet_condition, vit
 from torch import Tensor, nn
 
 TEXT = {
@@ -101,6 +101,7 @@ def clip_inputs() -> dict[str, Any]:
     return {"input_ids": ended, "pixel_values": draw(2, 3, 8, 8)}
 
 
+VIT_TARGETS = [VIT["query"], VIT["up"], "projection"]
 CASES = [
     Case("mlp", Mlp, lambda: {"x": draw(2, 6)}, ["fc1", "fc2", "head"]),
     Case("cnn", Cnn, lambda: {"x": draw(2, 3, 8, 8)}, ["conv1", "conv2", "head"], convolutions=True),
@@ -110,7 +111,7 @@ CASES = [
     Case("gpt2", gpt2, text_inputs, ["c_attn", "c_proj", "c_fc"]),
     Case("bert", bert, text_inputs, ["query", "value", "dense"]),
     Case("t5", t5, lambda: {**text_inputs(), "decoder_input_ids": tokens(4, seed=3)}, ["q", "v", "wo"]),
-    Case("vit", vit, lambda: {"pixel_values": draw(2, 3, 8, 8)}, ["q_proj", "fc1", "projection"], convolutions=True),
+    Case("vit", vit, lambda: {"pixel_values": draw(2, 3, 8, 8)}, VIT_TARGETS, convolutions=True),
     Case("clip", clip, clip_inputs, r".*(q_proj|fc2)", mixed=False),
     Case("clip_text", clip_text, text_inputs, ["k_proj", "out_proj", "fc1"]),
     Case("mixtral", mixtral, text_inputs, ["q_proj", "o_proj"]),

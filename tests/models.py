@@ -69,6 +69,18 @@ def vit() -> ViTForImageClassification:
     ).eval()
 
 
+def _vit_names() -> dict[str, str]:
+    """Names of the vision transformer's linear layers; transformers 5 has renamed them."""
+    with torch.device("meta"):
+        names = [name for name, _ in vit().named_modules()]
+    if any(name.endswith("q_proj") for name in names):
+        return {"query": "q_proj", "up": "fc1", "down": "fc2", "layers": "vit.layers"}
+    return {"query": "query", "up": "intermediate.dense", "down": "output.dense", "layers": "vit.encoder.layer"}
+
+
+VIT = _vit_names()
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A language model of transformers' `Conv1D` layers, with dropout and tied embeddings."""
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)).eval()

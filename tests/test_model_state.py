@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from matrix_models import bert, tokens
-from models import Snapshot, gpt2, llama, sd3, t5, unet_condition, vit
+from models import VIT, Snapshot, gpt2, llama, sd3, t5, unet_condition, vit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str], dict[str, Tensor]]] = {
     "opt": (opt, ["q_proj", "fc1"], TEXT),
     "t5": (t5, ["q", "wo"], TEXT),
     "bert": (bert, ["query", "dense"], {"input_ids": tokens(), "labels": torch.tensor([0, 2])}),
-    "vit": (vit, ["q_proj", "fc1"], {"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.tensor([0, 1])}),
+    "vit": (vit, [VIT["query"], VIT["up"]], {"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.tensor([0, 1])}),
 }
 
 

@@ -32,7 +32,7 @@ def images(pipe):
     return pipe(json.loads(prompts), generator=generators, output_type="pt", **json.loads(settings)).images.contiguous()
 
 pipe = DiffusionPipeline.from_pretrained(base, safety_checker=None)
-pipe.load_lora_weights(lora)
+pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
 result = {"lora": images(pipe)}
 pipe.fuse_lora()
 result["fused"] = images(pipe)

@@ -1,4 +1,4 @@
-"""Erase a concept from a text-to-image pipeline. Needs `pip install semu-peft[diffusion]`."""
+"""Erase a concept from a text-to-image pipeline."""
 
 from .dataset import ConceptExamples, concept_examples
 from .erase import ConceptResult, unlearn_concept

@@ -143,10 +143,12 @@ class LayerSource(GradientSource):
             elif output._is_view():  # a hook on a view is lost when the model changes the view in place
                 output = changed = torch.ops.aten._unsafe_view(output, output.shape)
             inputs = (args or tuple(kwargs.values()))[0]
-            kept = [_Keep.apply(inputs.detach(), anchor).grad_fn]
+            kept = [_Keep.apply(inputs.detach(), anchor)]
 
             def on_gradient(gradient: Tensor) -> None:
-                (inputs,) = kept.pop().saved_tensors  # with its node the inputs go, layer by layer
+                holder = kept.pop()  # of the node: before torch 2.12 a node is freed with its tensor
+                (inputs,) = holder.grad_fn.saved_tensors
+                del holder  # with its node the inputs go, layer by layer
                 with torch.no_grad():
                     for part in self._parts(gradient, inputs):
                         fold(part)

@@ -140,7 +140,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     def base_is_bare(self, *kinds: type[nn.Module]) -> bool:
         """Whether the base layer is just its arithmetic: one of these very types, unquantised and without hooks."""
         base: Any = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
         return type(base) in kinds and not hooked and base.weight.dtype.itemsize >= 2
 
     def run_base(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
 from .targets import check_names_of_ranks, check_parameter, check_tied, layer_class, untied
-from .tied import TiedLayer
+from .tied import TiedLayer, part_shared_embeddings
 from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
 
 
@@ -141,6 +141,7 @@ class SemuModel(BaseTuner):
     def _prepare_model(self, peft_config: SemuConfig, model: nn.Module) -> None:  # type: ignore[override]
         if "_requires_grad_before" not in vars(self):
             self._requires_grad_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        part_shared_embeddings(model, getattr(peft_config, "target_modules_to_tie", None) or ())
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         if any("_orig_mod" in name for name, _ in model.named_modules()):
             _name_as_uncompiled(peft_config, model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -75,3 +77,21 @@ class TiedLinear(TiedLayer, Linear):
 
 class TiedEmbedding(TiedLayer, Embedding):
     """A further embedding tied to the first, as in T5."""
+
+
+def part_shared_embeddings(model: Any, names: Collection[str]) -> None:
+    """Let each place that is to be tied hold a module of its own, with the one weight.
+
+    In T5 before transformers 5 encoder and decoder hold the very module that is the input embedding. PEFT would replace
+    it in one of its places only.
+    """
+    if not names:
+        return
+    source = model.get_input_embeddings()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name in modules and modules[name] is source:
+            own = copy.copy(source)
+            own._parameters = dict(source._parameters)
+            parent, _, last = name.rpartition(".")
+            setattr(modules[parent], last, own)

@@ -85,7 +85,7 @@ def test_on_a_pipeline_with_the_real_module_structure(kind: str, run: Callable[.
     # What was written is what the program said: the merged directory draws as the LoRA does.
     settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
     merged = quiet(diffusers.DiffusionPipeline.from_pretrained(out / "merged"))
-    pipe.load_lora_weights(out / "lora")
+    pipe.load_lora_weights(out / "lora", weight_name="pytorch_lora_weights.safetensors")
     one, other = (sample_pipeline(p, ["a photo of a cat"], seeds=[3], **settings) for p in (merged, pipe))
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 

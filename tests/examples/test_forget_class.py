@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification
 
 from semu_peft import SubspaceProfile
 
@@ -70,7 +71,9 @@ def write_model(folder: Path, *, processor: bool = False) -> Path:
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(folder)
     if processor:
-        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+        # The processor that needs no torchvision; before transformers 5 it had the plain name.
+        kind = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+        kind(size={"height": 8, "width": 8}).save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import vit
+from models import VIT, vit
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -31,7 +31,7 @@ class InOrder(ObjectiveTrainer):
 
 def adapted() -> PeftModel:
     torch.manual_seed(0)
-    return get_peft_model(vit(), SemuConfig(target_modules=["q_proj", "fc1"], r=3, init_weights=False))
+    return get_peft_model(vit(), SemuConfig(target_modules=[VIT["query"], VIT["up"]], r=3, init_weights=False))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

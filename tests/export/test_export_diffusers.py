@@ -47,7 +47,7 @@ def images(pipe, **settings):
 for folder in map(Path, sys.argv[1:]):
     pipe = DiffusionPipeline.from_pretrained(folder / "base")
     result = {"original": images(pipe)}
-    pipe.load_lora_weights(folder / "lora")
+    pipe.load_lora_weights(folder / "lora", weight_name="pytorch_lora_weights.safetensors")
     result["lora"] = images(pipe)
     pipe.fuse_lora()
     result["fused"] = images(pipe)
@@ -105,7 +105,7 @@ def test_other_readings_of_the_weight_ship_as_well(settings: dict[str, Any], tmp
     wanted = images(pipe)
     save_as_diffusers_lora(pipe, tmp_path)
     stock = quiet(PIPELINES["sd"]())
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(images(stock), wanted, **TOLERANCE)
 
 
@@ -117,7 +117,7 @@ def test_the_text_encoder_travels_in_the_same_file(tmp_path: Path) -> None:
     file = save_as_diffusers_lora(pipe, tmp_path)
     assert {key.split(".")[0] for key in load_file(file)} == {"unet", "text_encoder"}
     stock = quiet(PIPELINES["sd"]())
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(images(stock), wanted, **TOLERANCE)
     merge_pipeline(pipe)
     torch.testing.assert_close(images(pipe), wanted, **TOLERANCE)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, Snapshot, gpt2, image_batches, run, sample_input, unet, vector_batches, vit
+from models import VIT, Cnn, Mlp, Snapshot, gpt2, image_batches, run, sample_input, unet, vector_batches, vit
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -171,7 +171,7 @@ def test_two_runs_are_bit_identical(kind: type[Mlp | Cnn], mode: str) -> None:
 def test_ranks_are_written(way: str, tmp_path: Path) -> None:
     """The ranks stand in the configuration by full layer name, so that the adapter loads without data."""
     base = same(vit)
-    config = SemuConfig(target_modules=["q_proj", "fc1", "projection"], explained_variance=0.8)
+    config = SemuConfig(target_modules=[VIT["query"], VIT["up"], "projection"], explained_variance=0.8)
     if way == "peft":
         model: Any = get_peft_model(base, config)
     elif way == "injected":
@@ -182,7 +182,8 @@ def test_ranks_are_written(way: str, tmp_path: Path) -> None:
     profile = initialize_semu_weights(model, image_batches(), FORGET, progress=False)
     ranks = {name: layer.r["default"] for name, layer in semu_layers(model).items()}
     assert model.peft_config["default"].ranks == profile.ranks == ranks
-    assert set(ranks) == {name for name, _ in same(vit).named_modules() if name.split(".")[-1] in config.target_modules}
+    endings = tuple(f".{name}" for name in config.target_modules)
+    assert set(ranks) == {name for name, _ in same(vit).named_modules() if name.endswith(endings)}
     assert len(set(ranks.values())) > 1
     if way == "injected":
         return

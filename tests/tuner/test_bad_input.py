@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, Snapshot, image_batches, run, sample_input, vector_batches, vit
+from models import VIT, Cnn, Mlp, Snapshot, image_batches, run, sample_input, vector_batches, vit
 from peft import (
     AutoPeftModel,
     LoraConfig,
@@ -282,7 +282,7 @@ def adapter(tmp_path: Path) -> Path:
     """A folder with a sound adapter for `vit`, whose base lies beside it."""
     base_model().save_pretrained(tmp_path / "base")
     base = type(base_model()).from_pretrained(tmp_path / "base")
-    model = trained(base, ["q_proj", "fc1"], 3)
+    model = trained(base, [VIT["query"], VIT["up"]], 3)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -345,7 +345,7 @@ def test_truncated_file_through_auto_class(adapter: Path) -> None:
 @every_loader
 def test_foreign_file(load: Callable[[Any, Path], Any], adapter: Path, tmp_path: Path) -> None:
     """LoRA weights under a SEMU configuration are refused as what they are."""
-    get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(base_model(), LoraConfig(target_modules=[VIT["query"]])).save_pretrained(tmp_path / "lora")
     shutil.copy(tmp_path / "lora" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
     refused(
@@ -356,19 +356,19 @@ def test_foreign_file(load: Callable[[Any, Path], Any], adapter: Path, tmp_path:
 @every_loader
 def test_file_of_another_rank(load: Callable[[Any, Path], Any], adapter: Path, tmp_path: Path) -> None:
     """Weights of other ranks than the configuration's are refused, with layer and both ranks."""
-    trained(base_model(), ["q_proj", "fc1"], 2).save_pretrained(tmp_path / "other")
+    trained(base_model(), [VIT["query"], VIT["up"]], 2).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
-    refused(lambda: load(model, adapter), model, adapter, "rank 2", "3", "q_proj", "`ranks`")
+    refused(lambda: load(model, adapter), model, adapter, "rank 2", "3", VIT["query"], "`ranks`")
 
 
 @every_loader
 def test_file_that_lacks_a_layer(load: Callable[[Any, Path], Any], adapter: Path, tmp_path: Path) -> None:
     """Weights for fewer layers than the configuration names are refused, not loaded in part."""
-    trained(base_model(), ["q_proj"], 3).save_pretrained(tmp_path / "other")
+    trained(base_model(), [VIT["query"]], 3).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     model = base_model()
-    refused(lambda: load(model, adapter), model, adapter, "fc1")
+    refused(lambda: load(model, adapter), model, adapter, VIT["up"])
 
 
 @every_loader
@@ -377,7 +377,7 @@ def test_another_architecture(load: Callable[[Any, Path], Any], adapter: Path) -
     config = base_model().config
     config.num_hidden_layers = 1
     model = vit_of(config)
-    refused(lambda: load(model, adapter), model, adapter, "`ranks`", "ViTForImageClassification", "layers.1")
+    refused(lambda: load(model, adapter), model, adapter, "`ranks`", "ViTForImageClassification", f"{VIT['layers']}.1")
 
 
 @every_loader
@@ -386,7 +386,9 @@ def test_another_width(load: Callable[[Any, Path], Any], adapter: Path) -> None:
     config = base_model().config
     config.hidden_size = 32
     model = vit_of(config)
-    refused(lambda: load(model, adapter), model, adapter, "ViTForImageClassification", "vit.layers.0", "(16, 3)", "32")
+    refused(
+        lambda: load(model, adapter), model, adapter, "ViTForImageClassification", f"{VIT['layers']}.0", "(16, 3)", "32"
+    )
 
 
 def vit_of(config: Any) -> Any:
@@ -401,7 +403,7 @@ def test_transformers_load_adapter(damage: str, adapter: Path, tmp_path: Path) -
     if damage == "truncated":
         (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-7])
     elif damage == "another rank":
-        trained(base_model(), ["q_proj", "fc1"], 2).save_pretrained(tmp_path / "other")
+        trained(base_model(), [VIT["query"], VIT["up"]], 2).save_pretrained(tmp_path / "other")
         shutil.copy(tmp_path / "other" / WEIGHTS, adapter / WEIGHTS)
     config = base_model().config
     config.hidden_size = 32 if damage == "another width" else config.hidden_size
@@ -416,23 +418,23 @@ def test_transformers_load_adapter(damage: str, adapter: Path, tmp_path: Path) -
 
 def test_another_width_with_a_saved_module(tmp_path: Path) -> None:
     """A refused adapter takes its `modules_to_save` wrappers out again."""
-    config = SemuConfig(target_modules=["q_proj"], modules_to_save=["classifier"], r=3, init_weights=False)
+    config = SemuConfig(target_modules=[VIT["query"]], modules_to_save=["classifier"], r=3, init_weights=False)
     get_peft_model(base_model(), config).save_pretrained(tmp_path)
     wide = base_model().config
     wide.hidden_size = 32
     model = vit_of(wide)
-    refused(lambda: PeftModel.from_pretrained(model, tmp_path), model, tmp_path, "q_proj")
+    refused(lambda: PeftModel.from_pretrained(model, tmp_path), model, tmp_path, VIT["query"])
 
 
 def test_a_refused_second_adapter_leaves_the_first(adapter: Path, tmp_path: Path) -> None:
     """`load_adapter` of an adapter that does not fit: the model keeps its own adapter, active and unchanged."""
     narrow = base_model().config
     narrow.hidden_size = 8
-    trained(vit_of(narrow), ["q_proj"], 3).save_pretrained(tmp_path / "narrow")
+    trained(vit_of(narrow), [VIT["query"]], 3).save_pretrained(tmp_path / "narrow")
     model = PeftModel.from_pretrained(base_model(), adapter, is_trainable=True)
     x = sample_input(base_model())
     expected = run(model, *x)
-    refused(lambda: model.load_adapter(tmp_path / "narrow", "second"), model, tmp_path / "narrow", "q_proj")
+    refused(lambda: model.load_adapter(tmp_path / "narrow", "second"), model, tmp_path / "narrow", VIT["query"])
     assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
     assert torch.equal(run(model, *x), expected)
 
@@ -452,11 +454,11 @@ def test_a_refused_state_dict_leaves_the_adapter_it_was_meant_for() -> None:
 
 def test_loading_over_an_existing_adapter_of_another_rank(adapter: Path) -> None:
     """`load_adapter` under a name that is taken, with weights that do not fit: the adapter of that name stays."""
-    config = SemuConfig(target_modules=["q_proj", "fc1"], r=2, init_weights=False)
+    config = SemuConfig(target_modules=[VIT["query"], VIT["up"]], r=2, init_weights=False)
     model = get_peft_model(base_model(), config).eval()
     x = sample_input(base_model())
     expected = run(model, *x)
-    refused(lambda: model.load_adapter(adapter, "default"), model, adapter, "q_proj")
+    refused(lambda: model.load_adapter(adapter, "default"), model, adapter, VIT["query"])
     assert torch.equal(run(model, *x), expected)
 
 

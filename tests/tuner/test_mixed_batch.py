@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, gpt2, llama, run, sample_input, t5, vit
+from models import VIT, Cnn, Mlp, gpt2, llama, run, sample_input, t5, vit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from semu_peft import SemuConfig
 MODELS: dict[str, tuple[Any, list[str], list[str]]] = {
     "mlp": (Mlp, ["fc1", "head"], ["fc2"]),
     "cnn": (Cnn, ["conv1", "head"], ["conv1", "conv2"]),
-    "vit": (vit, ["q_proj", "fc1"], ["projection", "fc2"]),
+    "vit": (vit, [VIT["query"], VIT["up"]], ["projection", VIT["down"]]),
     "gpt2": (gpt2, ["c_attn"], ["c_attn", "c_proj"]),
     "llama": (llama, ["q_proj", "up_proj"], ["up_proj"]),
 }

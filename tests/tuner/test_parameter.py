@@ -60,6 +60,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def fresh(family: str) -> nn.Module:
     torch.manual_seed(3)
     model = FAMILIES[family]()
+    if not any("experts.gate_up_proj" in name for name, _ in model.named_parameters()):
+        pytest.skip(f"transformers before 5 keeps the experts of {family} in layers of their own")
     for name, parameter in model.named_parameters():
         if "experts" in name:
             nn.init.normal_(parameter, std=0.3)

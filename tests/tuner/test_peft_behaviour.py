@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, Snapshot, gpt2, llama, run, sample_input, unet, unet_condition, vit
+from models import VIT, Cnn, Mlp, Snapshot, gpt2, llama, run, sample_input, unet, unet_condition, vit
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -43,7 +43,7 @@ Model = tuple[Callable[[], Any], Any]
 MODELS: dict[str, Model] = {
     "mlp": (Mlp, ["fc1", "head"]),
     "cnn": (Cnn, ["conv1", "conv2", "head"]),
-    "vit": (vit, r".*(q_proj|fc1|projection)"),
+    "vit": (vit, rf".*({VIT['query']}|{VIT['up']}|projection)"),
     "gpt2": (gpt2, ["c_attn", "c_proj"]),
     "llama": (llama, "all-linear"),
     "unet_condition": (unet_condition, ["to_q", "conv1", "conv2"]),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import Cnn, Mlp, clip_text, gpt2, llama, run, sample_input, unet, unet_condition, vit
+from models import VIT, Cnn, Mlp, clip_text, gpt2, llama, run, sample_input, unet, unet_condition, vit
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -121,7 +121,7 @@ CLEAN = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}  # not what o
 SAVE = """
 import sys, torch, semu_peft
 sys.path.insert(0, sys.argv[1])
-from models import Cnn, unet
+from models import VIT, Cnn, unet
 from peft import get_peft_model
 from semu_peft import SemuConfig
 torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_model_card(tmp_path: Path) -> None:
     """The card says what the adapter is and how to load it; a card that somebody wrote is kept."""
     seeded(vit).save_pretrained(tmp_path / "vit")
     base = type(seeded(vit)).from_pretrained(tmp_path / "vit")
-    model = get_peft_model(base, SemuConfig(target_modules=["q_proj", "fc1"], r=3, init_weights=False))
+    model = get_peft_model(base, SemuConfig(target_modules=[VIT["query"], VIT["up"]], r=3, init_weights=False))
     model.save_pretrained(tmp_path / "forget-ships")
     path = tmp_path / "forget-ships" / CARD
     card = ModelCard.load(path)
