@@ -246,7 +246,8 @@ def _as_always(model: nn.Module, name: str) -> str:
 
 
 def _settings(rank: int, names: list[str]) -> dict[str, Any]:
-    return {"r": rank, "lora_alpha": rank, "target_modules": names}
+    # diffusers up to 0.36 asks for the patterns by name, though nothing is in them.
+    return {"r": rank, "lora_alpha": rank, "target_modules": names, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

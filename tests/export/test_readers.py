@@ -95,10 +95,10 @@ def test_a_reader_that_drops_the_settings_draws_the_same(kind: str, tmp_path: Pa
 def test_the_settings_are_those_that_every_version_of_peft_has(tmp_path: Path) -> None:
     with safe_open(save_as_diffusers_lora(adapted("sdxl", text=True), tmp_path), "pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
-    fields = {"r", "lora_alpha", "target_modules"}
+    fields = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}  # diffusers 0.36 asks for all five
     components = ("unet", "text_encoder", "text_encoder_2")
     assert set(settings) == {f"{component}.{field}" for component in components for field in fields}
-    assert settings["unet.r"] == settings["unet.lora_alpha"] == 3
+    assert settings["unet.r"] == settings["unet.lora_alpha"] == 3 and settings["unet.rank_pattern"] == {}
 
 
 def test_text_layers_are_named_for_old_and_new_transformers(tmp_path: Path) -> None:
