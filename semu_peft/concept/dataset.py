@@ -94,7 +94,7 @@ class ConceptExamples(Dataset[dict[str, Any]]):
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if "prompts" not in metadata or "latents" not in tensors:
-            raise ValueError(f"{path} holds no concept examples. Expected a file written by `ConceptExamples.save`.")
+            raise ValueError(f"`path` must be a file that `ConceptExamples.save` wrote, got {path}, which holds none.")
         parts = {
             kind: {key.removeprefix(f"{kind}."): value for key, value in tensors.items() if key.startswith(f"{kind}.")}
             for kind in ("encoded", "roles")
@@ -252,7 +252,9 @@ def as_list(value: str | Sequence[str], name: str) -> list[str]:
 
 def _assign(prompts: list[str], count: int) -> list[str]:
     if len(prompts) not in (1, count):
-        raise ValueError(f"`forget` has {len(prompts)} prompts for {count} images: give one, or one per image.")
+        raise ValueError(
+            f"`forget` must be one prompt or one per image, got {len(prompts)} prompts for {count} images."
+        )
     return prompts * count if len(prompts) == 1 else prompts
 
 

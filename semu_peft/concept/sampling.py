@@ -56,7 +56,7 @@ def sample_denoiser(
     """
     if guidance_scale != 1.0 and unconditional is None:
         raise ValueError(
-            f"`guidance_scale` is {guidance_scale}: give the `unconditional` condition to guide away from."
+            f"`guidance_scale` must be 1 without `unconditional`, got {guidance_scale}. Give that condition."
         )
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
@@ -96,7 +96,7 @@ def sample_pipeline(
         ValueError: There are not as many seeds as prompts.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"`seeds` has {len(seeds)} entries for {len(prompts)} prompts: expected one for each.")
+        raise ValueError(f"`seeds` must be one per prompt, got {len(seeds)} for {len(prompts)} prompts.")
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

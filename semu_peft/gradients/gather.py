@@ -227,8 +227,8 @@ def _run(
         check_loss(loss, f"batch {number}")
         if not torch.isfinite(loss):
             raise ValueError(
-                f"`objective` is {loss.item()} for batch {number} of `batches`. Check that batch's inputs and labels "
-                "for NaN, infinite or out-of-range values."
+                f"`objective` must be finite, got {loss.item()} for batch {number} of `batches`. Check that batch's "
+                "inputs and labels for NaN, infinite or out-of-range values."
             )
         loss.backward()
         size = count_examples(batch)
@@ -242,8 +242,8 @@ def _run(
 def _check_received(batches: int, received: Mapping[str, int]) -> None:
     if batches == 0:
         raise ValueError(
-            "`batches` is empty: expected at least one batch. If it is a generator or an iterator, it may have been "
-            "used up by an earlier pass; pass a DataLoader or a list."
+            "`batches` must give at least one batch, got none. A generator or an iterator may have been used up by an "
+            "earlier pass: pass a DataLoader or a list."
         )
     missing = [name for name, parts in received.items() if parts == 0]
     if missing:
@@ -296,8 +296,8 @@ def check_loss(loss: Any, where: str) -> None:
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"`objective` returned a loss without a gradient for {where}: it depends on nothing that is trained. Do "
-            "not detach the model's output or call the model under `torch.no_grad`."
+            f"`objective` must return a loss that depends on what is trained, got one without a gradient for {where}. "
+            "Do not detach the model's output or call the model under `torch.no_grad`."
         )
 
 

@@ -89,7 +89,7 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     largest = largest_magnitude(matrix)
     if not math.isfinite(largest):
-        raise ValueError("`matrix` holds NaN or infinite values.")
+        raise ValueError("`matrix` must be finite, got NaN or infinite values.")
     small = min(matrix.shape[-2:], default=0)
     if matrix.dim() == 2 and small > _SMALL_SIDE:
         # So that squares neither vanish nor overflow: 1 for all but the strangest gradients.

@@ -36,7 +36,7 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
         for key in ("labels", "label"):
             if key in inputs:
                 return (), inputs, inputs.pop(key)
-        raise TypeError(f"The batch has the keys {sorted(inputs)} but no labels: expected a key 'labels'.")
+        raise TypeError(f"A batch must have the key 'labels', got {sorted(inputs)}. Add the labels under it.")
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return tuple(batch[:-1]), {}, batch[-1]
     raise TypeError(
@@ -63,7 +63,9 @@ def logits_of(output: Any) -> Tensor:
         logits = output[0]
     if isinstance(logits, Tensor):
         return logits
-    raise TypeError(f"The model returned {type(output).__name__}: expected logits, or an output with `logits`.")
+    raise TypeError(
+        f"A model must return logits, or an output with `logits`, got {type(output).__name__}. Wrap it so that it does."
+    )
 
 
 def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -114,8 +116,8 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
         raise ValueError(f"Labels must be integer class indices, got dtype {labels.dtype}.")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ValueError(
-            f"The labels run from {int(labels.min())} to {int(labels.max())}; expected 0 to {logits.shape[1] - 1}, as "
-            f"the model has {logits.shape[1]} classes."
+            f"Labels must be from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} classes, got "
+            f"{int(labels.min())} to {int(labels.max())}. Renumber them, or use the matching head."
         )
     return logits, labels
 

@@ -45,7 +45,7 @@ class ClassificationObjective(Objective):
 
     @torch.no_grad()
     def _read_original(self, model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """The same of the reference, or else of the model without its adapter."""
+        """The logits and labels of the reference, or else of the model without its adapter."""
         with reference_model(model, reference) as original:
             return self._read(original, batch)
 

@@ -48,8 +48,8 @@ def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition
         output = output.chunk(2, dim=1)[0]
     if output.shape != noisy.shape:
         raise ValueError(
-            f"{type(model).__name__} predicts {tuple(output.shape)} for noisy samples {tuple(noisy.shape)}: expected "
-            "the same shape. Give the latents that this model works on, not the images they decode to."
+            f"Predictions must have the shape of the noisy samples {tuple(noisy.shape)}, got {tuple(output.shape)} "
+            f"from {type(model).__name__}. Give the latents that this model works on, not the images they decode to."
         )
     return output
 

@@ -316,7 +316,10 @@ class EmbeddingMatching(Objective):
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())
         if missing:
-            raise ValueError(f"EmbeddingMatching needs batches with `input_ids` and `anchor_input_ids`, no {missing}.")
+            raise ValueError(
+                f"A batch must have `input_ids` and `anchor_input_ids`, got none of {sorted(missing)}. Tokenise the "
+                "prompts that the forgotten ones are to be read as."
+            )
         with torch.no_grad(), reference_model(model, self.reference) as original:
             target = original(input_ids=batch["anchor_input_ids"]).last_hidden_state.float()
         return F.mse_loss(model(input_ids=batch["input_ids"]).last_hidden_state.float(), target)

@@ -181,8 +181,8 @@ def _retain_sums(
     empty = [terms[index] for index, count in enumerate(sum_over_processes(seen).tolist()) if count == 0]
     if empty:
         raise ValueError(
-            f"`retain`: {empty[0]} has no batch. If its batches are a generator or an iterator, they may have been "
-            "used up by an earlier pass; give a DataLoader or a list."
+            f"`retain` must give at least one batch each, got none from {empty[0]}. A generator or an iterator may "
+            "have been used up by an earlier pass: give a DataLoader or a list."
         )
     return _matrix_sums(gathered)
 

@@ -219,7 +219,7 @@ class SubspaceProfile:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); save the profile again.") from error
         if text is None:
-            raise ValueError(f"{path} is no subspace profile; expected a file that `SubspaceProfile.save` wrote.")
+            raise ValueError(f"`path` must be a file that `SubspaceProfile.save` wrote, got {path}, which is another.")
         described = json.loads(text)
         layers = {}
         for name, layer in described["layers"].items():

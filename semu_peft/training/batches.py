@@ -45,7 +45,9 @@ def as_loader(batches: Iterable[Any], name: str, most: int | None = None) -> Dat
         ready: list[Any] = list(itertools.islice(batches, most))
         loader = DataLoader(ready, batch_size=1, shuffle=False, collate_fn=_only)  # type: ignore[arg-type]
     if batches_in(loader) == 0:
-        raise ValueError(f"`{name}` is empty: expected at least one batch. An iterator may have been used up before.")
+        raise ValueError(
+            f"`{name}` must give at least one batch, got none. An iterator may have been used up before: give a list."
+        )
     return loader
 
 

@@ -289,7 +289,7 @@ def test_ready_examples_have_their_own_prompts(name: str) -> None:
     pipe = quiet(sd_pipeline())
     with pytest.raises(ValueError, match=f"`{name}` cannot be given with ready examples"):
         unlearn_concept(pipe, made(pipe, "cat"), **{name: ["dog"]}, progress=False)
-    with pytest.raises(ValueError, match="3 prompts for 2 images"):
+    with pytest.raises(ValueError, match="one per image, got 3 prompts for 2 images"):
         made(pipe, ["a", "b", "c"], images=torch.rand(2, 3, 16, 16))
 
 

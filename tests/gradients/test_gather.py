@@ -210,8 +210,8 @@ def test_sums_are_not_the_models_memory() -> None:
 @pytest.mark.parametrize(
     ("batches", "objective", "words"),
     [
-        ([], loss, ["`batches` is empty", "used up"]),
-        (iter(()), loss, ["`batches` is empty", "used up"]),
+        ([], loss, ["`batches` must give at least one batch", "used up"]),
+        (iter(()), loss, ["`batches` must give at least one batch", "used up"]),
         (vector_batches(), lambda m, b: loss(m, b) * float("nan"), ["nan", "batch 0"]),
         (vector_batches(), lambda m, b: loss(m, b) / 0, ["inf", "batch 0"]),
         (vector_batches(), lambda m, b: loss(m, b).detach(), ["without a gradient", "detach"]),

@@ -209,7 +209,7 @@ def test_what_a_batch_lacks_is_named() -> None:
         objectives.ConditionMatching(DDPM, towards="next", reference=Linear())(Linear(), batch)
     with pytest.raises(TypeError, match="latents"):
         objectives.DenoisingLoss(DDPM)(Linear(), {"pixel_values": batch[0]})
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match="must have the shape of the noisy samples"):
         denoiser_output(
             dit(), torch.randn(2, 4, 8, 8)[:, :, :4], torch.tensor([1, 2]), {"class_labels": torch.tensor([0, 1])}
         )

@@ -228,7 +228,7 @@ def test_labels_outside_the_vocabulary(label: int) -> None:
     """Only −100 is no label."""
     model, batch = made(llama), padded("right")
     batch["labels"][0, 3] = label
-    with pytest.raises(ValueError, match=rf"labels run from.*{label}.*expected 0 to {VOCABULARY - 1}"):
+    with pytest.raises(ValueError, match=rf"must be from 0 to {VOCABULARY - 1}, .*got.*{label}"):
         CrossEntropy()(model, batch)
 
 

@@ -333,8 +333,8 @@ def exhausted() -> Any:
 @pytest.mark.parametrize(
     ("batches", "objective", "adapter", "words"),
     [
-        (lambda: [], FORGET, "default", ["`batches` is empty"]),
-        (exhausted, FORGET, "default", ["`batches` is empty", "used up"]),
+        (lambda: [], FORGET, "default", ["`batches` must give at least one batch"]),
+        (exhausted, FORGET, "default", ["`batches` must give at least one batch", "used up"]),
         (vector_batches, lambda m, b: FORGET(m, b) * float("nan"), "default", ["nan", "batch 0"]),
         (vector_batches, lambda m, b: FORGET(m, b).detach(), "default", ["without a gradient"]),
         (vector_batches, lambda m, b: m.base_model.model.fc1(b[0]).mean(), "default", ["'fc2'", "exclude_modules"]),

@@ -100,7 +100,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         SubspaceProfile.load(tmp_path / "damaged.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no subspace profile"):
+    with pytest.raises(ValueError, match="must be a file that `SubspaceProfile.save` wrote"):
         SubspaceProfile.load(tmp_path / "other.safetensors")
 
 

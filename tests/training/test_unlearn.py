@@ -650,13 +650,13 @@ class Endless(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"forget": []}, ValueError, ["`forget` is empty"]),
-        ({"forget": iter(())}, ValueError, ["`forget` is empty"]),
+        ({"forget": []}, ValueError, ["`forget` must give at least one batch"]),
+        ({"forget": iter(())}, ValueError, ["`forget` must give at least one batch"]),
         ({"forget": 3}, TypeError, ["`forget`", "int", "list"]),
         ({"forget": DataLoader(Endless(), batch_size=None)}, ValueError, ["`forget`", "length", "`max_steps`"]),
         ({"forget": Endless()}, ValueError, ["`forget`", "length", "`max_steps`"]),
         ({"retain": vector_batches()}, TypeError, ["`retain`", "Retain(batches, objective)"]),
-        ({"retain": Retain([], CrossEntropy())}, ValueError, ["`retain` is empty"]),
+        ({"retain": Retain([], CrossEntropy())}, ValueError, ["`retain` must give at least one batch"]),
         ({"objective": CrossEntropy}, TypeError, ["`objective`", "CrossEntropy()"]),
         ({"rules": [lambda step: None]}, TypeError, ["`rules`", "`Rule`"]),
         ({"callbacks": [EarlyStopping]}, TypeError, ["`callbacks`", "on_step_end"]),
