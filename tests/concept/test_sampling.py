@@ -53,5 +53,5 @@ def test_a_pipeline_samples_in_batches_of_any_size() -> None:
     other = sample_pipeline(pipe, prompts, seeds=[1, 2, 3], batch_size=2, **settings)
     assert one.shape == (3, 3, 16, 16) and one.min() >= 0 and one.max() <= 1
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="`seeds` has 1"):
+    with pytest.raises(ValueError, match="`seeds` must be one per prompt, got 1"):
         sample_pipeline(pipe, prompts, seeds=[1], **settings)
