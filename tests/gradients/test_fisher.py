@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CLASSES, Cnn, Mlp, llama, vit
+from models import CLASSES, VIT, Cnn, Mlp, llama, vit
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +41,9 @@ def data(kind: str) -> tuple[nn.Module, Any, list[Any], list[str]]:
     if kind == "llama":
         return llama(), token_loss, list(torch.randint(32, (EXAMPLES, 1, 7), generator=draw)), ["q_proj", "down_proj"]
     images = list(zip(torch.randn(EXAMPLES, 1, 3, 8, 8, generator=draw), labels, strict=True))
-    return (Cnn(), loss, images, ["conv1", "head"]) if kind == "cnn" else (vit(), loss, images, ["q_proj", "fc1"])
+    return (
+        (Cnn(), loss, images, ["conv1", "head"]) if kind == "cnn" else (vit(), loss, images, [VIT["query"], VIT["up"]])
+    )
 
 
 def batched(examples: list[Any], sizes: list[int]) -> Iterator[Any]:
