@@ -22,7 +22,7 @@ from semu_peft import SemuConfig, save_as_diffusers_lora
 from semu_peft.concept import denoiser_targets
 from semu_peft.concept.families import denoiser_of
 from semu_peft.concept.sampling import sample_pipeline
-from semu_peft.export.diffusers import merge_pipeline, save_adapter
+from semu_peft.export.diffusers import WEIGHT_NAME, merge_pipeline, save_adapter
 from semu_peft.tuner.adapted import base_model, semu_layers
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 0}
@@ -149,8 +149,8 @@ def test_another_lora_can_be_swapped_for_it(tmp_path: Path) -> None:
     plain.save_lora_weights(tmp_path / "plain", unet_lora_layers=layers)
     stock = quiet(PIPELINES["sd"]())
     stock.enable_lora_hotswap(target_rank=8)
-    stock.load_lora_weights(tmp_path / "plain", adapter_name="a")
-    stock.load_lora_weights(tmp_path / "semu", adapter_name="a", hotswap=True)
+    stock.load_lora_weights(tmp_path / "plain", weight_name=WEIGHT_NAME, adapter_name="a")
+    stock.load_lora_weights(tmp_path / "semu", weight_name=WEIGHT_NAME, adapter_name="a", hotswap=True)
     torch.testing.assert_close(images(stock), wanted, **TOLERANCE)
 
 
@@ -184,7 +184,7 @@ def test_diffusers_reads_kohyas_layout_too(kind: str, tmp_path: Path) -> None:
     wanted = images(pipe)
     save_as_diffusers_lora(pipe, tmp_path, format="kohya")
     stock = quiet(PIPELINES[kind]())
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name=WEIGHT_NAME)
     torch.testing.assert_close(images(stock), wanted, **TOLERANCE)
 
 
@@ -224,10 +224,10 @@ def test_a_style_loaded_on_top_does_not_change_what_is_exported(tmp_path: Path) 
     style.save_lora_weights(tmp_path / "style", unet_lora_layers=layers)
     pipe = adapted("sd", "cross-attention", adapter_name="erase")
     wanted = images(pipe)
-    pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
+    pipe.load_lora_weights(tmp_path / "style", weight_name=WEIGHT_NAME, adapter_name="style")
     save_as_diffusers_lora(pipe, tmp_path / "lora", adapter_name="erase")
     stock = quiet(PIPELINES["sd"]())
-    stock.load_lora_weights(tmp_path / "lora")
+    stock.load_lora_weights(tmp_path / "lora", weight_name=WEIGHT_NAME)
     torch.testing.assert_close(images(stock), wanted, **TOLERANCE)
     alone = adapted("sd", "cross-attention", adapter_name="erase")
     for name, model in (("beside", pipe.unet), ("alone", alone.unet)):
