@@ -179,7 +179,7 @@ def test_a_retain_set_without_batches_is_named() -> None:
     """Also beside one that has some, and the adapter stays as it was."""
     model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"]))
     retain = [Retain(vector_batches(), RETAIN), Retain([], RETAIN, weight=3.0)]
-    with pytest.raises(ValueError, match=r"`retain`: Retain\(list of 0, .*weight=3.0\) has no batch"):
+    with pytest.raises(ValueError, match=r"`retain` must give at least one batch.*Retain\(list of 0, .*weight=3.0\)"):
         initialize_semu_weights(model, vector_batches(), FORGET, retain=retain, progress=False)
     assert not model.peft_config["default"].ranks
 
