@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,14 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """What one test compiles must not count towards the next one's limit of recompilations."""
+    yield
+    if compiler := sys.modules.get("torch._dynamo"):
+        compiler.reset()
 
 
 @pytest.fixture(autouse=True)
