@@ -55,9 +55,9 @@ def parameter_places(model: nn.Module, parameters: dict[str, ParamWrapper], weig
     """
     every = [without_wrappers(name) for name, _ in base_model(model).named_parameters()]
     places = {f"{name}.weight": name for name in weights}
-    wanted = {*parameters, *places}
-    for name in wanted:
-        also = [other for other in every if other.endswith(f".{name}") and other not in wanted]
+    targeted = {*parameters, *places}
+    for name in targeted:
+        also = [other for other in every if other.endswith(f".{name}") and other not in targeted]
         if also:
             raise ValueError(
                 f"LoRA's `target_parameters` cannot name {name!r} without {also[0]!r}, which ends alike and is not "

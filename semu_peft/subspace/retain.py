@@ -8,8 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from semu_peft.linalg.core import LowRank, eckart_young, orthonormal
 from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
 from semu_peft.linalg.factorize import SingularFactors
+
+# A direction this much smaller than the largest was removed whole, but for rounding.
+_REMOVED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -127,19 +131,17 @@ def _outside(basis: Tensor, other: Tensor) -> Tensor:
 
 def _refactored(origin: SingularFactors, left: Tensor, right: Tensor) -> SingularFactors:
     """The singular value decomposition of `left rightᵀ`, `(m, q)` and `(n, q)`, as what is left of `origin`."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right)
-    u, values, vt = torch.linalg.svd(r_left @ r_right.mT)
-    # What rounding leaves of a direction that was removed whole is no direction.
-    noise = 1e-6 * origin.singular_values[..., :1].double()
-    values = torch.where(values > noise, values, torch.zeros_like(values))
+    identity = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
+    found = eckart_young(orthonormal(LowRank(left, right, identity)))
+    noise = _REMOVED * origin.singular_values[..., :1].double()
+    values = torch.where(found.singular_values > noise, found.singular_values, 0.0)
     known = origin.singular_values[..., : origin.rank].double().square().sum(-1)
     energy = (origin.energy - known).clamp_min(0) + values.square().sum(-1)
     dtype = origin.left.dtype
     return replace(
         origin,
-        left=(q_left @ u).to(dtype),
-        right=(q_right @ vt.mT).to(dtype),
+        left=found.left.to(dtype),
+        right=found.right.to(dtype),
         singular_values=values.to(dtype),
         energy=energy,
     )

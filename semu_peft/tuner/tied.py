@@ -91,7 +91,7 @@ def part_shared_embeddings(model: Any, names: Collection[str]) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name in modules and modules[name] is source:
-            own = copy.copy(source)
-            own._parameters = dict(source._parameters)
+            separate = copy.copy(source)
+            separate._parameters = dict(source._parameters)
             parent, _, last = name.rpartition(".")
-            setattr(modules[parent], last, own)
+            setattr(modules[parent], last, separate)
