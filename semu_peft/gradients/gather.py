@@ -264,14 +264,14 @@ def _named(name: str) -> Iterator[None]:
 
 
 def count_examples(batch: Any) -> int | None:
-    """The first dimension of the first tensor in a batch; `None` where there is none.
+    """The first dimension of the first tensor in a batch that has one; `None` where none has.
 
     Examples:
         >>> count_examples({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_examples(["text"])
         (4, None)
     """
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
+        return len(batch) if batch.dim() else None
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if not isinstance(batch, (list, tuple)):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .progress import Position
@@ -141,15 +140,3 @@ def _seeded_random_states(seed: int) -> tuple[Any, ...]:
         np.random.RandomState(seed % 2**32).get_state(),
         random.Random(seed).getstate(),
     )
-
-
-def batch_size(batch: Any) -> int:
-    """How many examples a batch holds: the length of its first tensor, 1 where there is none.
-
-    Examples:
-        >>> import torch
-        >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4)})
-        4
-    """
-    values = list(batch.values()) if hasattr(batch, "values") else list(batch)
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), 1)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from semu_peft.gradients.gather import check_loss
+from semu_peft.gradients.gather import check_loss, count_examples
 from semu_peft.model_state import same_modes
 from semu_peft.objectives.base import Objective, as_objective
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
 from .accelerate_state import Prepared
-from .batches import batch_size, batches_in, cycle, in_steps, rest_of_epoch
+from .batches import batches_in, cycle, in_steps, rest_of_epoch
 from .callbacks import Event, TrainingContext
 from .checkpoint import Parts, find_checkpoint, load_checkpoint, save_checkpoint
 from .optimizers import SchedulerFactory, linear_decay, needs_closure
@@ -160,7 +160,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.progress.step += 1
         self.progress.forget.batch += len(batches)
-        self.progress.examples += sum(map(batch_size, batches)) * self.accelerator.num_processes
+        self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
         self._record(losses)
 
     def _start_step(self) -> Step:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from semu_peft.objectives.adapter_parts import adapter_parts
 from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 
 
@@ -88,9 +87,9 @@ def only_adapter_trains(model: nn.Module, adapter_name: str | None) -> Iterator[
 
 def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    found = [layer for layer in layers if adapter_name in _adapters_of(layer)]
+    found = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
     if not found:
-        names = sorted({name for layer in layers for name in _adapters_of(layer)})
+        names = sorted({name for layer in layers for name in layer._get_available_adapters()})
         raise ValueError(
             f"`adapter_name`: {type(model).__name__} has no adapter {adapter_name!r}; it has {names or 'none'}. Add it "
             "first, or name one of these."
@@ -100,17 +99,4 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
             f"`adapter_name`: the adapter {adapter_name!r} is not active, so that training would not move it. Activate "
             f"it first: `set_adapter({adapter_name!r})`, or with others `model.base_model.set_adapter([...])`."
         )
-    holders: list[Any] = [getattr(layer, name, {}) for layer in found for name in layer.adapter_layer_names]
-    holders += [module.modules_to_save for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return [parameter for holder in holders if adapter_name in holder for parameter in _within(holder[adapter_name])]
-
-
-def _adapters_of(layer: BaseTunerLayer) -> set[str]:
-    holders = [getattr(layer, name, None) for name in layer.adapter_layer_names]
-    return {name for holder in holders if isinstance(holder, (nn.ModuleDict, nn.ParameterDict)) for name in holder}
-
-
-def _within(held: Any) -> list[nn.Parameter]:
-    if isinstance(held, nn.Parameter):
-        return [held]
-    return list(held.parameters()) if isinstance(held, nn.Module) else []
+    return [parameter for part in adapter_parts(model, adapter_name) for parameter in part.parameters()]
