@@ -1,6 +1,6 @@
 """What forgetting means: plain callables `(model, batch) -> scalar loss`."""
 
-from .base import LossFunction, Objective, WeightedSum, as_objective
+from .base import Evaluation, LossFunction, Objective, WeightedSum, as_objective
 from .classification import (
     CrossEntropy,
     DecoupledDistillation,
@@ -28,6 +28,7 @@ __all__ = [
     "DenoisingAscent",
     "DenoisingLoss",
     "EmbeddingMatching",
+    "Evaluation",
     "GradientAscent",
     "InvertedHinge",
     "LossFunction",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -19,6 +19,30 @@ Distribution = Literal["categorical", "gaussian"]
 """What a model's output describes: probabilities of classes or tokens, or the mean of a Gaussian (a denoiser)."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss, and the model's outputs that it is a function of.
+
+    Attributes:
+        loss: The loss of one batch, a scalar.
+        outputs: What the model says, with its graph: logits `(T, classes)` of the examples or tokens that count where
+            the objective's distribution is categorical, a prediction of any shape where it is Gaussian; None where the
+            objective does not tell.
+        labels: The labels `(T,)` beside logits, where there are any.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> objective, model, batch = CrossEntropy(), torch.nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 1]))
+        >>> objective.evaluate(model, batch, objective.prepare(model, batch))
+        Evaluation(loss=tensor(1.3863))
+    """
+
+    loss: Tensor
+    outputs: Tensor | None = field(default=None, repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+
+
 class Objective(ABC):
     """A callable `(model, batch) -> scalar loss` that is to be minimised.
 
@@ -28,7 +52,9 @@ class Objective(ABC):
 
     Attributes:
         distribution: What the model's output is, `"categorical"` over classes or tokens, `"gaussian"` for a denoiser;
-            None where it is neither or unknown.
+            None where it is neither or unknown. With [`outputs`][semu_peft.objectives.base.Objective.outputs] it is
+            what natural gradients and bounds on the damage need to know of an objective.
+        minimum: The value that the loss cannot fall below and reaches when all is forgotten; None where there is none.
 
     Examples:
         >>> import torch
@@ -42,10 +68,30 @@ class Objective(ABC):
     """
 
     distribution: Distribution | None = None
+    minimum: float | None = None
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of one batch as a scalar tensor, in float32 or better."""
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """Return what the model says of the batch, with its graph: logits `(T, classes)`, or a prediction; or None.
+
+        An objective of your own that says its `distribution` defines this one method to be trained by natural
+        gradients.
+        """
+        return None
+
+    def prepare(self, model: nn.Module, batch: Any) -> Any:
+        """Return what `evaluate` takes as given on this batch: random draws, and what a reference model says of it."""
+        return self.state_dict()
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        """Return the loss with the outputs behind it; again and again the same, for what `prepare` returned."""
+        self.load_state_dict(prepared)
+        outputs = self.outputs(model, batch)
+        self.load_state_dict(prepared)
+        return Evaluation(self(model, batch), outputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly: the random state, where there is one."""
@@ -113,6 +159,7 @@ class WeightedSum(Objective):
 
     terms: tuple[tuple[float, Objective], ...]
     distribution: Distribution | None = field(init=False, repr=False, compare=False, default=None)
+    minimum: float | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         terms = tuple((finite_number(weight, "weight"), as_objective(objective)) for weight, objective in self.terms)
@@ -121,10 +168,23 @@ class WeightedSum(Objective):
         agreed = {objective.distribution for _, objective in terms}
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
+        if all(weight >= 0 and objective.minimum is not None for weight, objective in terms):
+            object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         losses = [weight * objective(model, batch) for weight, objective in self.terms]
         return torch.stack(losses).sum()
+
+    def prepare(self, model: nn.Module, batch: Any) -> list[Any]:
+        return [objective.prepare(model, batch) for _, objective in self.terms]
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        pairs = zip(self.terms, prepared, strict=True)
+        evaluations = [objective.evaluate(model, batch, given) for (_, objective), given in pairs]
+        losses = [weight * each.loss for (weight, _), each in zip(self.terms, evaluations, strict=True)]
+        # All terms see the same batch, so any one's outputs are the model's on it.
+        first = next((each for each in evaluations if each.outputs is not None), evaluations[0])
+        return replace(first, loss=torch.stack(losses).sum())
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): objective.state_dict() for index, (_, objective) in enumerate(self.terms)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Objective, RandomObjective
+from .base import Evaluation, Objective, RandomObjective
 from .batches import call_model
 from .original import reference_model
 
@@ -37,6 +37,17 @@ class ClassificationObjective(Objective):
 
     distribution = "categorical"
     shift_labels: bool | None = field(default=None, kw_only=True, repr=False)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.evaluate(model, batch, self.prepare(model, batch)).loss
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        logits, labels = self._read(model, batch)
+        return Evaluation(self.loss(logits, labels, prepared), logits, labels)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        """The loss of logits `(T, classes)` with labels `(T,)`, and of what `prepare` returned for their batch."""
+        raise NotImplementedError
 
     def _read(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The logits `(T, classes)` in float32 or better, and the labels `(T,)`."""
@@ -62,8 +73,10 @@ class CrossEntropy(ClassificationObjective):
         1.3863
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(*self._read(model, batch))
+    minimum = 0.0
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return F.cross_entropy(logits, labels)
 
 
 @dataclass
@@ -80,8 +93,8 @@ class GradientAscent(ClassificationObjective):
         -1.3863
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return -F.cross_entropy(*self._read(model, batch))
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return -F.cross_entropy(logits, labels)
 
 
 @dataclass
@@ -103,8 +116,8 @@ class RandomLabel(ClassificationObjective, RandomObjective):
 
     num_labels: int | None = None
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, labels = self._read(model, batch)
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        self.load_state_dict(prepared)
         count = self.num_labels or logits.shape[-1]
         if not 2 <= count <= logits.shape[-1]:
             raise ValueError(f"`num_labels` must lie between 2 and the {logits.shape[-1]} logits, got {count}.")
@@ -132,13 +145,14 @@ class DecoupledDistillation(ClassificationObjective):
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
+    minimum = 0.0
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
-        struck_out = original.scatter(1, labels.unsqueeze(1), float("-inf"))
-        target = struck_out.softmax(-1)
-        logits, _ = self._read(model, batch)
-        return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+        return original.scatter(1, labels.unsqueeze(1), float("-inf")).softmax(-1)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
 
 
 @dataclass
@@ -171,6 +185,7 @@ class UnseenConfidence(ClassificationObjective):
 
     confidences: Tensor = field(repr=False)
     reference: nn.Module | None = field(default=None, repr=False)
+    minimum = 0.0
 
     def __post_init__(self) -> None:
         confidences = self.confidences.detach().flatten().float().cpu()
@@ -181,7 +196,7 @@ class UnseenConfidence(ClassificationObjective):
             )
         self.confidences = confidences
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
         index = labels.unsqueeze(1)
         struck_out = original.scatter(1, index, float("-inf"))
@@ -189,9 +204,10 @@ class UnseenConfidence(ClassificationObjective):
         margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
         quantile = (margin.argsort().argsort() + 0.5) / len(labels)
         confidence = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
-        target = ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
-        logits, _ = self._read(model, batch)
-        return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+        return ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
 
 
 @dataclass
@@ -207,8 +223,9 @@ class InvertedHinge(ClassificationObjective):
         (2.0, 0.0)
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, labels = self._read(model, batch)
+    minimum = 0.0
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         probabilities = logits.softmax(-1)
         true = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
         others = probabilities.scatter(1, labels.unsqueeze(1), -1.0)
@@ -227,7 +244,8 @@ class UniformDistribution(ClassificationObjective):
         0.0
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits, _ = self._read(model, batch)
+    minimum = 0.0
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         uniform = torch.full_like(logits, 1.0 / logits.shape[-1])
         return F.kl_div(logits.log_softmax(-1), uniform, reduction="batchmean")

@@ -14,14 +14,14 @@ float32 whatever the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Objective, RandomObjective
+from .base import Evaluation, Objective, RandomObjective
 from .denoiser import Condition, denoiser_output
 from .noise_schedule import NoiseSchedule
 from .original import reference_model
@@ -77,6 +77,22 @@ class DiffusionObjective(RandomObjective):
             raise ValueError(f"`timestep_span` must be shares 0 <= low < high <= 1, got {self.timestep_span}.")
         known = isinstance(self.scheduler, NoiseSchedule)
         self.schedule = self.scheduler if known else NoiseSchedule.from_scheduler(self.scheduler)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.evaluate(model, batch, self.prepare(model, batch)).loss
+
+    def prepare(self, model: nn.Module, batch: Any) -> tuple[_Noised, Condition, Tensor]:
+        at = self._noised(batch)
+        return at, *self._matched(model, at)
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        at, condition, target = prepared
+        prediction = self._predict(model, at, condition)
+        return Evaluation(F.mse_loss(prediction, target), prediction)
+
+    def _matched(self, model: nn.Module, at: _Noised) -> tuple[Condition, Tensor]:
+        """The condition to predict under, and what the prediction is measured against."""
+        return at.batch["condition"], at.target
 
     def _noised(self, batch: Any) -> _Noised:
         batch = read_batch(batch)
@@ -135,9 +151,7 @@ class DenoisingLoss(DiffusionObjective):
         4.0
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        at = self._noised(batch)
-        return F.mse_loss(self._predict(model, at, at.batch["condition"]), at.target)
+    minimum = 0.0
 
 
 @dataclass
@@ -158,9 +172,9 @@ class DenoisingAscent(DiffusionObjective):
         -4.0
     """
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        at = self._noised(batch)
-        return -F.mse_loss(self._predict(model, at, at.batch["condition"]), at.target)
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        evaluation = super().evaluate(model, batch, prepared)
+        return replace(evaluation, loss=-evaluation.loss)
 
 
 @dataclass
@@ -173,6 +187,7 @@ class _Referenced(DiffusionObjective):
         reference: A frozen original model, in place of the model without its adapter.
     """
 
+    minimum = 0.0
     target_model: TargetModel = field(default="original", kw_only=True)
     reference: nn.Module | None = field(default=None, repr=False, kw_only=True)
 
@@ -213,10 +228,9 @@ class ConditionMatching(_Referenced):
 
     towards: str = field(default="anchor", kw_only=True)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        at = self._noised(batch)
+    def _matched(self, model: nn.Module, at: _Noised) -> tuple[Condition, Tensor]:
         (target,) = self._targets(model, at, [self._condition(at.batch, self.towards)])
-        return F.mse_loss(self._predict(model, at, at.batch["condition"]), target)
+        return at.batch["condition"], target
 
 
 @dataclass
@@ -245,12 +259,10 @@ class NegativeGuidance(_Referenced):
 
     eta: float = field(default=1.0, kw_only=True)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        at = self._noised(batch)
+    def _matched(self, model: nn.Module, at: _Noised) -> tuple[Condition, Tensor]:
         condition, uncond = at.batch["condition"], self._condition(at.batch, "unconditional")
         noise_pred, noise_pred_uncond = self._targets(model, at, [condition, uncond], guided=False)
-        target = noise_pred_uncond - self.eta * (noise_pred - noise_pred_uncond)
-        return F.mse_loss(self._predict(model, at, condition), target)
+        return condition, noise_pred_uncond - self.eta * (noise_pred - noise_pred_uncond)
 
 
 @dataclass
@@ -280,11 +292,9 @@ class PreservePrediction(_Referenced):
 
     under: str = field(default="condition", kw_only=True)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        at = self._noised(batch)
+    def _matched(self, model: nn.Module, at: _Noised) -> tuple[Condition, Tensor]:
         condition = self._condition(at.batch, self.under)
-        (target,) = self._targets(model, at, [condition])
-        return F.mse_loss(self._predict(model, at, condition), target)
+        return condition, self._targets(model, at, [condition])[0]
 
 
 @dataclass

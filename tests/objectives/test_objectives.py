@@ -510,3 +510,32 @@ def test_bad_outputs(output: Any) -> None:
     """A model that returns no logits `(N, classes)` is named as the cause."""
     with pytest.raises((TypeError, ValueError), match="logits"):
         CrossEntropy()(lambda x: output, BATCH)
+
+
+def test_evaluations_of_a_prepared_batch_draw_the_same_and_give_the_outputs() -> None:
+    model, batch = torch.nn.Linear(3, 4), (torch.randn(6, 3), torch.randint(4, (6,)))
+    objective = RandomLabel(seed=2) + 0.5 * CrossEntropy()
+    expected = (RandomLabel(seed=2) + 0.5 * CrossEntropy())(model, batch)
+    prepared = objective.prepare(model, batch)
+    first, second = (objective.evaluate(model, batch, prepared) for _ in range(2))
+    assert torch.equal(first.loss, expected) and torch.equal(second.loss, expected)
+    assert torch.equal(first.outputs, model(batch[0])) and torch.equal(first.labels, batch[1])
+    assert not torch.equal(objective(model, batch), expected)  # the next call draws anew
+
+
+def test_an_objective_of_ones_own_tells_its_outputs() -> None:
+    class Noisy(RandomObjective):
+        distribution = "categorical"
+
+        def __call__(self, model, batch):
+            return (model(batch) * torch.rand((), generator=self.generator)).mean()
+
+        def outputs(self, model, batch):
+            return model(batch)
+
+    model, batch, objective = torch.nn.Linear(3, 4), torch.randn(6, 3), Noisy(seed=1)
+    prepared = objective.prepare(model, batch)
+    evaluation = objective.evaluate(model, batch, prepared)
+    assert torch.equal(evaluation.loss, Noisy(seed=1)(model, batch)) and torch.equal(evaluation.outputs, model(batch))
+    assert torch.equal(objective.evaluate(model, batch, prepared).loss, evaluation.loss)
+    assert CrossEntropy().minimum == 0.0 and (2 * CrossEntropy()).minimum == 0.0 and (-CrossEntropy()).minimum is None
