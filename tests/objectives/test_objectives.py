@@ -29,6 +29,7 @@ from semu_peft.objectives import (
     WeightedSum,
     as_objective,
 )
+from semu_peft.objectives.base import RandomObjective
 
 
 class Table(nn.Module):
