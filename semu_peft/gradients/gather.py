@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Gathered(Mapping[str, Statistic]):
         statistics: The statistics by layer name; `gathered[name]` is `gathered.statistics[name]`.
         batches: How many batches they were taken over, of all processes.
         examples: How many examples those had, `None` where a batch does not say.
+        unused: The layers that no loss of the pass depended on; their statistics are empty.
 
     Examples:
         >>> import torch
@@ -45,6 +47,7 @@ class Gathered(Mapping[str, Statistic]):
     statistics: dict[str, Statistic]
     batches: int
     examples: int | None
+    unused: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Statistic:
         return self.statistics[name]
@@ -121,7 +124,8 @@ def gather(
         runner, sources, statistics, batches, objective, description=description, progress=progress
     )
     by_name = {name: statistics[aliases.get(name, name)] for name in [*sources, *aliases]}
-    return Gathered(by_name, counts.batches, counts.examples)
+    unused = tuple(name for name in by_name if aliases.get(name, name) in counts.unused)
+    return Gathered(by_name, counts.batches, counts.examples, unused)
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,12 @@ class Counts:
     Attributes:
         batches: The number of batches.
         examples: The number of examples, `None` where a batch does not say.
+        unused: The sources that no loss depended on.
     """
 
     batches: int
     examples: int | None
+    unused: tuple[str, ...] = field(default=(), repr=False)
 
 
 def stream_gradients(
@@ -150,7 +156,8 @@ def stream_gradients(
     """Add the gradient of the objective at each source to its statistic: what `gather` does, for sources of your own.
 
     A gradient is folded into its statistic, and dropped, by a hook in the backward pass. In a distributed run the
-    statistics of all processes are added up, one after the other, and left on each.
+    statistics of all processes are added up, one after the other, and left on each. A target that the loss does not
+    depend on (an unused pooler, a vision tower when there is only text) keeps an empty statistic, with a warning.
 
     Args:
         model: The model, called by `objective`.
@@ -162,7 +169,7 @@ def stream_gradients(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: There is no batch; a loss or a statistic is not finite; a loss depends on no target; a target never
+        ValueError: There is no batch; a loss or a statistic is not finite; a loss depends on no target; no target has
             received a gradient; a statistic cannot be taken from a batch.
 
     Examples:
@@ -182,7 +189,7 @@ def stream_gradients(
         seen = _run(model, statistics, tqdm(batches, desc=description, disable=not progress, leave=False), objective)
     all_seen = sum_over_processes(torch.tensor([*seen, *received.values()], device=device_of(model)))
     number, examples, uncounted, *parts = all_seen.tolist()
-    _check_received(number, dict(zip(sources, parts, strict=True)))
+    unused = _check_received(number, dict(zip(sources, parts, strict=True)))
     for name, statistic in statistics.items():
         for tensor in statistic.tensors():
             tensor.copy_(sum_over_processes(tensor))
@@ -191,7 +198,7 @@ def stream_gradients(
                 f"The gradient of layer {name!r} is not finite. Check the data for extreme values, or compute in "
                 "float32 or bfloat16 instead of float16."
             )
-    return Counts(number, None if uncounted else examples)
+    return Counts(number, None if uncounted else examples, unused)
 
 
 @contextmanager
@@ -239,19 +246,28 @@ def _run(
     return number, examples, uncounted
 
 
-def _check_received(batches: int, received: Mapping[str, int]) -> None:
+def _check_received(batches: int, received: Mapping[str, int]) -> tuple[str, ...]:
+    """The sources that no gradient came from, with a warning; raise where that is all."""
     if batches == 0:
         raise ValueError(
             "`batches` must give at least one batch, got none. A generator or an iterator may have been used up by an "
             "earlier pass: pass a DataLoader or a list."
         )
     missing = [name for name, parts in received.items() if parts == 0]
-    if missing:
+    if missing and len(missing) == len(received):
         raise ValueError(
-            f"The loss has no gradient for the target layers {missing[:3]} ({len(missing)} in all): the forward pass "
-            "does not use them. Leave them out of the targets (`exclude_modules` of an adapter), or use an objective "
-            "that reaches them."
+            f"The loss has no gradient for any of the target layers {missing[:3]} ({len(missing)} in all): the forward "
+            "pass does not use them, or not with a gradient. Choose layers that the objective's forward pass uses, or "
+            "an objective that reaches these; checkpoint with `use_reentrant=False` where you recompute yourself."
         )
+    if missing:
+        warnings.warn(
+            f"The loss has no gradient for {len(missing)} of {len(received)} target layers ({', '.join(missing[:3])}"
+            f"{' …' if len(missing) > 3 else ''}): the forward pass does not use them, or not with a gradient. Their "
+            "statistics stay empty, and an adapter gets rank 0 there.",
+            stacklevel=4,
+        )
+    return tuple(missing)
 
 
 @contextmanager

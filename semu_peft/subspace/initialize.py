@@ -50,7 +50,8 @@ def initialize_semu_weights(
     adapters stay on) and in eval mode, is summed over the batches, optionally made orthogonal to `W`, and factorised,
     `G = U S Vᵀ`. The leading columns that explain the configured share of its energy become the adapter's frozen
     bases; the core starts at zero, so the model's output does not change. Ranks are written into the configuration's
-    `ranks`. A layer with a gradient of zeros gets rank 0, with a warning.
+    `ranks`. A layer that the loss does not depend on, or whose gradient is zero, gets rank 0, with a warning; where all
+    layers do, it is an error.
 
     Linear layers and ungrouped convolutions are differentiated between their inputs and output gradients, so that their
     weights may be quantised, offloaded or sharded; weights that several layers share, once, as parameters. In a
@@ -108,14 +109,14 @@ def initialize_semu_weights(
         return forget.initialize(
             model, start=start, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name
         )
-    sums, batches = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
+    sums, batches, unused = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
     retained = _retain_sums(model, terms, statistic, progress, adapter_name) if terms else None
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
     ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
-    _check_ranks(ranks, found)
+    _check_ranks(ranks, found, unused)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
     fill(layers, chosen, start, adapter_name)
     known = chosen if keep_explained_variance is None else found
@@ -134,8 +135,8 @@ def _forget_sums(
     statistic: StatisticFactory,
     progress: bool,
     adapter_name: str,
-) -> tuple[dict[str, MatrixSum], int]:
-    """The sum of each layer's forget gradient, and over how many batches it is."""
+) -> tuple[dict[str, MatrixSum], int, tuple[str, ...]]:
+    """The sum of each layer's forget gradient, over how many batches it is, and the layers that have none."""
     if isinstance(forget, Gathered):
         sums = {name: forget.statistics.get(name) for name in layers}
         odd = [name for name, total in sums.items() if not _fits(total, layers[name], adapter_name)]
@@ -146,7 +147,8 @@ def _forget_sums(
                 f"shape {layers[odd[0]].matrix_shape(adapter_name)}. Gather with `statistic=GradientSum` or "
                 "`Sketch.of_size(...)`, and with this `adapter_name` where the layers are not plain ones."
             )
-        return {name: total for name, total in sums.items() if isinstance(total, MatrixSum)}, forget.batches
+        checked = {name: total for name, total in sums.items() if isinstance(total, MatrixSum)}
+        return checked, forget.batches, forget.unused
     if objective is None:
         raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
     with original(model, adapter_name) as reference:
@@ -154,7 +156,7 @@ def _forget_sums(
             reference, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,
             adapter_name=adapter_name,
         )  # fmt: skip
-    return _matrix_sums(gathered), gathered.batches
+    return _matrix_sums(gathered), gathered.batches, gathered.unused
 
 
 def _retain_sums(
@@ -202,16 +204,16 @@ def _fits(total: Any, layer: SemuLayer, adapter_name: str) -> bool:
     return isinstance(total, MatrixSum) and total.shape == layer.matrix_shape(adapter_name)
 
 
-def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors]) -> None:
+def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors], unused: tuple[str, ...]) -> None:
     empty = [name for name, factors in found.items() if factors.rank == 0]
     if len(empty) == len(found):
         raise ValueError(
             "All target layers have a gradient of zeros: the objective is already at a stationary point on this forget "
             "data, so it names no direction to forget along. Use another objective for the initialisation."
         )
-    if empty:
+    if zero := [name for name in empty if name not in unused]:  # of the unused ones has been warned
         warnings.warn(
-            f"The forget gradient is zero at {len(empty)} target layers ({empty[:3]} …): they get rank 0 and stay as "
+            f"The forget gradient is zero at {len(zero)} target layers ({zero[:3]} …): they get rank 0 and stay as "
             "they are.",
             stacklevel=3,
         )

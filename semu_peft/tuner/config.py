@@ -33,7 +33,9 @@ class SemuConfig(PeftConfig):
     Args:
         target_modules (`list[str] | str`, *optional*):
             The layers to correct, as in every PEFT method: a list of names or name endings, a regular expression that
-            must match the whole name, or `"all-linear"`. `None` takes PEFT's default for the architecture.
+            must match the whole name, or a word: `"all-linear"`, every linear layer but the output layer, as in PEFT;
+            `"all-layers"`, convolutions and PyTorch's attention as well. Layers that cannot be corrected are passed
+            over then, with a warning. `None` takes PEFT's default for the architecture.
         exclude_modules (`list[str] | str`, *optional*):
             Names, name endings or a regular expression of layers to leave alone.
         layers_to_transform (`list[int] | int`, *optional*):

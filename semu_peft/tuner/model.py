@@ -7,22 +7,22 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _maybe_include_all_linear_layers,
     cast_adapter_dtype,
     find_parameter_name_by_module,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .adapted import initialized_layers, named_for_a_file, named_for_the_model, targets_for, uncompiled
+from .all_layers import name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .keys import without_compilation, without_wrappers
@@ -33,7 +33,7 @@ from .parameter import ParamWrapper
 from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
-from .targets import check_names_of_ranks, check_parameter, check_tied, layer_class, untied
+from .targets import check_names_of_ranks, check_parameter, check_target, check_tied, layer_class, untied
 from .tied import TiedLayer, part_shared_embeddings
 from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
 
@@ -144,34 +144,31 @@ class SemuModel(BaseTuner):
         part_shared_embeddings(model, getattr(peft_config, "target_modules_to_tie", None) or ())
         # PEFT replaces layer after layer: what cannot work must be refused before the first one.
         if any("_orig_mod" in name for name, _ in model.named_modules()):
-            _name_as_uncompiled(peft_config, model)
+            _name_as_uncompiled(peft_config)
         parameters = {
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
         self._full_names = {*(without_wrappers(name) for name, _ in model.named_modules()), *parameters}
         check_names_of_ranks(peft_config, self._full_names, type(model).__name__)
-        targets: SemuConfig = peft_config
-        kinds: Any = nn.Module
-        if peft_config.target_modules == "all-linear":  # PEFT resolves it later; all but the excluded are meant
-            targets, kinds = copy.copy(peft_config), (nn.Linear, Conv1D)
-            targets.target_modules = ".*"
-        self._check_target_modules(targets, model, kinds)
+        if word_in(peft_config):
+            name_every_layer(peft_config, model, partial(check_target, model))
+        self._check_target_modules(peft_config, model)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
                 owner = name.rpartition(".")[0]
-                also_as_layer = bool(owner) and bool(self._check_target_module_exists(targets, owner))
+                also_as_layer = bool(owner) and bool(self._check_target_module_exists(peft_config, owner))
                 check_parameter(model, name, parameter, also_as_layer)
 
-    def _check_target_modules(self, targets: SemuConfig, model: nn.Module, kinds: Any) -> None:
+    def _check_target_modules(self, targets: SemuConfig, model: nn.Module) -> None:
         modules = {name: uncompiled(module) for name, module in model.named_modules()}
         inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
         for name, module in modules.items():
-            if not name or name.startswith(inside) or not isinstance(module, kinds):
+            if not name or name.startswith(inside):
                 continue
             if self._check_tied_module_exists(targets, name):
                 check_tied(model, module, name)
             elif self._check_target_module_exists(targets, name):
-                layer_class(module, name)
+                check_target(model, module, name)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -339,8 +336,7 @@ class SemuModel(BaseTuner):
         return fitted(model, config, adapter_name, remapped)
 
 
-def _name_as_uncompiled(config: SemuConfig, model: nn.Module) -> None:
+def _name_as_uncompiled(config: SemuConfig) -> None:
     """Name the targets as they are called in the model before it was compiled, which is what a file is to say."""
-    resolved: Any = _maybe_include_all_linear_layers(config, model)
-    if isinstance(resolved.target_modules, (list, set)):
-        config.target_modules = {without_compilation(name) for name in resolved.target_modules}  # type: ignore[assignment]
+    if isinstance(config.target_modules, (list, set)):
+        config.target_modules = {without_compilation(name) for name in config.target_modules}  # type: ignore[assignment]

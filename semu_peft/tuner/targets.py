@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapted import uncompiled
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
@@ -17,6 +18,7 @@ from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
 from .patterns import unmatched
 from .quantized import QuantizedLinear, quantization_backend
+from .state_space import read_past_layer
 from .tied import TiedLayer
 
 LAYER_CLASSES: dict[type[nn.Module], type[SemuLayer]] = {
@@ -47,6 +49,18 @@ def layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
         f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
         "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
     )
+
+
+def check_target(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Raise a `TypeError` unless the module of that name in the model can be corrected where it stands."""
+    layer_class(module, name)
+    parent, _, child = name.rpartition(".")
+    if read_past_layer(uncompiled(model.get_submodule(parent)), child):
+        raise TypeError(
+            f"SEMU cannot correct target module {name!r}: the fused kernels of {type(model).__name__}'s state-space "
+            "layers read its weight without calling it. Leave it out of `target_modules` (`in_proj` can be corrected), "
+            "or put it into `exclude_modules`."
+        )
 
 
 def check_names_of_ranks(config: SemuConfig, names: Collection[str], model_name: str) -> None:

@@ -128,7 +128,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     before.assert_same(model)
 
 
-@pytest.mark.parametrize("fails", ["loss", "batches", "nan", "no_gradient", "not_scalar", "unused"])
+@pytest.mark.parametrize("fails", ["loss", "batches", "nan", "no_gradient", "not_scalar"])
 def test_the_model_comes_back_after_a_failure(fails: str) -> None:
     """Also when the objective or the loader raises, or a check does, in the middle of the pass."""
     model = disturbed(Cnn())
@@ -149,12 +149,20 @@ def test_the_model_comes_back_after_a_failure(fails: str) -> None:
         if fails == "batches":
             raise OSError("in the loader")
 
-    weights = weights_of(model, "conv1", "head")
-    if fails == "unused":
-        weights["unused"] = nn.Parameter(torch.ones(2, 2))
     with pytest.raises((KeyError, OSError, ValueError)):
-        parameter_sums(model, weights, batches(), objective)
+        parameter_sums(model, weights_of(model, "conv1", "head"), batches(), objective)
     before.assert_same(model)
+
+
+def test_a_target_that_the_loss_does_not_depend_on() -> None:
+    """Its statistic is empty, with a warning that names it, and the others' are what they are without it."""
+    model = Cnn()
+    weights = weights_of(model, "conv1", "head")
+    expected, _ = parameter_sums(model, weights, image_batches(), loss)
+    with pytest.warns(UserWarning, match="no gradient for 1 of 3 target layers.*unused"):
+        found, _ = parameter_sums(model, {**weights, "unused": nn.Parameter(torch.ones(2, 2))}, image_batches(), loss)
+    assert not found["unused"].any()
+    assert all(torch.equal(found[name], expected[name]) for name in weights)
 
 
 def test_one_gradient_at_a_time() -> None:
@@ -217,7 +225,7 @@ def test_sums_are_not_the_models_memory() -> None:
         (vector_batches(), lambda m, b: loss(m, b).detach(), ["without a gradient", "detach"]),
         (vector_batches(), lambda m, b: m(b[0]), ["scalar", "(4, 4)"]),
         (vector_batches(), lambda m, b: 1.0, ["scalar tensor", "float"]),
-        (vector_batches(), lambda m, b: m.fc1(b[0]).mean(), ["'head'", "exclude_modules"]),
+        (vector_batches(), lambda m, b: nn.Parameter(b[0]).mean(), ["'fc1', 'head'", "any of the target"]),
         (vector_batches(), lambda m, b: Explode.apply(m.fc1.weight.sum() + m.head.weight.sum()), ["'fc1'", "finite"]),
     ],
     ids=["empty", "exhausted", "nan", "infinite", "detached", "matrix", "number", "unused", "explodes"],

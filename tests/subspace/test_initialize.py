@@ -337,7 +337,7 @@ def exhausted() -> Any:
         (exhausted, FORGET, "default", ["`batches` must give at least one batch", "used up"]),
         (vector_batches, lambda m, b: FORGET(m, b) * float("nan"), "default", ["nan", "batch 0"]),
         (vector_batches, lambda m, b: FORGET(m, b).detach(), "default", ["without a gradient"]),
-        (vector_batches, lambda m, b: m.base_model.model.fc1(b[0]).mean(), "default", ["'fc2'", "exclude_modules"]),
+        (vector_batches, lambda m, b: nn.Parameter(b[0]).mean(), "default", ["'fc1'", "any of the target layers"]),
         (vector_batches, lambda m, b: m(b[0]).mean() * 0.0, "default", ["gradient of zeros"]),
         (vector_batches, FORGET, "defualt", ["'defualt'", "'default'"]),
     ],
