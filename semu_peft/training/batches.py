@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from .generators import generator_states, own_generators, set_generator_states
 from .progress import Position
 
 _END = object()
@@ -67,8 +68,14 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
 
     Each epoch of each loader draws from a random state of its own, set by `seed` and epoch: a resumed run loads the
     seen batches again and is then where the interrupted one was, whatever samplers and augmentations had drawn.
+    Samplers and data sets with generators of their own begin the epoch where those were when it began first.
     """
     seen = at.batch
+    generators = own_generators(loader)
+    if at.generators is None:
+        at.generators = generator_states(generators)
+        at.first_generators = at.first_generators or at.generators
+    set_generator_states(generators, at.generators)
     loader.set_epoch(at.epoch)  # type: ignore[attr-defined]
     random_states = _seeded_random_states(seed + at.epoch)
     iterator: Iterator[Any] | None = None
@@ -83,11 +90,31 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
                 random_states = _random_states()
                 _set_random_states(outside)
             if batch is _END:
+                at.generators = generator_states(generators)  # where the next epoch begins
                 return
             if index >= seen:
                 yield batch
     finally:
         loader.end()  # type: ignore[attr-defined]  # or a run that stops midway leaves it as Accelerate's active one
+
+
+def first_batch(loader: DataLoader[Any], seed: int, first_generators: list[Any] | None = None) -> Any:
+    """The first batch of a run, without a trace in what the run then draws; None of a stream, which may not come again.
+
+    Args:
+        loader: A prepared loader.
+        seed: The seed of its first epoch.
+        first_generators: Where the loader's own generators were when the run began; by default where they are.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    generators = own_generators(loader)
+    before = generator_states(generators)
+    try:
+        with closing(rest_of_epoch(loader, seed, Position(generators=first_generators))) as batches:
+            return next(batches, None)
+    finally:
+        set_generator_states(generators, before)
 
 
 def in_steps(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -19,13 +19,22 @@ from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
 from .accelerate_state import Prepared
-from .batches import batches_in, cycle, in_steps, rest_of_epoch
+from .batches import batches_in, cycle, first_batch, in_steps, rest_of_epoch
 from .callbacks import Event, TrainingContext
-from .checkpoint import Parts, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    Parts,
+    check_folder,
+    check_run,
+    find_checkpoint,
+    load_checkpoint,
+    load_states,
+    save_checkpoint,
+)
+from .fingerprint import Fingerprint, describe, describe_optimizer
 from .optimizers import SchedulerFactory, linear_decay, needs_closure
 from .parameters import trained_parameters
 from .progress import Position, Progress
-from .rules import Rule, Step, look_at_changes
+from .rules import Rule, Step
 from .settings import Settings
 
 _RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
@@ -91,13 +100,53 @@ class Loop:
                 f"`mixed_precision` must be 'no' or 'bf16' with {type(bare_optimizer).__name__}, got 'fp16'. It takes "
                 "several evaluations a step, which loss scaling does not allow: use 'bf16'."
             )
+        described = describe_optimizer(bare_optimizer)  # before a schedule changes its learning rate
         # DeepSpeed's optimiser is no torch Optimizer.
         self.schedule: LRScheduler = (scheduler or linear_decay)(bare_optimizer, self.context.total_steps)
         remember_start(self.model)  # before it is trained: the original of an adapter whose start splits the weight
-        if self.settings.resume_from_checkpoint is not None:
-            folder = find_checkpoint(self.settings.resume_from_checkpoint, self.settings.output_dir)
-            load_checkpoint(self.accelerator, folder, self._parts())
+        self._resume(described)
         self.optimizer.zero_grad()  # what the caller left in `.grad` is not ours
+
+    def _resume(self, described_optimizer: Any) -> None:
+        """Go to where a checkpoint of this run left off; one of another run is refused before anything is loaded."""
+        given, folder = self.settings.resume_from_checkpoint, self.settings.output_dir
+        checkpoint = None if given is None else find_checkpoint(given, folder)
+        if checkpoint is None and self.settings.checkpointing_steps is None:
+            return
+        begun = load_states(checkpoint)["progress"][0] if checkpoint else self.progress.state_dict()
+        self.run = self._fingerprint(described_optimizer, begun)
+        if self.accelerator.is_main_process:  # the others have other first batches
+            if checkpoint is not None:
+                check_run(checkpoint, self.run)
+            if self.settings.checkpointing_steps is not None and folder is not None:
+                check_folder(folder, self.run)
+        if checkpoint is not None:
+            load_checkpoint(self.accelerator, checkpoint, self._parts())
+
+    def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
+        loaders = [self.prepared.forget, *self.prepared.retain]
+        starts = zip(loaders, self._seeds(), [begun["forget"], *begun["retain"]], strict=False)
+        forget, *retain = [first_batch(loader, seed, at["first_generators"]) for loader, seed, at in starts]
+        return {
+            "seed": self.settings.seed,
+            "steps": self.context.total_steps,
+            "gradient_accumulation_steps": self.accumulation,
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "objective": describe(self.objectives[0]),
+            "retain": describe(list(zip(self.weights, self.objectives[1:], strict=True))),
+            "rules": describe(list(self.rules)),
+            "optimizer": described_optimizer,
+            "batches": [batches_in(loader) for loader in loaders],
+            "first batch of forget": describe(forget),
+            "first batch of retain": describe(retain),
+        }
+
+    def _seeds(self) -> list[int]:
+        """The seeds of the loaders: of the forget batches, then of each retain loader."""
+        count = len(self.prepared.retain)
+        seed = self.settings.seed
+        return [seed, *(seed + _RETAIN_SEED + index * _NEXT_RETAIN_SEED for index in range(count))]
 
     def _parts(self) -> Parts:
         return {
@@ -124,9 +173,8 @@ class Loop:
         self._call("on_train_end")
 
     def _retain_streams(self) -> list[Generator[Any, None, None]]:
-        seed = self.settings.seed + _RETAIN_SEED
-        loaders = zip(self.prepared.retain, self.progress.retain, strict=True)
-        return [cycle(loader, seed + index * _NEXT_RETAIN_SEED, at) for index, (loader, at) in enumerate(loaders)]
+        loaders = zip(self.prepared.retain, self._seeds()[1:], self.progress.retain, strict=True)
+        return [cycle(loader, seed, at) for loader, seed, at in loaders]
 
     def _is_over(self) -> bool:
         over = self.progress.step >= self.context.total_steps or self.progress.forget.epoch >= self.epochs
@@ -156,6 +204,7 @@ class Loop:
         losses = self._update_again_and_again(step, together) if self.evaluates_again else self._update(step, together)
         if not self.optimizer.step_was_skipped:
             self._apply(step, "update")
+            self._check_weights(step)
             self.schedule.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
@@ -164,9 +213,7 @@ class Loop:
         self._record(losses)
 
     def _start_step(self) -> Step:
-        before = {}
-        if look_at_changes(self.rules):
-            before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         return Step(self.progress.step, self.model, self.parameters, before)
 
     def _update(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
@@ -186,11 +233,10 @@ class Loop:
             evaluations.append(self._backward(step, batches))
             return torch.tensor(self._mean_over_processes(evaluations[-1])["loss"])
 
-        start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         try:
             self.optimizer.step(evaluate)
         except Exception:
-            _set(self.parameters, start)  # it fails between two evaluations, where no good step ends
+            _set(self.parameters, step.before)  # it fails between two evaluations, where no good step ends
             raise
         return evaluations[0]
 
@@ -210,6 +256,7 @@ class Loop:
                     self.accelerator.backward(loss)
             else:
                 self.accelerator.backward(loss)
+        self._check_gradients(step)
         self._apply(step, "gradients")
         return {key: sum(each[key] for each in losses) / len(losses) for key in losses[0]}
 
@@ -234,6 +281,31 @@ class Loop:
                 "batch."
             )
         return values
+
+    def _check_gradients(self, step: Step) -> None:
+        # In fp16 Accelerate scales the loss, and passes over the steps whose scaled gradient overflows.
+        if getattr(self.accelerator, "scaler", None) is None and not self._all_finite(step.gradients.values()):
+            raise ValueError(self._not_finite("a gradient"))
+
+    def _check_weights(self, step: Step) -> None:
+        if not self._all_finite(self.parameters.values()):
+            _set(self.parameters, step.before)
+            raise ValueError(self._not_finite("a weight that the optimiser or a rule made"))
+
+    def _not_finite(self, what: str) -> str:
+        at = self.progress.forget
+        return (
+            f"{what.capitalize()} is not finite at step {self.progress.step} (batch {at.batch} of epoch {at.epoch}), "
+            "though the loss is. The weights are those before that step. Lower `learning_rate`, set `max_grad_norm`, "
+            "or look for a root, quotient or logarithm in `objective` whose derivative is infinite there."
+        )
+
+    def _all_finite(self, tensors: Iterable[Tensor]) -> bool:
+        found = [torch.isfinite(_local(tensor)).all().to(self.accelerator.device) for tensor in tensors]
+        wrong = (~torch.stack(found)).any().float() if found else torch.zeros((), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:  # each may hold a part of its own
+            wrong = self.accelerator.reduce(wrong, reduction="sum")
+        return not wrong.item()
 
     def _apply(self, step: Step, method: str) -> None:
         if self.rules and method == "gradients":
@@ -275,13 +347,20 @@ class Loop:
     def _save(self) -> None:
         every, folder = self.settings.checkpointing_steps, self.settings.output_dir
         if every and folder is not None and self.progress.step % every == 0:
-            save_checkpoint(self.accelerator, folder, self.progress.step, self._parts())
+            keep = self.settings.save_total_limit
+            save_checkpoint(self.accelerator, folder, self.progress.step, self._parts(), self.run, keep)
 
 
 @torch.no_grad()
 def _set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
+
+
+def _local(tensor: Any) -> Tensor:
+    values = tensor.detach()
+    values = values.to_local() if hasattr(values, "to_local") else values
+    return values.coalesce().values() if values.is_sparse else values
 
 
 def _scalar(loss: Any, where: str) -> Tensor:

@@ -13,10 +13,14 @@ class Position:
     Attributes:
         epoch: Passes finished.
         batch: Batches of the present pass already seen.
+        generators: The states that the loader's own generators had at the beginning of the present pass.
+        first_generators: Those that they had at the beginning of the run.
     """
 
     epoch: int = 0
     batch: int = 0
+    generators: list[Any] | None = field(default=None, repr=False)
+    first_generators: list[Any] | None = field(default=None, repr=False)
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next pass."""

@@ -20,7 +20,7 @@ class Step:
         number: How many steps were taken before it.
         model: The model.
         parameters: What is trained, by name, to be changed in place.
-        before: The values before the optimiser, by name; empty where no rule looks at them.
+        before: The values before the optimiser, by name.
     """
 
     number: int
@@ -130,8 +130,3 @@ def as_rules(rules: Rule | Iterable[Rule], max_grad_norm: float | None) -> tuple
     if finite_number(max_grad_norm, "max_grad_norm") <= 0:
         raise ValueError(f"`max_grad_norm` must be above zero, got {max_grad_norm!r}. Leave it out to clip nothing.")
     return (ClipGradientNorm(max_grad_norm), *several)
-
-
-def look_at_changes(rules: Iterable[Rule]) -> bool:
-    """Whether a rule has an `update`, and so needs a copy of the values before the step."""
-    return any(type(rule).update is not Rule.update for rule in rules)

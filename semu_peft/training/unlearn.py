@@ -18,6 +18,7 @@ from semu_peft.objectives.retain import Retain, as_retain
 from .accelerate_state import prepared
 from .batches import as_loader
 from .callbacks import as_callbacks
+from .checkpoint import only_writer
 from .loop import Loop
 from .optimizers import OptimizerFactory, SchedulerFactory, make_optimizer
 from .parameters import check_trainable, only_adapter_trains, trained_parameters
@@ -78,6 +79,7 @@ def unlearn(
     output_dir: str | Path | None = None,
     log_with: str | None = None,
     checkpointing_steps: int | None = None,
+    save_total_limit: int | None = None,
     resume_from_checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -114,9 +116,11 @@ def unlearn(
             then its affair.
         output_dir: Folder of logs and checkpoints.
         log_with: Accelerate's tracker: `"tensorboard"`, `"wandb"`, `"all"` …
-        checkpointing_steps: Write `output_dir/checkpoint-{step}` every this many steps.
-        resume_from_checkpoint: A checkpoint folder, or `"latest"` in `output_dir`. A run with the same arguments then
-            ends with the weights of an uninterrupted one.
+        checkpointing_steps: Write `output_dir/checkpoint-{step}` every this many steps. The folder is this run's alone.
+        save_total_limit: Keep this many checkpoints, the newest; all by default.
+        resume_from_checkpoint: A checkpoint folder, or `"latest"`: the newest whole one in `output_dir`, and the
+            beginning where there is none yet. The run ends with the weights of an uninterrupted one; a checkpoint of a
+            run with other data, settings or seeds is refused.
         seed: Seed of what the DataLoaders draw from the global generators of torch, NumPy and Python: orders and
             augmentations.
         progress: Show a progress bar with the running losses.
@@ -128,7 +132,7 @@ def unlearn(
 
     Raises:
         ValueError: There is nothing to train on or nothing to train, arguments contradict each other, or a loss is not
-            finite (the weights are then those of the last good step).
+            finite, nor a gradient or new weight (the weights are then those of the last good step).
         TypeError: An argument is of another kind than said above.
         NotInitializedError: A SEMU adapter has not been initialised.
         FileNotFoundError: The checkpoint does not exist.
@@ -147,7 +151,7 @@ def unlearn(
     started = time.perf_counter()
     settings = Settings(
         epochs, max_steps, gradient_accumulation_steps, mixed_precision, output_dir, log_with, checkpointing_steps,
-        resume_from_checkpoint, seed, progress,
+        resume_from_checkpoint, seed, progress, save_total_limit,
     )  # fmt: skip
     loss, terms = as_objective(objective), as_retain(retain)
     rules, callbacks = as_rules(rules, max_grad_norm), as_callbacks(callbacks)
@@ -156,7 +160,10 @@ def unlearn(
         loader = as_loader(forget, "forget", settings.most_batches(accelerator))
         loaders = [as_loader(term.batches, "retain", settings.most_batches(accelerator)) for term in terms]
         bare_optimizer = make_optimizer(optimizer, trained_parameters(model), learning_rate)
-        with prepared(model, bare_optimizer, loader, loaders, settings, accelerator) as everything:
+        with (
+            prepared(model, bare_optimizer, loader, loaders, settings, accelerator) as everything,
+            only_writer(everything.accelerator, output_dir, checkpointing_steps),
+        ):
             loop = Loop(model, everything, loss, terms, rules, callbacks, settings)
             loop.set_up(scheduler, bare_optimizer)
             with eval_mode(model):

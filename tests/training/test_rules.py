@@ -110,7 +110,7 @@ def test_a_rule_sees_the_accumulated_gradient_once_a_step() -> None:
     class Counts(Rule):
         def gradients(self, step: Step) -> None:
             numbers.append(step.number)
-            assert set(step.gradients) == set(step.parameters) and not step.before
+            assert set(step.gradients) == set(step.parameters) == set(step.before)
 
     unlearn(semu(), vector_batches(5), CrossEntropy(), rules=Counts(), gradient_accumulation_steps=2, epochs=1, **QUIET)
     assert numbers == [0, 1, 2]
@@ -142,6 +142,6 @@ def test_a_run_with_other_rules_is_not_resumed(tmp_path: Path) -> None:
     unlearn(semu(), loader(), CrossEntropy(), rules=[Momentum()], output_dir=tmp_path, checkpointing_steps=2, **QUIET)
     model = semu()
     before = trained_state(model)
-    with pytest.raises(ValueError, match="1 rules, this one has 0"):
+    with pytest.raises(ValueError, match=r"rules is \[\] here and \['Momentum'\] there"):
         unlearn(model, loader(), CrossEntropy(), output_dir=tmp_path, resume_from_checkpoint="latest", **QUIET)
     assert_same_state(trained_state(model), before)

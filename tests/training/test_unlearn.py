@@ -695,12 +695,6 @@ def test_errors(options: dict[str, Any], error: type[Exception], words: list[str
     assert "forward" not in vars(model)
 
 
-def test_latest_without_a_checkpoint(tmp_path: Path) -> None:
-    """The folder is named."""
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        unlearn(semu(), vector_batches(), CrossEntropy(), resume_from_checkpoint="latest", output_dir=tmp_path, **QUIET)
-
-
 def test_nothing_to_train() -> None:
     """A frozen model is refused with the usual reasons."""
     with pytest.raises(ValueError, match="no trainable parameter.*is_trainable"):
