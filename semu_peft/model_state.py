@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 
@@ -115,7 +115,21 @@ def _in_eval_mode(layer: dict[str, Any], checkpoint: Callable[..., Any]) -> Call
 
         # A cache would be filled twice, and attention would look at each token twice. Transformers takes it out of the
         # keyword arguments; models in train mode do not even pass it by position.
-        return checkpoint(compute, *(None if isinstance(value, Cache) else value for value in args))
+        inputs = [None if isinstance(value, Cache) else value for value in args]
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+        return checkpoint(compute, *(_differentiable(inputs) if reentrant else inputs))
 
     run.recomputes = checkpoint  # type: ignore[attr-defined]
     return run
+
+
+def _differentiable(inputs: list[Any]) -> list[Any]:
+    """The inputs of a reentrant checkpoint, one of them with a gradient: without any it lets none through.
+
+    `enable_input_require_grads` of transformers sees to that in models with token embeddings alone.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
+        return inputs
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return [value.detach().requires_grad_() if value is first and value is not None else value for value in inputs]
