@@ -18,6 +18,8 @@ from .linear import NEVER_CALLED
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all-layers"
 _OTHERS = (nn.modules.conv._ConvNd, nn.MultiheadAttention)  # transposed convolutions too: they are passed over aloud
+# What PEFT trains in full for a task, which its own "all-linear" knows for SEQ_CLS alone.
+_TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def word_in(config: SemuConfig) -> str | None:
@@ -30,8 +32,8 @@ def name_every_layer(config: SemuConfig, model: nn.Module, check: Callable[[nn.M
     """Write the names of the layers into `target_modules` that the word there means, and warn of those passed over.
 
     `"all-linear"` means what it means to PEFT: every linear layer but the output layer of a language model, and the
-    head of a classifier whose `task_type` says that it is one. `"all-layers"` means convolutions and PyTorch's
-    attention as well. Embeddings and normalisation are in neither.
+    head that PEFT trains in full where `task_type` says that there is one. `"all-layers"` means convolutions and
+    PyTorch's attention as well. Embeddings and normalisation are in neither.
 
     Args:
         config: The configuration, with one of the words.
@@ -80,10 +82,11 @@ def _outermost(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _linear_layers(config: SemuConfig, model: nn.Module) -> set[str]:
+    heads = _TRAINED_HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     asked: Any = copy.copy(config)
     asked.target_modules = ALL_LINEAR
     _maybe_include_all_linear_layers(asked, model)
-    return {without_compilation(name) for name in asked.target_modules}
+    return {without_compilation(name) for name in asked.target_modules if name.partition(".")[0] not in heads}
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from .keys import without_compilation, without_wrappers
 from .layer import SemuLayer
 from .loading import fitted
 from .mixed_batch import adapter_per_example
+from .ownership import remember_wish, take, wish_of
 from .parameter import ParamWrapper
 from .patterns import requested_rank
 from .quantized import QuantizedLinear
@@ -64,11 +64,7 @@ class SemuModel(BaseTuner):
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        # Ranks are written into the configuration, so each adapter has its own, whatever else the caller uses it for.
-        config: Any = copy.deepcopy(peft_config)
-        for name, other in self.peft_config.items():
-            if other is peft_config:
-                self.peft_config[name] = config
+        config: Any = peft_config
         if config.target_modules is None and config.target_parameters:
             default = self.target_module_mapping.get(model_config["model_type"])
             config.target_modules = default if isinstance(default, str) else set(default or ())
@@ -82,11 +78,16 @@ class SemuModel(BaseTuner):
         return BaseTuner._check_target_module_exists(peft_config, without_compilation(key))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            # PEFT looks for these among the layers alone; `_prepare_model` refuses names that the model does not have.
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        take(config, model, adapter_name)
+        wish = wish_of(config)
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for these among layers alone; `_prepare_model` refuses names that the model does not have.
+                warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            remember_wish(config, wish)
         layers = [layer for layer in self.model.modules() if isinstance(layer, SemuLayer)]
         names = {layer.layer_name for layer in layers if adapter_name in layer.semu_core}
         config.ranks = {name: rank for name, rank in config.ranks.items() if name in names}
