@@ -30,6 +30,16 @@ class ConvNd(SemuLayer):
         """The frozen convolution (typed as the best known of its kind)."""
         return cast(nn.Conv2d, self.get_base_layer())
 
+    @property
+    def in_features(self) -> int:
+        """The base layer's input channels, by the name that PEFT's layers have for them."""
+        return self.conv.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """The base layer's output channels."""
+        return self.conv.out_channels
+
     def _per_channel(self, adapter_name: str) -> bool:
         return self.configs[adapter_name].conv_mode == "per_channel"
 

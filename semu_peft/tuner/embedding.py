@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,16 @@ class Embedding(SemuLayer):
         if type(base_layer).forward is not nn.Embedding.forward and not hasattr(base_layer, "embed_scale"):
             return "it has a `forward` of its own, and what that does with the weight is not known"
         return None
+
+    @property
+    def in_features(self) -> int:
+        """The size of the vocabulary, by the name that PEFT's layers have for it."""
+        return cast(nn.Embedding, self.get_base_layer()).num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        """The dimension of the embedding."""
+        return cast(nn.Embedding, self.get_base_layer()).embedding_dim
 
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
         return weight

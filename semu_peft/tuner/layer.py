@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import SemuConfig
 
+_NOT_OF_THE_BASE = ("base_layer", "parametrizations")
 BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
 
 
@@ -109,6 +110,18 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, requested)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base layer, which code around the model asks for its `stride`, `kernel_size`, `padding_idx` …
+
+        What is private, or belongs to a machinery that works on a module itself, stays the base layer's own.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in _NOT_OF_THE_BASE:
+                raise
+        return getattr(self.get_base_layer(), name)
 
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> str | None:

@@ -62,6 +62,18 @@ class ParamWrapper(SemuLayer):
             return getattr(self.base_layer, name)
 
     @property
+    def in_features(self) -> int:
+        """An attention's dimension, by the name that PEFT's layers have for it; else the module's own."""
+        base: Any = self.get_base_layer()
+        return int(base.embed_dim if isinstance(base, nn.MultiheadAttention) else base.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """The size of an attention's projections of query, key and value together; else the module's own."""
+        base: Any = self.get_base_layer()
+        return int(3 * base.embed_dim if isinstance(base, nn.MultiheadAttention) else base.out_features)
+
+    @property
     def weight(self) -> nn.Parameter:
         """The frozen parameter."""
         return cast(nn.Parameter, attrgetter(self.parameter_name)(self.get_base_layer()))
