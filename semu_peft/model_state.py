@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -24,6 +25,26 @@ def device_of(model: nn.Module) -> torch.device:
     """
     at_hand = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
     return next(at_hand, torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model's inputs belong in, as diffusers and transformers know it (`model.dtype`).
+
+    It is not that of the first parameter: some models keep a few weights in float32, and with layerwise casting weights
+    are stored in float8 that are computed with in another dtype. Other models take the dtype of their first parameter
+    that has arithmetic of its own, or float32.
+
+    Examples:
+        >>> from torch import nn
+        >>> dtype_of(nn.Linear(2, 2).half()), dtype_of(nn.ReLU())
+        (torch.float16, torch.float32)
+    """
+    inner: Any = extract_model_from_parallel(model)
+    told = getattr(inner, "dtype", None)  # through a `PeftModel` and a compiled module
+    if isinstance(told, torch.dtype) and told.is_floating_point and told.itemsize >= 2:
+        return told
+    own = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2)
+    return next(own, torch.float32)
 
 
 @contextmanager

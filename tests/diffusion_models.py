@@ -74,12 +74,12 @@ def dit(seed: int = 0) -> Any:
     return model
 
 
-def sd3_transformer(seed: int = 0) -> Any:
+def sd3_transformer(seed: int = 0, **settings: Any) -> Any:
     torch.manual_seed(seed)
     return diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=8, pooled_projection_dim=16, out_channels=4,
-        pos_embed_max_size=8,
+        pos_embed_max_size=8, **settings,
     ).eval()  # fmt: skip
 
 

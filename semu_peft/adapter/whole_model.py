@@ -2,12 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from semu_peft.objectives.adapter_parts import adapter_parts
 from semu_peft.tuner.adapted import base_model, semu_layers
+from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.loading import restore_layers
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "default") -> None:
+    """Put an adapter into a model beside those that it has: what is active stays active, and only the new one trains.
+
+    diffusers' and transformers' own `add_adapter` switch every other adapter off: a second erasure would bring the
+    first concept back. Adapters that are switched off stay off.
+
+    Args:
+        model: The model, changed in place: bare, or a `PeftModel`.
+        config: The adapter's configuration.
+        adapter_name: The adapter's name.
+
+    Raises:
+        ValueError: There is such an adapter, or one is merged into the weights. The model is unchanged then.
+
+    Examples:
+        >>> from semu_peft import SemuConfig
+        >>> from torch import nn
+        >>> from semu_peft.adapter.whole_model import add_adapter
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> for name in ("first", "second"):
+        ...     add_adapter(model, SemuConfig(target_modules=["0"], r=2, init_weights=False), adapter_name=name)
+        >>> model[0].active_adapters, [name for name, core in model[0].semu_core.items() if core.requires_grad]
+        (['first', 'second'], ['second'])
+    """
+    root: Any = base_model(model)
+    if adapter_name in getattr(root, "peft_config", {}):
+        raise ValueError(f"`adapter_name`: the model has an adapter {adapter_name!r} already. Choose another name.")
+    layers = [module for module in root.modules() if isinstance(module, BaseTunerLayer)]
+    if merged := {name for layer in layers if isinstance(layer, SemuLayer) for name in layer.merged_adapters}:
+        raise ValueError(
+            f"`model`: {sorted(merged)} are merged into the weights, so that a new adapter would do nothing beside "
+            "them. Unmerge (`unfuse_lora`) them first."
+        )
+    active = list(
+        dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters)
+    )
+    if hasattr(root, "_hf_peft_config_loaded"):
+        root._hf_peft_config_loaded = True
+    inject_adapter_in_model(config, root, adapter_name)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([*active, adapter_name], inference_mode=True)
+            module._disable_adapters = False
+        elif isinstance(module, BaseTuner):
+            module.active_adapter = [*active, adapter_name]
+    for part in adapter_parts(root, adapter_name):
+        for parameter in part.parameters():
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def taken_back_on_error(model: nn.Module, *, adapter_name: str = "default") -> Iterator[None]:
+    """If the block fails, take the adapter that it put in out again, and leave the others and all flags as they were.
+
+    Args:
+        model: The model, before the adapter is put in.
+        adapter_name: The adapter's name.
+
+    Examples:
+        >>> from semu_peft import SemuConfig
+        >>> from torch import nn
+        >>> from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> try:
+        ...     with taken_back_on_error(model):
+        ...         add_adapter(model, SemuConfig(target_modules=["0"]))
+        ...         raise RuntimeError("disk full")
+        ... except RuntimeError:
+        ...     print(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+        )
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    tuners = [(module, module.active_adapter) for module in model.modules() if isinstance(module, BaseTuner)]
+    try:
+        yield
+    except BaseException:
+        remove_adapter(model, adapter_name=adapter_name)
+        for layer, active, disabled in states:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+        for tuner, active in tuners:
+            tuner.active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def remove_adapter(model: nn.Module, *, adapter_name: str = "default") -> None:

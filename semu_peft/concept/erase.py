@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from semu_peft.adapter.whole_model import remove_adapter
+from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
 from semu_peft.model_state import device_of
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
@@ -93,6 +93,7 @@ def unlearn_concept(
 ) -> ConceptResult:
     """Teach a pipeline's denoiser to forget a concept: encode, find the subspace, train; no images are needed.
 
+    Adapters that are active stay so, an earlier erasure or a style, and only the new one trains.
     The text encoders and the VAE are used once, at the beginning. While the denoiser trains they are parked on the CPU,
     and with ready examples the pipeline may have been loaded without them.
 
@@ -149,8 +150,13 @@ def unlearn_concept(
     loader = examples.loader(min(batch_size, len(examples)))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)
     needs_all = not park or any(isinstance(callback, Preview) for callback in callbacks)
-    with _restored(denoiser, adapter_name, gradient_checkpointing), _parked(pipe, not needs_all):
-        denoiser.add_adapter(config, adapter_name=adapter_name)
+    held = getattr(pipe, family_of(pipe).denoiser)
+    with (
+        _parked(pipe, not needs_all),
+        _recomputing(denoiser, gradient_checkpointing),
+        taken_back_on_error(held, adapter_name=adapter_name),
+    ):
+        add_adapter(held, config, adapter_name=adapter_name)
         profile = initialize_semu_weights(denoiser, in_order, forgetting, adapter_name=adapter_name, progress=progress)
         result = unlearn(
             denoiser, loader, loss, epochs=math.ceil(max_steps / len(loader)), max_steps=max_steps, seed=seed,
@@ -209,19 +215,13 @@ def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -
 
 
 @contextmanager
-def _restored(denoiser: Any, adapter_name: str, gradient_checkpointing: bool) -> Iterator[None]:
-    """Gradient checkpointing for the block, and, where it fails, a denoiser without the adapter, flags as they were."""
-    flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
+def _recomputing(denoiser: Any, gradient_checkpointing: bool) -> Iterator[None]:
+    """Gradient checkpointing for the block, where it is asked for and not on already."""
     switched = gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", False)
     try:
         if switched:
             denoiser.enable_gradient_checkpointing()
         yield
-    except BaseException:
-        remove_adapter(denoiser, adapter_name=adapter_name)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
     finally:
         if switched:
             denoiser.disable_gradient_checkpointing()

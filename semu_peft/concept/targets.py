@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.keys import without_wrappers
 
-_ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-_PARTS = {
-    # What reads the text: keys and values of cross-attention; in an MMDiT those of the text stream.
-    "cross-attention": r".*(attn2\.to_[kv]|\.add_[kv]_proj)",
-    "attention": rf".*\.{_ATTENTION}",
-    "all-linear": r".*",
-    "convolutions": r".*",
-    "all": r".*",
+_ATTENTION = r"(?:.*\.)?(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "cross-attention": (nn.Linear,),
+    "attention": (nn.Linear,),
+    "all-linear": (nn.Linear,),
+    "convolutions": (nn.Conv2d, nn.Conv3d),
+    "all": (nn.Linear, nn.Conv2d, nn.Conv3d),
 }
 
 
 def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list[str]:
     """The full names of a part of the denoiser's layers, for `SemuConfig(target_modules=...)`.
+
+    The layers are those of the denoiser itself, whatever adapters are in it.
 
     Args:
         denoiser: A U-Net or transformer of diffusers.
@@ -35,18 +39,45 @@ def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list
         >>> denoiser_targets(block)
         ['attn2.to_k']
     """
-    if part not in _PARTS:
-        raise ValueError(f"`part` must be one of {', '.join(map(repr, _PARTS))}, got {part!r}.")
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-    if part != "all":
-        kinds = (nn.Conv2d,) if part == "convolutions" else (nn.Linear,)
-    names = [
-        name
-        for name, module in base_model(denoiser).named_modules()
-        if isinstance(module, kinds) and re.fullmatch(_PARTS[part], name)
-    ]
+    if part not in _KINDS:
+        raise ValueError(f"`part` must be one of {', '.join(map(repr, _KINDS))}, got {part!r}.")
+    modules = dict(_own_modules(base_model(denoiser)))
+    names = [name for name, module in modules.items() if isinstance(module, _KINDS[part])]
+    if part == "cross-attention":
+        names = _reading_text(modules, names)
+    elif part == "attention":
+        names = [name for name in names if re.fullmatch(_ATTENTION, name)]
     if not names:
         raise ValueError(
-            f"{type(denoiser).__name__} has no layers of the part {part!r}; name them in `target_modules`."
+            f"{type(base_model(denoiser)).__name__} has no layers of the part {part!r}; name them in `target_modules`."
         )
     return names
+
+
+def _own_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are no adapter's, by the names that they have without adapters."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _own_modules(module.get_submodule("base_layer"), name)
+        return
+    yield without_wrappers(name), module
+    for child, inside in module.named_children():
+        yield from _own_modules(inside, f"{name}.{child}" if name else child)
+
+
+def _reading_text(modules: Mapping[str, nn.Module], names: list[str]) -> list[str]:
+    """Keys and values of cross-attention, by what the attention says it is; in an MMDiT those of the text stream.
+
+    A second attention, `attn2`, may be the picture's to itself (Stable Diffusion 3.5), and what a cross-attention has
+    added to it reads pictures (Wan's image-to-video). Where none says that it crosses, `attn2` is meant.
+    """
+    parts = {name: name.rpartition(".")[::2] for name in names}
+    crosses = {
+        name: bool(getattr(modules[attention], "is_cross_attention", False)) for name, (attention, _) in parts.items()
+    }
+    found = [
+        name
+        for name, (attention, projection) in parts.items()
+        if (projection in ("to_k", "to_v") and crosses[name])
+        or (projection in ("add_k_proj", "add_v_proj") and not crosses[name] and not attention.endswith("attn2"))
+    ]
+    return found or [name for name in names if re.fullmatch(r"(?:.*\.)?attn2\.to_[kv]", name)]

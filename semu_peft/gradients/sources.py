@@ -23,7 +23,8 @@ def carries_gradient(weight: Tensor) -> bool:
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that gradients of weights of this dtype are summed in: float32 or better."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+    wide = dtype.is_floating_point and dtype.itemsize >= 2  # float8 promotes to nothing
+    return torch.promote_types(dtype, torch.float32) if wide else torch.float32
 
 
 class GradientSource(ABC):

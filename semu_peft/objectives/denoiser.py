@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from semu_peft.model_state import dtype_of
+
 Condition = Mapping[str, Any]
 """Keyword arguments of the denoiser, tensors `(N, ...)` or nested mappings of them: `class_labels` for
 class-conditional models; `encoder_hidden_states` and what goes with it for text."""
@@ -41,7 +43,7 @@ def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition
         >>> denoiser_output(Denoiser(3, 3).half(), noisy, timesteps, {"class_labels": torch.tensor([0, 1])}).dtype
         torch.float32
     """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = dtype_of(model)
     arguments = {name: _prepared(value, dtype, name in SHARED) for name, value in condition.items()}
     output = model(noisy.to(dtype), timestep=timestep, return_dict=False, **arguments)[0].float()
     if output.dim() > 2 and output.shape[1] == 2 * noisy.shape[1]:

@@ -303,16 +303,3 @@ def test_prompts_are_made_into_examples_with_the_pipelines_own_settings() -> Non
     assert all(torch.equal(result.examples.roles[role], index) for role, index in expected.roles.items())
     assert repr(result).startswith("ConceptResult(adapter_name='default', training=UnlearnResult(steps=2")
     assert "\n" not in repr(result) and repr(result.examples) == "ConceptExamples(3 of ['cat'], latents (4, 8, 8))"
-
-
-def test_parts_of_a_denoiser() -> None:
-    unet = sd_pipeline().unet
-    cross = denoiser_targets(unet)
-    assert cross and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in cross)
-    linear, convolutions = denoiser_targets(unet, "all-linear"), denoiser_targets(unet, "convolutions")
-    assert set(cross) < set(denoiser_targets(unet, "attention")) < set(linear)
-    assert set(denoiser_targets(unet, "all")) == {*linear, *convolutions} and not set(linear) & set(convolutions)
-    with pytest.raises(ValueError, match="`part`"):
-        denoiser_targets(unet, "everything")
-    with pytest.raises(ValueError, match="no layers"):
-        denoiser_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)))

@@ -13,6 +13,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft.model_state import dtype_of
 from semu_peft.objectives import NoiseSchedule
 from semu_peft.objectives.denoiser import denoiser_output, repeated
 from semu_peft.tuner.adapted import semu_layers
@@ -271,6 +272,25 @@ def test_a_bfloat16_denoiser_gives_float32_predictions() -> None:
     one, other = (denoiser_output(model, batch["latents"], timestep, batch["condition"]) for model in (exact, rounded))
     assert one.dtype == other.dtype == torch.float32
     assert 0 < (one - other).norm() / one.norm() < 0.05
+
+
+def test_inputs_follow_the_models_dtype() -> None:
+    """Not the first parameter's: it may stay in float32 (Wan's), or stored in float8 and computed with in another."""
+    kept = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(torch.bfloat16))
+    kept.dtype = torch.bfloat16  # type: ignore[assignment]
+    assert dtype_of(kept) == dtype_of(nn.DataParallel(kept)) == torch.bfloat16
+    batch, timestep = diffusion_batch("text_unet"), torch.tensor([3, 50, 500, 900])
+    exact = denoiser_output(DENOISERS["text_unet"](), batch["latents"], timestep, batch["condition"])
+    stored = DENOISERS["text_unet"]()
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert dtype_of(stored) == torch.bfloat16
+    stored.add_adapter(SemuConfig(target_modules=["attn2.to_k", "attn2.to_v"]))
+    with torch.no_grad():
+        rounded = denoiser_output(stored, batch["latents"], timestep, batch["condition"])
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.3
+    initialize_semu_weights(stored, [batch], objectives.ConditionMatching(DDPM), progress=False)
+    history = unlearn(stored, [batch] * 10, objectives.ConditionMatching(DDPM), epochs=1, progress=False).history
+    assert history[-1]["loss"] < history[0]["loss"]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

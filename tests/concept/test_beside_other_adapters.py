@@ -1,0 +1,123 @@
+"""An erasure beside earlier ones and beside styles: what is active stays active, and only the new adapter trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusion_models import quiet, sd_pipeline
+from models import Snapshot
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+
+from semu_peft import SemuConfig, objectives, save_as_diffusers_lora
+from semu_peft.adapter.whole_model import add_adapter
+from semu_peft.concept import unlearn_concept
+from semu_peft.concept.dataset import concept_examples
+from semu_peft.concept.sampling import sample_pipeline
+
+SIZE: dict[str, Any] = {"height": 16, "width": 16}
+LAYERS = SemuConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], explained_variance=0.99)
+
+
+def images(pipe: Any) -> Tensor:
+    settings = {**SIZE, "num_inference_steps": 2, "guidance_scale": 3.0}
+    return sample_pipeline(quiet(pipe), ["a photo of a cat"] * 2, seeds=range(2), **settings)
+
+
+def erase(pipe: Any, forget: str, anchor: str, name: str, **options: Any) -> Any:
+    examples = concept_examples(pipe, forget, anchor=anchor, images=torch.rand(4, 3, 16, 16), progress=False, **SIZE)
+    settings = {"max_steps": 40, "learning_rate": 0.01, **options}
+    return unlearn_concept(pipe, examples, adapter_name=name, progress=False, **settings)
+
+
+def trained(model: Any) -> set[str]:
+    return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
+    pipe, reference = quiet(sd_pipeline()), sd_pipeline().unet
+    first = erase(pipe, "a photo of a cat", "a photo of a dog", "first", config=LAYERS)
+
+    def distance() -> float:
+        matching = objectives.ConditionMatching(pipe.scheduler, seed=9, reference=reference)
+        with torch.no_grad():
+            return float(matching(pipe.unet, next(iter(first.examples.loader(4, shuffle=False)))))
+
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items() if name.endswith(".first")}
+    erased, learning = distance(), {"learning_rate": 0.003, "preserve": 10.0}
+    examples = concept_examples(
+        pipe, "monet", anchor="car", retain=["", "a photo of a cat"], images=torch.rand(4, 3, 16, 16), progress=False,
+        **SIZE,
+    )  # fmt: skip
+    unlearn_concept(pipe, examples, adapter_name="second", max_steps=20, progress=False, **learning)
+    assert pipe.unet.active_adapters() == ["first", "second"] and trained(pipe.unet) == {"second"}
+    assert all(torch.equal(pipe.unet.state_dict()[name], tensor) for name, tensor in before.items())
+    both = distance()
+    pipe.unet.set_adapter("second")
+    assert both < 3 * erased and both < 0.5 * distance()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_style_stays_as_it_is_through_an_erasure_and_both_ship(disabled: bool, tmp_path: Any) -> None:
+    pipe = quiet(sd_pipeline())
+    style = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipe.unet.add_adapter(style, adapter_name="style")
+    if disabled:
+        pipe.unet.disable_adapters()
+    before, weights = images(pipe), get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    erase(pipe, "a photo of a cat", "a photo of a dog", "erase", max_steps=10, learning_rate=0.05)
+    assert pipe.unet.active_adapters() == ([] if disabled else ["style"]) + ["erase"] and trained(pipe.unet) == {
+        "erase"
+    }
+    after = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    assert all(torch.equal(after[name.replace(".lora", ".base_layer.lora") if name not in after else name], weight)
+               for name, weight in weights.items())  # fmt: skip
+    together = images(pipe)
+    assert (together - before).abs().max() > 1e-4
+    save_as_diffusers_lora(pipe, tmp_path, adapter_name="erase")
+    stock = quiet(sd_pipeline())
+    if not disabled:
+        stock.unet.add_adapter(style, adapter_name="style")
+        held = {name.replace(".lora_A.", ".lora_A.style.").replace(".lora_B.", ".lora_B.style."): weight
+                for name, weight in weights.items()}  # fmt: skip
+        assert not stock.unet.load_state_dict(held, strict=False).unexpected_keys
+    stock.load_lora_weights(tmp_path, adapter_name="erase")
+    stock.unet.set_adapter(["erase"] if disabled else ["style", "erase"])
+    torch.testing.assert_close(images(stock), together, atol=1e-4, rtol=0)
+
+
+def test_a_denoiser_in_pefts_wrapper_keeps_its_adapter() -> None:
+    pipe = quiet(sd_pipeline())
+    first = SemuConfig(target_modules=["to_q"], init_weights=False, r=1)
+    pipe.unet = get_peft_model(pipe.unet, first, adapter_name="first")
+    erase(pipe, "cat", "dog", "second", config=SemuConfig(target_modules=["to_k"]), max_steps=3)
+    assert pipe.unet.active_adapters == ["first", "second"] and trained(pipe.unet) == {"second"}
+
+
+def test_what_fails_leaves_other_adapters_as_they_were() -> None:
+    pipe = quiet(sd_pipeline())
+    erase(pipe, "cat", "dog", "first", max_steps=2)
+    before, active = Snapshot.of(pipe.unet), pipe.unet.active_adapters()
+
+    def broken(model: Any, batch: Any) -> Any:
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        erase(pipe, "monet", "car", "second", objective=objectives.as_objective(broken))
+    before.assert_same(pipe.unet)
+    assert pipe.unet.active_adapters() == active and list(pipe.unet.peft_config) == ["first"]
+
+
+def test_an_adapter_beside_merged_ones_is_refused() -> None:
+    """The model would compute with what is merged alone, and the new adapter would do nothing."""
+    unet = sd_pipeline().unet
+    config = SemuConfig(target_modules=["to_q"], init_weights=False, r=1)
+    add_adapter(unet, config, adapter_name="first")
+    unet.fuse_lora()
+    with pytest.raises(ValueError, match=r"`model`.*'first'.*merged.*unfuse_lora"):
+        add_adapter(unet, config, adapter_name="second")
+    unet.unfuse_lora()
+    with pytest.raises(ValueError, match="`adapter_name`.*'first' already"):
+        add_adapter(unet, config, adapter_name="first")
