@@ -15,6 +15,7 @@ from semu_peft.tuner.embedding import Embedding
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 from semu_peft.tuner.tied import TiedLayer
+from semu_peft.tuner.weight_use import WeightUse, no_place_for
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ def lora_pair(layer: SemuLayer, name: str, adapter_name: str) -> LoraPair:
     """
     if isinstance(layer, ParamWrapper):
         return _of_parameter(layer, name, adapter_name)
+    if layer.weight_use is WeightUse.OWN:
+        raise ValueError(
+            f"Layer {name!r}, a {type(layer.get_base_layer()).__name__}, does something of its own with its weight "
+            "(it pads, standardises, masks …) where a LoRA would add to its output, so no LoRA equals this adapter: "
+            "merge it instead (`merge_and_unload`), or leave such layers out of `target_modules`."
+        )
+    if reason := no_place_for(layer.find_weight_use(), name, "exported as a LoRA that readers may merge"):
+        raise ValueError(reason)
     base = layer.get_base_layer()
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _of_convolution(layer, base, name, adapter_name)

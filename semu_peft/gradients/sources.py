@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from semu_peft.tuner.weight_use import WeightUse, read_weight, weight_use
+
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
 
 Fold = Callable[[BatchGradient], None]
@@ -126,7 +128,8 @@ class LayerSource(GradientSource):
     ) -> None:
         self._layer = layer
         self._parts = parts
-        weight: Any = layer.weight
+        weight: Any = getattr(layer, "base_weight", None)
+        weight = read_weight(layer) if weight is None else weight
         self.shape = shape or tuple(weight.flatten(1).shape)
         self.dtype, self.device = sum_dtype(weight.dtype), _home(layer, weight)
 
@@ -171,6 +174,31 @@ def conv_gradients(conv: nn.Module) -> Callable[[Tensor, Tensor], list[BatchGrad
     return lambda outputs, inputs: [ConvGradient.of(conv, outputs, inputs.to(outputs.dtype))]
 
 
+def dense_gradients(
+    layer: Any, as_matrix: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], list[BatchGradient]]:
+    """Make the function that takes the whole gradient of a weight that no parameter holds: one that is computed.
+
+    Args:
+        layer: The bare convolution or embedding.
+        as_matrix: Reads a tensor shaped like its weight as the matrix, or batch of matrices, that is summed.
+    """
+    shape = read_weight(layer).shape
+
+    def of_convolution(outputs: Tensor, inputs: Tensor) -> list[BatchGradient]:
+        gradient = ConvGradient.of(layer, outputs, inputs.to(outputs.dtype)).dense()
+        return [DenseGradient(as_matrix(gradient.reshape(shape)))]
+
+    def of_embedding(outputs: Tensor, tokens: Tensor) -> list[BatchGradient]:
+        outputs, tokens = outputs.flatten(0, -2) * getattr(layer, "embed_scale", 1.0), tokens.flatten()
+        if layer.padding_idx is not None:
+            outputs = outputs * (tokens != layer.padding_idx).unsqueeze(-1)
+        gradient = outputs.new_zeros(shape).index_add_(0, tokens, outputs)
+        return [DenseGradient(as_matrix(gradient))]
+
+    return of_embedding if isinstance(layer, nn.Embedding) else of_convolution
+
+
 # ---- which layer types there are ----
 
 SourceFactory = Callable[[Any], GradientSource]
@@ -208,21 +236,43 @@ def register_source(layer_type: type[nn.Module], factory: SourceFactory) -> None
 
 def registered_source(layer: nn.Module) -> GradientSource | None:
     """The source for a layer, by its type or the nearest registered type that it inherits from; else `None`."""
-    factory = next((_FACTORIES[kind] for kind in type(layer).__mro__ if kind in _FACTORIES), None)
-    return None if factory is None else factory(layer)
+    kind = _registered_kind(layer)
+    return None if kind is None else _FACTORIES[kind](layer)
+
+
+def use_of(layer: nn.Module) -> WeightUse:
+    """What a layer does with its weight; a type that the user registered is taken to do what its source says.
+
+    Examples:
+        >>> use_of(nn.Linear(3, 2))
+        <WeightUse.PLAIN: 'plain'>
+    """
+    kind = _registered_kind(layer)
+    if kind not in _STOCK:
+        return WeightUse.PLAIN
+    return weight_use(layer) or WeightUse.PLAIN
+
+
+def _registered_kind(layer: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in type(layer).__mro__ if kind in _FACTORIES), None)
 
 
 def _conv_source(conv: Any) -> GradientSource:
     if conv.groups == 1:
         return LayerSource(conv, conv_gradients(conv))
-    return WeightSource(conv.weight, lambda weight: weight.flatten(1))
+    return _weight_source(conv)
+
+
+def _weight_source(layer: Any) -> GradientSource:
+    return WeightSource(read_weight(layer), lambda weight: weight.flatten(1))
 
 
 register_source(nn.Linear, lambda layer: LayerSource(layer, token_gradients, (layer.out_features, layer.in_features)))
 register_source(Conv1D, lambda layer: LayerSource(layer, token_gradients, tuple(layer.weight.mT.shape)))
-register_source(nn.Embedding, lambda layer: WeightSource(layer.weight))
+register_source(nn.Embedding, _weight_source)
 for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register_source(_kind, _conv_source)
+_STOCK = frozenset(_FACTORIES)
 
 
 def _home(layer: nn.Module, weight: Tensor) -> torch.device:
@@ -249,7 +299,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(kept)
-        return kept.new_empty(0)
+        return anchor.new_empty(0)  # also where whole numbers are kept, which have no gradient
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -17,14 +17,17 @@ from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import NEVER_CALLED, Linear
 from semu_peft.tuner.parameter import ParamWrapper
+from semu_peft.tuner.weight_use import WeightUse, read_weight
 
 from .sources import (
     GradientSource,
     LayerSource,
     WeightSource,
     carries_gradient,
+    dense_gradients,
     registered_source,
     token_gradients,
+    use_of,
 )
 
 
@@ -54,7 +57,7 @@ def find_sources(
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, layer in _matching(layers, targets, adapter_name).items():
-        weight: Any = layer.weight
+        weight: Any = layer.base_weight if isinstance(layer, SemuLayer) else read_weight(layer)
         if uses[id(weight)] > 1 and carries_gradient(weight):
             if id(weight) in first:
                 aliases[name] = first[id(weight)]
@@ -84,7 +87,9 @@ def _supported_layers(plain: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = (*inside, f"{name}.")
         base = _called(module)[1]
-        if not isinstance(base, NEVER_CALLED) and registered_source(base) is not None:
+        if isinstance(base, NEVER_CALLED) or registered_source(base) is None:
+            continue
+        if use_of(base) is not WeightUse.UNKNOWN:
             found[name] = module
     return found
 
@@ -127,18 +132,30 @@ def _called(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _source_of(layer: nn.Module, adapter_name: str | None) -> GradientSource:
+    if adapter_name is not None:
+        return _of_adapted(layer, adapter_name)
     called, base = _called(layer)
-    source = None if isinstance(called, ParamWrapper) else registered_source(base)
-    if adapter_name is None:
-        assert source is not None  # as `_supported_layers` asked for it
-        return source.around(called)
-    adapted: Any = layer
-    shape = adapted.matrix_shape(adapter_name)
-    if isinstance(adapted, Linear):  # whatever quantised the base layer
-        return LayerSource(adapted, token_gradients, shape)
-    if source is not None and source.shape == shape:
-        return source.around(adapted)
-    return WeightSource(adapted.weight, _reading(adapted, adapter_name))
+    source, use = registered_source(base), use_of(base)
+    assert source is not None  # as `_supported_layers` asked for it
+    if use is WeightUse.OWN:
+        return WeightSource(base.weight, _reading(layer, None))  # type: ignore[arg-type]
+    if use is WeightUse.COMPUTED and source.weight is not None:
+        return LayerSource(called, dense_gradients(base, _reading(layer, None)), source.shape)
+    return source.around(called)
+
+
+def _of_adapted(layer: Any, adapter_name: str) -> GradientSource:
+    base = _called(layer)[1]
+    source = None if isinstance(layer, ParamWrapper) else registered_source(base)
+    use, shape, reading = layer.weight_use, layer.matrix_shape(adapter_name), _reading(layer, adapter_name)
+    if use is not WeightUse.OWN:
+        if isinstance(layer, Linear):  # whatever quantised the base layer
+            return LayerSource(layer, token_gradients, shape)
+        if source is not None and source.shape == shape and (use is WeightUse.PLAIN or source.weight is None):
+            return source.around(layer)
+        if use is WeightUse.COMPUTED:
+            return LayerSource(layer, dense_gradients(base, reading), shape)
+    return WeightSource(layer.base_weight, reading)
 
 
 def _reading(layer: Any, adapter_name: str | None) -> Callable[[Tensor], Tensor]:

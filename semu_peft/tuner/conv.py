@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +49,7 @@ class ConvNd(SemuLayer):
         return weight.flatten(1)
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        shape = self.conv.weight.shape
+        shape = self.base_weight.shape
         if self._per_channel(adapter_name):
             return matrix.transpose(0, 1).reshape(shape)
         return matrix.reshape(shape)
@@ -63,10 +63,10 @@ class ConvNd(SemuLayer):
         core = self.get_core(adapter_name)
         groups, rank = base.groups, self.r[adapter_name]
         x = in_range(x)
-        filters = right.mT.reshape(rank, *base.weight.shape[1:]).to(x.dtype)
+        filters = right.mT.reshape(rank, base.in_channels // groups, *base.kernel_size).to(x.dtype)
         # Every group of input channels meets the same filters, and its outputs their own rows of U R.
         hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
-        pointwise = (1,) * (base.weight.dim() - 2)
+        pointwise = (1,) * len(base.kernel_size)
         mixed = (left @ core).to(hidden.dtype).reshape(-1, rank, *pointwise)
         return output + self.convolution(hidden, mixed, groups=groups).to(output.dtype)
 
@@ -80,8 +80,10 @@ class ConvNd(SemuLayer):
         positions = x.numel() // base.in_channels // math.prod(base.stride)
         return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), positions)
 
-    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.conv._conv_forward(x, weight, self.conv.bias)
+    def run_base(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.base_is_bare(nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            return self.conv._conv_forward(x, weight, self.conv.bias)
+        return super().run_base(x, weight, *args, **kwargs)
 
 
 class Conv1d(ConvNd):

@@ -33,9 +33,7 @@ class Embedding(SemuLayer):
     def refusal(cls, base_layer: nn.Module) -> str | None:
         if getattr(base_layer, "max_norm", None) is not None:
             return "`max_norm` rewrites its weight at every forward pass; set `max_norm=None`"
-        if type(base_layer).forward is not nn.Embedding.forward and not hasattr(base_layer, "embed_scale"):
-            return "it has a `forward` of its own, and what that does with the weight is not known"
-        return None
+        return super().refusal(base_layer)
 
     @property
     def in_features(self) -> int:
@@ -69,5 +67,5 @@ class Embedding(SemuLayer):
         hidden = F.linear(F.embedding(x, self.token_basis(adapter_name)), core.mT)
         scale = self._get_embed_scale()
         if scale is not None:
-            hidden = hidden * scale.to(self.weight.dtype).to(hidden.dtype)
+            hidden = hidden * scale.to(self.base_weight.dtype).to(hidden.dtype)
         return output + F.linear(hidden.to(output.dtype), right.to(output.dtype)).to(output.dtype)

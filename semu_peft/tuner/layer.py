@@ -12,47 +12,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import Tensor, nn
 
 from .config import SemuConfig
+from .frozen_base import FrozenBase, adapter_dtype, sum_in_dtype_of
+from .uninitialized import NotInitializedError, RefuseTraining
+from .weight_use import WeightUse, weight_use
+
+__all__ = ["BASE", "NotInitializedError", "SemuLayer", "in_range"]
 
 _NOT_OF_THE_BASE = ("base_layer", "parametrizations")
 BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
 
 
-class NotInitializedError(RuntimeError, ValueError):
-    """An adapter is asked for something that it cannot do before its initialisation.
-
-    Examples:
-        >>> import torch
-        >>> from peft import get_peft_model
-        >>> from semu_peft import NotInitializedError, SemuConfig, rerank
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
-        >>> try:
-        ...     rerank(model, r=1)
-        ... except NotInitializedError as error:
-        ...     print(str(error).partition(":")[0])
-        The SEMU adapter 'default' is not initialised
-    """
-
-    def __init__(self, adapter_name: str) -> None:
-        super().__init__(
-            f"The SEMU adapter {adapter_name!r} is not initialised: it has no bases yet, and does nothing. Call "
-            "`initialize_semu_weights(model, forget, objective)` first, or load a saved adapter."
-        )
-
-
-class _RefuseTraining(torch.autograd.Function):
-    """Pass a layer's output through unchanged; raise when a backward pass wants to train an empty adapter."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, core: Tensor, adapter_name: str) -> Tensor:
-        ctx.adapter_name = adapter_name
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise NotInitializedError(ctx.adapter_name)
-
-
-class SemuLayer(nn.Module, BaseTunerLayer):
+class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
     """What every SEMU layer has in common, whatever the shape of its weight.
 
     For each adapter there are two frozen buffers with orthonormal columns and one trainable parameter, in float32
@@ -96,6 +66,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.layer_name = layer_name
+        self._weight_use = self.find_weight_use()
         self.semu_U = BufferDict({}, persistent=True)
         self.semu_V = BufferDict({}, persistent=True)
         self.semu_offset = BufferDict({}, persistent=True)
@@ -126,6 +97,8 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     @classmethod
     def refusal(cls, base_layer: nn.Module) -> str | None:
         """Why a base layer cannot be corrected although its type is supported, and the mend; `None` where it can."""
+        if weight_use(base_layer) is WeightUse.UNKNOWN:
+            return "its weight is computed, and what its own `forward` does with that is not known"
         return None
 
     # ---- the geometry of the weight, which each layer type defines ----
@@ -136,7 +109,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
         """`(m, n)`, or `(batch, m, n)`: the shape of the weight read as a matrix."""
-        return tuple(self.weight_to_matrix(self.weight.detach(), adapter_name).shape)
+        return tuple(self.weight_to_matrix(self.base_weight.detach(), adapter_name).shape)
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
         """The inverse of [`weight_to_matrix`]."""
@@ -149,16 +122,6 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
         """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all."""
         return False
-
-    def base_is_bare(self, *kinds: type[nn.Module]) -> bool:
-        """Whether the base layer is just its arithmetic: one of these very types, unquantised and without hooks."""
-        base: Any = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        return type(base) in kinds and not hooked and base.weight.dtype.itemsize >= 2
-
-    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The base layer's output with another weight, for layers whose corrections may join it."""
-        raise NotImplementedError
 
     # ---- life of an adapter ----
 
@@ -201,7 +164,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
     def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
         """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
         core = self.semu_core.get(adapter_name)
-        factory: dict[str, Any] = {"dtype": _adapter_dtype(self.weight.dtype)}
+        factory: dict[str, Any] = {"dtype": adapter_dtype(self.base_weight.dtype)}
         if core is not None and core.is_meta:
             factory["device"] = core.device
         parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
@@ -215,7 +178,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         if config.init_weights == "weight":
             with onload_layer(self):
                 matrix = self.weight_to_matrix(self.get_base_weight().detach(), adapter_name)
-                left, _, right = torch.linalg.svd(matrix.to(_adapter_dtype(matrix.dtype)), full_matrices=False)
+                left, _, right = torch.linalg.svd(matrix.to(adapter_dtype(matrix.dtype)), full_matrices=False)
             self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
             return
         *batch, m, n = self.matrix_shape(adapter_name)
@@ -282,7 +245,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         self.awaits_file[adapter_name] = False
 
     def _assign(self, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
-        dtype = _adapter_dtype(self.weight.dtype)
+        dtype = adapter_dtype(self.base_weight.dtype)
         parts = {kind: tensor.detach().to(dtype).contiguous() for kind, tensor in parts.items()}
         self.r[adapter_name] = parts["semu_U"].shape[-1]
         self.semu_U[adapter_name], self.semu_V[adapter_name] = parts["semu_U"], parts["semu_V"]
@@ -305,7 +268,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         if adapter_name not in self.semu_core:  # PEFT names another method's adapter, put around this layer
             return
         # PEFT would also cast to the base layer's dtype; bases rounded to bfloat16 are no longer orthonormal.
-        device = device or self.weight.device
+        device = device or self.base_weight.device
         if device.type == "meta":
             device = self.execution_device
         if self.semu_core[adapter_name].is_meta or device is None:
@@ -363,9 +326,12 @@ class SemuLayer(nn.Module, BaseTunerLayer):
         """Add the corrections of `adapter_names` (default: the active adapters) to the base weight.
 
         Raises:
-            ValueError: `safe_merge` is set and a merged weight is not finite; the base weight is then unchanged.
+            ValueError: `safe_merge` is set and a merged weight is not finite, or the weight is computed anew for each
+                pass; the base weight is then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.semu_core]
+        if any(self.r[name] > 0 for name in names) and (reason := self.no_place_for_merge()):
+            raise ValueError(reason)
         deltas = []
         for name in names:
             if self.r[name] > 0:
@@ -387,7 +353,7 @@ class SemuLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
 
     def _base_weight_plus(self, delta: Tensor) -> Tensor:
-        return _sum_in_dtype_of(self.get_base_weight(), delta)
+        return sum_in_dtype_of(self.get_base_weight(), delta)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -417,21 +383,30 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged or adapter_names is not None else self._live_adapters()
         corrections = [name for name in names if self.r[name] > 0]
-        if corrections and self.joins_weight(corrections, x):
-            deltas = [self.get_delta_weight(name) for name in corrections]
-            # The parameter itself, not its data: while another adapter is initialised it has a gradient.
-            output = self.run_base(x, _sum_in_dtype_of(self.weight, sum(deltas[1:], deltas[0])))
+        if corrections and (self._corrects_parameter or self.joins_weight(corrections, x)):
+            output = self.run_base(x, self._corrected_weight(corrections), *args, **kwargs)
         else:
             output = self.base_layer(x, *args, **kwargs)
             for name in corrections:
                 output = self.add_correction(output, x, name)
         if adapter_names is not None:
-            return self._correct_each(output, x, adapter_names)
+            return self._correct_each(output, x, adapter_names, *args, **kwargs)
         for name in names:
             output = self._guard(output, name)
         return output
 
-    def _correct_each(self, output: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    @property
+    def _corrects_parameter(self) -> bool:
+        return self._weight_use is not WeightUse.PLAIN and self.weight_use is WeightUse.OWN
+
+    def _corrected_weight(self, adapter_names: Sequence[str]) -> Tensor:
+        deltas = [self.get_delta_weight(name) for name in adapter_names]
+        # The parameter itself, not its data: while another adapter is initialised it has a gradient.
+        return sum_in_dtype_of(self.base_weight, sum(deltas[1:], deltas[0]))
+
+    def _correct_each(
+        self, output: Tensor, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Add to each row of `output` the correction of the adapter that the row names, as LoRA does for a mixed batch.
 
         A name that this layer does not carry stands for no correction.
@@ -449,26 +424,22 @@ class SemuLayer(nn.Module, BaseTunerLayer):
             if name == BASE or not self.r.get(name):
                 continue
             rows = torch.tensor([row for row, chosen in enumerate(adapter_names) if chosen == name], device=x.device)
-            output = output.index_copy(0, rows, self.add_correction(output[rows], x[rows], name))
+            if self._corrects_parameter:
+                corrected = self.run_base(x[rows], self._corrected_weight([name]), *args, **kwargs)
+            else:
+                corrected = self.add_correction(output[rows], x[rows], name)
+            output = output.index_copy(0, rows, corrected)
         return output
 
     def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
         core = self.semu_core[adapter_name]
-        if core.requires_grad and torch.is_grad_enabled() and not self.is_initialized(adapter_name):
-            return _RefuseTraining.apply(output, core, adapter_name)
+        waits = core.requires_grad and torch.is_grad_enabled() and not self.is_initialized(adapter_name)
+        if waits and isinstance(output, Tensor):
+            return RefuseTraining.apply(output, core, adapter_name)
         return output
 
     def __repr__(self) -> str:
         return f"semu.{super().__repr__()}"
-
-
-def _sum_in_dtype_of(weight: Tensor, delta: Tensor) -> Tensor:
-    # Added in the adapter's precision and rounded to the model's once.
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
-
-
-def _adapter_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_range(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .cost import dense_is_cheaper
 from .layer import SemuLayer, in_range
+from .weight_use import read_weight
 
 NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear  # an attention's output projection
 UNKNOWN_QUANTIZATION = "it is quantised in a way that SEMU does not know; load it unquantised or with bitsandbytes"
@@ -33,9 +34,9 @@ class Linear(SemuLayer):
     def refusal(cls, base_layer: nn.Module) -> str | None:
         if isinstance(base_layer, NEVER_CALLED):
             return "`nn.MultiheadAttention` reads its weight without calling it; target the attention module itself"
-        dtype = getattr(getattr(base_layer, "weight", None), "dtype", torch.int8)
+        dtype = getattr(read_weight(base_layer), "dtype", torch.int8)
         scaled = dtype.itemsize < 2 and type(base_layer) is not nn.Linear  # as in transformers' 8-bit float layers
-        return UNKNOWN_QUANTIZATION if scaled or not dtype.is_floating_point else None
+        return UNKNOWN_QUANTIZATION if scaled or not dtype.is_floating_point else super().refusal(base_layer)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -67,11 +68,13 @@ class Linear(SemuLayer):
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
         if not self.base_is_bare(nn.Linear) or not x.numel():
             return False
-        m, n = self.weight.shape
+        m, n = self.base_weight.shape
         return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), x.numel() // n)
 
-    def run_base(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, cast(nn.Linear, self.base_layer).bias)
+    def run_base(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.base_is_bare(nn.Linear):
+            return F.linear(x, weight, cast(nn.Linear, self.base_layer).bias)
+        return super().run_base(x, weight, *args, **kwargs)
 
     def add_correction(self, output: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """`output + ((x V) Rᵀ) Uᵀ`: three thin products, of which autograd keeps only the `(..., r)` middle ones."""

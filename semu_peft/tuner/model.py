@@ -120,6 +120,9 @@ class SemuModel(BaseTuner):
         super()._check_tied_modules(model, peft_config)
 
     def _check_merge_allowed(self) -> None:
+        for layer in self.model.modules():  # before the first of them is merged
+            if isinstance(layer, SemuLayer) and any(layer.r.values()) and (reason := layer.no_place_for_merge()):
+                raise ValueError(reason)
         if not all(getattr(config, "ensure_weight_tying", False) for config in self.peft_config.values()):
             super()._check_merge_allowed()  # warns of tied weights, which are merged once where they are tied here
 
@@ -237,7 +240,7 @@ class SemuModel(BaseTuner):
             return
         for layer in self.model.modules():
             if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
-                dtype = layer.weight.dtype
+                dtype = layer.base_weight.dtype
                 if dtype.is_floating_point:
                     layer.semu_U[adapter_name] = layer.semu_U[adapter_name].to(dtype)
                     layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)

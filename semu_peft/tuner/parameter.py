@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch.func import functional_call
 from .config import SemuConfig
 from .keys import without_wrappers
 from .layer import SemuLayer
+from .weight_use import WeightUse
 
 
 class ParamWrapper(SemuLayer):
@@ -18,8 +20,9 @@ class ParamWrapper(SemuLayer):
 
     A parameter `(m, n)` is one matrix; `(experts, m, n)` is a batch of them, each expert with bases and a core of its
     own and one rank for all. In the forward pass the module runs with `W + U R Vᵀ` in the parameter's place, which is
-    rounded to the parameter's dtype as merging rounds it, so that both compute the same. The module itself is not
-    written to. Several parameters of one module are corrected by wrappers around each other.
+    rounded to the parameter's dtype as merging rounds it, so that both compute the same; whoever reads the parameter
+    past the module gets the sum too. The module itself is not written to. Several parameters of one module are
+    corrected by wrappers around each other.
 
     PEFT finds wrapped parameters by the name of this class.
 
@@ -54,12 +57,16 @@ class ParamWrapper(SemuLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the wrapped module, which other modules may ask for them."""
+        if name == vars(self).get("parameter_name"):
+            return self.corrected()
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+        if name in ("values", "items") and isinstance(self.get_base_layer(), nn.ParameterDict):
+            return getattr(self._contents(), name)
+        return getattr(self.base_layer, name)
 
     @property
     def in_features(self) -> int:
@@ -74,15 +81,23 @@ class ParamWrapper(SemuLayer):
         return int(3 * base.embed_dim if isinstance(base, nn.MultiheadAttention) else base.out_features)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def base_weight(self) -> Tensor:
         """The frozen parameter."""
         return cast(nn.Parameter, attrgetter(self.parameter_name)(self.get_base_layer()))
 
+    @property
+    def weight(self) -> Tensor:
+        """The module's own `weight`, corrected where that is the parameter."""
+        return self.corrected() if self.parameter_name == "weight" else cast(Tensor, self.base_layer.weight)
+
+    def find_weight_use(self) -> WeightUse:
+        return WeightUse.OWN
+
     def get_base_weight(self) -> Tensor:
-        return self.weight.data
+        return self.base_weight.data
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        self.weight.data = weight_data
+        self.base_weight.data = weight_data
 
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
         return weight
@@ -118,21 +133,51 @@ class ParamWrapper(SemuLayer):
                 "so `adapter_names` cannot choose adapters by example. Run one batch an adapter instead."
             )
         kwargs.pop("adapter_names", None)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self._live_adapters()
-        if not names:
+        weight = self.corrected()
+        if weight is self.base_weight:
             return self.base_layer(*args, **kwargs)
-        weight: Tensor = self.weight
-        for name in names:
-            if self.r[name] > 0:
-                delta = self.get_delta_weight(name)
-                weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
-            weight = self._guard(weight, name)
         inside, path = self.base_layer, self.parameter_name
         while isinstance(inside, ParamWrapper):
             inside, path = inside.base_layer, f"base_layer.{path}"
         return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+    def corrected(self) -> Tensor:
+        """The parameter plus the corrections of the active adapters, which the module and whoever else reads it gets.
+
+        A parent may read the parameter past the module, or the module may be a list that computes nothing itself.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self.base_weight
+        for name in [] if self.disable_adapters or self.merged else self._live_adapters():
+            if self.r[name] > 0:
+                delta = self.get_delta_weight(name)
+                weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            weight = self._guard(weight, name)
+        return weight
+
+    # ---- a ParameterList or a ParameterDict, of which the parent reads one entry or the other ----
+
+    def _contents(self) -> Any:
+        base: Any = self.get_base_layer()
+        if isinstance(base, nn.ParameterDict):
+            return {key: getattr(self, key) for key in base}
+        if isinstance(base, nn.ParameterList):
+            return [getattr(self, str(index)) for index in range(len(base))]
+        raise TypeError(f"{type(base).__name__} is neither a ParameterList nor a ParameterDict, and holds no entries.")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._contents()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._contents())
+
+    def __len__(self) -> int:
+        return len(self._contents())
+
+    def __contains__(self, key: object) -> bool:
+        contents: Any = self.get_base_layer()
+        return key in contents
 
     def extra_repr(self) -> str:
         return f"parameter_name={self.parameter_name!r}"

@@ -8,9 +8,11 @@ from typing import Any
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .config import SemuConfig
 from .linear import Linear
+from .weight_use import WeightUse
 
 
 class QuantizedLinear(Linear):
@@ -34,10 +36,17 @@ class QuantizedLinear(Linear):
         super().__init__(base_layer, adapter_name, config, layer_name, requested)
 
     @property
-    def weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen weight as it is stored, not in the shape that it stands for."""
         base: Any = self.get_base_layer()
         return base.weight if hasattr(base, "weight") else base.W_q
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_weight
+
+    def find_weight_use(self) -> WeightUse:
+        return WeightUse.PLAIN  # what stands in the place of the weight is the quantisation's own affair
 
     def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
         base: Any = self.get_base_layer()
@@ -45,7 +54,7 @@ class QuantizedLinear(Linear):
 
     def get_base_weight(self) -> Tensor:
         base = self.get_base_layer()
-        if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
+        if getattr(getattr(self.base_weight, "quant_state", None), "packing_format_for_cpu", False):
             # For its CPU kernel bitsandbytes packs 4-bit weights anew at the first forward pass, in an order that its
             # dequantisation misreads. Saving unpacks them in place; the next forward pass packs them again.
             base.state_dict()
@@ -59,7 +68,7 @@ class QuantizedLinear(Linear):
 
 def quantization_backend(base_layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
     """PEFT's handler of a quantised layer; `None` where the layer is not quantised, as far as PEFT knows."""
-    if type(getattr(base_layer, "weight", None)) is nn.Parameter:
+    if is_parametrized(base_layer, "weight") or type(getattr(base_layer, "weight", None)) is nn.Parameter:
         return None  # without importing every quantisation library to find out
     return resolve_quantization_backend(base_layer, **{"get_apply_tensor_subclass": _no_config, **quantization})
 

@@ -44,10 +44,12 @@ def layer_class(module: nn.Module, name: str) -> type[SemuLayer]:
         reason = LAYER_CLASSES[kind].refusal(base)
         if reason is None:
             return LAYER_CLASSES[kind]
+    parameters = [f"{name}.{key}" for key, p in base.named_parameters() if p.dim() in (2, 3)]
+    also = f"; or correct its parameters themselves, `target_parameters={parameters[:2]}`" if parameters else ""
     supported = ", ".join(cls.__name__ for cls in LAYER_CLASSES) + ", linear layers quantised by bitsandbytes, torchao"
     raise TypeError(
         f"SEMU cannot correct target module {name!r}, a {type(base).__name__}: {reason}. Supported are {supported} "
-        "or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`."
+        f"or HQQ: name such layers in `target_modules`, or put this one into `exclude_modules`{also}."
     )
 
 

@@ -27,6 +27,7 @@ class TiedLayer(SemuLayer):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self._source = (source,)  # in a tuple, so that the embedding is not registered a second time
+        self._weight_use = self.find_weight_use()
         self._disable_adapters = source.disable_adapters
         self._active_adapter = source.active_adapter
 

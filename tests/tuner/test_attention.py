@@ -89,7 +89,7 @@ def test_every_projection_is_corrected(geometry: str, core: str) -> None:
         gradient = layer.semu_U["default"].mT @ reference.get_parameter(name).grad @ layer.semu_V["default"]
         gradient = gradient.diagonal() if core == "diagonal" else gradient
         torch.testing.assert_close(layer.semu_core["default"].grad, gradient)
-        assert layer.weight.grad is None and isinstance(layer.weight, nn.Parameter)
+        assert layer.base_weight.grad is None and isinstance(layer.base_weight, nn.Parameter)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -115,25 +115,11 @@ def test_the_padding_row_stays() -> None:
     torch.testing.assert_close(run(merged, ids), before)
 
 
-class OffsetEmbedding(nn.Embedding):
-    """As OPT and BART have it for positions."""
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return super().forward(positions + 2)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: nn.Embedding(VOCABULARY, DIMENSION, max_norm=1.0), "`max_norm`"),
-        (lambda: OffsetEmbedding(VOCABULARY, DIMENSION), "forward"),
-    ],
-)
-def test_what_cannot_be_corrected_is_refused(make: Any, words: str) -> None:
+def test_an_embedding_that_rewrites_its_weight_is_refused() -> None:
     model = tagger()
-    model.tokens = make()
+    model.tokens = nn.Embedding(VOCABULARY, DIMENSION, max_norm=1.0)
     before = Snapshot.of(model)
-    with pytest.raises(TypeError, match=f"'tokens'.*{words}"):
+    with pytest.raises(TypeError, match="'tokens'.*`max_norm`"):
         get_peft_model(model, SemuConfig(target_modules=["head", "tokens"]))
     before.assert_same(model)
 

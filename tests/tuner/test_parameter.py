@@ -22,13 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from semu_peft import (
-    SemuConfig,
-    initialize_semu_weights,
-    rerank,
-    save_as_lora,
-    to_lora,
-)
+from semu_peft import SemuConfig, initialize_semu_weights, objectives, rerank, save_as_lora, to_lora, unlearn
 from semu_peft.tuner import ParamWrapper
 from semu_peft.tuner.adapted import semu_layers
 
@@ -127,7 +121,7 @@ def test_training_reaches_the_cores_of_the_experts_in_use_alone(family: str) -> 
         gradient = merged.get_parameter(name).grad
         expected = layer.semu_U["default"].mT @ gradient @ layer.semu_V["default"]
         torch.testing.assert_close(layer.semu_core["default"].grad, expected, atol=1e-5, rtol=1e-3)
-        assert layer.weight.grad is None and isinstance(layer.weight, nn.Parameter)
+        assert layer.base_weight.grad is None and isinstance(layer.base_weight, nn.Parameter)
 
 
 @every_family
@@ -315,3 +309,69 @@ def test_a_single_transposed_expert_has_no_lora() -> None:
     )
     with pytest.raises(ValueError, match="'0.bank'.*merge_and_unload"):
         to_lora(model)
+
+
+class Mixing(nn.Module):
+    """Reads its parameters where they lie: in a list, in a dictionary, past a layer, and past a table that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.entries = nn.Embedding(20, 6), nn.ParameterList([torch.randn(6, 6) for _ in range(2)])
+        self.named = nn.ParameterDict({"left": torch.randn(6, 6)})
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.items(tokens).mean(1) @ self.entries[0]
+        for entry in self.entries:
+            hidden = torch.tanh(hidden @ entry)
+        hidden = hidden @ self.named["left"] + sum(hidden @ value for value in self.named.values())
+        hidden = nn.functional.linear(hidden, self.inner.weight, self.inner.bias)
+        return hidden @ self.items.weight.T  # scores of all items, as in matrix factorisation
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["entries.0"], ["entries.0", "entries.1"], ["named.left"], ["inner.weight"], ["items.weight"],
+     ["entries.1", "named.left", "inner.weight", "items.weight"]],
+)  # fmt: skip
+def test_whoever_reads_a_corrected_parameter_gets_the_correction(targets: list[str]) -> None:
+    torch.manual_seed(0)
+    base, tokens = Mixing().eval(), torch.randint(20, (8, 4))
+    batches, before = [(tokens, torch.randint(20, (8,)))], base(tokens).detach()
+    objective = objectives.RandomLabel()
+    model = get_peft_model(base, SemuConfig(target_modules=[], target_parameters=targets))
+    initialize_semu_weights(model, batches, objective, progress=False)
+    unlearn(model, batches, objective, epochs=3, progress=False)
+    cores = [layer.semu_core["default"] for layer in semu_layers(model).values()]
+    assert len(cores) == len(targets) and all(core.any() for core in cores)
+    trained = model(tokens).detach()
+    with model.disable_adapter():
+        assert torch.equal(model(tokens), before)
+    assert torch.allclose(model.merge_and_unload()(tokens), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers_by_their_parameters(kind: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.recurrent, base.pick = kind(6, 5, batch_first=True), First()
+    x = torch.randn(4, 3, 6)
+    with pytest.raises(
+        TypeError, match=r"'recurrent'.*target_parameters=\['recurrent.weight_ih_l0', 'recurrent.weight_"
+    ):
+        get_peft_model(base, SemuConfig(target_modules=["recurrent"]))
+    names = ["recurrent.weight_ih_l0", "recurrent.weight_hh_l0"]
+    model = get_peft_model(base, SemuConfig(target_modules=[], target_parameters=names))
+    batches, objective = [(x, torch.arange(4))], objectives.GradientAscent()
+    initialize_semu_weights(model, batches, objective, progress=False)
+    unlearn(model, batches, objective, progress=False)
+    trained = model(x).detach()
+    assert all(layer.semu_core["default"].any() for layer in semu_layers(model).values())
+    assert torch.allclose(model.merge_and_unload()(x), trained, atol=1e-6)
+
+
+class First(nn.Module):
+    """The last step of what a recurrent layer gives."""
+
+    def forward(self, output: Any) -> torch.Tensor:
+        return output[0][:, -1]

@@ -211,7 +211,7 @@ def test_a_start_that_is_not_zero_changes_nothing(settings: dict[str, Any]) -> N
     with model.disable_adapter():
         assert torch.equal(run(model, *x), original)
     weights = fresh(Cnn).state_dict()
-    assert all(torch.equal(layer.weight, weights[f"{name}.weight"]) for name, layer in semu_layers(model).items())
+    assert all(torch.equal(layer.base_weight, weights[f"{name}.weight"]) for name, layer in semu_layers(model).items())
 
 
 @every_core
