@@ -257,14 +257,16 @@ def _check_received(batches: int, received: Mapping[str, int]) -> tuple[str, ...
     if missing and len(missing) == len(received):
         raise ValueError(
             f"The loss has no gradient for any of the target layers {missing[:3]} ({len(missing)} in all): the forward "
-            "pass does not use them, or not with a gradient. Choose layers that the objective's forward pass uses, or "
-            "an objective that reaches these; checkpoint with `use_reentrant=False` where you recompute yourself."
+            "pass does not call them, or not with a gradient. Choose layers that the objective's forward pass calls, "
+            "or an objective that reaches these; name weights that a parent reads past their layer in "
+            "`target_parameters`; checkpoint with `use_reentrant=False` where you recompute yourself."
         )
     if missing:
         warnings.warn(
             f"The loss has no gradient for {len(missing)} of {len(received)} target layers ({', '.join(missing[:3])}"
-            f"{' …' if len(missing) > 3 else ''}): the forward pass does not use them, or not with a gradient. Their "
-            "statistics stay empty, and an adapter gets rank 0 there.",
+            f"{' …' if len(missing) > 3 else ''}): the forward pass does not call them, or not with a gradient. "
+            "Their statistics stay empty, and an adapter gets rank 0 there; a weight that a parent reads past its "
+            "layer is corrected by name in `target_parameters`.",
             stacklevel=4,
         )
     return tuple(missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,15 @@ from semu_peft.model_state import device_of
 from semu_peft.objectives.base import LossFunction
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
+from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.parameter import ParamWrapper
 
 from .directions import find_directions
 from .fill import fill, layers_to_fill
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget, plan_ranks
+from .reads import watched
 from .retain import RetainRule, as_rule
 from .starts import Start
 
@@ -109,14 +112,15 @@ def initialize_semu_weights(
         return forget.initialize(
             model, start=start, rank_budget=rank_budget, overwrite=overwrite, adapter_name=adapter_name
         )
-    sums, batches, unused = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
+    sums, batches, left_out = _forget_sums(model, layers, forget, objective, statistic, progress, adapter_name)
     retained = _retain_sums(model, terms, statistic, progress, adapter_name) if terms else None
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
-    ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
-    _check_ranks(ranks, found, unused)
+    corrected = {name: factors.leading(0) if name in left_out.read_past else factors for name, factors in found.items()}
+    ranks = plan_ranks(corrected, layers, budget=rank_budget, adapter_name=adapter_name)
+    _check_ranks(ranks, corrected, left_out)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
     fill(layers, chosen, start, adapter_name)
     known = chosen if keep_explained_variance is None else found
@@ -127,6 +131,17 @@ def initialize_semu_weights(
     return SubspaceProfile(spectra, batches)
 
 
+@dataclass(frozen=True)
+class _LeftOut:
+    """The layers that stay as they are, by the reason that has been warned of."""
+
+    unused: tuple[str, ...] = ()
+    read_past: tuple[str, ...] = ()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.unused or name in self.read_past
+
+
 def _forget_sums(
     model: nn.Module,
     layers: Mapping[str, SemuLayer],
@@ -135,8 +150,8 @@ def _forget_sums(
     statistic: StatisticFactory,
     progress: bool,
     adapter_name: str,
-) -> tuple[dict[str, MatrixSum], int, tuple[str, ...]]:
-    """The sum of each layer's forget gradient, over how many batches it is, and the layers that have none."""
+) -> tuple[dict[str, MatrixSum], int, _LeftOut]:
+    """The sum of each layer's forget gradient, over how many batches it is, and the layers that stay as they are."""
     if isinstance(forget, Gathered):
         sums = {name: forget.statistics.get(name) for name in layers}
         odd = [name for name, total in sums.items() if not _fits(total, layers[name], adapter_name)]
@@ -148,15 +163,35 @@ def _forget_sums(
                 "`Sketch.of_size(...)`, and with this `adapter_name` where the layers are not plain ones."
             )
         checked = {name: total for name, total in sums.items() if isinstance(total, MatrixSum)}
-        return checked, forget.batches, forget.unused
+        return checked, forget.batches, _LeftOut(forget.unused)
     if objective is None:
         raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
-    with original(model, adapter_name) as reference:
+    with original(model, adapter_name) as reference, watched(_called(reference, adapter_name)) as read:
         gathered = gather(
             reference, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,
             adapter_name=adapter_name,
         )  # fmt: skip
-    return _matrix_sums(gathered), gathered.batches, gathered.unused
+    # A layer that is not called at all is among the unused ones; gather has warned of those.
+    past = tuple(name for name in layers if name in read and name not in gathered.unused)
+    if past:
+        _warn_of_reads(past)
+    return _matrix_sums(gathered), gathered.batches, _LeftOut(gathered.unused, past)
+
+
+def _called(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:
+    """The layers to watch: a wrapped parameter is corrected wherever it is read."""
+    layers = semu_layers(model, adapter_name)
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
+
+
+def _warn_of_reads(names: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"The weights of {len(names)} target layers ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}) are also "
+        "read past the layer, where a correction of the layer does not reach: they get rank 0 and stay as they are. To "
+        f"correct such a weight wherever it is read, name it in `target_parameters` ({names[0] + '.weight'!r}) and "
+        "leave the layer out of `target_modules`.",
+        stacklevel=4,
+    )
 
 
 def _retain_sums(
@@ -204,14 +239,19 @@ def _fits(total: Any, layer: SemuLayer, adapter_name: str) -> bool:
     return isinstance(total, MatrixSum) and total.shape == layer.matrix_shape(adapter_name)
 
 
-def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors], unused: tuple[str, ...]) -> None:
+def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors], left_out: _LeftOut) -> None:
     empty = [name for name, factors in found.items() if factors.rank == 0]
+    if len(empty) == len(found) and left_out.read_past:
+        raise ValueError(
+            f"No target layer is left: the weights of {left_out.read_past[:3]} are also read past the layer. Name them "
+            "in `target_parameters` instead."
+        )
     if len(empty) == len(found):
         raise ValueError(
             "All target layers have a gradient of zeros: the objective is already at a stationary point on this forget "
             "data, so it names no direction to forget along. Use another objective for the initialisation."
         )
-    if zero := [name for name in empty if name not in unused]:  # of the unused ones has been warned
+    if zero := [name for name in empty if name not in left_out]:  # of those has been warned
         warnings.warn(
             f"The forget gradient is zero at {len(zero)} target layers ({zero[:3]} …): they get rank 0 and stay as "
             "they are.",

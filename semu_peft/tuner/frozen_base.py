@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,16 @@ class FrozenBase:
 
     base_layer: nn.Module
     layer_name: str
+    watch: Callable[[Tensor], Tensor] | None = None
+    """What whoever reads `weight` past the layer is given, while that is observed."""
     _weight_use: WeightUse | None
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight, for whoever reads it past the layer and so past its correction."""
+        base: Any = bare(self.base_layer)
+        weight = base.qweight if hasattr(base, "qweight") else base.weight
+        return weight if self.watch is None else self.watch(weight)
 
     @property
     def base_weight(self) -> Tensor:
