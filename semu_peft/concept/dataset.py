@@ -37,6 +37,9 @@ class ConceptExamples(Dataset[dict[str, Any]]):
         request: What they were made of: the arguments of
             [`concept_examples`][semu_peft.concept.dataset.concept_examples].
 
+    Raises:
+        ValueError: Latents or encodings are not finite.
+
     Examples:
         >>> examples = ConceptExamples(
         ...     latents=torch.zeros(2, 4, 8, 8), prompts=["a cat", ""],
@@ -54,6 +57,15 @@ class ConceptExamples(Dataset[dict[str, Any]]):
     encoded: dict[str, Tensor]
     roles: dict[str, Tensor]
     request: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        broken = [name for name, tensor in {"latents": self.latents, **self.encoded}.items() if not _is_finite(tensor)]
+        if broken:
+            part = "VAE or denoiser" if broken[0] == "latents" else "text encoder"
+            raise ValueError(
+                f"`{broken[0]}` must be finite, got NaN or infinite values. The pipeline's {part} may overflow in "
+                "float16: load the pipeline in bfloat16 or float32."
+            )
 
     def __repr__(self) -> str:
         prompts = [self.prompts[int(index)] for index in self.roles["condition"].unique()]
@@ -204,6 +216,10 @@ def _cached(cache: Path, request: Mapping[str, Any]) -> ConceptExamples:
             "another file, or remove this one to make it afresh."
         )
     return examples
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _digest(images: Any) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from semu_peft.tuner.adapted import base_model
 
+from .latents import encoded, standardized
+
 
 class Family:
     """Stable Diffusion 1 and 2: one text encoder, cross-attention in a U-Net."""
@@ -40,11 +42,7 @@ class Family:
 
     def to_latents(self, pipe: Any, images: Tensor, generator: torch.Generator) -> Tensor:
         """Encode images `(N, 3, height, width)` in [−1, 1] as the latents that the denoiser works on."""
-        distribution = pipe.vae.encode(images.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-        noise = torch.randn(distribution.mean.shape, generator=generator).to(distribution.mean)
-        latents = distribution.mean + distribution.std * noise
-        config = pipe.vae.config
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return standardized(encoded(pipe.vae, images, generator), pipe.vae.config)
 
 
 class StableDiffusionXL(Family):

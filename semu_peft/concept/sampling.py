@@ -80,10 +80,11 @@ def sample_denoiser(
 def sample_pipeline(
     pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], batch_size: int = 8, **settings: Any
 ) -> Tensor:
-    """Sample images from a text-to-image pipeline.
+    """Sample images from a text-to-image pipeline, as the model draws them.
 
     Args:
-        pipe: A diffusers pipeline.
+        pipe: A diffusers pipeline, without a safety checker: its black pictures would pass for samples of a model that
+            has forgotten.
         prompts: N prompts.
         seeds: One seed per prompt.
         batch_size: Images at a time.
@@ -93,8 +94,15 @@ def sample_pipeline(
         Images `(N, 3, height, width)` in [0, 1], float32, on the CPU.
 
     Raises:
-        ValueError: There are not as many seeds as prompts.
+        ValueError: There are not as many seeds as prompts, the pipeline has a safety checker, or a sample is not
+            finite.
     """
+    if (checker := getattr(pipe, "safety_checker", None)) is not None:
+        raise ValueError(
+            f"`pipe` must have no safety checker where its samples are looked at or counted, got "
+            f"{type(checker).__name__}: the black pictures that it gives would pass for what the model draws. Set `pipe.safety_checker = None` "
+            "for as long as you sample."
+        )
     if len(prompts) != len(seeds):
         raise ValueError(f"`seeds` must be one per prompt, got {len(seeds)} for {len(prompts)} prompts.")
     parts = []
@@ -102,6 +110,11 @@ def sample_pipeline(
         part = slice(start, start + batch_size)
         output = pipe(list(prompts[part]), generator=seeded(seeds[part]), output_type="pt", **settings)
         parts.append(output.images.float().cpu())
+        if not parts[-1].isfinite().all():
+            raise ValueError(
+                f"`pipe` gave a sample that is not finite, for a prompt of {list(prompts[part])[:3]}. Its VAE may "
+                "overflow in float16: load it in float32 or bfloat16 (`pipe.vae.to(torch.float32)`)."
+            )
     return torch.cat(parts)
 
 

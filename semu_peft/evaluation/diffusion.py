@@ -6,6 +6,7 @@ module that takes such images, so put the scaling that it expects into it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, b
         batch_size: Images at a time.
 
     Raises:
-        ValueError: Images and labels are not equally many, or there are none.
+        ValueError: Images and labels are not equally many, there are none, or an image is not finite. Pictures that
+            are black all over, as a safety checker gives them, are counted with a warning.
 
     Examples:
         >>> import torch
@@ -103,6 +105,7 @@ def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, b
             f"`labels` must be one per image, got {len(labels)} for {len(images)} images. Give the class that each "
             "image was asked for."
         )
+    _check_pictures(images)
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     return predict(classifier, batches, name="images", progress=False)
 
@@ -337,6 +340,7 @@ def clip_score(
         raise ValueError(
             f"`prompts` must be one per image, and at least one, got {len(prompts)} for {len(images)} images."
         )
+    _check_pictures(images)
     device, scores = device_of(model), []
     for start in range(0, len(images), batch_size):
         pictures = (images[start : start + batch_size].clamp(0, 1) * 255).round().byte()
@@ -350,6 +354,23 @@ def clip_score(
     return 100 * float(torch.cat(scores).mean())
 
 
+def _check_pictures(images: Tensor) -> None:
+    """Pictures that no model drew: of an overflow, or a safety checker's in place of what it drew."""
+    if not images.isfinite().all():
+        broken = int(images.flatten(1).isfinite().all(1).logical_not().sum())
+        raise ValueError(
+            f"`images` must be finite, got {broken} of {len(images)} that are not. A VAE in float16 may overflow: "
+            "decode in float32 or bfloat16."
+        )
+    black = int((images.flatten(1) == 0).all(1).sum()) if images.shape[1] == 3 else 0
+    if black:
+        warnings.warn(
+            f"{black} of {len(images)} images are black all over. If they are a safety checker's, they say nothing "
+            "about the model: sample with `pipe.safety_checker = None`.",
+            stacklevel=4,
+        )
+
+
 class _Features(nn.Module):
     """A feature extractor as torchmetrics takes it: with its width told, flat, and in eval mode."""
 
@@ -357,6 +378,7 @@ class _Features(nn.Module):
         super().__init__()
         if min(len(images), len(real)) < 2:
             raise ValueError(f"`images` and `real` must hold two images or more, got {len(images)} and {len(real)}.")
+        _check_pictures(images)
         self.features = features
         self.device = device_of(features)
         shape = self(images[:1].to(self.device)).shape

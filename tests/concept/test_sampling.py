@@ -7,9 +7,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusion_models import class_unet, dit, quiet, randomize, sd_pipeline
+from transformers import CLIPConfig
 
 from semu_peft.concept.sampling import sample_denoiser, sample_pipeline
+from semu_peft.report import SampleGrids
 
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
@@ -55,3 +58,20 @@ def test_a_pipeline_samples_in_batches_of_any_size() -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="`seeds` must be one per prompt, got 1"):
         sample_pipeline(pipe, prompts, seeds=[1], **settings)
+
+
+def test_what_no_model_drew_is_no_sample() -> None:
+    """Neither a safety checker's black pictures nor those of a VAE that overflows."""
+    pipe = quiet(sd_pipeline())
+    settings: dict[str, Any] = {"num_inference_steps": 1, "height": 16, "width": 16}
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**small, "image_size": 8, "patch_size": 4}, text_config=small, projection_dim=8)
+    pipe.safety_checker = StableDiffusionSafetyChecker(config)
+    with pytest.raises(ValueError, match=r"`pipe`.*StableDiffusionSafetyChecker.*safety_checker = None"):
+        sample_pipeline(pipe, ["a cat"], seeds=[1], **settings)
+    with pytest.raises(ValueError, match="safety checker"):
+        SampleGrids("unused", forget=["a cat"], samples=1, settings=settings)(pipe, 0)
+    pipe.safety_checker = None
+    pipe.vae.decoder.conv_in.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"`pipe` gave a sample that is not finite.*'a cat'.*float32"):
+        sample_pipeline(pipe, ["a cat"], seeds=[1], **settings)

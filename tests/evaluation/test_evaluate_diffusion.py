@@ -163,3 +163,20 @@ def test_clip_score_is_the_mean_cosine() -> None:
     assert got == pytest.approx(100 * float(cosine.clamp(min=0).mean()), rel=1e-4)
     with pytest.raises(ValueError, match="`prompts` must be one per image"):
         clip_score(images, prompts[1:], model, processor)
+
+
+def test_pictures_that_no_model_drew_are_no_figure() -> None:
+    """Black ones, as safety checkers give them, are told of; those of an overflow are refused."""
+    classifier, labels = nn.Flatten(), torch.tensor([0, 1])
+    images = torch.tensor([[0.1, 0.9], [0.8, 0.3]]).view(2, 1, 1, 2)
+    broken, black = images.clone(), torch.rand(2, 3, 2, 2)
+    black[0], broken[1, 0, 0, 0] = 0, torch.nan
+    with pytest.warns(UserWarning, match="1 of 2 images are black all over.*safety_checker = None"):
+        evaluate_erasure(black, labels, classifier, forgotten=0)
+    for judge in (
+        lambda: evaluate_erasure(broken, labels, classifier, forgotten=0),
+        lambda: kernel_distance(broken, images, classifier),
+        lambda: clip_score(broken, ["a cat"] * 2, nn.Identity(), None),
+    ):
+        with pytest.raises(ValueError, match="`images` must be finite, got 1 of 2"):
+            judge()
