@@ -99,9 +99,9 @@ def sample_pipeline(
     """
     if (checker := getattr(pipe, "safety_checker", None)) is not None:
         raise ValueError(
-            f"`pipe` must have no safety checker where its samples are looked at or counted, got "
-            f"{type(checker).__name__}: the black pictures that it gives would pass for what the model draws. Set `pipe.safety_checker = None` "
-            "for as long as you sample."
+            "`pipe` must have no safety checker where its samples are looked at or counted, got "
+            f"{type(checker).__name__}: the black pictures that it gives would pass for what the model draws. Set "
+            "`pipe.safety_checker = None` for as long as you sample."
         )
     if len(prompts) != len(seeds):
         raise ValueError(f"`seeds` must be one per prompt, got {len(seeds)} for {len(prompts)} prompts.")
