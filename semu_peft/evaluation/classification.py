@@ -262,12 +262,7 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _check_classes(classes: int, before: int | None, name: str) -> None:
-    """Raise ValueError unless the model has at least two classes, and as many as it had before."""
-    if classes < 2:
-        raise ValueError(
-            f"`model` must give logits of at least two classes, got one per example of `{name}`. Wrap a binary model "
-            "so that it returns `stack([zeros_like(logit), logit], dim=-1)`."
-        )
+    """Raise ValueError unless the model has as many classes as it had before."""
     if before is not None and classes != before:
         raise ValueError(
             f"`model` must give as many logits for every batch of `{name}`, got {before} classes at first and "

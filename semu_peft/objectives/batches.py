@@ -47,6 +47,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 def logits_of(output: Any) -> Tensor:
     """Find the logits in a model's output: a tensor, an object or mapping with `logits`, or a tuple's first item.
 
+    A model of two towers, such as CLIP, gives `logits_per_image`: the classes are the texts of the batch.
+
     Raises:
         TypeError: The output is none of these.
 
@@ -58,14 +60,27 @@ def logits_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, (tuple, list)) and output:
-        logits = output[0]
-    if isinstance(logits, Tensor):
-        return logits
+    for name in ("logits", "logits_per_image"):
+        logits = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(logits, Tensor):
+            return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
     raise TypeError(
-        f"A model must return logits, or an output with `logits`, got {type(output).__name__}. Wrap it so that it does."
+        f"A model must return logits, or an output with `logits`, got {type(output).__name__}. Wrap it so that it "
+        "does. "
+        + callable_instead("-nn.functional.mse_loss(z, targets)", "inputs, targets = batch; z = model(inputs)[0]")
     )
+
+
+def callable_instead(loss: str, outputs: str = "inputs, targets = batch; z = model(inputs)") -> str:
+    """How to write an objective for outputs that are no classification, for an error.
+
+    Args:
+        loss: The loss to show, of outputs `z`.
+        outputs: What gives them.
+    """
+    return f"Or give the objective as a callable: `def objective(model, batch): {outputs}; return {loss}`."
 
 
 def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -74,7 +89,9 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
     A classifier's logits `(N, classes)` and labels `(N,)` are returned as they are. Of logits `(N, L, classes)` and
     labels `(N, L)` the real tokens are taken, those whose label is not −100 and that no `attention_mask` calls padding.
     A causal language model's prediction at position t is read against the label at t + 1, as transformers' own loss
-    reads it; those of an encoder-decoder or a token classifier are read against the label at t.
+    reads it; those of an encoder-decoder or a token classifier are read against the label at t. Pixels count like
+    tokens, with logits `(N, classes, H, W)` and labels `(N, H, W)`. One logit an example, `(N, 1)` or `(N,)`, with
+    labels 0 and 1 is read as two classes.
 
     Args:
         model: The model, bare or in any wrapper.
@@ -83,7 +100,7 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
             class or PEFT task type says.
 
     Returns:
-        Logits `(T, classes)` in the model's dtype, and labels `(T,)`.
+        Logits `(T, classes)` in the model's dtype, and labels `(T,)`, int64.
 
     Raises:
         TypeError: The batch or the output has an unknown form.
@@ -98,6 +115,7 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
         (torch.Size([2, 4]), tensor([2, 3]))
     """
     args, kwargs, labels = split_batch(batch)
+    labels = as_labels(labels)
     decodes = labels.dim() == 2 and _is_encoder_decoder(model)
     makes_inputs = decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
     output = model(*args, **kwargs, **({"labels": labels} if makes_inputs else {}))
@@ -107,19 +125,77 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
         mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
         shift = _labels_are_ahead(model) if shift_labels is None else shift_labels
         logits, labels = _real_tokens(logits, labels, mask, shift)
-    elif logits.dim() != 2 or labels.shape != logits.shape[:1]:
+    elif logits.dim() > 3 and labels.shape == (len(logits), *logits.shape[2:]):  # a class for each pixel
+        logits, labels = _real_tokens(logits.movedim(1, -1).flatten(1, -2), labels.flatten(1), None, shift=False)
+    elif _is_one_logit(logits, labels, model):
+        logits, labels = _two_classes(logits.reshape(-1)), labels.reshape(-1).long()
+    elif labels.shape == (len(logits), 1) and logits.dim() == 2:
+        labels = labels.squeeze(1)
+    _check_labels(logits, labels)
+    return logits, labels.long()
+
+
+def as_labels(labels: Any) -> Tensor:
+    """Labels as a tensor, from a list, a NumPy array or a tensor of any dtype.
+
+    Raises:
+        TypeError: They hold something else than numbers.
+
+    Examples:
+        >>> from semu_peft.objectives.batches import as_labels
+        >>> as_labels([2, 0])
+        tensor([2, 0])
+    """
+    if isinstance(labels, Tensor):
+        return labels
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Labels must be integer class indices in a tensor, an array or a list, got {type(labels).__name__}: "
+            f"{error}. Number the classes from 0 first."
+        ) from error
+
+
+def _is_one_logit(logits: Tensor, labels: Tensor, model: nn.Module) -> bool:
+    """Whether each example has one logit, of the second of two classes, and a label that is 0 or 1."""
+    single = logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
+    regression = getattr(getattr(_transformer(model), "config", None), "problem_type", None) == "regression"
+    if not single or regression or labels.numel() != logits.numel():
+        return False
+    return bool(((labels == 0) | (labels == 1)).all())
+
+
+def _two_classes(logits: Tensor) -> Tensor:
+    """`(N, 2)` logits with the same probabilities as the logits `(N,)` of a sigmoid."""
+    return torch.stack([torch.zeros_like(logits), logits], -1)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless these are logits of classes and class indices, and show what to write else."""
+    if logits.dim() == 2 and logits.shape == labels.shape and logits.shape[1] > 1:
         raise ValueError(
-            "Classification needs logits (N, classes) and labels (N,), or of tokens (N, L, classes) and (N, L); got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"Labels must be one class for each example, got {tuple(labels.shape)} like the logits, several labels at "
+            "once. " + callable_instead("-nn.functional.binary_cross_entropy_with_logits(z, targets.float())")
+        )
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        one = logits.numel() == labels.numel()
+        loss = "-nn.functional.mse_loss(z, targets)" if one else "-nn.functional.cross_entropy(z, targets)"
+        raise ValueError(
+            "Classification needs logits (N, classes) and labels (N,), of tokens (N, L, classes) and (N, L), or of "
+            f"pixels (N, classes, H, W) and (N, H, W); got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"{' of dtype ' + str(labels.dtype) if one else ''}. {callable_instead(loss)}"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"Labels must be integer class indices, got dtype {labels.dtype}.")
+        raise ValueError(
+            f"Labels must be integer class indices, got dtype {labels.dtype}. For classes, `labels.long()`. "
+            + callable_instead("-nn.functional.mse_loss(z, targets)")
+        )
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
         raise ValueError(
             f"Labels must be from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} classes, got "
             f"{int(labels.min())} to {int(labels.max())}. Renumber them, or use the matching head."
         )
-    return logits, labels
 
 
 def _real_tokens(logits: Tensor, labels: Tensor, mask: Any, shift: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ All losses are means over the batch, computed in float32 whatever the model's dt
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,60 @@ class ClassificationObjective(Objective):
 
 
 @dataclass
+class ForgettingClasses(ClassificationObjective):
+    """What objectives share that lead an example to other classes: which of them are to be forgotten as well.
+
+    Where a request names several classes, each example's own label is not all that has to be struck out: its next best
+    class may be another one of them, which would then be taught to the model.
+
+    Args:
+        classes: All classes that are to be forgotten. By default an example's own label alone, which is right for one
+            class and for single examples.
+
+    Raises:
+        TypeError: `classes` is no collection of integers.
+        ValueError: They leave no class, name one that the model does not have, or one twice.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import InvertedHinge
+        >>> model, batch = torch.nn.Identity(), (torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([0]))
+        >>> round(InvertedHinge()(model, batch).item(), 1), round(InvertedHinge(classes=[0, 1])(model, batch).item(), 1)
+        (0.0, 1.0)
+    """
+
+    classes: Collection[int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.classes is None:
+            return
+        given = self.classes.tolist() if isinstance(self.classes, Tensor) else self.classes
+        if not isinstance(given, Collection) or any(isinstance(c, bool) or not isinstance(c, int) for c in given):
+            raise TypeError(f"`classes` must be class indices, such as [3, 7], got {self.classes!r}. Give a list.")
+        if not given or min(given) < 0 or len(set(given)) < len(given):
+            raise ValueError(f"`classes` must be different indices from 0 on, at least one, got {list(given)}.")
+        self.classes = sorted(given)
+
+    def forgotten(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Which classes an example must not be led to, `(T, classes)`: its own and all that are forgotten with it."""
+        own = F.one_hot(labels, num_classes).bool()
+        if self.classes is None:
+            return own
+        if max(self.classes) >= num_classes or len(self.classes) == num_classes:
+            raise ValueError(
+                f"`classes` must leave at least one of the model's {num_classes} classes, 0 to {num_classes - 1}, got "
+                f"{list(self.classes)}. Name only those that are to be forgotten."
+            )
+        own[:, list(self.classes)] = True
+        if own.all(1).any():
+            raise ValueError(
+                f"`classes` {list(self.classes)} and an example's own label leave no class to lead it to. Give only "
+                "examples of the classes to forget."
+            )
+        return own
+
+
+@dataclass
 class CrossEntropy(ClassificationObjective):
     """`−log p(y | x)`: the ordinary training loss, for retain data.
 
@@ -98,11 +153,12 @@ class GradientAscent(ClassificationObjective):
 
 
 @dataclass
-class RandomLabel(ClassificationObjective, RandomObjective):
+class RandomLabel(ForgettingClasses, RandomObjective):
     """Cross entropy to a random label other than the true one, drawn afresh at each call (SEMU, arXiv 2502.07587, §4).
 
     Args:
         num_labels: The number of classes; by default that of the logits.
+        classes: All classes that are to be forgotten, where there are several: none of them is drawn.
         seed: Seed of the draws.
 
     Examples:
@@ -116,23 +172,33 @@ class RandomLabel(ClassificationObjective, RandomObjective):
 
     num_labels: int | None = None
 
+    def __post_init__(self) -> None:
+        ForgettingClasses.__post_init__(self)
+        RandomObjective.__post_init__(self)
+
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         self.load_state_dict(prepared)
         count = self.num_labels or logits.shape[-1]
         if not 2 <= count <= logits.shape[-1]:
             raise ValueError(f"`num_labels` must lie between 2 and the {logits.shape[-1]} logits, got {count}.")
-        shift = torch.randint(1, count, labels.shape, generator=self.generator).to(labels.device)
-        return F.cross_entropy(logits, (labels + shift) % count)
+        if self.classes is None:
+            shift = torch.randint(1, count, labels.shape, generator=self.generator).to(labels.device)
+            return F.cross_entropy(logits, (labels + shift) % count)
+        allowed = (~self.forgotten(labels, logits.shape[-1])[:, :count]).float().cpu()
+        drawn = torch.multinomial(allowed, 1, generator=self.generator).squeeze(1)
+        return F.cross_entropy(logits, drawn.to(labels.device))
 
 
 @dataclass
-class DecoupledDistillation(ClassificationObjective):
+class DecoupledDistillation(ForgettingClasses):
     """Distil the original model's own prediction with the true class struck out and the rest renormalised.
 
-    `KL(q ‖ p)` with `q = softmax(z_ref)` over all classes but `y` (DELETE, Zhou et al. 2025, arXiv 2503.23751). It
-    forgets the class and keeps what the model knows of the others, so it needs no retain data.
+    `KL(q ‖ p)` with `q = softmax(z_ref)` over all classes but `y` (DELETE, Zhou et al. 2025, arXiv 2503.23751), or but
+    all `classes` that are to be forgotten. It forgets the class and keeps what the model knows of the others, so it
+    needs no retain data.
 
     Args:
+        classes: All classes that are to be forgotten, where there are several: all of them are struck out.
         reference: A frozen original model. By default the model itself without its adapter.
 
     Examples:
@@ -149,7 +215,7 @@ class DecoupledDistillation(ClassificationObjective):
 
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
-        return original.scatter(1, labels.unsqueeze(1), float("-inf")).softmax(-1)
+        return original.masked_fill(self.forgotten(labels, original.shape[1]), float("-inf")).softmax(-1)
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
@@ -211,8 +277,11 @@ class UnseenConfidence(ClassificationObjective):
 
 
 @dataclass
-class InvertedHinge(ClassificationObjective):
+class InvertedHinge(ForgettingClasses):
     """`1 + p(y | x) − max_{v ≠ y} p(v | x)`: bounded; zero where another class is certain (LoKU, arXiv 2408.06621).
+
+    Args:
+        classes: All classes that are to be forgotten, where there are several: `v` is none of them.
 
     Examples:
         >>> import torch
@@ -228,7 +297,7 @@ class InvertedHinge(ClassificationObjective):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         probabilities = logits.softmax(-1)
         true = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
-        others = probabilities.scatter(1, labels.unsqueeze(1), -1.0)
+        others = probabilities.masked_fill(self.forgotten(labels, logits.shape[1]), -1.0)
         return (1.0 + true - others.amax(-1)).mean()
 
 

@@ -202,8 +202,8 @@ def test_labels_outside_the_classes(label: int) -> None:
 
 
 def test_shapes_that_are_no_classification() -> None:
-    with pytest.raises(ValueError, match="at least two classes"):
-        predict(nn.Identity(), [(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))])
+    with pytest.raises(ValueError, match=r"logits \(N, classes\).*or give the objective as a callable|0 to 0"):
+        predict(nn.Identity(), [(torch.zeros(2, 1), torch.tensor([0, 2]))])
     with pytest.raises(ValueError, match="got 3 classes at first and 4 later"):
         predict(nn.Identity(), [(torch.zeros(1, n), torch.zeros(1, dtype=torch.int64)) for n in (3, 4)])
     with pytest.raises(ValueError, match="three vectors of one length"):
@@ -212,3 +212,11 @@ def test_shapes_that_are_no_classification() -> None:
     batches = loader([0, 1], [0, 1])
     with pytest.raises(ValueError, match="^`test` must hold at least one prediction"):
         evaluate_forgetting(Passthrough(), batches, batches, empty)
+
+
+def test_one_logit_is_read_as_two_classes() -> None:
+    predictions = predict(
+        nn.Identity(), [(torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([1, 1, 0]))], progress=False
+    )
+    assert predictions.predicted.tolist() == [1, 0, 1] and predictions.num_classes == 2
+    torch.testing.assert_close(predictions.confidence, torch.tensor([2.0, -1.0, -0.5]).sigmoid())
