@@ -39,7 +39,8 @@ def from_lora(
 
     With `B = Q_b T_b` and `Aᵀ = Q_a T_a` an SVD of the small `s T_b T_aᵀ = P Σ Qᵀ` is one of the whole correction,
     `ΔW = s B A = (Q_b P) Σ (Q_a Q)ᵀ`, with orthonormal bases and a core `Σ`. The dense `ΔW` is never formed. So the
-    adapter can be trained on inside its own subspace, re-ranked, added to others, dialled:
+    adapter can be trained on inside its own subspace (also where the LoRA was saved for inference), re-ranked, added to
+    others, dialled:
 
         config, state_dict = from_lora(LoraConfig.from_pretrained(path), load_peft_weights(path))
         model = get_peft_model(base, config)
@@ -105,7 +106,6 @@ def _semu_config(config: LoraConfig, ranks: dict[str, int]) -> SemuConfig:
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         task_type=config.task_type,
-        inference_mode=config.inference_mode,
     )
 
 

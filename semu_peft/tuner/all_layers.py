@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -67,6 +68,16 @@ def name_every_layer(config: SemuConfig, model: nn.Module, check: Callable[[nn.M
     named: Any = targets_for(model, found)
     config.target_modules = named if isinstance(named, str) else set(named)  # type: ignore[assignment]
     _warn_of_the_rest(word, model, found, passed, _left_out(modules, others, found, config))
+
+
+def layers_that_pass(model: nn.Module, check: Callable[[nn.Module, str], None]) -> list[str]:
+    """The full names of all modules, outside those of adapters, that pass a check, which raises a `TypeError`."""
+    found = []
+    for name, module in _outermost(model).items():
+        with suppress(TypeError):
+            check(module, name)
+            found.append(name)
+    return found
 
 
 def _outermost(model: nn.Module) -> dict[str, nn.Module]:

@@ -53,7 +53,10 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("semu_core",)
     other_param_names: tuple[str, ...] = (
         "semu_U", "semu_V", "semu_offset", "r", "scaling", "configs", "requested_ranks", "awaits_file",
+        "follows_dtype",
     )  # fmt: skip
+    # What PEFT's `disable_input_dtype_casting` sets. Inputs are never cast here: the bases follow them.
+    cast_input_dtype_enabled = True
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         self.requested_ranks: dict[str, int | None] = {}
         # Whether the adapter has the ranks of a saved one and waits for its tensors.
         self.awaits_file: dict[str, bool] = {}
+        self.follows_dtype: dict[str, bool] = {}  # whether the adapter is in the model's dtype, not in float32
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -164,7 +168,7 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
     def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
         """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
         core = self.semu_core.get(adapter_name)
-        factory: dict[str, Any] = {"dtype": adapter_dtype(self.base_weight.dtype)}
+        factory: dict[str, Any] = {"dtype": self._dtype_of(adapter_name)}
         if core is not None and core.is_meta:
             factory["device"] = core.device
         parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
@@ -245,7 +249,7 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         self.awaits_file[adapter_name] = False
 
     def _assign(self, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
-        dtype = adapter_dtype(self.base_weight.dtype)
+        dtype = self._dtype_of(adapter_name)
         parts = {kind: tensor.detach().to(dtype).contiguous() for kind, tensor in parts.items()}
         self.r[adapter_name] = parts["semu_U"].shape[-1]
         self.semu_U[adapter_name], self.semu_V[adapter_name] = parts["semu_U"], parts["semu_V"]
@@ -259,6 +263,18 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         else:
             core.grad = None
             core.data = data
+
+    def _dtype_of(self, adapter_name: str) -> torch.dtype:
+        dtype = self.base_weight.dtype
+        follows = self.follows_dtype.get(adapter_name) and dtype.is_floating_point and dtype.itemsize >= 2
+        return dtype if follows else adapter_dtype(dtype)
+
+    def follow_dtype(self, adapter_name: str) -> None:
+        """Keep the adapter in the dtype of the base weight from now on, bases rounded to it too."""
+        self.follows_dtype[adapter_name] = True
+        kinds = ("semu_U", "semu_V", "semu_core", "semu_offset")
+        held: dict[str, Any] = {kind: getattr(self, kind) for kind in kinds}
+        self._assign(adapter_name, {kind: held[kind][adapter_name] for kind in kinds if adapter_name in held[kind]})
 
     def is_initialized(self, adapter_name: str) -> bool:
         """Whether the adapter has its bases here, with rank 0 where the data named no direction."""

@@ -21,9 +21,10 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .adapted import initialized_layers, named_for_a_file, named_for_the_model, targets_for, uncompiled
-from .all_layers import name_every_layer, word_in
+from .all_layers import layers_that_pass, name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
+from .fused_experts import name_fused_experts
 from .keys import without_compilation, without_wrappers
 from .layer import SemuLayer
 from .loading import fitted
@@ -95,6 +96,15 @@ class SemuModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SemuConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
+        self._check_same_parameters(config)
+        for name, other in self.peft_config.items():
+            if getattr(other, "ensure_weight_tying", False) != config.ensure_weight_tying:
+                raise ValueError(
+                    "All adapters of a model must have the same `ensure_weight_tying`: the new one has "
+                    f"{config.ensure_weight_tying}, {name!r} has {not config.ensure_weight_tying}."
+                )
+
+    def _check_same_parameters(self, config: SemuConfig) -> None:
         parameters = set(config.target_parameters or ())
         for name, other in self.peft_config.items():
             others = set(getattr(other, "target_parameters", None) or ())
@@ -102,11 +112,6 @@ class SemuModel(BaseTuner):
                 raise ValueError(
                     "All adapters of a model must have the same `target_parameters`, if any: the new one has "
                     f"{sorted(parameters)}, {name!r} has {sorted(others)}."
-                )
-            if getattr(other, "ensure_weight_tying", False) != config.ensure_weight_tying:
-                raise ValueError(
-                    "All adapters of a model must have the same `ensure_weight_tying`: the new one has "
-                    f"{config.ensure_weight_tying}, {name!r} has {not config.ensure_weight_tying}."
                 )
 
     def _check_tied_modules(self, model: Any, peft_config: Any) -> None:
@@ -154,8 +159,11 @@ class SemuModel(BaseTuner):
         }
         self._full_names = {*(without_wrappers(name) for name, _ in model.named_modules()), *parameters}
         check_names_of_ranks(peft_config, self._full_names, type(model).__name__)
-        if word_in(peft_config):
-            name_every_layer(peft_config, model, partial(check_target, model))
+        check, word = partial(check_target, model), word_in(peft_config)
+        if word:
+            name_every_layer(peft_config, model, check)
+        name_fused_experts(peft_config, model, layers_that_pass(model, check), everything=word is not None)
+        self._check_same_parameters(peft_config)
         self._check_target_modules(peft_config, model)
         for name, parameter in parameters.items():
             if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
@@ -240,13 +248,7 @@ class SemuModel(BaseTuner):
             return
         for layer in self.model.modules():
             if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core:
-                dtype = layer.base_weight.dtype
-                if dtype.is_floating_point:
-                    layer.semu_U[adapter_name] = layer.semu_U[adapter_name].to(dtype)
-                    layer.semu_V[adapter_name] = layer.semu_V[adapter_name].to(dtype)
-                    if adapter_name in layer.semu_offset:
-                        layer.semu_offset[adapter_name] = layer.semu_offset[adapter_name].to(dtype)
-                    layer.semu_core[adapter_name].data = layer.semu_core[adapter_name].data.to(dtype)
+                layer.follow_dtype(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -52,6 +52,9 @@ class TiedLayer(SemuLayer):
     def update_layer(self, adapter_name: str, config: SemuConfig, requested: int | None = None) -> None:
         """Nothing to add here: the embedding has the adapter."""
 
+    def follow_dtype(self, adapter_name: str) -> None:
+        """Nothing to round here: the embedding has the adapter."""
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to add here: the embedding's merge has changed the weight of both."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp, gpt2, llama, run, sample_input
+from models import Cnn, Mlp, gpt2, llama, run, sample_input, vector_batches
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -18,7 +18,7 @@ from peft import (
 )
 from torch import nn
 
-from semu_peft import SemuConfig, from_lora, to_lora
+from semu_peft import SemuConfig, from_lora, objectives, to_lora, unlearn
 from semu_peft.tuner.adapted import semu_layers
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -80,6 +80,18 @@ def test_there_and_back(options: dict[str, Any]) -> None:
     again = get_peft_model(copy.deepcopy(base), again_config)
     set_peft_model_state_dict(again, again_state)
     torch.testing.assert_close(run(again, *x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_saved_for_inference_is_trained_on(tmp_path: Path) -> None:
+    """PEFT saves every LoRA for inference; the adapter made of it is there to be trained."""
+    lora = get_peft_model(Mlp(), LoraConfig(target_modules=["fc1"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    config, state_dict = from_lora(LoraConfig.from_pretrained(tmp_path), load_peft_weights(str(tmp_path)))
+    model = get_peft_model(Mlp(), config)
+    set_peft_model_state_dict(model, state_dict)
+    before = semu_layers(model)["fc1"].semu_core["default"].clone()
+    unlearn(model, vector_batches(), objectives.GradientAscent(), progress=False)
+    assert not torch.equal(semu_layers(model)["fc1"].semu_core["default"], before)
 
 
 def test_biases_of_layers_without_a_direction() -> None:

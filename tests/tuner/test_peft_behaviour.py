@@ -27,6 +27,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from semu_peft import (
     SemuConfig,
     SemuLayer,
     SemuModel,
+    initialize_semu_weights,
     register,
     save_as_lora,
 )
@@ -539,6 +541,29 @@ def test_autocast_adapter_dtype_false(tmp_path: Path) -> None:
         for layer in semu_layers(model).values():
             tensors = (layer.semu_U["default"], layer.semu_V["default"], layer.semu_core["default"])
             assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+
+
+def test_autocast_adapter_dtype_false_is_kept() -> None:
+    """Also by the bases that the forget data give, and the adapter trains on."""
+    base = nn.Sequential(nn.Linear(8, 4)).to(torch.bfloat16)
+    model = get_peft_model(base, SemuConfig(target_modules=["0"]), autocast_adapter_dtype=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batch = torch.randn(4, 8, dtype=torch.bfloat16)
+    initialize_semu_weights(model, [batch], lambda m, b: m(b).float().square().mean(), progress=False)
+    model(batch).float().square().mean().backward()
+    optimizer.step()
+    layer = semu_layers(model)["0"]
+    tensors = (layer.semu_U["default"], layer.semu_V["default"], layer.semu_core["default"])
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16} and tensors[2].any()
+
+
+def test_disable_input_dtype_casting() -> None:
+    """PEFT's switch for models whose hooks cast: there is nothing to switch off, and the output is the same."""
+    model = adapted("cnn").to(torch.float32)
+    x = sample_input(Cnn())[0]
+    expected = run(model, x)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(run(model, x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
