@@ -41,6 +41,14 @@ class BatchGradient(ABC):
         """The number of examples where their gradients can be told apart; `None` where only the sum is known."""
         return None
 
+    def received(self) -> Tensor:
+        """What the backward pass made: the output gradients, or `G` where it made that."""
+        return self.dense()
+
+    def rescaled(self, factor: float) -> BatchGradient:
+        """`factor · G`, in float32 or better."""
+        return DenseGradient(_wide(self.dense()) * factor)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """`G` itself, in memory of its own, shaped as the layer's matrix (or batch of matrices) reads the weight."""
@@ -93,6 +101,9 @@ class DenseGradient(BatchGradient):
 
     matrix: Tensor
 
+    def received(self) -> Tensor:
+        return self.matrix
+
     def dense(self) -> Tensor:
         return self.matrix.clone()  # autograd may have given the same memory to another weight
 
@@ -131,6 +142,12 @@ class TokenGradient(BatchGradient):
     @property
     def examples(self) -> int:
         return len(self.outputs)
+
+    def received(self) -> Tensor:
+        return self.outputs
+
+    def rescaled(self, factor: float) -> TokenGradient:
+        return TokenGradient(_wide(self.outputs) * factor, _wide(self.inputs))
 
     @property
     def _rows(self) -> tuple[Tensor, Tensor]:
@@ -213,6 +230,12 @@ class ConvGradient(BatchGradient):
     @property
     def examples(self) -> int:
         return len(self.outputs)
+
+    def received(self) -> Tensor:
+        return self.outputs
+
+    def rescaled(self, factor: float) -> ConvGradient:
+        return replace(self, outputs=_wide(self.outputs) * factor, inputs=_wide(self.inputs))
 
     def dense(self) -> Tensor:
         return self._weight_gradient(self.outputs, self.groups).flatten(1)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction
 
+from .loss_scale import LossScale
 from .processes import sum_over_processes
 from .sources import GradientSource
 from .statistics import GradientSum, Statistic, StatisticFactory
@@ -185,8 +186,9 @@ def stream_gradients(
     """
     received = dict.fromkeys(sources, 0)
     weights = [source.weight for source in sources.values() if source.weight is not None]
-    with _only_differentiable(model, weights), torch.enable_grad(), _caught(sources, statistics, received):
-        seen = _run(model, statistics, tqdm(batches, desc=description, disable=not progress, leave=False), objective)
+    with _only_differentiable(model, weights), torch.enable_grad(), _caught(sources, statistics, received) as scale:
+        shown = tqdm(batches, desc=description, disable=not progress, leave=False)
+        seen = _run(model, statistics, shown, objective, scale)
     all_seen = sum_over_processes(torch.tensor([*seen, *received.values()], device=device_of(model)))
     number, examples, uncounted, *parts = all_seen.tolist()
     unused = _check_received(number, dict(zip(sources, parts, strict=True)))
@@ -204,27 +206,35 @@ def stream_gradients(
 @contextmanager
 def _caught(
     sources: Mapping[str, GradientSource], statistics: Mapping[str, Statistic], received: dict[str, int]
-) -> Iterator[None]:
-    """Fold gradients into statistics while the context lasts, counting them."""
+) -> Iterator[LossScale]:
+    """Fold gradients into statistics while the context lasts, counting them, in passes that are scaled as it gives."""
+    scale = LossScale()
 
     def fold_into(name: str) -> Any:
-        def fold(gradient: Any) -> None:
+        def fold(caught: Any) -> None:
+            gradient = scale.take(name, caught)
+            if gradient is None:
+                return
             received[name] += 1
-            with _named(name):
+            with _named(name), torch.autocast(sources[name].device.type, enabled=False):
                 statistics[name].add(gradient)
 
         return fold
 
     handles = [source.attach(fold_into(name)) for name, source in sources.items()]
     try:
-        yield
+        yield scale
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _run(
-    model: nn.Module, statistics: Mapping[str, Statistic], batches: Iterable[Any], objective: LossFunction
+    model: nn.Module,
+    statistics: Mapping[str, Statistic],
+    batches: Iterable[Any],
+    objective: LossFunction,
+    scale: LossScale,
 ) -> tuple[int, int, int]:
     """Forward and backward over all batches; their number, that of their examples, and of those that do not say."""
     device = device_of(model)
@@ -237,7 +247,8 @@ def _run(
                 f"`objective` must be finite, got {loss.item()} for batch {number} of `batches`. Check that batch's "
                 "inputs and labels for NaN, infinite or out-of-range values."
             )
-        loss.backward()
+        scale.backward(loss)
+        del loss  # with the graph, which may have been kept
         size = count_examples(batch)
         number, examples, uncounted = number + 1, examples + (size or 0), uncounted + (size is None)
         for name, statistic in statistics.items():

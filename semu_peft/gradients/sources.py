@@ -150,9 +150,11 @@ class LayerSource(GradientSource):
             kept = [_Keep.apply(inputs.detach(), anchor)]
 
             def on_gradient(gradient: Tensor) -> None:
-                holder = kept.pop()  # of the node: before torch 2.12 a node is freed with its tensor
+                holder = kept[0]  # of the node: before torch 2.12 a node is freed with its tensor
                 (inputs,) = holder.grad_fn.saved_tensors
-                del holder  # with its node the inputs go, layer by layer
+                del holder  # with its node the inputs go, layer by layer, unless the backward pass comes again
+                if not torch._C._autograd._get_current_graph_task_keep_graph():
+                    kept.clear()
                 with torch.no_grad():
                     for part in self._parts(gradient, inputs):
                         fold(part)
