@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from semu_peft.files import save_tensors
+
 from .keys import without_prefix, without_wrappers
+
+
+def replace_pickle(folder: Path) -> None:
+    """Write as safetensors what PEFT has just pickled (`save_pretrained(..., safe_serialization=False)`), and warn.
+
+    Files that are older than the safetensors beside them, or another method's, are left alone.
+
+    Args:
+        folder: The folder that an adapter is being saved to; its configuration is written after its weights.
+    """
+    pickled, path = folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not pickled.is_file() or (path.is_file() and path.stat().st_mtime_ns >= pickled.stat().st_mtime_ns):
+        return
+    try:
+        tensors: Any = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError):  # not what was written just now
+        return
+    if not isinstance(tensors, dict) or not any(".semu_" in str(key) for key in tensors):
+        return
+    save_tensors(path, {key: tensor.clone().contiguous() for key, tensor in tensors.items()}, {"format": "pt"})
+    pickled.unlink()
+    warnings.warn(
+        f"`safe_serialization` must be True for a SEMU adapter, got False. Its file is {path.name} all the same: "
+        "nothing is pickled.",
+        stacklevel=4,
+    )
 
 
 def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from .adapter_file import check_adapter_file
+from .adapter_file import check_adapter_file, replace_pickle
 from .misnomers import explaining
 from .model_card import fill_model_card
 from .peft_type import add_peft_type
@@ -48,7 +48,8 @@ class SemuConfig(PeftConfig):
             (`["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`), get bases and a core for each expert.
             With `target_modules=[]` nothing else is corrected.
         modules_to_save (`list[str]`, *optional*):
-            Modules that are trained in full and saved beside the adapter.
+            Modules that are trained in full and saved beside the adapter. The learning rate of a core is far too high
+            for them: give them one of their own (`unlearn(..., optimizer=...)`, see "Everything PEFT does").
         ensure_weight_tying (`bool`, defaults to `False`):
             Where the head or a further embedding shares its weight with the input embedding and one of them is named
             in `target_modules`, correct the shared weight once, for all of them. Without it, each layer named has a
@@ -221,6 +222,7 @@ class SemuConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
+        replace_pickle(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         fill_model_card(Path(save_directory), self.to_dict())
 

@@ -284,3 +284,22 @@ def test_saved_by_diffusers_loaded_by_peft(tmp_path: Path) -> None:
     fresh.add_adapter(SemuConfig(**values))
     set_peft_model_state_dict(fresh, state, adapter_name="default")
     assert torch.equal(run(fresh, *x), expected)
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    """`safe_serialization=False` writes the same safetensors, with a warning, over an earlier file too."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), SemuConfig(target_modules=["0"], r=2, init_weights=False))
+    model.save_pretrained(tmp_path / "safe")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="`safe_serialization` must be True.*got False"):
+            model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+        assert not list((tmp_path / "pickled").glob("*.bin"))
+        name = "adapter_model.safetensors"
+        assert (tmp_path / "pickled" / name).read_bytes() == (tmp_path / "safe" / name).read_bytes()
+
+
+def test_a_pickle_of_another_method_stays(tmp_path: Path) -> None:
+    torch.save({"lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    SemuConfig(target_modules=["0"]).save_pretrained(str(tmp_path))
+    assert (tmp_path / "adapter_model.bin").is_file()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
