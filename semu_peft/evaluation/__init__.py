@@ -17,15 +17,17 @@ from .diffusion import (
     kernel_distance,
     unlearn_canvas,
 )
-from .membership import membership_inference
+from .membership import MembershipInference, attack_membership, membership_inference
 
 __all__ = [
     "ErasureMetrics",
     "ForgettingComparison",
     "ForgettingMetrics",
     "LabelledPrompt",
+    "MembershipInference",
     "Predictions",
     "UnlearnCanvasMetrics",
+    "attack_membership",
     "classify_samples",
     "clip_score",
     "evaluate_erasure",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,7 +15,7 @@ from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model
 
 from .comparison import ForgettingMetrics
-from .membership import membership_inference
+from .membership import MembershipInference, attack_membership
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,9 +27,11 @@ class Predictions:
         predicted: Classes with the largest logit, `(N,)`, int64.
         confidence: Probability of the true class, `(N,)`, float32.
         num_classes: Number of logits the model has, where known.
+        log_odds: Of the true class against all others, `(N,)`, float32, where known. Confidences round to 0 and 1 where
+            these still differ.
 
     Raises:
-        ValueError: The three are not vectors of one length.
+        ValueError: They are not vectors of one length.
 
     Examples:
         >>> import torch
@@ -46,9 +48,11 @@ class Predictions:
     predicted: Tensor
     confidence: Tensor
     num_classes: int | None = None
+    log_odds: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = [tuple(tensor.shape) for tensor in (self.labels, self.predicted, self.confidence)]
+        given = (self.labels, self.predicted, self.confidence, self.log_odds)
+        shapes = [tuple(tensor.shape) for tensor in given if tensor is not None]
         if len(set(shapes)) != 1 or len(shapes[0]) != 1:
             raise ValueError(
                 f"`labels`, `predicted` and `confidence` must be three vectors of one length (N,), got {shapes}. "
@@ -133,7 +137,7 @@ def predict(
 
         batches = tqdm(loader, desc=name, unit="batch", leave=False)
 
-    labels, predicted, confidence = [], [], []
+    labels, predicted, confidence, log_odds = [], [], [], []
     num_classes: int | None = None
     with torch.no_grad(), eval_mode(model):
         for batch in batches:
@@ -146,6 +150,8 @@ def predict(
             # keeps an out-of-range label from failing as a device-side assertion that names nothing.
             looked_up = batch_labels.clamp(0, num_classes - 1).unsqueeze(1)
             confidence.append(probability.gather(1, looked_up).squeeze(1))
+            others = logits.float().scatter(1, looked_up, float("-inf")).logsumexp(1)
+            log_odds.append(logits.float().gather(1, looked_up).squeeze(1) - others)
             predicted.append(logits.argmax(dim=1))
             labels.append(batch_labels)
     if num_classes is None or not sum(len(part) for part in labels):
@@ -158,6 +164,7 @@ def predict(
         predicted=torch.cat(predicted).cpu(),
         confidence=torch.cat(confidence).cpu(),
         num_classes=num_classes,
+        log_odds=torch.cat(log_odds).cpu(),
     )
     _check_values(predictions, num_classes, name)
     return predictions
@@ -230,18 +237,15 @@ def evaluate_forgetting(
         return source
 
     on_forget, on_retain, on_test = predicted("forget", forget), predicted("retain", retain), predicted("test", test)
+    attack = _attack(on_retain, on_test, on_forget, seed=seed, max_examples=max_attack_examples)
     trainable_now, total_parameters = _count_parameters(model)
     return ForgettingMetrics(
         unlearning_accuracy=100 - on_forget.accuracy,
         retain_accuracy=on_retain.accuracy,
         test_accuracy=on_test.accuracy,
-        membership_inference=membership_inference(
-            on_retain.confidence,
-            on_test.confidence,
-            on_forget.confidence,
-            seed=seed,
-            max_examples=max_attack_examples,
-        ),
+        membership_inference=attack.share,
+        membership_interval=attack.interval,
+        membership_threshold=attack.threshold_share,
         trainable_parameters=trainable_now if trainable_parameters is None else trainable_parameters,
         total_parameters=total_parameters,
         forgotten_test_accuracy=(
@@ -250,6 +254,15 @@ def evaluate_forgetting(
         seconds=seconds,
         adapter_bytes=adapter_bytes,
     )
+
+
+def _attack(member: Predictions, non_member: Predictions, forget: Predictions, **settings: Any) -> MembershipInference:
+    odds = (member.log_odds, non_member.log_odds, forget.log_odds)
+    known = odds[0] is not None and odds[1] is not None and odds[2] is not None
+    return attack_membership(
+        member.confidence, non_member.confidence, forget.confidence,
+        scores=cast(tuple[Tensor, Tensor, Tensor], odds) if known else None, **settings,
+    )  # fmt: skip
 
 
 def _count_parameters(model: nn.Module) -> tuple[int, int]:

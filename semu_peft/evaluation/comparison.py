@@ -13,6 +13,8 @@ from typing import Any
 
 from semu_peft.files import written_whole
 
+from .membership import WIDEST_INTERVAL
+
 # The four metrics of SalUn and SEMU that the average gap runs over, and the names tables give them.
 GAP_METRICS = {
     "unlearning_accuracy": "UA",
@@ -37,6 +39,8 @@ class ForgettingMetrics:
         forgotten_test_accuracy: Accuracy on the forgotten class's test examples, for class forgetting.
         seconds: Time that the unlearning took.
         adapter_bytes: Size of the saved adapter.
+        membership_interval: Between which values 95% of refits of the membership attack lie.
+        membership_threshold: The same share by an attack that does not saturate, a threshold.
 
     Raises:
         ValueError: A percentage is outside [0, 100] or NaN, or a count or time is negative.
@@ -60,9 +64,16 @@ class ForgettingMetrics:
     forgotten_test_accuracy: float | None = None
     seconds: float | None = None
     adapter_bytes: int | None = None
+    membership_interval: tuple[float, float] | None = None
+    membership_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (*GAP_METRICS, "forgotten_test_accuracy"):
+        if self.membership_interval is not None:
+            low, high = self.membership_interval  # a list where it comes out of a file
+            object.__setattr__(self, "membership_interval", (low, high))
+            if not 0 <= low <= high <= 100:
+                raise ValueError(f"`membership_interval` must be two percentages in order, got {low} and {high}.")
+        for name in (*GAP_METRICS, "forgotten_test_accuracy", "membership_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"`{name}` must be a percentage from 0 to 100, got {value}.")
@@ -76,6 +87,12 @@ class ForgettingMetrics:
         """Trained parameters in percent of all (0 for a model without parameters)."""
         return 100 * self.trainable_parameters / self.total_parameters if self.total_parameters else 0.0
 
+    @property
+    def cannot_tell(self) -> tuple[str, ...]:
+        """The metrics that come out by chance: the membership attack, where its interval is wide."""
+        low, high = self.membership_interval or (0.0, 0.0)
+        return ("membership_inference",) if high - low > WIDEST_INTERVAL else ()
+
     def gaps(self, reference: ForgettingMetrics) -> dict[str, float]:
         """Signed differences to the retrained model, `self - reference`, in percentage points, by metric name."""
         return {name: getattr(self, name) - getattr(reference, name) for name in GAP_METRICS}
@@ -84,7 +101,9 @@ class ForgettingMetrics:
         """Mean absolute difference to the retrained model over UA, RA, TA and MIA, in percentage points.
 
         `(|ΔUA| + |ΔRA| + |ΔTA| + |ΔMIA|) / 4` (SalUn, Fan et al., ICLR 2024, arXiv 2310.12508). An average hides which
-        of the four moved, so read it with [`gaps`][ForgettingMetrics.gaps], and beside the gap of doing nothing.
+        of the four moved, so read it with [`gaps`][ForgettingMetrics.gaps], and beside the gap of doing nothing. Where
+        a metric of either row [`cannot_tell`][ForgettingMetrics.cannot_tell], the mean holds its chance as well, and a
+        comparison marks it with a question mark.
         """
         gaps = self.gaps(reference)
         return sum(abs(gap) for gap in gaps.values()) / len(gaps)
@@ -203,15 +222,27 @@ class ForgettingComparison:
         return self.rows[self.reference]
 
     def _caption(self) -> str:
-        return f"Percent. Average gap: mean |difference| to '{self.reference}' over UA, RA, TA and MIA."
+        caption = f"Percent. Average gap: mean |difference| to '{self.reference}' over UA, RA, TA and MIA."
+        doubtful = [name for name, row in self.rows.items() if row.cannot_tell]
+        if not doubtful:
+            return caption
+        return (
+            f"{caption} (?) The membership attack on {', '.join(doubtful)} cannot tell members from others: its value, "
+            "and a quarter of the average gap, are chance within the interval shown."
+        )
+
+    def _average_gap(self, row: ForgettingMetrics) -> str:
+        reference = self._reference_row()
+        return f"{row.average_gap(reference):.2f}{' (?)' if row.cannot_tell or reference.cannot_tell else ''}"
 
     def _table(self) -> list[list[str]]:
         """Return the header and one line per row, as text, without the columns that no row has a value for."""
-        reference = self._reference_row()
-        columns: list[tuple[str, Callable[[ForgettingMetrics], float | None], str]] = [
+        columns: list[tuple[str, Callable[[ForgettingMetrics], Any], str]] = [
             *((short, lambda row, name=name: getattr(row, name), ".2f") for name, short in GAP_METRICS.items()),
+            ("MIA 95%", lambda row: _interval(row.membership_interval), ""),
+            ("threshold MIA", lambda row: row.membership_threshold, ".2f"),
             ("forgotten TA", lambda row: row.forgotten_test_accuracy, ".2f"),
-            ("average gap", lambda row: row.average_gap(reference), ".2f"),
+            ("average gap", self._average_gap, ""),
             ("trained", lambda row: row.trainable_parameters, ",d"),
             ("trained %", lambda row: row.trainable_share, ".3g"),
             ("bytes", lambda row: row.adapter_bytes, ",d"),
@@ -226,3 +257,7 @@ class ForgettingComparison:
 
     def _title(self, name: str) -> str:
         return f"{name} (reference)" if name == self.reference else name
+
+
+def _interval(bounds: tuple[float, float] | None) -> str | None:
+    return None if bounds is None else f"{bounds[0]:.1f}–{bounds[1]:.1f}"

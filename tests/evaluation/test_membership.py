@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from semu_peft.evaluation import membership_inference
+from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics, attack_membership, membership_inference
+from semu_peft.evaluation.membership import threshold_attack
 
 
 def confidences(count: int, power: float, seed: int) -> Tensor:
@@ -109,3 +111,68 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(ImportError, match=r"pip install semu-peft\[evaluation\]"):
         membership_inference(*[torch.tensor([0.5])] * 3)
+
+
+def well_generalised(seed: int) -> tuple[Tensor, Tensor]:
+    """Members and non-members that a model without overfitting confides in alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - 0.40 * torch.rand(500, generator=generator) ** 6, 1 - 0.42 * torch.rand(200, generator=generator) ** 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_that_is_gone_for_good_is_no_member_whatever_was_drawn(seed: int) -> None:
+    gone = 1e-4 * confidences(50, 1, seed)
+    attack = attack_membership(*well_generalised(seed), gone, refits=5)
+    assert attack.share == attack.threshold_share == 100 and attack.interval == (100, 100) and attack.can_tell
+
+
+def test_an_attack_that_guesses_says_so() -> None:
+    """Confidences that crowd together fall on one side of a border drawn by chance, or on the other."""
+    crowded = torch.full((60,), 0.97)
+    attack = attack_membership(*well_generalised(0), crowded)
+    assert attack.share in (0, 100) and not attack.can_tell and "cannot tell" in repr(attack)
+    assert attack.interval[1] - attack.interval[0] > 50
+    assert attack == attack_membership(*well_generalised(0), crowded), "the same seed, the same answer"
+
+
+def test_an_attack_that_works_has_a_narrow_interval() -> None:
+    member, non_member = 0.9 + 0.1 * confidences(300, 1, 1), 0.1 * confidences(300, 1, 2)
+    attack = attack_membership(member, non_member, torch.cat([member[:30], non_member[:70]]))
+    assert attack.share == attack.threshold_share == 70 and attack.can_tell
+    assert attack.interval[0] < 70 < attack.interval[1] < attack.interval[0] + 25
+
+
+def test_the_threshold_sees_an_order_alone() -> None:
+    member, non_member = torch.tensor([2.0, 5.0, 7.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 8.0])
+    forget = torch.tensor([0.0, 4.0, 5.0, 6.0])  # the best border is at 5: three of four right on either side
+    assert threshold_attack(member, non_member, forget) == 50
+    assert threshold_attack(member.exp(), non_member.exp(), forget.exp()) == 50
+    saturated = [torch.sigmoid(40 * side).float() for side in (member, non_member, forget)]
+    assert threshold_attack(*saturated) != 50, "confidences of 1 are all alike, where log-odds are not"
+
+
+def test_a_mean_over_metrics_says_when_one_of_them_cannot_tell() -> None:
+    def row(mia: float, low: float, high: float) -> ForgettingMetrics:
+        return ForgettingMetrics(
+            90.0, 95.0, 94.0, mia, 4, 100, membership_interval=(low, high), membership_threshold=88.0
+        )
+
+    sure, unsure = row(80.0, 75.0, 85.0), row(100.0, 0.0, 100.0)
+    assert sure.cannot_tell == () and unsure.cannot_tell == ("membership_inference",)
+    told = str(ForgettingComparison({"SEMU": sure, "gold": row(70.0, 66.0, 74.0)}, reference="gold"))
+    assert "75.0–85.0" in told and "88.00" in told and "(?)" not in told
+    doubted = ForgettingComparison({"SEMU": unsure, "gold": sure}, reference="gold")
+    assert "5.00 (?)" in str(doubted) and "(?) The membership attack on SEMU cannot tell" in str(doubted)
+    assert "5.00 (?)" in doubted.to_markdown()
+
+
+@pytest.mark.parametrize("interval", [(50.0, 40.0), (-1.0, 5.0), (0.0, 101.0)])
+def test_an_interval_that_is_none(interval: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="membership_interval"):
+        ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, membership_interval=interval)
+
+
+def test_the_interval_outlives_a_file(tmp_path: Path) -> None:
+    rows = {"gold": ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, membership_interval=(40.0, 60.0))}
+    comparison = ForgettingComparison(rows, reference="gold")
+    assert ForgettingComparison.load(comparison.save(tmp_path / "rows.json")) == comparison
