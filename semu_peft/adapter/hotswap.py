@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
-from semu_peft.tuner.keys import PREFIX
+from semu_peft.tuner.keys import PREFIX, tensor_key
 from semu_peft.tuner.reduced_bases import restored_bases
+from semu_peft.tuner.tensors import TENSORS
 
-_KINDS = ("semu_U", "semu_V", "semu_core", "semu_offset")
 # What the shapes of the tensors do not tell, but the forward pass depends on.
 _FIELDS = ("conv_mode", "core")
 
@@ -35,8 +35,8 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
 
     Raises:
         ValueError: The adapters differ in layers, shapes, `conv_mode` or `core`, the saved one carries more than
-            corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown or merged.
-            Nothing is changed then.
+            corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown, merged or
+            offloaded. Nothing is changed then.
         NotInitializedError: The adapter to overwrite has no bases yet: load the saved one with `load_adapter`.
 
     Examples:
@@ -55,6 +55,11 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
     layers = initialized_layers(getattr(model, "_orig_mod", model), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
+    if any(layer.is_brought(adapter_name) for layer in layers.values()):
+        raise ValueError(
+            f"`model`: the adapter {adapter_name!r} is offloaded, so that its weights have no place to stay at. Load "
+            "the other one beside it instead (`load_adapter`), or remove the hooks of offloading first."
+        )
     config = SemuConfig.from_pretrained(model_name_or_path, **kwargs)
     current = next(iter(layers.values())).configs[adapter_name]
     for name in _FIELDS:
@@ -65,9 +70,9 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
             )
     found = restored_bases(load_peft_weights(model_name_or_path, device="cpu", **kwargs), config.save_dtype)
     places = {
-        f"{PREFIX}{name}.{kind}": getattr(layer, kind)[adapter_name]
+        tensor_key(PREFIX + name, kind): getattr(layer, kind).stored(adapter_name)
         for name, layer in layers.items()
-        for kind in _KINDS
+        for kind in TENSORS
         if adapter_name in getattr(layer, kind)
     }
     _check_same_places(places, found, model_name_or_path)

@@ -34,7 +34,7 @@ class ForgettingMetrics:
         retain_accuracy: RA, accuracy on the retained training examples.
         test_accuracy: TA, accuracy on test examples (for class forgetting, of the remaining classes).
         membership_inference: MIA, share of forget examples that a confidence attack calls non-members.
-        trainable_parameters: Number of parameters that were trained. SEMU's frozen bases are buffers, not parameters.
+        trainable_parameters: Number of parameters that were trained. SEMU's bases are frozen.
         total_parameters: Number of all parameters.
         forgotten_test_accuracy: Accuracy on the forgotten class's test examples, for class forgetting.
         seconds: Time that the unlearning took.

@@ -13,7 +13,7 @@ from semu_peft.linalg.core import LowRank, diagonal, eckart_young, orthonormal
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import exactly
 from semu_peft.tuner.config import SemuConfig
-from semu_peft.tuner.keys import PREFIX, without_prefix
+from semu_peft.tuner.keys import PREFIX, tensor_key, without_prefix
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 # Each changes what a LoRA computes, or with which weights, into something that is not `W + s B A`.
@@ -90,7 +90,7 @@ def from_lora(
         kept = factors.reaching(explained_variance, r)
         ranks[name] = kept.rank
         parts = zip(("semu_U", "semu_V", "semu_core"), diagonal(kept), strict=True)
-        converted |= {f"{PREFIX}{name}.{kind}": part.float().contiguous() for kind, part in parts}
+        converted |= {tensor_key(PREFIX + name, kind): part.float().contiguous() for kind, part in parts}
     if unknown := [key for key in others if ".lora_" in key]:
         raise ValueError(f"{unknown[0]!r} ({len(unknown)} such) is of a kind of layer that SEMU cannot take from LoRA.")
     return _semu_config(config, ranks), converted | others

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import os
 
-import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
 
 def in_several_processes() -> bool:
-    """Whether this is one of several processes of a run."""
-    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Whether this is one of several processes of a run, whoever has made them known to each other."""
+    if processes_of_torch():
+        return processes_of_torch() > 1
     # Asking Accelerate sets up its state, which in a single process is the caller's to do.
-    launched = initialized or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return launched and PartialState().num_processes > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and PartialState().num_processes > 1
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of this tensor over all processes; the tensor itself in a single one."""
-    return reduce(tensor, reduction="sum") if in_several_processes() else tensor
+    if not in_several_processes():
+        return tensor
+    if not processes_of_torch():  # processes that torch.distributed does not know of, as on TPUs
+        return reduce(tensor, reduction="sum")
+    total = _within_reach(tensor).clone()
+    torch.distributed.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def from_main_process(tensor: Tensor) -> Tensor:
     """The main process's tensor on every process, which must bring one of the same shape."""
-    return broadcast(tensor) if in_several_processes() else tensor
+    if not in_several_processes():
+        return tensor
+    if not processes_of_torch():
+        return broadcast(tensor)
+    received = _within_reach(tensor).clone()
+    torch.distributed.broadcast(received, src=0)
+    return received.to(tensor.device)
+
+
+def processes_of_torch() -> int:
+    """How many processes `torch.distributed` knows of; 0 where it has not been set up."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 0
+
+
+def _within_reach(tensor: Tensor) -> Tensor:
+    on_cpu = tensor.device.type == "cpu"
+    return tensor.cuda() if on_cpu and torch.distributed.get_backend() == "nccl" else tensor

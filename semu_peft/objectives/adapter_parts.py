@@ -23,10 +23,9 @@ class Part(NamedTuple):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Go through what this adapter has in this layer to be trained."""
         for path in self.layer.adapter_layer_names:
-            held = _held(self.layer, path)
-            if self.adapter_name in held:
-                item = held[self.adapter_name]
-                yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+            for name, item in _held(self.layer, path).items():
+                if name == self.adapter_name:
+                    yield from item.parameters() if isinstance(item, nn.Module) else (item,)
 
     @property
     def is_trained(self) -> bool:

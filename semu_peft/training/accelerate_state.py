@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from semu_peft.gradients.processes import processes_of_torch
+
 from .settings import Settings
 
 
@@ -47,6 +49,7 @@ def prepared(
     with ExitStack() as stack:
         if accelerator is None:
             accelerator = stack.enter_context(_own_accelerator(settings))
+        _check_processes(accelerator, model)
         made = stack.enter_context(_taken_apart(accelerator, model, optimizer, [forget, *retain]))
         made += accelerator.prepare(model, optimizer, forget)
         made += [accelerator.prepare(loader) for loader in retain]
@@ -55,11 +58,24 @@ def prepared(
         yield Prepared(accelerator, made[0], made[1], made[2], made[3:])
 
 
+def _check_processes(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise where each of several processes would train a model of its own, unknown to the others."""
+    processes = processes_of_torch()
+    shares = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+    if processes > accelerator.num_processes and shares.isdisjoint(kind.__name__ for kind in type(model).__mro__):
+        raise ValueError(
+            f"`model` must be wrapped in DistributedDataParallel, got {type(model).__name__}, as this is one of "
+            f"{processes} processes of torch.distributed that Accelerate does not know of: each would train a model of "
+            "its own. Or start them with `torchrun` or `accelerate launch`, which tell Accelerate."
+        )
+
+
 @contextmanager
 def _own_accelerator(settings: Settings) -> Iterator[Accelerator]:
     # Accelerate keeps one state a process, and refuses a second mixed precision in it.
     shared = (PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state)
     before = [dict(state) for state in shared]
+    grouped_before = bool(before[0]) or processes_of_torch() > 0
     if settings.mixed_precision not in (None, AcceleratorState._shared_state.get("_mixed_precision")):
         AcceleratorState._shared_state.clear()
     GradientState._shared_state.clear()
@@ -75,7 +91,7 @@ def _own_accelerator(settings: Settings) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         if accelerator is not None:
-            _end(accelerator, with_processes=not before[0])
+            _end(accelerator, with_processes=not grouped_before)
         for state, content in zip(shared, before, strict=True):
             state.clear()
             state.update(content)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from semu_peft.objectives.adapter_parts import adapter_parts
 from semu_peft.tuner.layer import NotInitializedError, SemuLayer
@@ -15,11 +16,12 @@ from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what requires gradients and is not empty, by name.
 
-    Examples:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-        >>> list(trained_parameters(model))
-        ['0.weight', '0.bias']
+        Examples:
+            >>> from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+            >>> list(trained_parameters(model))
+            ['0.weight', '0.bias']
     """
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
 
@@ -43,8 +45,8 @@ def check_trainable(model: nn.Module) -> None:
 
 def _check_initialized(layer: SemuLayer) -> None:
     for adapter in layer.active_adapters:
-        core = layer.semu_core.get(adapter)
-        if core is not None and core.requires_grad and not layer.is_initialized(adapter):
+        trained = adapter in layer.semu_core and layer.semu_core.stored(adapter).requires_grad
+        if trained and not layer.is_initialized(adapter):
             raise NotInitializedError(adapter)
 
 
@@ -83,6 +85,30 @@ def only_adapter_trains(model: nn.Module, adapter_name: str | None) -> Iterator[
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def empty_ones_frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze parameters without entries, such as the core of a layer of rank 0, and unfreeze them afterwards.
+
+    Distributed training waits for a gradient of each parameter that requires one, also in layers that are never called.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(0, 2, bias=False))
+        >>> with empty_ones_frozen(model):
+        ...     [parameter.requires_grad for parameter in model.parameters()]
+        [True, True, False]
+    """
+    waited_for = isinstance(model, DistributedDataParallel)  # it has asked already, and the layers give them one
+    every = () if waited_for else model.parameters()
+    frozen = [parameter for parameter in every if parameter.requires_grad and not parameter.numel()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

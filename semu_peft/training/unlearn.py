@@ -21,7 +21,7 @@ from .callbacks import as_callbacks
 from .checkpoint import only_writer
 from .loop import Loop
 from .optimizers import OptimizerFactory, SchedulerFactory, make_optimizer
-from .parameters import check_trainable, only_adapter_trains, trained_parameters
+from .parameters import check_trainable, empty_ones_frozen, only_adapter_trains, trained_parameters
 from .rules import Rule, as_rules
 from .settings import Settings
 
@@ -161,6 +161,7 @@ def unlearn(
         loaders = [as_loader(term.batches, "retain", settings.most_batches(accelerator)) for term in terms]
         bare_optimizer = make_optimizer(optimizer, trained_parameters(model), learning_rate)
         with (
+            empty_ones_frozen(model),
             prepared(model, bare_optimizer, loader, loaders, settings, accelerator) as everything,
             only_writer(everything.accelerator, output_dir, checkpointing_steps),
         ):

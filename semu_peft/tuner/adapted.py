@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from .keys import without_compilation, without_prefix, without_wrappers
+from .keys import layer_of, without_compilation, without_prefix, without_wrappers
 from .layer import NotInitializedError, SemuLayer
 from .parameter import ParamWrapper, parameter_path
 from .tied import TiedLayer
@@ -87,8 +87,9 @@ def named_for_a_file(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[st
         return state_dict
     renamed = {}
     for key, value in state_dict.items():
-        path, kind, rest = key.partition(".semu_")
-        renamed[f"{paths.get(path, path)}{kind}{rest}" if kind else without_compilation(key)] = value
+        path = layer_of(key)
+        plain = without_compilation(key) if path is None else paths.get(path, path) + key.removeprefix(path)
+        renamed[plain] = value
     return renamed
 
 
@@ -99,10 +100,11 @@ def named_for_the_model(model: nn.Module, state_dict: dict[str, Tensor]) -> dict
         return state_dict
     renamed = {}
     for key, value in state_dict.items():
-        path, kind, rest = key.partition(".semu_")
+        path = layer_of(key) or ""
+        rest = key.removeprefix(path)
         if path not in paths and without_prefix(path) in paths:  # injected into a bare model
             path = without_prefix(path)
-        renamed[f"{paths.get(path, path)}{kind}{rest}"] = value
+        renamed[paths.get(path, path) + rest] = value
     return renamed
 
 

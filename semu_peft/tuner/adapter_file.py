@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from semu_peft.files import save_tensors
 
-from .keys import without_prefix, without_wrappers
+from .keys import layer_of, without_prefix, without_wrappers
 
 
 def replace_pickle(folder: Path) -> None:
@@ -66,14 +66,14 @@ def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
             f"{path} is damaged or no safetensors file ({error}). Expected the file that `save_pretrained` of a SEMU "
             "adapter writes: save, copy or download it again."
         ) from error
-    cores = {key.removesuffix(".semu_core"): shape for key, shape in shapes.items() if key.endswith(".semu_core")}
+    cores = {key: shape for key, shape in shapes.items() if key.endswith(".semu_core")}
     if not cores:
         example = next(iter(shapes), "nothing")
         raise ValueError(
             f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
             "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
         )
-    ranks = {without_prefix(layer): shape[-1] for layer, shape in cores.items()}
+    ranks = {without_prefix(layer_of(key) or ""): shape[-1] for key, shape in cores.items()}
     # Where parameters are corrected instead of a layer, the file has the module that holds them, once for each.
     owners = {without_wrappers(name) for name in ranks if name not in expected_ranks}
     lacking = sorted(name for name in set(expected_ranks) - set(ranks) if not _inside(name, owners))

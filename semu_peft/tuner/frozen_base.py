@@ -55,6 +55,18 @@ class FrozenBase:
             )
         return self._weight_use
 
+    @property
+    def execution_device(self) -> torch.device | None:
+        """Where Accelerate runs the base layer while its weights are offloaded; `None` where they are not."""
+        hook: Any = getattr(bare(self.base_layer), "_hf_hook", None)
+        device = hook.execution_device if getattr(hook, "offload", False) else None
+        return None if device is None else torch.device(device)
+
+    @property
+    def is_only_planned(self) -> bool:
+        """Whether the base layer lies on the meta device, without values and nothing that would bring them."""
+        return self.base_weight.is_meta and self.execution_device is None
+
     def base_is_bare(self, *kinds: type[nn.Module]) -> bool:
         """Whether the base layer is just its arithmetic: one of these very types, unquantised and without hooks."""
         base: Any = self.base_layer

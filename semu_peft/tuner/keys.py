@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 PREFIX = "base_model.model."
 """What PEFT's files put before a layer's full name."""
 
@@ -13,8 +15,8 @@ def without_prefix(key: str) -> str:
 
     Examples:
         >>> from semu_peft.tuner.keys import without_prefix
-        >>> without_prefix("base_model.model.encoder.fc1.semu_core")
-        'encoder.fc1.semu_core'
+        >>> without_prefix("base_model.model.encoder.fc1.semu_core.semu_core")
+        'encoder.fc1.semu_core.semu_core'
     """
     return key.removeprefix(PREFIX)
 
@@ -39,3 +41,29 @@ def without_wrappers(name: str) -> str:
         'experts.gate_up_proj'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+_TENSOR = re.compile(r"(?P<layer>.+)\.(?P<kind>semu_(?:U|V|core|offset))(?:\.[^.]+)?\.(?P=kind)")
+
+
+def layer_of(key: str) -> str | None:
+    """The layer that an adapter's tensor belongs to, by the tensor's key in a file or a model; None for other tensors.
+
+    Examples:
+        >>> from semu_peft.tuner.keys import layer_of
+        >>> layer_of("fc1.semu_core.semu_core"), layer_of("fc1.semu_core.default.semu_core"), layer_of("fc1.bias")
+        ('fc1', 'fc1', None)
+    """
+    match = _TENSOR.fullmatch(key)
+    return match["layer"] if match else None
+
+
+def tensor_key(layer: str, kind: str, adapter_name: str | None = None) -> str:
+    """The key of an adapter's tensor in a model, or in a file, where no adapter is named.
+
+    Examples:
+        >>> from semu_peft.tuner.keys import tensor_key
+        >>> tensor_key("fc1", "semu_core", "default"), tensor_key("fc1", "semu_core")
+        ('fc1.semu_core.default.semu_core', 'fc1.semu_core.semu_core')
+    """
+    return ".".join(part for part in (layer, kind, adapter_name, kind) if part)

@@ -7,32 +7,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from .config import SemuConfig
 from .frozen_base import FrozenBase, adapter_dtype, sum_in_dtype_of
-from .uninitialized import NotInitializedError, RefuseTraining
+from .tensors import TENSORS, AdapterTensors, HoldsTensors
+from .uninitialized import EmptyCore, NotInitializedError, check_values
 from .weight_use import WeightUse, weight_use
 
-__all__ = ["BASE", "NotInitializedError", "SemuLayer", "in_range"]
+__all__ = ["BASE", "ROOM", "NotInitializedError", "SemuLayer", "in_range"]
 
 _NOT_OF_THE_BASE = ("base_layer", "parametrizations")
+ROOM = "_room"  # where a configuration notes what an adapter is to have room for: rank and offset, by layer
 BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
 
 
-class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
+class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     """What every SEMU layer has in common, whatever the shape of its weight.
 
-    For each adapter there are two frozen buffers with orthonormal columns and one trainable parameter, in float32
-    whatever the model's dtype:
+    For each adapter there are two frozen tensors with orthonormal columns and one that is trained, in float32 whatever
+    the model's dtype:
 
     - `semu_U`: `(m, r)`, a basis of output directions;
     - `semu_V`: `(n, r)`, a basis of input directions;
     - `semu_core`: the core `R`, `(r, r)` or, for a diagonal core, `(r,)`.
 
-    Where a method starts from a core that is not zero, a third buffer `semu_offset` of the core's shape holds it, and
+    Where a method starts from a core that is not zero, a further tensor `semu_offset` of the core's shape holds it, and
     the correction is `U (R − R₀) Vᵀ`: the base weight is never written, and nothing changes before training does.
 
     `m × n` is the shape of the weight read as a matrix ([`weight_to_matrix`]); a convolution in `per_channel` mode is a
@@ -70,10 +71,10 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         self.base_layer = base_layer
         self.layer_name = layer_name
         self._weight_use = self.find_weight_use()
-        self.semu_U = BufferDict({}, persistent=True)
-        self.semu_V = BufferDict({}, persistent=True)
-        self.semu_offset = BufferDict({}, persistent=True)
-        self.semu_core = nn.ParameterDict({})
+        self.semu_U = AdapterTensors("semu_U")
+        self.semu_V = AdapterTensors("semu_V")
+        self.semu_offset = AdapterTensors("semu_offset")
+        self.semu_core = AdapterTensors("semu_core", trainable=True)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.configs: dict[str, SemuConfig] = {}
@@ -145,14 +146,15 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         self.requested_ranks[adapter_name] = requested
         saved = self.layer_name in config.ranks
         needs_data = config.init_weights is True
-        rank = config.ranks.get(self.layer_name, 0)
+        room, with_offset = vars(config).get(ROOM, {}).get(self.layer_name, (0, False))
+        rank = config.ranks.get(self.layer_name, room)
         if not needs_data and not saved:
             rank = (config.r or 0) if requested is None else requested
         rank = min(rank, *self.matrix_shape(adapter_name)[-2:])
-        self.allocate(adapter_name, rank, offset=self.layer_name in config.offsets)
+        self.allocate(adapter_name, rank, offset=with_offset or self.layer_name in config.offsets)
         if not needs_data:
             config.ranks[self.layer_name] = rank
-            if not self.semu_core[adapter_name].is_meta:
+            if not self.semu_core.stored(adapter_name).is_meta:
                 self._initialize_without_data(adapter_name, rank)
         self.awaits_file[adapter_name] = saved
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -167,10 +169,9 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
 
     def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
         """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
-        core = self.semu_core.get(adapter_name)
         factory: dict[str, Any] = {"dtype": self._dtype_of(adapter_name)}
-        if core is not None and core.is_meta:
-            factory["device"] = core.device
+        if adapter_name in self.semu_core and self.semu_core.lacks(adapter_name):
+            factory["device"] = "meta"
         parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
         if not offset:
             del parts["semu_offset"]
@@ -250,19 +251,13 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
 
     def _assign(self, adapter_name: str, parts: Mapping[str, Tensor]) -> None:
         dtype = self._dtype_of(adapter_name)
-        parts = {kind: tensor.detach().to(dtype).contiguous() for kind, tensor in parts.items()}
         self.r[adapter_name] = parts["semu_U"].shape[-1]
-        self.semu_U[adapter_name], self.semu_V[adapter_name] = parts["semu_U"], parts["semu_V"]
-        if "semu_offset" in parts:
-            self.semu_offset[adapter_name] = parts["semu_offset"]
-        elif adapter_name in self.semu_offset:
-            del self.semu_offset[adapter_name]
-        core, data = self.semu_core.get(adapter_name), parts["semu_core"].clone()  # training writes on it
-        if core is None or core.is_meta != data.is_meta:
-            self.semu_core[adapter_name] = nn.Parameter(data, requires_grad=core is None or core.requires_grad)
-        else:
-            core.grad = None
-            core.data = data
+        for kind in TENSORS:
+            tensors: AdapterTensors = getattr(self, kind)
+            if kind in parts:
+                tensors[adapter_name] = parts[kind].detach().to(dtype).contiguous()
+            elif adapter_name in tensors:
+                del tensors[adapter_name]
 
     def _dtype_of(self, adapter_name: str) -> torch.dtype:
         dtype = self.base_weight.dtype
@@ -272,9 +267,7 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
     def follow_dtype(self, adapter_name: str) -> None:
         """Keep the adapter in the dtype of the base weight from now on, bases rounded to it too."""
         self.follows_dtype[adapter_name] = True
-        kinds = ("semu_U", "semu_V", "semu_core", "semu_offset")
-        held: dict[str, Any] = {kind: getattr(self, kind) for kind in kinds}
-        self._assign(adapter_name, {kind: held[kind][adapter_name] for kind in kinds if adapter_name in held[kind]})
+        self._assign(adapter_name, {held.kind: held.stored(adapter_name) for held in self.tensors_of(adapter_name)})
 
     def is_initialized(self, adapter_name: str) -> bool:
         """Whether the adapter has its bases here, with rank 0 where the data named no direction."""
@@ -287,20 +280,10 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         device = device or self.base_weight.device
         if device.type == "meta":
             device = self.execution_device
-        if self.semu_core[adapter_name].is_meta or device is None:
-            return
-        for tensors in (self.semu_U, self.semu_V, self.semu_offset):
-            if adapter_name in tensors:
-                tensors[adapter_name] = tensors[adapter_name].to(device)
-        core = self.semu_core[adapter_name]
-        core.data = core.data.to(device)
-
-    @property
-    def execution_device(self) -> torch.device | None:
-        """Where Accelerate runs the base layer while its weights are offloaded; `None` where they are not."""
-        hook: Any = getattr(self.get_base_layer(), "_hf_hook", None)
-        device = hook.execution_device if getattr(hook, "offload", False) else None
-        return None if device is None else torch.device(device)
+        for tensors in self.tensors_of(adapter_name):
+            parameter = tensors.stored(adapter_name)
+            if device is not None and not parameter.is_meta and not tensors.is_brought(adapter_name):
+                parameter.data = parameter.data.to(device)
 
     # ---- scale, as diffusers and PEFT set it ----
 
@@ -399,6 +382,7 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged or adapter_names is not None else self._live_adapters()
         corrections = [name for name in names if self.r[name] > 0]
+        check_values(self, corrections)
         if corrections and (self._corrects_parameter or self.joins_weight(corrections, x)):
             output = self.run_base(x, self._corrected_weight(corrections), *args, **kwargs)
         else:
@@ -448,10 +432,12 @@ class SemuLayer(nn.Module, FrozenBase, BaseTunerLayer):
         return output
 
     def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
+        initialized = self.is_initialized(adapter_name)
+        if self.r[adapter_name] > 0 and initialized:
+            return output
         core = self.semu_core[adapter_name]
-        waits = core.requires_grad and torch.is_grad_enabled() and not self.is_initialized(adapter_name)
-        if waits and isinstance(output, Tensor):
-            return RefuseTraining.apply(output, core, adapter_name)
+        if core.requires_grad and torch.is_grad_enabled() and isinstance(output, Tensor):
+            return EmptyCore.apply(output, core, adapter_name, initialized)
         return output
 
     def __repr__(self) -> str:

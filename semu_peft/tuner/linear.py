@@ -89,7 +89,7 @@ class Linear(SemuLayer):
 def _add_product(output: Tensor, hidden: Tensor, left: Tensor) -> Tensor:
     """`output + hidden Uᵀ`, in one pass over the output."""
     device = output.device.type
-    rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != output.dtype
+    rounds = device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != output.dtype
     if rounds or output.is_nested:  # autocast would round the output as well; nested tensors have no rows
         return output + F.linear(hidden, left)
     rows = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), left.mT)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapted import base_model
 from .config import SemuConfig
-from .keys import without_prefix
+from .keys import layer_of, tensor_key, without_prefix
 from .layer import SemuLayer
 from .tied import TiedLayer
 
@@ -48,7 +50,7 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
             is taken out again.
     """
     # An offset that the model has no place for yet.
-    state_dict = {f"{key}.{adapter_name}" if key.endswith(".semu_offset") else key: t for key, t in state_dict.items()}
+    state_dict = {_named_for_a_place(key, adapter_name): tensor for key, tensor in state_dict.items()}
     problem = mismatch(model, adapter_name, state_dict)
     if problem:
         name = type(base_model(model)).__name__
@@ -62,6 +64,12 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
     return state_dict
 
 
+def _named_for_a_place(key: str, adapter_name: str) -> str:
+    layer = layer_of(key)
+    new = layer is not None and key == tensor_key(layer, "semu_offset")
+    return tensor_key(layer, "semu_offset", adapter_name) if layer and new else key
+
+
 def mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
     """Say in a sentence how the adapter's tensors in `state_dict` differ from those in `model`, if they do."""
     found = _saved_shapes(model, adapter_name, state_dict)
@@ -69,10 +77,10 @@ def mismatch(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor])
     for name, layer in _layers(model, adapter_name).items():
         rank = layer.r[adapter_name]
         if not layer.is_initialized(adapter_name):  # then the file says
-            saved = found.get(f"{name}.semu_core.{adapter_name}", ())
+            saved = found.get(tensor_key(name, "semu_core", adapter_name), ())
             rank = min(saved[-1] if saved else 0, *layer.matrix_shape(adapter_name)[-2:])
         for kind, shape in layer.tensor_shapes(adapter_name, rank).items():
-            key = f"{name}.{kind}.{adapter_name}"
+            key = tensor_key(name, kind, adapter_name)
             announced = layer.awaits_file[adapter_name] and adapter_name in layer.semu_offset
             if kind != "semu_offset" or key in found or announced:
                 expected[key] = shape
@@ -94,13 +102,35 @@ def make_room(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
     """
     found = _saved_shapes(model, adapter_name, state_dict)
     layers = _layers(model, adapter_name)
-    ranks = {name: found[f"{name}.semu_U.{adapter_name}"][-1] for name in layers}
+    ranks = {name: found[tensor_key(name, "semu_U", adapter_name)][-1] for name in layers}
     for name, layer in layers.items():
-        offset = f"{name}.semu_offset.{adapter_name}" in found
-        if ranks[name] != layer.r[adapter_name] or offset != (adapter_name in layer.semu_offset):
+        offset = tensor_key(name, "semu_offset", adapter_name) in found
+        fits = ranks[name] == layer.r[adapter_name] and offset == (adapter_name in layer.semu_offset)
+        if not fits or layer.is_brought(adapter_name):  # what a library brings is not to be written to
             layer.allocate(adapter_name, ranks[name], offset=offset)
         if layer.is_initialized(adapter_name) or any(ranks.values()):
             layer.record(adapter_name)
+
+
+def keep_room_to_load(model: nn.Module) -> RemovableHandle | None:
+    """Let `model.load_state_dict` fill adapters that are not initialised, of the ranks that the state dict has.
+
+    Returns:
+        What to call `remove()` on when the adapters are taken out; None where the model is prepared already.
+    """
+    hooks = model._load_state_dict_pre_hooks.values()
+    if any(getattr(hook, "hook", None) is _make_room_to_load for hook in hooks):
+        return None
+    return model.register_load_state_dict_pre_hook(_make_room_to_load)
+
+
+def _make_room_to_load(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    tensors = {key.removeprefix(prefix): t for key, t in state_dict.items() if layer_of(key)}
+    layers = [layer for layer in model.modules() if isinstance(layer, SemuLayer)]
+    for adapter_name in sorted({name for layer in layers for name in layer.semu_core}):
+        own = {key: t for key, t in tensors.items() if key.split(".")[-2:-1] == [adapter_name]}
+        if own and mismatch(model, adapter_name, own) is None:  # else torch says what does not fit
+            make_room(model, adapter_name, own)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:
@@ -116,8 +146,7 @@ def _saved_shapes(model: nn.Module, adapter_name: str, state_dict: dict[str, Ten
     names = set(_layers(model, adapter_name))
     found = {}
     for key, value in state_dict.items():
-        name, kind, _ = key.rpartition(".semu_")
-        if kind:
+        if name := layer_of(key):
             # Where the layers were injected into a bare model, keys that match nothing keep PEFT's prefix.
             found[key if name in names else without_prefix(key)] = tuple(value.shape)
     return found

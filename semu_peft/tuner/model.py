@@ -27,7 +27,7 @@ from .config import SemuConfig
 from .fused_experts import name_fused_experts
 from .keys import without_compilation, without_wrappers
 from .layer import SemuLayer
-from .loading import fitted
+from .loading import fitted, keep_room_to_load
 from .mixed_batch import adapter_per_example
 from .ownership import remember_wish, take, wish_of
 from .parameter import ParamWrapper
@@ -35,6 +35,7 @@ from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
 from .targets import check_names_of_ranks, check_parameter, check_target, check_tied, layer_class, untied
+from .tensors import with_values
 from .tied import TiedLayer, part_shared_embeddings
 from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
 
@@ -89,6 +90,8 @@ class SemuModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             remember_wish(config, wish)
+        if (handle := keep_room_to_load(model)) is not None:
+            self._handles = [*vars(self).get("_handles", ()), handle]
         layers = [layer for layer in self.model.modules() if isinstance(layer, SemuLayer)]
         names = {layer.layer_name for layer in layers if adapter_name in layer.semu_core}
         config.ranks = {name: rank for name, rank in config.ranks.items() if name in names}
@@ -331,7 +334,7 @@ class SemuModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return rounded_bases(named_for_a_file(model, found), config.save_dtype)
+        return rounded_bases(named_for_a_file(model, with_values(model, found)), config.save_dtype)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from .config import SemuConfig
-from .layer import SemuLayer
+from .layer import ROOM, SemuLayer
 
 _OWNERS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # the model with the adapter, by the object's id
 _RESOLVED = ("target_modules", "target_parameters")  # written over by the names that a wish turns out to mean
@@ -19,7 +19,9 @@ def take(config: SemuConfig, model: nn.Module, adapter_name: str) -> None:
     """Make a configuration the new adapter's own, before anything is written into it.
 
     The object that a user gives is the one that is used, as in every PEFT method. Ranks are written into it, though:
-    where another adapter has it already, that one keeps a copy, and the new one starts from what was asked for.
+    where another adapter has it already, that one keeps a copy, and the new one starts from what was asked for. In the
+    same model it has room for the other's tensors, as trainers clone an adapter by giving its configuration again and
+    copying its parameters by name.
 
     Args:
         config: The configuration that was given.
@@ -27,6 +29,7 @@ def take(config: SemuConfig, model: nn.Module, adapter_name: str) -> None:
         adapter_name: The new adapter's name.
     """
     owner = _OWNERS.get(id(config))
+    vars(config).pop(ROOM, None)
     for name, other in list(getattr(owner, "peft_config", {}).items()):
         if other is config and (owner is not model or name != adapter_name):
             _leave_a_copy(config, owner, name)
@@ -35,6 +38,8 @@ def take(config: SemuConfig, model: nn.Module, adapter_name: str) -> None:
         if getattr(config, name) is outcome:  # else the user has changed it since
             setattr(config, name, wish)
     if given:
+        if owner is model:
+            vars(config)[ROOM] = {name: (rank, name in config.offsets) for name, rank in config.ranks.items()}
         config.ranks, config.offsets = {}, []
     _OWNERS[id(config)] = model
 

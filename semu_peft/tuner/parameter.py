@@ -12,6 +12,7 @@ from torch.func import functional_call
 from .config import SemuConfig
 from .keys import without_wrappers
 from .layer import SemuLayer
+from .uninitialized import check_values
 from .weight_use import WeightUse
 
 
@@ -149,7 +150,9 @@ class ParamWrapper(SemuLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         weight = self.base_weight
-        for name in [] if self.disable_adapters or self.merged else self._live_adapters():
+        names = [] if self.disable_adapters or self.merged else self._live_adapters()
+        check_values(self, [name for name in names if self.r[name] > 0])
+        for name in names:
             if self.r[name] > 0:
                 delta = self.get_delta_weight(name)
                 weight = (weight.to(delta.dtype) + delta).to(weight.dtype)

@@ -6,14 +6,16 @@ import copy
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config import SemuConfig
 from .embedding import Embedding
 from .layer import SemuLayer
 from .linear import Linear
+from .tensors import AdapterTensors
 
-_OF_THE_SOURCE = {*Embedding.other_param_names, "semu_core", "layer_name"} - {"semu_U"}
+_OF_THE_SOURCE = {*Embedding.other_param_names, "semu_core", "layer_name"} - {"semu_U", "semu_V"}
 
 
 class TiedLayer(SemuLayer):
@@ -41,9 +43,28 @@ class TiedLayer(SemuLayer):
         """The embedding that the weight is tied to."""
         return self._source[0]
 
+    # The embedding may lie on another device: in another stage of a model, or in DataParallel's first replica.
+
     @property
     def semu_U(self) -> Any:  # type: ignore[override]
-        return {name: self.source.token_basis(name) for name in self.source.semu_U}
+        return {name: self.source.token_basis(name).to(self._device) for name in self.source.semu_U}
+
+    @property
+    def semu_V(self) -> Any:  # type: ignore[override]
+        return {name: self.source.semu_V[name].to(self._device) for name in self.source.semu_V}
+
+    def get_core(self, adapter_name: str, *, scaled: bool = True) -> Tensor:
+        return self.source.get_core(adapter_name, scaled=scaled).to(self._device)
+
+    @property
+    def _device(self) -> torch.device | None:
+        return self.execution_device if self.base_weight.is_meta else self.base_weight.device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to move here: the embedding has the adapter."""
+
+    def tensors_of(self, adapter_name: str) -> list[AdapterTensors]:
+        return self.source.tensors_of(adapter_name)
 
     @property
     def merged(self) -> bool:

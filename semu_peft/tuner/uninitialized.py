@@ -1,7 +1,8 @@
-"""What an adapter answers to those who ask for more than it can do before its initialisation."""
+"""What an adapter answers to those who ask for more than it can do before it has its bases, or their values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,14 +31,47 @@ class NotInitializedError(RuntimeError, ValueError):
         )
 
 
-class RefuseTraining(torch.autograd.Function):
-    """Pass a layer's output through unchanged; raise when a backward pass wants to train an empty adapter."""
+class EmptyCore(torch.autograd.Function):
+    """Pass a layer's output through unchanged, and give a core without entries its part in the backward pass.
+
+    Distributed training waits for a gradient of every parameter. An adapter that is not initialised raises instead.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, core: Tensor, adapter_name: str) -> Tensor:
-        ctx.adapter_name = adapter_name
+    def forward(ctx: Any, output: Tensor, core: Tensor, adapter_name: str, initialized: bool) -> Tensor:
+        ctx.gradient = torch.zeros_like(core)
+        ctx.uninitialized = None if initialized else adapter_name
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise NotInitializedError(ctx.adapter_name)
+        if ctx.uninitialized is not None:
+            raise NotInitializedError(ctx.uninitialized)
+        return grad_outputs[0], ctx.gradient, None, None
+
+
+def check_values(layer: Any, adapter_names: Sequence[str]) -> None:
+    """Raise where an adapter has no values in a layer and nothing brings them: meta tensors compute garbage in silence.
+
+    Args:
+        layer: The SEMU layer, about to be run; one whose base layer is on the meta device too may be.
+        adapter_names: The adapters that are to be run.
+
+    Raises:
+        RuntimeError: An adapter lies on the meta device.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.uninitialized import check_values
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> check_values(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)[0], ["default"])
+    """
+    for name in adapter_names:
+        if any(tensors.lacks(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
+            raise RuntimeError(
+                f"Layer {layer.layer_name!r}: the adapter {name!r} lies on the meta device, without values, and the "
+                "layer is run with data. Load its weights first (`load_adapter`, or `set_peft_model_state_dict` with "
+                "`low_cpu_mem_usage=True`); or offload the model by Accelerate's or diffusers' functions, which bring "
+                "them back when they are needed."
+            )

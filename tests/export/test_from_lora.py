@@ -152,7 +152,7 @@ def test_refused() -> None:
     half = {key: value for key, value in state.items() if "lora_A" in key}
     for weights, bounds, words in (
         ({}, {}, "nothing"),
-        ({"base_model.model.fc1.semu_U": torch.zeros(1)}, {}, "semu_U"),
+        ({"base_model.model.fc1.semu_U.semu_U": torch.zeros(1)}, {}, "semu_U"),
         (half, {}, "lora_B"),
         (state, {"r": 0}, "`r`"),
         (state, {"explained_variance": 0.0}, "explained_variance"),

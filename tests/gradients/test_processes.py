@@ -32,9 +32,10 @@ def run_two(wrapper: str, folder: Path) -> None:
     workers = []
     for rank, log in enumerate(logs):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(WORKER), wrapper, str(folder), str(rank)]
         with log.open("w") as file:
             workers.append(
-                subprocess.Popen([sys.executable, str(WORKER), wrapper, str(folder)], env=own, stdout=file, stderr=file)
+                subprocess.Popen(command, env=os.environ if wrapper == "torch" else own, stdout=file, stderr=file)
             )
     try:
         codes = [worker.wait(timeout=150) for worker in workers]
@@ -44,9 +45,9 @@ def run_two(wrapper: str, folder: Path) -> None:
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
-@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", ["plain", "torch", "ddp", "fsdp2"])
 def test_two_processes_find_the_bases_of_one(wrapper: str, tmp_path: Path) -> None:
-    """Sums are taken over processes: exact and sketched, in DDP's wrapper, and with the base weights sharded."""
+    """Sums are taken over processes: exact and sketched, in DDP's wrapper, known to torch alone, and sharded."""
     run_two(wrapper, tmp_path)
     for kind, statistic in STATISTICS.items():
         model = get_peft_model(network(), config(wrapper))

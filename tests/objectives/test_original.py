@@ -162,7 +162,7 @@ def test_a_style_lora_stays_on(name: str) -> None:
     styled = inject_adapter_in_model(lora, llama(), name).eval()
     config = SemuConfig(target_modules=["q_proj", "down_proj"], r=3, init_weights=False)
     model = get_peft_model(copy.deepcopy(styled).requires_grad_(False), config).eval()
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"semu_core"}
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"semu_core"}
     x = sample_input(llama())
     bare = run(styled, *x)
     assert not torch.allclose(bare, run(llama(), *x), atol=1e-4) and not torch.allclose(run(model, *x), bare, atol=1e-4)

@@ -86,7 +86,7 @@ def test_two_processes_are_one(
     for name, wanted in single.items():
         torch.testing.assert_close(several[name], wanted, atol=tolerance, rtol=tolerance)
         if name != "losses":
-            moved = (wanted - start[f"base_model.model.{name}.semu_core"]).abs().max()
+            moved = (wanted - start[f"base_model.model.{name}.semu_core.semu_core"]).abs().max()
             assert moved > 5 * tolerance
 
 

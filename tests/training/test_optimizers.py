@@ -146,7 +146,7 @@ def test_one_adapter_is_trained_and_the_others_take_part(chosen: str) -> None:
     result = unlearn(model, vector_batches(1), CrossEntropy(), adapter_name=chosen, **QUIET)
     now = Snapshot.of(model)
     changed = {name for name, tensor in now.state.items() if not torch.equal(tensor, before.state[name])}
-    assert changed and all(name.endswith(f"semu_core.{chosen}") for name in changed)
+    assert changed and all(name.endswith(f"semu_core.{chosen}.semu_core") for name in changed)
     assert now.flags == before.flags and result.trainable_parameters > 0
     assert result.history[0]["loss"] == pytest.approx(start, rel=1e-5)
 

@@ -258,12 +258,15 @@ def test_gradients_are_those_of_the_dense_weight(name: str, mode: str, core: str
 
 
 @every_case
-def test_only_the_core_is_a_parameter(name: str, mode: str, core: str) -> None:
-    """U and V are buffers with orthonormal columns that take no gradient; R is the only parameter of an adapter."""
-    layer, _ = make(name, mode, core)
-    parameters = [key for key, _ in layer.named_parameters() if not key.startswith("base_layer.")]
-    assert parameters == ["semu_core.default"]
-    assert {"semu_U.default", "semu_V.default"} <= set(dict(layer.named_buffers()))
+def test_only_the_core_is_trained(name: str, mode: str, core: str) -> None:
+    """U and V have orthonormal columns and take no gradient, whatever is told their flags; R alone is trained."""
+    layer, x = make(name, mode, core)
+    parameters = {key: p for key, p in layer.named_parameters() if not key.startswith("base_layer.")}
+    assert set(parameters) == {f"semu_{kind}.default.semu_{kind}" for kind in ("U", "V", "core")}
+    assert [key for key, p in parameters.items() if p.requires_grad] == ["semu_core.default.semu_core"]
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert [key for key, p in parameters.items() if p.grad is not None] == ["semu_core.default.semu_core"]
     for basis in (layer.semu_U["default"], layer.semu_V["default"]):
         assert not basis.requires_grad
         identity = torch.eye(basis.shape[-1]).expand(*basis.shape[:-2], -1, -1)

@@ -152,7 +152,7 @@ def test_what_is_trained(cell: Cell) -> None:
     model = cell.adapted()
     layers = semu_layers(model)
     biases = cell.options.get("bias") == "semu_only"
-    wanted = {f"base_model.model.{name}.semu_core.default" for name in layers}
+    wanted = {f"base_model.model.{name}.semu_core.default.semu_core" for name in layers}
     if biases:
         parameters = dict(model.named_parameters())
         names = (f"base_model.model.{name}.base_layer.bias" for name in layers)

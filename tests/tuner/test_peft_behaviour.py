@@ -106,7 +106,7 @@ def test_registration_leaves_lora_alone(tmp_path: Path) -> None:
 
 @every_model
 def test_get_peft_model(name: str) -> None:
-    """Wrapping changes the output, freezes all but the cores, and counts them."""
+    """Wrapping changes the output, freezes all but the cores, and counts them and their bases."""
     model = MODELS[name][0]()
     x = sample_input(model)
     before, total = run(model, *x), sum(p.numel() for p in model.parameters())
@@ -115,16 +115,18 @@ def test_get_peft_model(name: str) -> None:
     assert len(layers) >= 2
     assert not torch.allclose(run(wrapped, *x), before)
     trainable = {key for key, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"base_model.model.{key}.semu_core.default" for key in layers}
+    assert trainable == {f"base_model.model.{key}.semu_core.default.semu_core" for key in layers}
     cores = sum(layer.r["default"] ** 2 for layer in layers.values())
-    assert wrapped.get_nb_trainable_parameters() == (cores, total + cores)
+    bases = sum(basis["default"].numel() for layer in layers.values() for basis in (layer.semu_U, layer.semu_V))
+    assert wrapped.get_nb_trainable_parameters() == (cores, total + bases + cores)
 
 
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT's own printout counts the cores of a per-channel convolution and of a diagonal core."""
-    adapted("cnn", conv_mode="per_channel", core="diagonal").print_trainable_parameters()
+    model = adapted("cnn", conv_mode="per_channel", core="diagonal")
+    model.print_trainable_parameters()
     trained = 3 * 3 + 4 * 3 + 3
-    total = sum(p.numel() for p in Cnn().parameters()) + trained
+    total = sum(p.numel() for p in model.parameters())
     assert f"trainable params: {trained} || all params: {total:,}" in capsys.readouterr().out
 
 
@@ -242,7 +244,7 @@ def test_several_adapters() -> None:
     other = run(wrapped, *x)
     assert not torch.allclose(other, first) and not torch.allclose(other, base)
     trainable = [key for key, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    assert trainable and all(key.endswith("semu_core.other") for key in trainable)
+    assert trainable and all(key.endswith("semu_core.other.semu_core") for key in trainable)
     wrapped.base_model.set_adapter(["default", "other"])
     both = run(wrapped, *x)
     wrapped.merge_adapter()
@@ -252,7 +254,7 @@ def test_several_adapters() -> None:
     assert_close(run(wrapped, *x), first)
     wrapped.delete_adapter("default")
     assert list(wrapped.peft_config) == ["other"]
-    assert not [key for key in wrapped.state_dict() if key.endswith(".default")]
+    assert not [key for key in wrapped.state_dict() if ".default" in key]
     wrapped.set_adapter("other")  # what PEFT makes active differs where the adapters have different layers
     assert_close(run(wrapped, *x), other)
     with pytest.raises(ValueError, match="default"):
@@ -402,7 +404,7 @@ def test_load_adapter_beside_another(tmp_path: Path) -> None:
     second.load_adapter(tmp_path, "loaded")
     assert torch.equal(run(second, *x), own)
     flags = {key: p.requires_grad for key, p in second.named_parameters() if "semu_" in key}
-    assert flags == {key: key.endswith(".default") for key in flags}
+    assert flags == {key: key.endswith("semu_core.default.semu_core") for key in flags}
     second.set_adapter("loaded")
     assert torch.equal(run(second, *x), saved)
 

@@ -122,7 +122,10 @@ def test_the_correction_is_beside_the_quantised_layer(quantized: Callable[[], nn
         expected = base(x) + x @ right @ core.T @ left.T
         torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trainable == ["base_model.model.0.semu_core.default", "base_model.model.2.semu_core.default"]
+    assert trainable == [
+        "base_model.model.0.semu_core.default.semu_core",
+        "base_model.model.2.semu_core.default.semu_core",
+    ]
 
 
 @every_library

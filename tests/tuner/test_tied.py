@@ -127,8 +127,8 @@ def test_training_and_initialisation_see_all_uses() -> None:
     layer, left = semu_layers(model)[name], left[:, : profile.ranks[name]]
     basis = layer.semu_U["default"]
     torch.testing.assert_close(basis @ basis.mT, left @ left.mT, atol=1e-4, rtol=0)
-    assert [key for key, _ in model.named_parameters() if "semu" in key] == [
-        "base_model.model.model.embed_tokens.semu_core.default"
+    assert [key for key, p in model.named_parameters() if "semu" in key and p.requires_grad] == [
+        "base_model.model.model.embed_tokens.semu_core.default.semu_core"
     ]
     loss(model, ids).backward()
     gradient[PADDING] = 0  # never corrected

@@ -1,0 +1,151 @@
+"""The tensors of a layer's adapters, each in a module of its own, where a framework looks for a LoRA's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+TENSORS = ("semu_U", "semu_V", "semu_offset", "semu_core")
+"""The kinds of tensors that an adapter has in a layer."""
+
+
+class AdapterTensor(nn.Module):
+    """One tensor of one adapter, which is called to be read.
+
+    Libraries that keep weights elsewhere (Accelerate's and diffusers' offloading) bring a module's weights in while it
+    is called; what clones, counts or shards weights goes through the named parameters of modules. The parameter has the
+    name of the tensor's kind, and not `weight`, by which PEFT's policy for FSDP would wrap it alone and free it before
+    it is used.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.tuner.tensors import AdapterTensor
+        >>> held = AdapterTensor("semu_U", torch.eye(2), requires_grad=False)
+        >>> held() is held.semu_U
+        True
+    """
+
+    def __init__(self, kind: str, tensor: Tensor, requires_grad: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_parameter(kind, nn.Parameter(tensor, requires_grad=requires_grad))
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter as it lies."""
+        parameter: nn.Parameter = getattr(self, self.kind)
+        return parameter
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether a library has put a `forward` around this one, which brings the values when it is called."""
+        return "forward" in self.__dict__
+
+    def forward(self) -> Tensor:
+        """The parameter; where a library takes its values away after the call, a view, which keeps them."""
+        return self.stored.view_as(self.stored) if self.is_brought else self.stored
+
+
+class AdapterTensors(nn.ModuleDict):
+    """A mapping from the names of a layer's adapters to one tensor of each.
+
+    `tensors[name]` is the tensor to compute with, wherever it was; `tensors.stored(name)` the parameter as it lies,
+    which may be on the meta device; `items()` and `values()` give modules, as PEFT expects of a `ModuleDict`.
+
+    Args:
+        kind: What the tensors are called, `"semu_core"` for example.
+        trainable: Whether the tensors are trained; if not, no gradient ever reaches them.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.tuner.tensors import AdapterTensors
+        >>> cores = AdapterTensors("semu_core", trainable=True)
+        >>> cores["default"] = torch.zeros(2, 2)
+        >>> [name for name, _ in cores.named_parameters()], cores["default"].requires_grad
+        (['default.semu_core'], True)
+    """
+
+    def __init__(self, kind: str, *, trainable: bool = False) -> None:
+        super().__init__()
+        self.kind = kind
+        self.trainable = trainable
+
+    def __getitem__(self, adapter_name: str) -> Tensor:  # type: ignore[override]
+        tensor: Tensor = self._held(adapter_name)()
+        return tensor if self.trainable or not tensor.requires_grad else tensor.detach()
+
+    def __setitem__(self, adapter_name: str, tensor: Tensor) -> None:  # type: ignore[override]
+        # The parameter stays the same object, so that an optimiser made before goes on with it; but what a library
+        # would bring in its place is of another time, so a tensor that is brought makes way for one at hand.
+        data = tensor.detach().clone() if self.trainable else tensor.detach()
+        held = self._held(adapter_name) if adapter_name in self else None
+        if held is None or held.is_brought or held.stored.is_meta != data.is_meta:
+            requires_grad = self.trainable if held is None else held.stored.requires_grad
+            self.add_module(adapter_name, AdapterTensor(self.kind, data, requires_grad))
+        else:
+            held.stored.grad = None
+            held.stored.data = data
+
+    def stored(self, adapter_name: str) -> nn.Parameter:
+        """The parameter as it lies, for what asks for its place, flags or gradient."""
+        return self._held(adapter_name).stored
+
+    def is_brought(self, adapter_name: str) -> bool:
+        """Whether a library brings the adapter's tensor when it is read."""
+        return self._held(adapter_name).is_brought
+
+    def lacks(self, adapter_name: str) -> bool:
+        """Whether the adapter's tensor has no values, and nothing that would bring them."""
+        held = self._held(adapter_name)
+        return held.stored.is_meta and not held.is_brought
+
+    def _held(self, adapter_name: str) -> AdapterTensor:
+        return self._modules[adapter_name]  # type: ignore[return-value]
+
+
+class HoldsTensors:
+    """What a SEMU layer knows of the tensors of its adapters, which it has in an `AdapterTensors` of each kind."""
+
+    def is_brought(self, adapter_name: str) -> bool:
+        """Whether a library keeps the adapter elsewhere, and brings it when it is read."""
+        return any(tensors.is_brought(adapter_name) for tensors in self.tensors_of(adapter_name))
+
+    def tensors_of(self, adapter_name: str) -> list[AdapterTensors]:
+        """Of each kind that the adapter has here, the mapping."""
+        every: list[AdapterTensors] = [getattr(self, kind) for kind in TENSORS]
+        return [tensors for tensors in every if adapter_name in tensors]
+
+
+def with_values(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's state dict, with the values of those that are offloaded.
+
+    Args:
+        model: The model.
+        state_dict: Tensors of it, by its keys.
+
+    Raises:
+        ValueError: An adapter's tensor has no values anywhere.
+
+    Examples:
+        >>> import torch
+        >>> from accelerate import cpu_offload
+        >>> from semu_peft.tuner.tensors import AdapterTensors, with_values
+        >>> cores = AdapterTensors("semu_core")
+        >>> cores["default"] = torch.ones(2)
+        >>> state = cpu_offload(cores, "cpu").state_dict()
+        >>> state["default.semu_core"].is_meta, with_values(cores, state)["default.semu_core"]
+        (True, tensor([1., 1.]))
+    """
+    values = dict(state_dict)
+    for key, tensor in state_dict.items():
+        if tensor.is_meta:
+            held = model.get_submodule(key.rpartition(".")[0])
+            if isinstance(held, AdapterTensor):
+                values[key] = held().detach()
+                if values[key].is_meta:
+                    raise ValueError(
+                        f"{key!r} lies on the meta device, without values, so that it cannot be saved. Load the "
+                        "adapter's weights first."
+                    )
+    return values
