@@ -65,7 +65,8 @@ def check_values(layer: Any, adapter_names: Sequence[str]) -> None:
         >>> from semu_peft import SemuConfig
         >>> from semu_peft.tuner.uninitialized import check_values
         >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
-        >>> check_values(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)[0], ["default"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), config)
+        >>> check_values(model.base_model.model[0], ["default"])  # it has some
     """
     for name in adapter_names:
         if any(tensors.lacks(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
