@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.keys import PREFIX, tensor_key
+from semu_peft.tuner.loading import impossible_tensor
 from semu_peft.tuner.reduced_bases import restored_bases
 from semu_peft.tuner.tensors import TENSORS
 
@@ -68,7 +70,11 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
                 f"Configs are incompatible: for {name}, {getattr(current, name)!r} != {getattr(config, name)!r}. "
                 "Load the adapter beside the other one instead (`load_adapter`)."
             )
-    found = restored_bases(load_peft_weights(model_name_or_path, device="cpu", **kwargs), config.save_dtype)
+    kept = config._kept_weights
+    saved = load_file(kept) if kept is not None else load_peft_weights(model_name_or_path, device="cpu", **kwargs)
+    if problem := impossible_tensor(saved):
+        raise ValueError(f"The saved adapter is damaged: {problem} The model is left as it was.")
+    found = restored_bases(saved, config.save_dtype)
     places = {
         tensor_key(PREFIX + name, kind): getattr(layer, kind).stored(adapter_name)
         for name, layer in layers.items()

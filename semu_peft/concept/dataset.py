@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from semu_peft.files import save_tensors
+from semu_peft.files import load_tensors, save_tensors
 
 from .families import Family, family_of
 from .sampling import seeded
@@ -102,16 +101,23 @@ class ConceptExamples(Dataset[dict[str, Any]]):
         Raises:
             ValueError: The file is another one.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = load_tensors(path, "ConceptExamples.save")
         if "prompts" not in metadata or "latents" not in tensors:
             raise ValueError(f"`path` must be a file that `ConceptExamples.save` wrote, got {path}, which holds none.")
         parts = {
             kind: {key.removeprefix(f"{kind}."): value for key, value in tensors.items() if key.startswith(f"{kind}.")}
             for kind in ("encoded", "roles")
         }
-        prompts, request = json.loads(metadata["prompts"]), json.loads(metadata.get("request", "{}"))
+        try:
+            prompts, request = json.loads(metadata["prompts"]), json.loads(metadata.get("request", "{}"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}). Make the examples again.") from error
+        for name, indices in parts["roles"].items():
+            count = len(tensors["latents"])
+            if indices.is_floating_point() or indices.shape != (count,) or not _all_below(indices, len(prompts)):
+                raise ValueError(
+                    f"{path} is damaged: `{name}` names prompts that are not there. Make the examples again."
+                )
         return cls(tensors["latents"], prompts, parts["encoded"], parts["roles"], request)
 
 
@@ -220,6 +226,10 @@ def _cached(cache: Path, request: Mapping[str, Any]) -> ConceptExamples:
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _all_below(indices: Tensor, count: int) -> bool:
+    return bool(((indices >= 0) & (indices < count)).all())
 
 
 def _digest(images: Any) -> str:

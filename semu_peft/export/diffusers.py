@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from semu_peft.adapter.whole_model import merge_and_remove
-from semu_peft.files import save_tensors, written_whole
+from semu_peft.files import folder_written_whole, save_tensors
 from semu_peft.tuner.adapted import base_model, semu_layers
+from semu_peft.tuner.adapter_file import forget_older_weights, keep_weights
 from semu_peft.tuner.keys import PREFIX, without_prefix, without_wrappers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.misnomers import check_order
@@ -137,11 +138,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter_name: str = "def
     config = next(iter(semu_layers(model, adapter_name).values())).configs[adapter_name]
     state_dict = get_peft_model_state_dict(root, adapter_name=adapter_name, save_embedding_layers=False)
     weights = {f"{PREFIX}{without_prefix(key)}": value.cpu() for key, value in state_dict.items()}
-    folder = Path(path)
-    save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, weights)
-    with written_whole(folder / CONFIG_NAME) as file:
-        file.write_text(json.dumps(as_json({**config.to_dict(), "inference_mode": True}), indent=2, sort_keys=True))
-    return folder
+    with folder_written_whole(path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]) as folder:
+        save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, weights)
+        settings = {**config.to_dict(), "inference_mode": True, "weights_sha256": keep_weights(folder)}
+        (folder / CONFIG_NAME).write_text(json.dumps(as_json(settings), indent=2, sort_keys=True), encoding="utf-8")
+    forget_older_weights(Path(path), settings["weights_sha256"])
+    return Path(path)
 
 
 def merge_pipeline(pipe: Any, *, adapter_name: str = "default") -> Any:

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from semu_peft.files import save_tensors, written_whole
+from semu_peft.files import folder_written_whole, save_tensors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.embedding import Embedding
 from semu_peft.tuner.keys import PREFIX
@@ -96,7 +96,7 @@ def save_as_lora(
 ) -> Path:
     """Save a SEMU adapter as a LoRA folder that stock PEFT loads, without `semu_peft` being installed there.
 
-    The same adapter gives the same bytes.
+    The same adapter gives the same bytes. Over an older export the two files are replaced as one.
 
     Args:
         model: A model with a SEMU adapter.
@@ -123,11 +123,11 @@ def save_as_lora(
     """
     check_order("save_as_lora(model, path)", model)
     config, state_dict = to_lora(model, uniform_rank=uniform_rank, adapter_name=adapter_name)
-    folder = Path(path)
-    save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, {key: value.cpu() for key, value in state_dict.items()})
-    with written_whole(folder / CONFIG_NAME) as file:
-        file.write_text(json.dumps(as_json(config.to_dict()), indent=2, sort_keys=True))
-    return folder
+    settings = json.dumps(as_json(config.to_dict()), indent=2, sort_keys=True)
+    with folder_written_whole(path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]) as folder:
+        save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, {key: value.cpu() for key, value in state_dict.items()})
+        (folder / CONFIG_NAME).write_text(settings, encoding="utf-8")
+    return Path(path)
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

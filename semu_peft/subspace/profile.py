@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from semu_peft.files import save_tensors
+from semu_peft.files import load_tensors, save_tensors
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.loading import impossible_tensor
 
 from .fill import fill, layers_to_fill
 from .ranks import RankBudget, explained_variance_of, plan_ranks
@@ -210,28 +210,30 @@ class SubspaceProfile:
             ValueError: The file is damaged or not a profile.
             FileNotFoundError: There is no such file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"`path`: there is no file {path}; expected one that `SubspaceProfile.save` wrote.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_METADATA)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); save the profile again.") from error
-        if text is None:
+        tensors, metadata = load_tensors(path, "SubspaceProfile.save")
+        if _METADATA not in metadata:
             raise ValueError(f"`path` must be a file that `SubspaceProfile.save` wrote, got {path}, which is another.")
-        described = json.loads(text)
-        layers = {}
-        for name, layer in described["layers"].items():
-            directions = SingularFactors(
-                tensors[f"{name}.left"],
-                tensors[f"{name}.right"],
-                tensors[f"{name}.singular_values"],
-                tensors[f"{name}.energy"],
-                layer["estimated"],
-            )
-            overlap = None
-            if f"{name}.overlap_inputs" in tensors:
-                overlap = Overlap(tensors[f"{name}.overlap_inputs"], tensors[f"{name}.overlap_outputs"])
-            layers[name] = LayerSpectrum(directions, layer["rank"], tuple(layer["shape"]), overlap)
-        return cls(layers, described["batches"])
+        try:
+            described = json.loads(metadata[_METADATA])
+            layers = {name: _read_layer(tensors, name, layer) for name, layer in described["layers"].items()}
+            return cls(layers, int(described["batches"]))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}). Save the profile again.") from error
+
+
+def _read_layer(tensors: Mapping[str, Tensor], name: str, described: Mapping[str, Any]) -> LayerSpectrum:
+    left, right, values, energy = (tensors[f"{name}.{part}"] for part in ("left", "right", "singular_values", "energy"))
+    rank, shape = described["rank"], tuple(int(size) for size in described["shape"])
+    if not isinstance(rank, int) or not 0 <= rank <= left.shape[-1] or left.shape[-1] != right.shape[-1]:
+        raise ValueError(f"layer {name!r} has rank {rank!r} and {left.shape[-1]} directions")
+    if left.shape[:-1] != (*shape[:-2], shape[-2]) or right.shape[:-1] != (*shape[:-2], shape[-1]):
+        raise ValueError(f"layer {name!r} has shape {shape} and directions of other lengths")
+    bases = {f"{name}.semu_U": left, f"{name}.semu_V": right}
+    if problem := impossible_tensor(bases | {f"{name}.semu_core": values}):
+        raise ValueError(problem)
+    overlap = None
+    if f"{name}.overlap_inputs" in tensors:
+        overlap = Overlap(tensors[f"{name}.overlap_inputs"], tensors[f"{name}.overlap_outputs"])
+    return LayerSpectrum(
+        SingularFactors(left, right, values, energy, bool(described["estimated"])), rank, shape, overlap
+    )

@@ -1,20 +1,23 @@
-"""Check an adapter file by its header alone, before a model is changed for its sake."""
+"""The two files of an adapter belong together: what says so, and is checked before a model is changed for its sake."""
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from semu_peft.files import save_tensors
+from semu_peft.files import digest_of, save_tensors
 
 from .keys import layer_of, without_prefix, without_wrappers
+from .peft_type import NAME
 
 
 def replace_pickle(folder: Path) -> None:
@@ -43,19 +46,104 @@ def replace_pickle(folder: Path) -> None:
     )
 
 
-def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
-    """Check that the safetensors file in `folder` is whole, is a SEMU adapter and has the ranks of its configuration.
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read an `adapter_config.json`.
 
-    Only the header is read. A folder without the file passes: PEFT itself says that there are no weights.
+    Raises:
+        ValueError: It is damaged, or the configuration of another PEFT method.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): save, copy or download the adapter again.") from error
+    found = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
+    if found != NAME:
+        raise ValueError(
+            f"{path} must be the configuration of a SEMU adapter, with `peft_type` {NAME!r}, got {found!r}. Load it "
+            "with the class of its own method, or save, copy or download the adapter again."
+        )
+    settings.pop("runtime_config", None)
+    return settings
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of an adapter folder that PEFT loads, if there is one."""
+    return next((path for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (path := folder / name).is_file()), None)
+
+
+def keep_weights(folder: Path) -> str | None:
+    """Give the digest of the weights that were just written, and keep them under a second name.
+
+    PEFT replaces the weights first and the configuration, with its digest, a moment later. Who reads in that moment, or
+    after a kill in it, takes the old ones by their second name; it is a hard link and takes no room.
+    """
+    path = weights_file(folder)
+    if path is None:
+        return None
+    digest = digest_of(path)
+    if path.name == SAFETENSORS_WEIGHTS_NAME:
+        try:
+            _kept(folder, digest).unlink(missing_ok=True)
+            os.link(path, _kept(folder, digest), follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            pass  # a file system without hard links: such a moment is then refused
+    return digest
+
+
+def forget_older_weights(folder: Path, digest: str | None) -> None:
+    """Remove what `keep_weights` kept of other weights than the configuration's, once that is written."""
+    for path in folder.glob(_kept(Path(), "*").name):
+        if digest is None or path.name != _kept(folder, digest).name:
+            path.unlink(missing_ok=True)
+
+
+def same_mode(folder: Path) -> None:
+    """Let who may read a configuration, by the umask, read its weights: safetensors thinks of the owner alone."""
+    path = weights_file(folder)
+    if path is not None and not path.is_symlink():
+        path.chmod((folder / CONFIG_NAME).stat().st_mode)
+
+
+def _kept(folder: Path, digest: str) -> Path:
+    return folder / f".adapter_model.{digest[:16]}.safetensors"
+
+
+def matching_weights(folder: Path, digest: str | None) -> tuple[Path | None, str | None]:
+    """The weights that a configuration was written with, where they are no longer the file that PEFT loads.
 
     Args:
-        folder: The adapter folder, as written by `save_pretrained`.
+        folder: The adapter folder.
+        digest: What the configuration says of them; None in folders from before that was written, which pass unchecked.
+
+    Returns:
+        The file, None where it is the one that PEFT loads; and what is wrong where it is nowhere.
+    """
+    path = weights_file(folder)
+    if path is None or digest is None or (found := digest_of(path)) == digest:
+        return None, None
+    kept = _kept(folder, digest)
+    if kept.is_file() and digest_of(kept) == digest:
+        return kept, None
+    return None, (
+        f"{path} must have the SHA-256 {digest[:16]}…, which {CONFIG_NAME} beside it says, got {found[:16]}…. It is "
+        "damaged, or the two files are not from one adapter. Take both from one `save_pretrained`, or copy or download "
+        "them again; if you changed the weights on purpose, take `weights_sha256` out of the configuration."
+    )
+
+
+def check_adapter_file(path: Path, expected_ranks: Mapping[str, int], others: Collection[str] = ()) -> None:
+    """Check that a safetensors file is whole, is a SEMU adapter and has the ranks of its configuration.
+
+    Only the header is read. A path without a file passes: PEFT itself says that there are no weights.
+
+    Args:
+        path: The file, as written by `save_pretrained`.
         expected_ranks: Rank by full layer name, `ranks` of the configuration in the same folder.
+        others: What the names of further tensors must have in them: modules that are trained in full.
 
     Raises:
         ValueError: The file is truncated or no safetensors file, holds no SEMU weights, or its ranks differ.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return
     try:
@@ -73,6 +161,12 @@ def check_adapter_file(folder: Path, expected_ranks: Mapping[str, int]) -> None:
             f"{path} holds no SEMU weights (found {example!r}). Expected entries that end in `.semu_U`, `.semu_V` and "
             "`.semu_core`: this file belongs to another PEFT method, load it with that method's adapter_config.json."
         )
+    for name in others:
+        if not any(f".{name}." in f".{key}." and ".semu_" not in key for key in shapes):
+            raise ValueError(
+                f"{path} has no weights for {name!r}, which the adapter_config.json beside it says is trained in full. "
+                "Take both files from one `save_pretrained`."
+            )
     ranks = {without_prefix(layer_of(key) or ""): shape[-1] for key, shape in cores.items()}
     # Where parameters are corrected instead of a layer, the file has the module that holds them, once for each.
     owners = {without_wrappers(name) for name in ranks if name not in expected_ranks}

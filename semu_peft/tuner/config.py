@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_file import check_adapter_file, replace_pickle
+from .adapter_file import (
+    check_adapter_file,
+    forget_older_weights,
+    keep_weights,
+    matching_weights,
+    read_settings,
+    replace_pickle,
+    same_mode,
+)
 from .misnomers import explaining
 from .model_card import fill_model_card
+from .names import check_names, check_pattern
 from .peft_type import add_peft_type
 
 _FOREIGN = {
@@ -91,6 +107,8 @@ class SemuConfig(PeftConfig):
         save_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*):
             The dtype of the bases `U` and `V` in a saved file; the core keeps its own. Loading takes the orthonormal
             matrix nearest to the rounded one, in float32. `None` saves the bases as they are.
+        weights_sha256 (`str`, *optional*):
+            The digest of the weights beside a saved configuration: written and checked, not given.
 
     Raises:
         ValueError: A value is outside its range, or two values contradict each other.
@@ -165,6 +183,11 @@ class SemuConfig(PeftConfig):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "The dtype of the bases in a saved file."}
     )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "Digest of the weights beside a saved configuration; written, not given."}
+    )
+    # Where a save was cut short between the weights and the configuration: the weights that belong to this one.
+    _kept_weights = None  # type: Path | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,6 +200,7 @@ class SemuConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
+        self._check_names()
         if not _is_share(self.explained_variance):
             raise ValueError(
                 f"`explained_variance` must be a share in (0, 1], got {self.explained_variance!r}. Use 0.9 to keep 90% "
@@ -189,8 +213,6 @@ class SemuConfig(PeftConfig):
             )
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
-        if isinstance(self.target_parameters, str):
-            raise TypeError(f"`target_parameters` must be a list of names or None, got {self.target_parameters!r}.")
         _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
         _check_choice("core", self.core, ("full", "diagonal"))
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))
@@ -216,15 +238,72 @@ class SemuConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` only says where to count `layers_to_transform`; set that as well.")
 
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_names(name, getattr(self, name))
+        for name in ("target_parameters", "modules_to_save"):
+            check_names(name, getattr(self, name), pattern=False)
+        for module in self.modules_to_save or ():
+            check_pattern("modules_to_save", module)  # PEFT looks for it as one
+        for name in _BY_PATTERN:
+            value = getattr(self, name)
+            for pattern in value if isinstance(value, dict) else ():
+                if not isinstance(pattern, str):
+                    raise TypeError(f"`{name}` must map names or patterns, got the key {pattern!r}. Names are strings.")
+                check_pattern(name, pattern)
+        indices = self.layers_to_transform
+        several = indices if isinstance(indices, (list, tuple, set)) else [] if indices is None else [indices]
+        if any(not isinstance(index, int) or isinstance(index, bool) for index in several):
+            raise TypeError(
+                f"`layers_to_transform` must be a layer's index, a list of them or None, got {indices!r}. Count from 0."
+            )
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}. It is a switch.")
+
+    def _trained_in_full(self) -> list[str]:
+        """Parts of the names of tensors that a file has beside the corrections."""
+        modules = [name for name in self.modules_to_save or () if name not in _HEADS]
+        return [*modules, *(["trainable_tokens_delta"] if self.trainable_token_indices else [])]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in `adapter_config.json`, where sets are sorted lists: one adapter, one file."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and the adapter's description into a model card that is still blank."""
-        replace_pickle(Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
-        fill_model_card(Path(save_directory), self.to_dict())
+        """Write `adapter_config.json` last and whole, with the digest of the weights that PEFT has just written.
+
+        Somebody's model card that is still blank gets the adapter's description.
+
+        Raises:
+            ValueError: `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(
+                f"`save_directory` must be a folder, got {str(folder)!r}, which is a file. Give another path."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_pickle(folder)
+        written = copy.copy(self)
+        # PEFT's models give `auto_mapping_dict`, after the weights; transformers does not, and writes them afterwards.
+        written.weights_sha256 = keep_weights(folder) if "auto_mapping_dict" in kwargs else None
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter_config.") as temporary:
+            super(SemuConfig, written).save_pretrained(temporary, **kwargs)
+            os.replace(Path(temporary, CONFIG_NAME), folder / CONFIG_NAME)
+        forget_older_weights(folder, written.weights_sha256)
+        if written.weights_sha256 is not None:
+            same_mode(folder)
+        fill_model_card(folder, self.to_dict())
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read an `adapter_config.json`.
+
+        Raises:
+            ValueError: It is damaged, or of another PEFT method.
+        """
+        return read_settings(Path(path_json_file))
 
     @classmethod
     def from_pretrained(
@@ -233,13 +312,46 @@ class SemuConfig(PeftConfig):
         """Load the configuration, and check the adapter file beside it before any model is touched.
 
         Raises:
-            ValueError: The adapter file in that folder is damaged, not a SEMU adapter, or of another rank.
+            ValueError: The adapter file in that folder is damaged, not a SEMU adapter, of another rank, or not the one
+                that the configuration was written with.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():
-            check_adapter_file(folder, config.ranks)
+        digest, config.weights_sha256 = config.weights_sha256, None
+        if not folder.is_dir():
+            if digest is None:
+                return config
+            found = _downloaded_folder(pretrained_model_name_or_path, subfolder, cls._split_kwargs(kwargs)[0])
+            if found is None:
+                return config
+            folder = found
+        kept, problem = matching_weights(folder, digest)
+        check_adapter_file(kept or folder / SAFETENSORS_WEIGHTS_NAME, config.ranks, config._trained_in_full())
+        if problem is not None:
+            raise ValueError(problem)
+        if kept is not None:
+            warnings.warn(
+                f"{folder / SAFETENSORS_WEIGHTS_NAME} is not the file that {CONFIG_NAME} beside it was written with, "
+                "as after a save that was cut short. The SEMU adapter is loaded as it was before, from "
+                f"{kept.name}. Save it again; or, if you changed the weights, remove that file, and `weights_sha256` "
+                "from the configuration.",
+                stacklevel=2,
+            )
+        config._kept_weights = kept
         return config
+
+
+_HEADS = ("classifier", "score", "qa_outputs")  # which PEFT adds to `modules_to_save` by the task, if there or not
+_SWITCHES = ("ensure_weight_tying", "orthogonal_to_weight", "inference_mode")
+_BY_PATTERN = ("explained_variance_pattern", "rank_pattern")
+
+
+def _downloaded_folder(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
+    """The folder of the Hub's cache with the weights, which are loaded in any case; None where there are none."""
+    try:
+        return Path(hf_hub_download(repo_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **options)).parent
+    except EntryNotFoundError:
+        return None
 
 
 def _is_share(value: object) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 from peft.utils.other import ModulesToSaveWrapper
@@ -15,7 +17,10 @@ from .adapted import base_model
 from .config import SemuConfig
 from .keys import layer_of, tensor_key, without_prefix
 from .layer import SemuLayer
+from .reduced_bases import is_basis
 from .tied import TiedLayer
+
+_ROUNDING = 0.05  # bfloat16's is below 0.01
 
 
 def restore_layers(root: nn.Module, adapter_name: str) -> None:
@@ -53,15 +58,94 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
     state_dict = {_named_for_a_place(key, adapter_name): tensor for key, tensor in state_dict.items()}
     problem = mismatch(model, adapter_name, state_dict)
     if problem:
-        name = type(base_model(model)).__name__
-        if made_to_load(model, config, adapter_name):
-            withdraw(model, adapter_name)
-        raise ValueError(
-            f"The saved adapter does not fit {name}: {problem} It was trained on another architecture or rank: "
-            "load it onto the model named in its adapter_config.json. The model given is left as it was."
+        refuse(
+            model,
+            config,
+            adapter_name,
+            f"The saved adapter does not fit {type(base_model(model)).__name__}: {problem} It was trained on another "
+            "architecture or rank: load it onto the model named in its adapter_config.json.",
+        )
+    foreign = foreign_tensors(model, config, adapter_name, state_dict)
+    differing = [key for key, same in foreign.items() if not same]
+    if differing:
+        refuse(
+            model,
+            config,
+            adapter_name,
+            f"The file of an adapter must hold its own tensors, got {differing[0]!r} ({len(differing)} such), which "
+            "would overwrite weights of the model with others. Train what is to be saved beside the adapter as "
+            "`modules_to_save`, or load those weights into the model yourself.",
         )
     make_room(model, adapter_name, state_dict)
-    return state_dict
+    return {key: value for key, value in state_dict.items() if key not in foreign}
+
+
+def refuse(model: nn.Module, config: SemuConfig, adapter_name: str, problem: str) -> NoReturn:
+    """Raise, after an adapter that was put in to be loaded is taken out again; one that was there before stays.
+
+    Raises:
+        ValueError: Always.
+    """
+    if made_to_load(model, config, adapter_name):
+        withdraw(model, adapter_name)
+    raise ValueError(f"{problem} The model given is left as it was.")
+
+
+def impossible_tensor(state_dict: Mapping[str, Tensor]) -> str | None:
+    """Say in a sentence which tensor no SEMU adapter can have, if there is one.
+
+    That is numbers that are not finite, integers, and bases that are not orthonormal (saved ones may be rounded).
+
+    Examples:
+        >>> import torch
+        >>> impossible_tensor({"fc.semu_U": torch.eye(3), "fc.semu_core": torch.ones(3, 3)})
+        >>> impossible_tensor({"fc.semu_U": 2 * torch.eye(3)})
+        "'fc.semu_U' must have orthonormal columns, got some with `UᵀU` off by 3."
+    """
+    for key, value in state_dict.items():
+        ours = ".semu_" in key
+        if ours and not value.is_floating_point():
+            return f"{key!r} must have floating-point numbers, got {value.dtype}."
+        if value.is_meta or not value.is_floating_point():
+            continue
+        wide = value.detach().float()
+        if (ours and not wide.isfinite().all()) or wide.isnan().any():
+            return f"{key!r} must have finite numbers, got NaN or infinity."
+        if is_basis(key) and wide.numel():
+            gram = wide.mT @ wide
+            error = float((gram - torch.eye(gram.shape[-1], device=gram.device)).abs().max())
+            if error > _ROUNDING:
+                return f"{key!r} must have orthonormal columns, got some with `UᵀU` off by {error:.2g}."
+    return None
+
+
+def foreign_tensors(
+    model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, bool]:
+    """The tensors of a file that are the model's and not the adapter's, each with whether the model has the same.
+
+    PEFT saves embedding layers along where it thinks that they were changed.
+    """
+    places = model.state_dict()
+    trained = {f".{kind}.{adapter_name}" for kind in ("modules_to_save", "trainable_tokens_delta")}
+    biases = {"none": (), "all": ("bias",), "semu_only": tuple(f"{name}.base_layer.bias" for name in _names(model))}
+    found = {}
+    for key, value in state_dict.items():
+        own = ".semu_" in key or any(part in key for part in trained) or key.endswith(biases[config.bias])
+        place = places.get(key, places.get(without_prefix(key)))
+        if not own and place is not None:
+            found[key] = place.is_meta or _same(place, value)
+    return found
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [without_prefix(name) for name, layer in model.named_modules() if isinstance(layer, SemuLayer)]
+
+
+def _same(place: Tensor, value: Tensor) -> bool:
+    if hasattr(place, "to_local") or place.shape != value.shape:
+        return hasattr(place, "to_local")  # sharded: not compared, and not loaded either
+    return torch.equal(place.detach().cpu(), value.to(place.dtype).cpu())
 
 
 def _named_for_a_place(key: str, adapter_name: str) -> str:
@@ -160,6 +244,21 @@ def made_to_load(model: nn.Module, config: SemuConfig, adapter_name: str) -> boo
     return config.inference_mode
 
 
+@contextmanager
+def unless_refused(tuner: BaseTuner, adapter_name: str) -> Iterator[None]:
+    """Where the block that puts an adapter into a model fails, leave the model as it was, flags and all."""
+    flags = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
+    was_there = bool(_layers(tuner, adapter_name))
+    try:
+        yield
+    except Exception:
+        if not was_there:
+            withdraw(tuner, adapter_name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter that could not be loaded out of the model again, leaving no trace of it."""
     restore_layers(model, adapter_name)
@@ -170,5 +269,5 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
             if "peft_config" in vars(module.model):
                 del module.model.peft_config
             module._remove_hooks()
-            for parameter, flag in module._requires_grad_before:
+            for parameter, flag in vars(module).get("_requires_grad_before", ()):
                 parameter.requires_grad_(flag)

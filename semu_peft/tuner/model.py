@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapted import initialized_layers, named_for_a_file, named_for_the_model, targets_for, uncompiled
@@ -27,14 +28,23 @@ from .config import SemuConfig
 from .fused_experts import name_fused_experts
 from .keys import without_compilation, without_wrappers
 from .layer import SemuLayer
-from .loading import fitted, keep_room_to_load
+from .loading import fitted, impossible_tensor, keep_room_to_load, refuse, unless_refused
 from .mixed_batch import adapter_per_example
 from .ownership import remember_wish, take, wish_of
 from .parameter import ParamWrapper
 from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
-from .targets import check_names_of_ranks, check_parameter, check_target, check_tied, layer_class, untied
+from .targets import (
+    check_names_of_ranks,
+    check_parameter,
+    check_target,
+    check_task,
+    check_tied,
+    check_trained_in_full,
+    layer_class,
+    untied,
+)
 from .tensors import with_values
 from .tied import TiedLayer, part_shared_embeddings
 from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
@@ -84,7 +94,7 @@ class SemuModel(BaseTuner):
         take(config, model, adapter_name)
         wish = wish_of(config)
         try:
-            with warnings.catch_warnings():
+            with unless_refused(self, adapter_name), warnings.catch_warnings():
                 # PEFT looks for these among layers alone; `_prepare_model` refuses names that the model does not have.
                 warnings.filterwarnings("ignore", message="The following rank_pattern keys")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -173,6 +183,10 @@ class SemuModel(BaseTuner):
                 owner = name.rpartition(".")[0]
                 also_as_layer = bool(owner) and bool(self._check_target_module_exists(peft_config, owner))
                 check_parameter(model, name, parameter, also_as_layer)
+        check_task(peft_config, model)
+        check_trained_in_full(
+            peft_config, model, lambda name: bool(self._check_target_module_exists(peft_config, name))
+        )
 
     def _check_target_modules(self, targets: SemuConfig, model: nn.Module) -> None:
         modules = {name: uncompiled(module) for name, module in model.named_modules()}
@@ -340,8 +354,13 @@ class SemuModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        if config._kept_weights is not None:
+            state_dict = load_file(config._kept_weights)
+        if problem := impossible_tensor(state_dict):
+            refuse(model, config, adapter_name, f"The saved adapter is damaged: {problem}")
         state_dict = restored_bases(named_for_the_model(model, state_dict), config.save_dtype)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        config._kept_weights = None
         return fitted(model, config, adapter_name, remapped)
 
 

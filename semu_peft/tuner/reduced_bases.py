@@ -15,7 +15,7 @@ def rounded_bases(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict
     if save_dtype is None:
         return state_dict
     dtype: torch.dtype = getattr(torch, save_dtype)
-    return {key: value.to(dtype) if _is_basis(key) else value for key, value in state_dict.items()}
+    return {key: value.to(dtype) if is_basis(key) else value for key, value in state_dict.items()}
 
 
 def restored_bases(state_dict: dict[str, Tensor], save_dtype: str | None) -> dict[str, Tensor]:
@@ -26,8 +26,9 @@ def restored_bases(state_dict: dict[str, Tensor], save_dtype: str | None) -> dic
     """
     if save_dtype is None:
         return state_dict
-    return {key: polar_factor(value) if _is_basis(key) else value for key, value in state_dict.items()}
+    return {key: polar_factor(value) if is_basis(key) else value for key, value in state_dict.items()}
 
 
-def _is_basis(key: str) -> bool:
+def is_basis(key: str) -> bool:
+    """Whether a tensor of this name, in a file or a model, is a basis `U` or `V`."""
     return any(f"{kind}." in key or key.endswith(kind) for kind in _KINDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +13,7 @@ from .adapted import uncompiled
 from .config import SemuConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
+from .keys import without_wrappers
 from .layer import SemuLayer
 from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
@@ -84,6 +85,48 @@ def check_names_of_ranks(config: SemuConfig, names: Collection[str], model_name:
             "was made for another architecture: load it onto the model it was trained on, or clear `ranks` to start "
             "afresh."
         )
+
+
+_GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def check_task(config: SemuConfig, model: nn.Module) -> None:
+    """Raise where PEFT's class for the task would look for methods that the model does not have."""
+    task = getattr(config.task_type, "value", config.task_type)
+    if task in _GENERATES and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type` must fit the model, got {task!r} for {type(model).__name__}, which does not generate. Leave "
+            "`task_type` out: the adapter works all the same."
+        )
+
+
+def check_trained_in_full(config: SemuConfig, model: nn.Module, is_target: Callable[[str], bool]) -> None:
+    """Raise where something is to be corrected and trained in full at once, or tokens of what has none.
+
+    Args:
+        config: The adapter's configuration.
+        model: The model.
+        is_target: Whether the layer of this full name is corrected.
+    """
+    indices = config.trainable_token_indices
+    tokens = list(indices) if isinstance(indices, dict) else []
+    for path, module in model.named_modules():
+        name = without_wrappers(path)
+        inside: Any = uncompiled(module)
+        base = inside.get_base_layer() if isinstance(inside, BaseTunerLayer) else inside
+        ours = isinstance(inside, SemuLayer)
+        for argument, names in (("modules_to_save", config.modules_to_save), ("trainable_token_indices", tokens)):
+            named = [each for each in names or () if path == name and f".{name}".endswith(f".{each}")]
+            if named and (ours or is_target(name)):
+                raise ValueError(
+                    f"`{argument}` must name modules that are not corrected, got {named[0]!r}, which means {name!r}: "
+                    "it is in `target_modules` as well, or has an adapter. Name it in one of the two."
+                )
+            if named and argument == "trainable_token_indices" and not isinstance(base, (nn.Embedding, nn.Linear)):
+                raise ValueError(
+                    f"`trainable_token_indices` must name embeddings, got {named[0]!r}, which is a "
+                    f"{type(base).__name__}. Name the token embedding, or give the indices as a list."
+                )
 
 
 def untied(names: Any, tied: set[str]) -> set[str]:

@@ -170,7 +170,7 @@ if len(sys.argv) > 2:
     tensors = {}
     for index in range(count):
         for kind, shape in (("U", (size, rank)), ("V", (size, rank)), ("core", (rank, rank))):
-            tensors[f"base_model.model.{index}.semu_{kind}.semu_{kind}"] = torch.ones(shape)
+            tensors[f"base_model.model.{index}.semu_{kind}.semu_{kind}"] = torch.eye(*shape)
     save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
 else:
