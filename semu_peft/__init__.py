@@ -18,6 +18,7 @@ from .subspace import (
     starts,
 )
 from .training.callbacks import Callback, EarlyStopping
+from .training.natural import NaturalGradient
 from .training.rules import ClipGradientNorm, Rule
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
@@ -38,6 +39,7 @@ __all__ = [
     "EarlyStopping",
     "Gathered",
     "GradientSum",
+    "NaturalGradient",
     "NotInitializedError",
     "RankBudget",
     "RerankReport",

@@ -11,10 +11,15 @@ from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft import SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
 from semu_peft.objectives import CrossEntropy
 
 QUIET: dict[str, Any] = {"progress": False}
+
+
+def train(*arguments: Any, **options: Any) -> UnlearnResult:
+    """`unlearn` by AdamW for two epochs unless told otherwise: runs whose steps can be counted beforehand."""
+    return unlearn(*arguments, **{"epochs": 2, "learning_rate": 3e-2, **options})
 
 
 def semu(kind: type[Mlp | Cnn] = Mlp, **options: Any) -> nn.Module:

@@ -251,12 +251,15 @@ class ConvGradient(BatchGradient):
         total.add_(self.dense().to(total.device))
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return _rows(self.outputs).to(left) @ left, _rows(self.project_inputs(right))
+
+    def project_inputs(self, right: Tensor) -> Tensor:
+        """`B right` as the feature maps that it is, `(N, k, *positions)`; the output gradients are not looked at."""
         filters = right.mT.reshape(right.shape[1], self.inputs.shape[1], *self.kernel_size)
-        hidden = torch.convolution(
+        return torch.convolution(
             self.inputs.to(filters), filters, None, self.stride, self.padding, self.dilation, False,
             [0] * len(self.kernel_size), 1,
         )  # fmt: skip
-        return _rows(self.outputs).to(left) @ left, _rows(hidden)
 
     def times(self, projected: Tensor) -> Tensor:
         return _rows(self.outputs).to(projected).mT @ projected

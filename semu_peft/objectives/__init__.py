@@ -1,6 +1,6 @@
 """What forgetting means: plain callables `(model, batch) -> scalar loss`."""
 
-from .base import Evaluation, LossFunction, Objective, WeightedSum, as_objective
+from .base import Evaluation, LossFunction, Objective, Outputs, WeightedSum, as_objective
 from .classification import (
     CrossEntropy,
     DecoupledDistillation,
@@ -35,6 +35,7 @@ __all__ = [
     "NegativeGuidance",
     "NoiseSchedule",
     "Objective",
+    "Outputs",
     "PreservePrediction",
     "RandomLabel",
     "Retain",

@@ -20,27 +20,44 @@ Distribution = Literal["categorical", "gaussian"]
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a model says of one batch, with its graph.
+
+    Attributes:
+        values: Logits `(T, classes)` of the examples or tokens that count where the objective's distribution is
+            categorical, a prediction of any shape where it is Gaussian.
+        labels: The labels `(T,)` beside logits, where there are any.
+        weight: The weight of the objective that asked for them.
+
+    Examples:
+        >>> import torch
+        >>> Outputs(torch.zeros(2, 4), torch.tensor([0, 1])).weight
+        1.0
+    """
+
+    values: Tensor = field(repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A loss, and the model's outputs that it is a function of.
 
     Attributes:
         loss: The loss of one batch, a scalar.
-        outputs: What the model says, with its graph: logits `(T, classes)` of the examples or tokens that count where
-            the objective's distribution is categorical, a prediction of any shape where it is Gaussian; None where the
-            objective does not tell.
-        labels: The labels `(T,)` beside logits, where there are any.
+        outputs: What the model says of it, once for each objective in a sum; none where the objective does not tell.
 
     Examples:
         >>> import torch
         >>> from semu_peft.objectives import CrossEntropy
         >>> objective, model, batch = CrossEntropy(), torch.nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 1]))
         >>> objective.evaluate(model, batch, objective.prepare(model, batch))
-        Evaluation(loss=tensor(1.3863))
+        Evaluation(loss=tensor(1.3863), outputs=(Outputs(weight=1.0),))
     """
 
     loss: Tensor
-    outputs: Tensor | None = field(default=None, repr=False)
-    labels: Tensor | None = field(default=None, repr=False)
+    outputs: tuple[Outputs, ...] = ()
 
 
 class Objective(ABC):
@@ -91,7 +108,7 @@ class Objective(ABC):
         self.load_state_dict(prepared)
         outputs = self.outputs(model, batch)
         self.load_state_dict(prepared)
-        return Evaluation(self(model, batch), outputs)
+        return Evaluation(self(model, batch), () if outputs is None else (Outputs(outputs),))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly: the random state, where there is one."""
@@ -182,9 +199,12 @@ class WeightedSum(Objective):
         pairs = zip(self.terms, prepared, strict=True)
         evaluations = [objective.evaluate(model, batch, given) for (_, objective), given in pairs]
         losses = [weight * each.loss for (weight, _), each in zip(self.terms, evaluations, strict=True)]
-        # All terms see the same batch, so any one's outputs are the model's on it.
-        first = next((each for each in evaluations if each.outputs is not None), evaluations[0])
-        return replace(first, loss=torch.stack(losses).sum())
+        outputs = [
+            replace(output, weight=weight * output.weight)
+            for (weight, _), each in zip(self.terms, evaluations, strict=True)
+            for output in each.outputs
+        ]
+        return Evaluation(torch.stack(losses).sum(), tuple(outputs))
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): objective.state_dict() for index, (_, objective) in enumerate(self.terms)}

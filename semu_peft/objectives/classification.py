@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Evaluation, Objective, RandomObjective
+from .base import Evaluation, Objective, Outputs, RandomObjective
 from .batches import call_model
 from .original import reference_model
 
@@ -44,7 +44,7 @@ class ClassificationObjective(Objective):
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         logits, labels = self._read(model, batch)
-        return Evaluation(self.loss(logits, labels, prepared), logits, labels)
+        return Evaluation(self.loss(logits, labels, prepared), (Outputs(logits, labels),))
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         """The loss of logits `(T, classes)` with labels `(T,)`, and of what `prepare` returned for their batch."""

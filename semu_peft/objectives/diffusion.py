@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Evaluation, Objective, RandomObjective
+from .base import Evaluation, Objective, Outputs, RandomObjective
 from .denoiser import Condition, denoiser_output
 from .noise_schedule import NoiseSchedule
 from .original import reference_model
@@ -88,7 +88,7 @@ class DiffusionObjective(RandomObjective):
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         at, condition, target = prepared
         prediction = self._predict(model, at, condition)
-        return Evaluation(F.mse_loss(prediction, target), prediction)
+        return Evaluation(F.mse_loss(prediction, target), (Outputs(prediction),))
 
     def _matched(self, model: nn.Module, at: _Noised) -> tuple[Condition, Tensor]:
         """The condition to predict under, and what the prediction is measured against."""

@@ -7,5 +7,14 @@ from .samples import (
     plot_samples,
     plot_scales,
 )
+from .tradeoff import plot_tradeoff
 
-__all__ = ["SampleGrids", "plot_before_after", "plot_confusion", "plot_samples", "plot_scales", "plot_spectra"]
+__all__ = [
+    "SampleGrids",
+    "plot_before_after",
+    "plot_confusion",
+    "plot_samples",
+    "plot_scales",
+    "plot_spectra",
+    "plot_tradeoff",
+]

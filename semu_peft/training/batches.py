@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Generator, Iterable, Iterator, Sized
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -98,21 +98,28 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
         loader.end()  # type: ignore[attr-defined]  # or a run that stops midway leaves it as Accelerate's active one
 
 
-def first_batch(loader: DataLoader[Any], seed: int, first_generators: list[Any] | None = None) -> Any:
-    """The first batch of a run, without a trace in what the run then draws; None of a stream, which may not come again.
+@contextmanager
+def first_batches(
+    loader: DataLoader[Any], seed: int, first_generators: list[Any] | None = None
+) -> Iterator[Iterator[Any]]:
+    """Look at a run's first batches without a trace in what it then draws; none of a stream, which may not come again.
 
     Args:
         loader: A prepared loader.
         seed: The seed of its first epoch.
         first_generators: Where the loader's own generators were when the run began; by default where they are.
+
+    Yields:
+        The batches of the first epoch, of which as many may be taken as wanted.
     """
     if isinstance(loader.dataset, IterableDataset):
-        return None
+        yield iter(())
+        return
     generators = own_generators(loader)
     before = generator_states(generators)
     try:
         with closing(rest_of_epoch(loader, seed, Position(generators=first_generators))) as batches:
-            return next(batches, None)
+            yield batches
     finally:
         set_generator_states(generators, before)
 

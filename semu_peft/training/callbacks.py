@@ -22,9 +22,15 @@ class Control:
 
     Attributes:
         should_stop: Stop after this step.
+        reason: Why, in words for `UnlearnResult.stop_reason`.
     """
 
     should_stop: bool = False
+    reason: str = "a callback stopped the run"
+
+    def stop(self, reason: str) -> None:
+        """Stop after this step, and say why."""
+        self.should_stop, self.reason = True, reason
 
 
 @dataclass(eq=False)

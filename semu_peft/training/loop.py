@@ -19,7 +19,7 @@ from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
 from .accelerate_state import Prepared
-from .batches import batches_in, cycle, first_batch, in_steps, rest_of_epoch
+from .batches import batches_in, cycle, first_batches, in_steps, rest_of_epoch
 from .callbacks import Event, TrainingContext
 from .checkpoint import (
     Parts,
@@ -31,7 +31,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .fingerprint import Fingerprint, describe, describe_optimizer
-from .optimizers import SchedulerFactory, linear_decay, needs_closure
+from .optimizers import SchedulerFactory, default_epochs, linear_decay, needs_closure
 from .parameters import trained_parameters
 from .progress import Position, Progress
 from .rules import Rule, Step
@@ -81,8 +81,9 @@ class Loop:
         """How many epochs there are at most, and how many steps."""
         batches, most = batches_in(self.prepared.forget), self.settings.max_steps
         if batches is not None:
-            steps = self.settings.epochs * math.ceil(batches / self.accumulation)
-            return self.settings.epochs, min(steps, most or steps)
+            epochs = self.settings.epochs or default_epochs(batches, self.accumulation)
+            steps = epochs * math.ceil(batches / self.accumulation)
+            return epochs, min(steps, most or steps)
         if most is None:
             raise ValueError("`forget` is an iterable dataset without a length: say in `max_steps` how long to train.")
         return math.inf, most
@@ -105,6 +106,7 @@ class Loop:
         self.schedule: LRScheduler = (scheduler or linear_decay)(bare_optimizer, self.context.total_steps)
         remember_start(self.model)  # before it is trained: the original of an adapter whose start splits the weight
         self._resume(described)
+        self.saved = self.progress.step  # the last step that a checkpoint is of
         self.optimizer.zero_grad()  # what the caller left in `.grad` is not ours
 
     def _resume(self, described_optimizer: Any) -> None:
@@ -126,7 +128,11 @@ class Loop:
     def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
         loaders = [self.prepared.forget, *self.prepared.retain]
         starts = zip(loaders, self._seeds(), [begun["forget"], *begun["retain"]], strict=False)
-        forget, *retain = [first_batch(loader, seed, at["first_generators"]) for loader, seed, at in starts]
+        firsts = []
+        for loader, seed, at in starts:
+            with first_batches(loader, seed, at["first_generators"]) as batches:
+                firsts.append(next(batches, None))
+        forget, *retain = firsts
         return {
             "seed": self.settings.seed,
             "steps": self.context.total_steps,
@@ -274,13 +280,16 @@ class Loop:
 
     def _checked(self, loss: Tensor, parts: dict[str, Tensor], number: int) -> Losses:
         values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
+        self._check_finite(values, number)
+        return values
+
+    def _check_finite(self, values: Losses, number: int) -> None:
         if not math.isfinite(values["loss"]):
             raise ValueError(
                 f"The loss is {values['loss']} at step {self.progress.step} (batch {number} of epoch "
                 f"{self.progress.forget.epoch}): {values}. Lower `learning_rate`, set `max_grad_norm` or check that "
                 "batch."
             )
-        return values
 
     def _check_gradients(self, step: Step) -> None:
         # In fp16 Accelerate scales the loss, and passes over the steps whose scaled gradient overflows.
@@ -320,10 +329,13 @@ class Loop:
         entry = self._mean_over_processes(losses)
         if not self.weights:
             del entry["forget_loss"]
-        self.progress.history.append({"step": self.progress.step, "epoch": self.progress.forget.epoch, **entry})
+        self._enter_into_history(entry)
         self.bar.update()
         self.bar.set_postfix({key: f"{value:.3g}" for key, value in entry.items()})
         self.accelerator.log(entry, step=self.progress.step)
+
+    def _enter_into_history(self, values: Losses) -> None:
+        self.progress.history.append({"step": self.progress.step, "epoch": self.progress.forget.epoch, **values})
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
         if self.accelerator.num_processes == 1:
@@ -346,7 +358,8 @@ class Loop:
 
     def _save(self) -> None:
         every, folder = self.settings.checkpointing_steps, self.settings.output_dir
-        if every and folder is not None and self.progress.step % every == 0:
+        if every and folder is not None and self.progress.step // every > self.saved // every:
+            self.saved = self.progress.step
             keep = self.settings.save_total_limit
             save_checkpoint(self.accelerator, folder, self.progress.step, self._parts(), self.run, keep)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,41 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.utils.data import DataLoader
+
+from .batches import batches_in
+from .settings import Settings
+
+_FEWEST_STEPS = 100  # below that many, AdamW has not got anywhere
+_LEARNING_RATE = 3e-2
 
 OptimizerFactory = Callable[[list[Any]], Optimizer]
 """`(parameters) -> Optimizer`, or `(named_parameters) -> Optimizer` with pairs of a name and a parameter."""
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 """`(optimizer, total_steps) -> LRScheduler`."""
+
+
+def default_epochs(batches: int | None, accumulation: int) -> int:
+    """Two passes over the forget set, or as many as make 100 steps of AdamW.
+
+    Examples:
+        >>> default_epochs(80, 1), default_epochs(3, 1)
+        (2, 34)
+    """
+    if batches is None:
+        return 2
+    return max(2, math.ceil(_FEWEST_STEPS / math.ceil(batches / accumulation)))
+
+
+def default_learning_rate(loader: DataLoader[Any], settings: Settings) -> float:
+    """AdamW moves each number by up to its rate a step, so a longer run takes a smaller one."""
+    batches, accumulation = batches_in(loader), settings.gradient_accumulation_steps
+    if batches is None:
+        steps = settings.max_steps or _FEWEST_STEPS
+    else:
+        epochs = settings.epochs or default_epochs(batches, accumulation)
+        steps = min(epochs * math.ceil(batches / accumulation), settings.max_steps or 10**9)
+    return _LEARNING_RATE * min(1.0, _FEWEST_STEPS / steps)
 
 
 def make_optimizer(

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 _COUNTS = ("epochs", "max_steps", "gradient_accumulation_steps", "checkpointing_steps", "save_total_limit")
-_OPTIONAL = ("max_steps", "checkpointing_steps", "save_total_limit")
+_OPTIONAL = ("epochs", "max_steps", "checkpointing_steps", "save_total_limit")
 _PATHS = ("output_dir", "resume_from_checkpoint")
 _NEED_FOLDER = ("checkpointing_steps", "log_with")
 _PRECISIONS = (None, "no", "fp16", "bf16", "fp8")
@@ -29,7 +29,7 @@ class Settings:
         ValueError: `epochs` must be a positive integer, got 0. Give at least 1.
     """
 
-    epochs: int = 2
+    epochs: int | None = None
     max_steps: int | None = None
     gradient_accumulation_steps: int = 1
     mixed_precision: str | None = None

@@ -20,7 +20,9 @@ from .batches import as_loader
 from .callbacks import as_callbacks
 from .checkpoint import only_writer
 from .loop import Loop
-from .optimizers import OptimizerFactory, SchedulerFactory, make_optimizer
+from .natural import Choose, NaturalGradient, choose_natural
+from .natural_loop import NaturalLoop
+from .optimizers import OptimizerFactory, SchedulerFactory, default_learning_rate, make_optimizer
 from .parameters import check_trainable, empty_ones_frozen, only_adapter_trains, trained_parameters
 from .rules import Rule, as_rules
 from .settings import Settings
@@ -32,12 +34,16 @@ class UnlearnResult:
 
     Attributes:
         history: One entry a step: `step`, `epoch`, `loss` (the mean over all processes), with retain data `forget_loss`
-            and `retain_loss` (the weighted sum), and what callbacks have logged, such as `metric`.
+            and `retain_loss` (the weighted sum), and what callbacks have logged, such as `metric`. The values are those
+            before the step. Natural gradients tell more: `answer_probability`, the mean probability of the labels;
+            `kl`, how far the step moved the outputs; `damage`, what has been spent of `max_retain_kl`; and end with one
+            more entry, on the first batches, for the cores that were left.
         steps: Optimiser steps taken, those before a resume included.
         examples_seen: Forget examples seen, on all processes.
         trainable_parameters: How many numbers were trained.
         seconds: Wall time of this call.
-        stopped_early: Whether a callback stopped the run.
+        stopped_early: Whether the run ended before its last step.
+        stop_reason: Why it ended, in words.
 
     Examples:
         >>> import torch
@@ -46,7 +52,7 @@ class UnlearnResult:
         >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
         >>> result = unlearn(torch.nn.Linear(4, 3), batches, CrossEntropy(), max_steps=4, progress=False)
         >>> result
-        UnlearnResult(steps=4, examples_seen=32, trainable_parameters=15, seconds=..., stopped_early=False)
+        UnlearnResult(steps=4, examples_seen=32, trainable_parameters=15, seconds=..., stop_reason='all steps are done')
         >>> [entry["step"] for entry in result.history]
         [1, 2, 3, 4]
     """
@@ -56,7 +62,8 @@ class UnlearnResult:
     examples_seen: int
     trainable_parameters: int
     seconds: float
-    stopped_early: bool
+    stopped_early: bool = field(repr=False)
+    stop_reason: str
 
 
 def unlearn(
@@ -67,10 +74,12 @@ def unlearn(
     retain: Retain | Sequence[Retain] | None = None,
     rules: Rule | Iterable[Rule] = (),
     callbacks: Any = (),
-    epochs: int = 2,
+    epochs: int | None = None,
     max_steps: int | None = None,
-    learning_rate: float = 3e-2,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: NaturalGradient | OptimizerFactory | None = None,
+    max_retain_kl: float | None = None,
+    choose: Choose | None = None,
+    learning_rate: float | None = None,
     scheduler: SchedulerFactory | None = None,
     max_grad_norm: float | None = None,
     gradient_accumulation_steps: int = 1,
@@ -100,15 +109,23 @@ def unlearn(
         rules: [Rules][semu_peft.training.rules.Rule] that edit each step, applied in order.
         callbacks: [Callbacks][semu_peft.training.callbacks.Callback] that look on and may stop the run, such as
             [`EarlyStopping`][semu_peft.training.callbacks.EarlyStopping].
-        epochs: Passes over the forget set. The default suits thousands of examples; with few, aim at 100 steps or so.
-        max_steps: Stop after this many optimiser steps. For an iterable dataset without a length it is needed, and says
-            alone how long to train.
-        learning_rate: Of the default optimiser, AdamW without weight decay.
-        optimizer: Another optimiser, as a factory `(parameters) -> Optimizer`, or `(named_parameters) -> Optimizer`,
-            told by the argument's name. One that evaluates the loss itself (`torch.optim.LBFGS`) gets the same batches
-            and random draws at each evaluation of a step; the history has the first.
-        scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every optimiser step. By default
-            the learning rate falls linearly to zero, as in transformers' Trainer.
+        epochs: Passes over the forget set, at most. By default as many as it takes; with another optimiser than the
+            natural gradient two, or more where these would be less than 100 steps.
+        max_steps: Stop after this many optimiser steps. With another optimiser than the natural gradient, an iterable
+            dataset without a length needs it.
+        optimizer: A [`NaturalGradient`][semu_peft.training.natural.NaturalGradient] with dials of your own, or another
+            optimiser as a factory `(parameters) -> Optimizer`, or `(named_parameters) -> Optimizer`, told by the
+            argument's name. One that evaluates the loss itself (`torch.optim.LBFGS`) gets the same batches and random
+            draws at each evaluation of a step; the history has the first. By default `NaturalGradient()` trains the
+            cores of a SEMU adapter where the objectives tell what the model's outputs are, and AdamW without weight
+            decay all else, or where `learning_rate` or `scheduler` is given.
+        max_retain_kl: The damage that may be done: short for `NaturalGradient(max_retain_kl=...)`.
+        choose: Of the points that a run by natural gradients goes through, which to leave the cores at: a function of
+            the result's history, with `answer_probability` and `damage`, that returns an index of it. By default the
+            best point by the loss. See [`plot_tradeoff`][semu_peft.report.plots.plot_tradeoff].
+        learning_rate: Of AdamW. By default 3e-2, less where there are many steps.
+        scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every step of AdamW or another
+            optimiser with a learning rate. By default it falls linearly to zero, as in transformers' Trainer.
         max_grad_norm: Clip the gradient's norm to this, before all rules: short for `ClipGradientNorm(max_grad_norm)`.
         gradient_accumulation_steps: Batches per optimiser step.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`, as Accelerate takes it.
@@ -155,17 +172,27 @@ def unlearn(
     )  # fmt: skip
     loss, terms = as_objective(objective), as_retain(retain)
     rules, callbacks = as_rules(rules, max_grad_norm), as_callbacks(callbacks)
+    objectives = [loss, *(as_objective(term.objective) for term in terms)]
     with only_adapter_trains(model, adapter_name):
         check_trainable(model)
+        parameters = trained_parameters(model)
+        precision = accelerator.mixed_precision if accelerator else mixed_precision
+        natural = choose_natural(
+            optimizer, model, parameters, objectives, precision, max_retain_kl,
+            is_asked_for_another=learning_rate is not None or scheduler is not None,
+        )  # fmt: skip
         loader = as_loader(forget, "forget", settings.most_batches(accelerator))
         loaders = [as_loader(term.batches, "retain", settings.most_batches(accelerator)) for term in terms]
-        bare_optimizer = make_optimizer(optimizer, trained_parameters(model), learning_rate)
+        rate = default_learning_rate(loader, settings) if learning_rate is None else learning_rate
+        other = None if natural is not None or isinstance(optimizer, NaturalGradient) else optimizer
+        bare_optimizer = make_optimizer(other, parameters, rate)  # the natural gradient moves the cores itself
         with (
             empty_ones_frozen(model),
             prepared(model, bare_optimizer, loader, loaders, settings, accelerator) as everything,
             only_writer(everything.accelerator, output_dir, checkpointing_steps),
         ):
-            loop = Loop(model, everything, loss, terms, rules, callbacks, settings)
+            arguments = (model, everything, loss, terms, rules, callbacks, settings)
+            loop = Loop(*arguments) if natural is None else NaturalLoop(natural, choose, *arguments)
             loop.set_up(scheduler, bare_optimizer)
             with eval_mode(model):
                 loop.train()
@@ -176,4 +203,5 @@ def unlearn(
         trainable_parameters=sum(parameter.numel() for parameter in loop.parameters.values()),
         seconds=time.perf_counter() - started,
         stopped_early=loop.context.control.should_stop,
+        stop_reason=loop.context.control.reason if loop.context.control.should_stop else "all steps are done",
     )

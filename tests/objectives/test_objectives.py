@@ -520,7 +520,9 @@ def test_evaluations_of_a_prepared_batch_draw_the_same_and_give_the_outputs() ->
     prepared = objective.prepare(model, batch)
     first, second = (objective.evaluate(model, batch, prepared) for _ in range(2))
     assert torch.equal(first.loss, expected) and torch.equal(second.loss, expected)
-    assert torch.equal(first.outputs, model(batch[0])) and torch.equal(first.labels, batch[1])
+    assert [output.weight for output in first.outputs] == [1.0, 0.5]
+    for output in first.outputs:
+        assert torch.equal(output.values, model(batch[0])) and torch.equal(output.labels, batch[1])
     assert not torch.equal(objective(model, batch), expected)  # the next call draws anew
 
 
@@ -537,6 +539,8 @@ def test_an_objective_of_ones_own_tells_its_outputs() -> None:
     model, batch, objective = torch.nn.Linear(3, 4), torch.randn(6, 3), Noisy(seed=1)
     prepared = objective.prepare(model, batch)
     evaluation = objective.evaluate(model, batch, prepared)
-    assert torch.equal(evaluation.loss, Noisy(seed=1)(model, batch)) and torch.equal(evaluation.outputs, model(batch))
+    assert torch.equal(evaluation.loss, Noisy(seed=1)(model, batch)) and torch.equal(
+        evaluation.outputs[0].values, model(batch)
+    )
     assert torch.equal(objective.evaluate(model, batch, prepared).loss, evaluation.loss)
     assert CrossEntropy().minimum == 0.0 and (2 * CrossEntropy()).minimum == 0.0 and (-CrossEntropy()).minimum is None

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import vector_batches
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
-from training_runs import QUIET, assert_same_state, semu, trained_state
+from training_runs import QUIET, assert_same_state, semu, train, trained_state
 
-from semu_peft import Retain, unlearn
+from semu_peft import Retain
 from semu_peft.objectives import CrossEntropy
 
 SHARED = (PartialState, AcceleratorState, GradientState)
@@ -26,14 +26,14 @@ def shared() -> list[dict[str, Any]]:
 
 def test_nothing_is_left_of_a_run() -> None:
     assert shared() == [{}, {}, {}]
-    unlearn(semu(), vector_batches(), CrossEntropy(), mixed_precision="bf16", **QUIET)
+    train(semu(), vector_batches(), CrossEntropy(), mixed_precision="bf16", **QUIET)
     assert shared() == [{}, {}, {}]
     assert Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"
 
 
 def test_nothing_is_left_of_a_run_that_failed() -> None:
     with pytest.raises(ZeroDivisionError):
-        unlearn(semu(), vector_batches(), lambda model, batch: 1 / 0, mixed_precision="bf16", **QUIET)
+        train(semu(), vector_batches(), lambda model, batch: 1 / 0, mixed_precision="bf16", **QUIET)
     assert shared() == [{}, {}, {}]
 
 
@@ -42,7 +42,7 @@ def test_the_callers_accelerator_keeps_its_settings() -> None:
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=4, cpu=True)
     before, dtypes, model = shared(), set(), semu()
     model.base_model.model.fc1.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    unlearn(model, vector_batches(), CrossEntropy(), mixed_precision="bf16", **QUIET)
+    train(model, vector_batches(), CrossEntropy(), mixed_precision="bf16", **QUIET)
     assert dtypes == {torch.bfloat16} and shared() == before
     assert accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 4
 
@@ -63,8 +63,8 @@ def test_an_iterable_dataset_is_trained_on_for_max_steps(given: str) -> None:
     """It is gone through as often as the steps need, and the run is that of the same batches in a list."""
     stream, model, twin = Stream(3), semu(), semu()
     data = stream if given == "dataset" else DataLoader(stream, batch_size=None)
-    result = unlearn(model, data, CrossEntropy(), max_steps=7, **QUIET)
-    unlearn(twin, vector_batches(3), CrossEntropy(), max_steps=7, epochs=3, **QUIET)
+    result = train(model, data, CrossEntropy(), max_steps=7, **QUIET)
+    train(twin, vector_batches(3), CrossEntropy(), max_steps=7, epochs=3, **QUIET)
     assert result.steps == 7 and [entry["epoch"] for entry in result.history] == [0, 0, 0, 1, 1, 1, 2]
     assert_same_state(trained_state(model), trained_state(twin))
 
@@ -76,7 +76,7 @@ def test_an_endless_iterator_is_taken_as_far_as_max_steps_needs() -> None:
             yield vector_batches(1)[0]
 
     taken: list[int] = []
-    result = unlearn(semu(), endless(), CrossEntropy(), max_steps=4, gradient_accumulation_steps=2, **QUIET)
+    result = train(semu(), endless(), CrossEntropy(), max_steps=4, gradient_accumulation_steps=2, **QUIET)
     assert result.steps == 4 and len(taken) == 9
 
 
@@ -100,19 +100,19 @@ def test_a_loader_that_runs_dry_ends_the_run() -> None:
         examples = [(x[0], y[0]) for x, y in vector_batches(5)]
         return DataLoader(examples, batch_size=1, sampler=Promised(count))
 
-    assert unlearn(semu(), dry(2), CrossEntropy(), **QUIET).steps == 4
+    assert train(semu(), dry(2), CrossEntropy(), **QUIET).steps == 4
     with pytest.raises(ValueError, match="`forget` gave no batch in epoch 0"):
-        unlearn(semu(), dry(0), CrossEntropy(), **QUIET)
+        train(semu(), dry(0), CrossEntropy(), **QUIET)
     with pytest.raises(ValueError, match="`retain` gave no batch in epoch 0"):
-        unlearn(semu(), vector_batches(), CrossEntropy(), retain=Retain(dry(0), CrossEntropy()), **QUIET)
+        train(semu(), vector_batches(), CrossEntropy(), retain=Retain(dry(0), CrossEntropy()), **QUIET)
 
 
 def test_a_resume_with_less_data_is_refused(tmp_path: Path) -> None:
     """The data is part of what a run is, and compared before anything is loaded."""
     options: dict[str, Any] = {"epochs": 9, "max_steps": 5, "output_dir": tmp_path, **QUIET}
-    unlearn(semu(), vector_batches(5), CrossEntropy(), checkpointing_steps=4, **options)
+    train(semu(), vector_batches(5), CrossEntropy(), checkpointing_steps=4, **options)
     with pytest.raises(ValueError, match=r"batches is \[3\] here and \[5\] there"):
-        unlearn(semu(), vector_batches(3), CrossEntropy(), resume_from_checkpoint="latest", **options)
+        train(semu(), vector_batches(3), CrossEntropy(), resume_from_checkpoint="latest", **options)
 
 
 def test_several_retain_sets_are_weighted_and_cycled_each_for_itself() -> None:
@@ -132,7 +132,7 @@ def test_several_retain_sets_are_weighted_and_cycled_each_for_itself() -> None:
     model, twin = semu(), semu().eval()
     retain = [Retain(numbered(2), watched("a"), 0.5), Retain(numbered(3), watched("b"), 2.0)]
     first = 0.5 * CrossEntropy()(twin, numbered(1)[0]) + 2.0 * CrossEntropy()(twin, numbered(1)[0])
-    result = unlearn(model, vector_batches(4), CrossEntropy(), retain=retain, epochs=1, **QUIET)
+    result = train(model, vector_batches(4), CrossEntropy(), retain=retain, epochs=1, **QUIET)
     assert seen == {"a": [0.0, 1.0, 0.0, 1.0], "b": [0.0, 1.0, 2.0, 0.0]}
     assert result.history[0]["retain_loss"] == pytest.approx(first.item(), rel=1e-5)
     for entry in result.history:
@@ -140,7 +140,7 @@ def test_several_retain_sets_are_weighted_and_cycled_each_for_itself() -> None:
 
 
 def test_the_result_prints_in_one_line() -> None:
-    result = unlearn(semu(), vector_batches(), CrossEntropy(), **QUIET)
+    result = train(semu(), vector_batches(), CrossEntropy(), **QUIET)
     assert repr(result).startswith("UnlearnResult(steps=6, ") and len(repr(result)) < 160
     with pytest.raises(AttributeError):
         result.steps = 3  # type: ignore[misc]

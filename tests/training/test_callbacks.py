@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import vector_batches
 from torch import nn
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, trained_state
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
 
-from semu_peft import Callback, EarlyStopping, unlearn
+from semu_peft import Callback, EarlyStopping
 from semu_peft.objectives import CrossEntropy, RandomLabel
 from semu_peft.training.callbacks import TrainingContext
 
@@ -47,8 +47,8 @@ def test_events_and_their_order() -> None:
 
     ended: list[int] = []
     diary, model, twin = Diary(), semu(), semu()
-    unlearn(model, vector_batches(), CrossEntropy(), callbacks=[diary, End()], **QUIET)
-    unlearn(twin, vector_batches(), CrossEntropy(), **QUIET)
+    train(model, vector_batches(), CrossEntropy(), callbacks=[diary, End()], **QUIET)
+    train(twin, vector_batches(), CrossEntropy(), **QUIET)
     steps = [[("step", 1, 0), ("step", 2, 0), ("step", 3, 0)], [("step", 4, 1), ("step", 5, 1), ("step", 6, 1)]]
     assert diary.lines == [("begin", 0, 0), *steps[0], ("epoch", 3, 1), *steps[1], ("epoch", 6, 2)]
     assert ended == [6]
@@ -61,7 +61,7 @@ def test_a_callback_stops_the_run_after_its_step() -> None:
             context.log(seen=float(context.progress.step))
             context.control.should_stop = context.progress.step == 2
 
-    result = unlearn(semu(), vector_batches(5), CrossEntropy(), callbacks=AtTwo(), **QUIET)
+    result = train(semu(), vector_batches(5), CrossEntropy(), callbacks=AtTwo(), **QUIET)
     assert result.steps == 2 and result.stopped_early
     assert [entry["seen"] for entry in result.history] == [1.0, 2.0]
 
@@ -78,7 +78,7 @@ def test_the_best_weights_are_put_back(restore_best: bool, kept: int) -> None:
 
     model = semu()
     stopping = EarlyStopping(metric, patience=2, restore_best=restore_best)
-    result = unlearn(model, vector_batches(), CrossEntropy(), callbacks=stopping, epochs=5, **QUIET)
+    result = train(model, vector_batches(), CrossEntropy(), callbacks=stopping, epochs=5, **QUIET)
     assert result.steps == 12 and result.stopped_early
     assert_same_state(trained_state(model), after_epoch[kept - 1])
     assert not torch.equal(*(next(iter(after_epoch[index].values())) for index in (1, 3)))
@@ -94,7 +94,7 @@ def test_the_highest_metric_is_best_even_below_the_least_gain() -> None:
         return next(values)
 
     model = semu()
-    unlearn(model, vector_batches(), CrossEntropy(), callbacks=EarlyStopping(metric), epochs=3, **QUIET)
+    train(model, vector_batches(), CrossEntropy(), callbacks=EarlyStopping(metric), epochs=3, **QUIET)
     assert_same_state(trained_state(model), after_epoch[1])
 
 
@@ -105,7 +105,7 @@ def test_the_best_weights_are_kept_across_a_resume(at: int, tmp_path: Path) -> N
     def run(model: nn.Module, dies_after: float = float("inf"), **options: Any) -> Any:
         schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
         stopping = EarlyStopping(lambda m: -CrossEntropy()(m, vector_batches(1)[0]).item(), patience=9)
-        return unlearn(
+        return train(
             model, loader(), -CrossEntropy() + 0.1 * RandomLabel(), callbacks=[stopping], scheduler=schedule, epochs=3,
             output_dir=tmp_path, **QUIET, **options,
         )  # fmt: skip
@@ -125,7 +125,7 @@ def test_one_early_stopping_serves_two_runs() -> None:
     values = iter([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])
     stopping = EarlyStopping(lambda model: next(values), patience=2)
     for _ in range(2):
-        result = unlearn(semu(), vector_batches(), CrossEntropy(), callbacks=stopping, epochs=9, **QUIET)
+        result = train(semu(), vector_batches(), CrossEntropy(), callbacks=stopping, epochs=9, **QUIET)
         assert result.steps == 9
 
 

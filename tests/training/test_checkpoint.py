@@ -15,9 +15,8 @@ from accelerate import Accelerator
 from models import vector_batches
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, trained_state
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
 
-from semu_peft import unlearn
 from semu_peft.objectives import CrossEntropy, RandomLabel
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain
@@ -29,7 +28,7 @@ def run(folder: Path, model: nn.Module | None = None, dies_after: float = float(
     """A short run, of 6 steps."""
     given = {"forget": vector_batches(3), "objective": CrossEntropy(), "epochs": 2, "checkpointing_steps": 1, **options}
     schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
-    return unlearn(semu() if model is None else model, output_dir=folder, scheduler=schedule, **given, **QUIET)
+    return train(semu() if model is None else model, output_dir=folder, scheduler=schedule, **given, **QUIET)
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -230,7 +229,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path: Path) -> None:
     before = trained_state(model)
     for optimizer in (None, torch.optim.LBFGS):
         with pytest.raises(ValueError, match="gradient is not finite at step 0"):
-            unlearn(model, vector_batches(), distance, optimizer=optimizer, **QUIET)
+            train(model, vector_batches(), distance, optimizer=optimizer, **QUIET)
         assert_same_state(trained_state(model), before)
 
 
@@ -241,14 +240,14 @@ def test_weights_that_an_optimiser_or_a_rule_blows_up() -> None:
                 next(iter(step.parameters.values())).fill_(float("inf"))
 
     good, model = semu(), semu()
-    unlearn(good, loader(), CrossEntropy(), epochs=1, callbacks=StopAt(2), **QUIET)
+    train(good, loader(), CrossEntropy(), epochs=1, callbacks=StopAt(2), **QUIET)
     with pytest.raises(ValueError, match="weight that the optimiser or a rule made is not finite at step 2"):
-        unlearn(model, loader(), CrossEntropy(), epochs=1, rules=Explodes(), **QUIET)
+        train(model, loader(), CrossEntropy(), epochs=1, rules=Explodes(), **QUIET)
     assert_same_state(trained_state(model), trained_state(good))
     plain = semu()
     before = trained_state(plain)
     with pytest.raises(ValueError, match="not finite at step 0"):
-        unlearn(plain, loader(), CrossEntropy(), optimizer=lambda p: torch.optim.SGD(p, lr=float("inf")), **QUIET)
+        train(plain, loader(), CrossEntropy(), optimizer=lambda p: torch.optim.SGD(p, lr=float("inf")), **QUIET)
     assert_same_state(trained_state(plain), before)
 
 

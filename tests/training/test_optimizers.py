@@ -10,9 +10,9 @@ import torch
 from models import Mlp, Snapshot, vector_batches
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, trained_state
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
 
-from semu_peft import Retain, SemuConfig, initialize_semu_weights, unlearn
+from semu_peft import Retain, SemuConfig, initialize_semu_weights
 from semu_peft.objectives import CrossEntropy, RandomLabel, UniformDistribution
 
 
@@ -33,8 +33,8 @@ def test_named_parameters() -> None:
         return torch.optim.SGD([parameter for _, parameter in named_parameters], lr=0.1)
 
     model, twin = semu(), semu()
-    unlearn(model, vector_batches(), CrossEntropy(), optimizer=by_name, **QUIET)
-    unlearn(twin, vector_batches(), CrossEntropy(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **QUIET)
+    train(model, vector_batches(), CrossEntropy(), optimizer=by_name, **QUIET)
+    train(twin, vector_batches(), CrossEntropy(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **QUIET)
     assert names == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert_same_state(trained_state(model), trained_state(twin))
 
@@ -44,7 +44,7 @@ def test_lbfgs_takes_the_steps_of_a_bare_loop(accumulation: int) -> None:
     """Same cores as a closure written by hand over the mean of the step's batches, retain data included."""
     model, twin = semu(), semu().eval()
     batches, retain = vector_batches(3), vector_batches(3, seed=4)
-    result = unlearn(
+    result = train(
         model, batches, CrossEntropy(), retain=Retain(retain, UniformDistribution(), 0.5), optimizer=lbfgs,
         scheduler=constant, gradient_accumulation_steps=accumulation, epochs=1, **QUIET,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_every_evaluation_of_a_step_draws_the_same() -> None:
         def on_step_end(self, context: Any) -> None:
             draws.append([])
 
-    unlearn(semu(), vector_batches(), Watched(), optimizer=lbfgs, callbacks=NewStep(), epochs=1, **QUIET)
+    train(semu(), vector_batches(), Watched(), optimizer=lbfgs, callbacks=NewStep(), epochs=1, **QUIET)
     steps = [step for step in draws if step]
     assert len(steps) == 3 and all(len(step) > 1 and len(set(step)) == 1 for step in steps)
     assert len({step[0] for step in steps}) == 3
@@ -95,7 +95,7 @@ def test_every_evaluation_of_a_step_draws_the_same() -> None:
 def test_lbfgs_resumes_exactly(tmp_path: Path) -> None:
     def run(model: nn.Module, dies_after: float = float("inf"), **options: Any) -> Any:
         schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
-        return unlearn(
+        return train(
             model, loader(), RandomLabel(seed=3), optimizer=lbfgs, scheduler=schedule, epochs=2, output_dir=tmp_path,
             **QUIET, **options,
         )  # fmt: skip
@@ -119,7 +119,7 @@ def test_a_step_that_fails_between_evaluations_is_taken_back() -> None:
     model = semu()
     before = trained_state(model)
     with pytest.raises(ValueError, match="nan at step 0"):
-        unlearn(model, vector_batches(1), fails, optimizer=lbfgs, **QUIET)
+        train(model, vector_batches(1), fails, optimizer=lbfgs, **QUIET)
     assert_same_state(trained_state(model), before)
 
 
@@ -133,7 +133,7 @@ def two_adapters() -> nn.Module:
     for name, seed in (("first", 0), ("second", 5)):
         model.set_adapter(name)
         initialize_semu_weights(model, vector_batches(seed=seed), CrossEntropy(), adapter_name=name, progress=False)
-        unlearn(model, vector_batches(seed=seed), CrossEntropy(), epochs=1, **QUIET)
+        train(model, vector_batches(seed=seed), CrossEntropy(), epochs=1, **QUIET)
     model.base_model.set_adapter(["first", "second"])
     return model
 
@@ -143,7 +143,7 @@ def test_one_adapter_is_trained_and_the_others_take_part(chosen: str) -> None:
     """Only its cores change; the other is active in the loss, and every flag comes back."""
     model = two_adapters().requires_grad_(False)
     before, start = Snapshot.of(model), CrossEntropy()(model.eval(), vector_batches()[0]).item()
-    result = unlearn(model, vector_batches(1), CrossEntropy(), adapter_name=chosen, **QUIET)
+    result = train(model, vector_batches(1), CrossEntropy(), adapter_name=chosen, **QUIET)
     now = Snapshot.of(model)
     changed = {name for name, tensor in now.state.items() if not torch.equal(tensor, before.state[name])}
     assert changed and all(name.endswith(f"semu_core.{chosen}.semu_core") for name in changed)
@@ -156,7 +156,7 @@ def test_an_adapter_that_is_not_active_is_not_trained() -> None:
     model.set_adapter("first")
     before = Snapshot.of(model)
     with pytest.raises(ValueError, match="'second' is not active"):
-        unlearn(model, vector_batches(), CrossEntropy(), adapter_name="second", **QUIET)
+        train(model, vector_batches(), CrossEntropy(), adapter_name="second", **QUIET)
     before.assert_same(model)
 
 
@@ -164,7 +164,7 @@ def test_flags_come_back_after_a_failure() -> None:
     model = two_adapters()
     before = Snapshot.of(model)
     with pytest.raises(ZeroDivisionError):
-        unlearn(model, vector_batches(), lambda m, b: 1 / 0, adapter_name="first", **QUIET)
+        train(model, vector_batches(), lambda m, b: 1 / 0, adapter_name="first", **QUIET)
     before.assert_same(model)
 
 
@@ -174,7 +174,7 @@ def test_an_adapter_with_whole_modules() -> None:
     expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     before = Snapshot.of(model)
-    unlearn(model, vector_batches(), CrossEntropy(), adapter_name="default", **QUIET)
+    train(model, vector_batches(), CrossEntropy(), adapter_name="default", **QUIET)
     state = model.state_dict()
     changed = {name for name, tensor in before.state.items() if not torch.equal(tensor, state[name])}
     assert changed == expected and Snapshot.of(model).flags == before.flags

@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import vector_batches
 from torch import Tensor, nn
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, trained_state
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
 
-from semu_peft import ClipGradientNorm, Rule, unlearn
+from semu_peft import ClipGradientNorm, Rule
 from semu_peft.objectives import CrossEntropy, RandomLabel
 from semu_peft.training.rules import Step
 
@@ -49,12 +49,12 @@ def test_clipping(options: dict[str, Any]) -> None:
     """The gradient's norm over all trained parameters is cut to `max_norm`; smaller gradients stay."""
     model = semu()
     before = trained_state(model)
-    unlearn(model, vector_batches(1), 100 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET, **options)
+    train(model, vector_batches(1), 100 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET, **options)
     step = torch.stack([(tensor - before[name]).square().sum() for name, tensor in trained_state(model).items()])
     assert step.sum().sqrt().item() == pytest.approx(0.01, rel=1e-3)
     small, unclipped = semu(), semu()
-    unlearn(small, vector_batches(1), 1e-4 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET, **options)
-    unlearn(unclipped, vector_batches(1), 1e-4 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET)
+    train(small, vector_batches(1), 1e-4 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET, **options)
+    train(unclipped, vector_batches(1), 1e-4 * CrossEntropy(), optimizer=sgd, epochs=1, **QUIET)
     assert_same_state(trained_state(small), trained_state(unclipped))
 
 
@@ -96,9 +96,9 @@ def test_rules_are_applied_in_order_around_the_optimiser() -> None:
                 step.parameters[name].add_(change)
 
     model, twin = semu(), semu()
-    unlearn(model, vector_batches(2), CrossEntropy(), rules=[Doubles("a"), Doubles("b")], optimizer=sgd, epochs=1,
+    train(model, vector_batches(2), CrossEntropy(), rules=[Doubles("a"), Doubles("b")], optimizer=sgd, epochs=1,
             scheduler=constant, max_steps=1, **QUIET)  # fmt: skip
-    unlearn(twin, vector_batches(1), 16 * CrossEntropy(), optimizer=sgd, epochs=1, scheduler=constant, **QUIET)
+    train(twin, vector_batches(1), 16 * CrossEntropy(), optimizer=sgd, epochs=1, scheduler=constant, **QUIET)
     assert seen == ["a gradients 0", "b gradients 0", "a update 0", "b update 0"]
     for name, tensor in trained_state(model).items():
         torch.testing.assert_close(tensor, trained_state(twin)[name], atol=1e-6, rtol=1e-5)
@@ -112,7 +112,7 @@ def test_a_rule_sees_the_accumulated_gradient_once_a_step() -> None:
             numbers.append(step.number)
             assert set(step.gradients) == set(step.parameters) == set(step.before)
 
-    unlearn(semu(), vector_batches(5), CrossEntropy(), rules=Counts(), gradient_accumulation_steps=2, epochs=1, **QUIET)
+    train(semu(), vector_batches(5), CrossEntropy(), rules=Counts(), gradient_accumulation_steps=2, epochs=1, **QUIET)
     assert numbers == [0, 1, 2]
 
 
@@ -122,7 +122,7 @@ def test_a_rewritten_run_resumes_exactly(at: int, tmp_path: Path) -> None:
 
     def run(model: nn.Module, dies_after: float = float("inf"), **options: Any) -> Any:
         schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
-        return unlearn(
+        return train(
             model, loader(), RandomLabel(seed=3), rules=[Momentum()], max_grad_norm=0.5, scheduler=schedule, epochs=3,
             output_dir=tmp_path, **QUIET, **options,
         )  # fmt: skip
@@ -134,14 +134,14 @@ def test_a_rewritten_run_resumes_exactly(at: int, tmp_path: Path) -> None:
     result = run(resumed, resume_from_checkpoint="latest")
     assert result.history == expected.history
     assert_same_state(trained_state(resumed), trained_state(whole))
-    unlearn(plain_run, loader(), RandomLabel(seed=3), max_grad_norm=0.5, scheduler=Schedule, epochs=3, **QUIET)
+    train(plain_run, loader(), RandomLabel(seed=3), max_grad_norm=0.5, scheduler=Schedule, epochs=3, **QUIET)
     assert any(not torch.equal(a, b) for a, b in zip(trained_state(plain_run).values(), trained_state(whole).values(), strict=True))  # fmt: skip  # noqa: E501
 
 
 def test_a_run_with_other_rules_is_not_resumed(tmp_path: Path) -> None:
-    unlearn(semu(), loader(), CrossEntropy(), rules=[Momentum()], output_dir=tmp_path, checkpointing_steps=2, **QUIET)
+    train(semu(), loader(), CrossEntropy(), rules=[Momentum()], output_dir=tmp_path, checkpointing_steps=2, **QUIET)
     model = semu()
     before = trained_state(model)
     with pytest.raises(ValueError, match=r"rules is \[\] here and \['Momentum'\] there"):
-        unlearn(model, loader(), CrossEntropy(), output_dir=tmp_path, resume_from_checkpoint="latest", **QUIET)
+        train(model, loader(), CrossEntropy(), output_dir=tmp_path, resume_from_checkpoint="latest", **QUIET)
     assert_same_state(trained_state(model), before)

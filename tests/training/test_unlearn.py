@@ -27,10 +27,11 @@ from training_runs import (
     oft,
     plain,
     semu,
+    train,
     trained_state,
 )  # fmt: skip
 
-from semu_peft import Retain, SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
+from semu_peft import Retain, SemuConfig, UnlearnResult, initialize_semu_weights
 from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
@@ -49,7 +50,7 @@ def test_the_loss_falls_and_only_the_cores_change(mode: str) -> None:
     model = semu(Cnn, conv_mode=mode)
     model.train()
     before, batches = Snapshot.of(model), image_batches()
-    result = unlearn(model, batches, CrossEntropy(), epochs=12, learning_rate=3e-2, **QUIET)
+    result = train(model, batches, CrossEntropy(), epochs=12, learning_rate=3e-2, **QUIET)
     now = Snapshot.of(model)
     changed = {name for name, tensor in now.state.items() if not torch.equal(tensor, before.state[name])}
     assert changed == {name for name in now.state if "semu_core" in name}
@@ -67,7 +68,7 @@ def test_everything_else_comes_back() -> None:
     model.train()
     model.base_model.model.norm.eval()
     before, attributes = Snapshot.of(model), set(vars(model))
-    unlearn(model, image_batches(), CrossEntropy(), epochs=1, mixed_precision="bf16", **QUIET)
+    train(model, image_batches(), CrossEntropy(), epochs=1, mixed_precision="bf16", **QUIET)
     now = Snapshot.of(model)
     assert (now.modes, now.flags, now.types, now.hooks) == (before.modes, before.flags, before.types, before.hooks)
     assert not any(gradient is not None for gradient in now.gradients.values())
@@ -85,7 +86,7 @@ def test_a_forward_of_the_users_own_comes_back() -> None:
         return original(*args, **kwargs)
 
     model.forward = forward
-    unlearn(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
+    train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
     assert model.__dict__["forward"] is forward
 
 
@@ -94,7 +95,7 @@ def test_dropout_is_off() -> None:
     states = []
     for training in (True, False):
         model = semu().train(training)
-        unlearn(model, vector_batches(), CrossEntropy(), epochs=2, **QUIET)
+        train(model, vector_batches(), CrossEntropy(), epochs=2, **QUIET)
         states.append(trained_state(model))
     assert_same_state(*states)
 
@@ -105,7 +106,7 @@ def test_the_update_is_the_optimisers() -> None:
     forget, retain = vector_batches(1), vector_batches(1, seed=8)
     loss = CrossEntropy()(twin.eval(), forget[0]) + 0.5 * UniformDistribution()(twin, retain[0])
     loss.backward()
-    result = unlearn(
+    result = train(
         model, forget, CrossEntropy(), retain=Retain(retain, 0.5 * UniformDistribution()),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), epochs=1, **QUIET,
     )  # fmt: skip
@@ -126,7 +127,7 @@ def test_other_methods(make: Callable[[], nn.Module], objective: Callable[..., A
     else:
         chosen = objective()
     before = Snapshot.of(model)
-    result = unlearn(model, vector_batches(), chosen, epochs=15, **QUIET)
+    result = train(model, vector_batches(), chosen, epochs=15, **QUIET)
     now = Snapshot.of(model)
     changed = {name for name, tensor in now.state.items() if not torch.equal(tensor, before.state[name])}
     assert changed and changed <= {name for name, flag in before.flags.items() if flag}
@@ -143,7 +144,7 @@ def test_gradients_from_before_do_not_count() -> None:
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 100.0)
     for model in (clean, dirty):
-        unlearn(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
+        train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
     assert_same_state(trained_state(dirty), trained_state(clean))
 
 
@@ -158,8 +159,8 @@ def test_accumulated_micro_batches_are_one_big_batch(accumulation: int) -> None:
     size = 2 * accumulation
     large = [(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)]
     first, second = semu(), semu()
-    one = unlearn(first, small, CrossEntropy(), epochs=3, gradient_accumulation_steps=accumulation, **QUIET)
-    other = unlearn(second, large, CrossEntropy(), epochs=3, **QUIET)
+    one = train(first, small, CrossEntropy(), epochs=3, gradient_accumulation_steps=accumulation, **QUIET)
+    other = train(second, large, CrossEntropy(), epochs=3, **QUIET)
     assert one.steps == other.steps == 3 * 8 // accumulation
     assert one.examples_seen == other.examples_seen == 48
     for name, tensor in trained_state(first).items():
@@ -169,7 +170,7 @@ def test_accumulated_micro_batches_are_one_big_batch(accumulation: int) -> None:
 
 def test_an_incomplete_group_at_the_end_of_an_epoch_is_a_step_of_its_own() -> None:
     """Five batches, two a step: three steps an epoch, and none reaches into the next epoch."""
-    result = unlearn(semu(), vector_batches(5), CrossEntropy(), epochs=2, gradient_accumulation_steps=2, **QUIET)
+    result = train(semu(), vector_batches(5), CrossEntropy(), epochs=2, gradient_accumulation_steps=2, **QUIET)
     assert result.steps == 6
     assert [entry["epoch"] for entry in result.history] == [0, 0, 0, 1, 1, 1]
 
@@ -179,9 +180,9 @@ def test_an_incomplete_group_weighs_its_batches_like_any_other() -> None:
     batches = vector_batches(3)
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
     cut, alone = semu(), semu()
-    unlearn(cut, batches, CrossEntropy(), epochs=1, gradient_accumulation_steps=2, optimizer=sgd, **QUIET)
+    train(cut, batches, CrossEntropy(), epochs=1, gradient_accumulation_steps=2, optimizer=sgd, **QUIET)
     pair = (torch.cat([batches[0][0], batches[1][0]]), torch.cat([batches[0][1], batches[1][1]]))
-    unlearn(alone, [pair, batches[2]], CrossEntropy(), epochs=1, optimizer=sgd, **QUIET)
+    train(alone, [pair, batches[2]], CrossEntropy(), epochs=1, optimizer=sgd, **QUIET)
     for name, tensor in trained_state(cut).items():
         torch.testing.assert_close(tensor, trained_state(alone)[name], atol=1e-6, rtol=1e-5)
 
@@ -191,7 +192,7 @@ def test_clipping() -> None:
     model = semu()
     before = trained_state(model)
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
-    unlearn(model, vector_batches(1), 100 * CrossEntropy(), optimizer=sgd, max_grad_norm=0.01, epochs=1, **QUIET)
+    train(model, vector_batches(1), 100 * CrossEntropy(), optimizer=sgd, max_grad_norm=0.01, epochs=1, **QUIET)
     step = torch.stack([(tensor - before[name]).square().sum() for name, tensor in trained_state(model).items()])
     assert step.sum().sqrt().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -209,7 +210,7 @@ def test_scheduler_and_optimiser_factories() -> None:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: seen["rates"].append(step) or 1.0 / (1 + step))
 
     model = semu()
-    unlearn(
+    train(
         model, vector_batches(5), CrossEntropy(), epochs=2, gradient_accumulation_steps=2, optimizer=optimizer,
         scheduler=scheduler, **QUIET,
     )  # fmt: skip
@@ -220,14 +221,14 @@ def test_scheduler_and_optimiser_factories() -> None:
 @pytest.mark.parametrize(("limit", "steps"), [(1, 1), (4, 4), (100, 6)])
 def test_max_steps(limit: int, steps: int) -> None:
     """`max_steps` bounds the run, also in the middle of an epoch."""
-    result = unlearn(semu(), vector_batches(), CrossEntropy(), epochs=2, max_steps=limit, **QUIET)
+    result = train(semu(), vector_batches(), CrossEntropy(), epochs=2, max_steps=limit, **QUIET)
     assert result.steps == len(result.history) == steps
 
 
 def test_history() -> None:
     """One entry a step with step, epoch and loss; with retain data its two parts; the metric at the end of an epoch."""
     model = semu()
-    result = unlearn(
+    result = train(
         model, vector_batches(3), CrossEntropy(), epochs=2,
         retain=Retain(vector_batches(2, seed=4), UniformDistribution(), weight=0.5),
         callbacks=EarlyStopping(lambda m: 7.0, patience=5), **QUIET,
@@ -239,15 +240,15 @@ def test_history() -> None:
     assert ["metric" in entry for entry in result.history] == [False, False, True] * 2
     assert result.examples_seen == 24 and result.seconds > 0 and not result.stopped_early
     assert result.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    without = unlearn(semu(), vector_batches(1), CrossEntropy(), epochs=1, **QUIET)
+    without = train(semu(), vector_batches(1), CrossEntropy(), epochs=1, **QUIET)
     assert set(without.history[0]) == {"step", "epoch", "loss"}
 
 
 def test_history_is_of_this_run_only() -> None:
     """A second call starts counting at one."""
     model = semu()
-    unlearn(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
-    assert [entry["step"] for entry in unlearn(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET).history] == [
+    train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET)
+    assert [entry["step"] for entry in train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET).history] == [
         1, 2, 3,
     ]  # fmt: skip
 
@@ -261,7 +262,7 @@ def test_retain_data_goes_round() -> None:
         return CrossEntropy()(model, batch)
 
     batches = [(torch.full((2, 6), float(index)), torch.zeros(2, dtype=torch.long)) for index in range(4)]
-    unlearn(semu(), vector_batches(3), CrossEntropy(), retain=Retain(batches, retain), epochs=3, **QUIET)
+    train(semu(), vector_batches(3), CrossEntropy(), retain=Retain(batches, retain), epochs=3, **QUIET)
     assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 0]
 
 
@@ -279,7 +280,7 @@ def test_retain_data_goes_round() -> None:
 def test_early_stopping(metrics: list[float], patience: int, min_delta: float, epochs: int) -> None:
     """Stops after `patience` epochs in a row without a gain of `min_delta` over the best so far."""
     values = iter(metrics)
-    result = unlearn(
+    result = train(
         semu(), vector_batches(2), CrossEntropy(), epochs=len(metrics),
         callbacks=EarlyStopping(lambda model: next(values), patience, min_delta), **QUIET,
     )  # fmt: skip
@@ -298,7 +299,7 @@ def test_the_metric_may_do_as_it_likes_with_modes_and_gradients() -> None:
     states = []
     for callbacks in ((), EarlyStopping(metric, patience=9, restore_best=False)):
         model = semu()
-        unlearn(model, vector_batches(), CrossEntropy(), callbacks=callbacks, epochs=3, **QUIET)
+        train(model, vector_batches(), CrossEntropy(), callbacks=callbacks, epochs=3, **QUIET)
         states.append(trained_state(model))
     assert_same_state(*states)
 
@@ -308,7 +309,7 @@ def test_bfloat16_mixed_precision() -> None:
     dtypes: set[torch.dtype] = set()
     model = semu(Cnn, conv_mode="per_channel")
     model.base_model.model.norm.register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
-    result = unlearn(
+    result = train(
         model, image_batches(), CrossEntropy(), epochs=12, learning_rate=3e-2, mixed_precision="bf16", **QUIET
     )
     assert dtypes == {torch.bfloat16}
@@ -324,7 +325,7 @@ def test_each_run_has_its_own_precision() -> None:
     model.base_model.model.fc1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for precision, expected in (("bf16", torch.bfloat16), (None, torch.float32), ("bf16", torch.bfloat16)):
         dtypes.clear()
-        unlearn(model, vector_batches(), CrossEntropy(), epochs=1, mixed_precision=precision, **QUIET)
+        train(model, vector_batches(), CrossEntropy(), epochs=1, mixed_precision=precision, **QUIET)
         assert set(dtypes) == {expected}
 
 
@@ -332,9 +333,9 @@ def test_ones_own_accelerator() -> None:
     """An Accelerator of the caller's is used as it is, and still works afterwards."""
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     model = semu()
-    result = unlearn(model, vector_batches(4), CrossEntropy(), accelerator=accelerator, epochs=1, **QUIET)
+    result = train(model, vector_batches(4), CrossEntropy(), accelerator=accelerator, epochs=1, **QUIET)
     assert result.steps == 2
-    again = unlearn(model, vector_batches(4), CrossEntropy(), accelerator=accelerator, epochs=1, **QUIET)
+    again = train(model, vector_batches(4), CrossEntropy(), accelerator=accelerator, epochs=1, **QUIET)
     assert again.steps == 2 and math.isfinite(again.history[-1]["loss"])
 
 
@@ -344,7 +345,7 @@ def test_a_model_that_is_prepared_already(tmp_path: Path) -> None:
     model = accelerator.prepare(semu().eval())
     x = vector_batches()[0][0]
     attributes, expected = dict(vars(model)), model(x)
-    unlearn(model, vector_batches(), CrossEntropy(), accelerator=accelerator, epochs=1, learning_rate=1e-12, **QUIET)
+    train(model, vector_batches(), CrossEntropy(), accelerator=accelerator, epochs=1, learning_rate=1e-12, **QUIET)
     assert vars(model).keys() == attributes.keys() and vars(model)["forward"] is attributes["forward"]
     torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=1e-2)
     accelerator.save_state(str(tmp_path))
@@ -355,7 +356,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     """`log_with="tensorboard"` writes the losses, step by step, under `output_dir`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = unlearn(
+    result = train(
         semu(), vector_batches(), CrossEntropy(), epochs=2, output_dir=tmp_path, log_with="tensorboard",
         callbacks=EarlyStopping(lambda model: 0.25), **QUIET,
     )  # fmt: skip
@@ -369,9 +370,9 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     """The bar shows the running loss, and `progress=False` prints nothing."""
-    unlearn(semu(), vector_batches(), CrossEntropy(), epochs=1)
+    train(semu(), vector_batches(), CrossEntropy(), epochs=1)
     assert "loss=" in capsys.readouterr().err
-    unlearn(semu(), vector_batches(), CrossEntropy(), epochs=1, progress=False)
+    train(semu(), vector_batches(), CrossEntropy(), epochs=1, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -383,7 +384,7 @@ def test_the_loader_comes_back() -> None:
     data, retain = loader(), loader(seed=5)
     before = [(dict(vars(each)), each.sampler, each.batch_sampler, each.batch_sampler.sampler) for each in (data, retain)]  # fmt: skip  # noqa: E501
     for _ in range(2):
-        unlearn(semu(), data, CrossEntropy(), retain=Retain(retain, CrossEntropy()), epochs=2, **QUIET)
+        train(semu(), data, CrossEntropy(), retain=Retain(retain, CrossEntropy()), epochs=2, **QUIET)
     for each, (attributes, sampler, batch_sampler, inner) in zip((data, retain), before, strict=True):
         assert vars(each) == attributes
         assert each.sampler is sampler and each.batch_sampler is batch_sampler and batch_sampler.sampler is inner
@@ -406,7 +407,7 @@ def test_the_loader_comes_back_after_a_failure() -> None:
         return CrossEntropy()(model, batch)
 
     with pytest.raises(KeyError):
-        unlearn(model, data, fails, epochs=1, gradient_accumulation_steps=3, **QUIET)
+        train(model, data, fails, epochs=1, gradient_accumulation_steps=3, **QUIET)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert data.batch_sampler.sampler is sampler
     assert Snapshot.of(model).modes == modes and "forward" not in vars(model)
@@ -427,7 +428,7 @@ def test_everything_comes_back_after_a_failure_before_the_first_step(options: di
     data, model = loader(), semu().train()
     sampler, before, attributes = data.batch_sampler.sampler, Snapshot.of(model), set(vars(model))
     with pytest.raises((FileNotFoundError, ZeroDivisionError, ValueError)):
-        unlearn(model, data, CrossEntropy(), mixed_precision="bf16", **QUIET, **options)
+        train(model, data, CrossEntropy(), mixed_precision="bf16", **QUIET, **options)
     before.assert_same(model)
     assert set(vars(model)) == attributes and data.batch_sampler.sampler is sampler
 
@@ -443,7 +444,7 @@ def test_shuffling_follows_the_seed() -> None:
             seen.append(batch[0][:, 0].tolist())
             return CrossEntropy()(model, batch)
 
-        unlearn(semu(), loader(), objective, epochs=2, seed=seed, **QUIET)
+        train(semu(), loader(), objective, epochs=2, seed=seed, **QUIET)
         return seen
 
     first = order(1)
@@ -464,7 +465,7 @@ def test_forms_of_data() -> None:
         DataLoader(TensorDataset(x, y), batch_size=4),
     ):
         model = semu()
-        result = unlearn(model, data, CrossEntropy(), epochs=2, **QUIET)
+        result = train(model, data, CrossEntropy(), epochs=2, **QUIET)
         assert result.examples_seen == 24
         states.append(trained_state(model))
     for state in states[1:]:
@@ -474,7 +475,7 @@ def test_forms_of_data() -> None:
 def test_dict_batches() -> None:
     """Batches in the form of transformers' collators are trained on and counted."""
     batches = [{"x": x, "labels": y} for x, y in vector_batches()]
-    result = unlearn(semu(), batches, CrossEntropy(), epochs=1, **QUIET)
+    result = train(semu(), batches, CrossEntropy(), epochs=1, **QUIET)
     assert result.examples_seen == 12
 
 
@@ -506,7 +507,7 @@ DATA: dict[str, Data] = {
 def long_run(model: nn.Module, data: Any, *, dies_after: float = math.inf, **options: Any) -> UnlearnResult:
     """A run with everything that has a state: two loaders, a random objective, a schedule, a metric."""
     schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
-    return unlearn(
+    return train(
         model, data, RandomLabel(seed=7) + 0.1 * CrossEntropy(), epochs=4, scheduler=schedule,
         retain=[Retain(loader(9, 2, seed=5), RandomLabel(seed=8), 0.5), Retain(loader(7, 2), RandomLabel(seed=9), 0.1)],
         callbacks=EarlyStopping(lambda m: -CrossEntropy()(m, vector_batches(1)[0]).item(), patience=50),
@@ -552,7 +553,7 @@ def test_the_original_after_a_resume_is_that_of_the_start(tmp_path: Path) -> Non
     """PiSSA moves the start into the adapter; a resumed run measures against the original all the same."""
 
     def run(model: nn.Module, **options: Any) -> UnlearnResult:
-        return unlearn(
+        return train(
             model, vector_batches(), DecoupledDistillation(), epochs=4, output_dir=tmp_path, **QUIET, **options
         )
 
@@ -593,9 +594,9 @@ def test_resume_keeps_the_patience(tmp_path: Path) -> None:
     """Early stopping counts on across a resume, and a run that had stopped stays stopped."""
     options: dict[str, Any] = {"epochs": 9, "output_dir": tmp_path, **QUIET}
     stopping = EarlyStopping(lambda model: 1.0, patience=3)
-    unlearn(semu(), vector_batches(2), CrossEntropy(), checkpointing_steps=2, callbacks=stopping, **options)
+    train(semu(), vector_batches(2), CrossEntropy(), checkpointing_steps=2, callbacks=stopping, **options)
     for step in (4, 8):
-        result = unlearn(
+        result = train(
             semu(), vector_batches(2), CrossEntropy(), resume_from_checkpoint=tmp_path / f"checkpoint-{step}",
             callbacks=EarlyStopping(lambda model: 1.0, patience=3), **options,
         )  # fmt: skip
@@ -605,7 +606,7 @@ def test_resume_keeps_the_patience(tmp_path: Path) -> None:
 def test_checkpoints_hold_the_adapter_only(tmp_path: Path) -> None:
     """A checkpoint has no base weights, no half-written folder is left, and torch reads it without unpickling code."""
     model = semu()
-    unlearn(model, vector_batches(), CrossEntropy(), epochs=1, output_dir=tmp_path, checkpointing_steps=1, **QUIET)
+    train(model, vector_batches(), CrossEntropy(), epochs=1, output_dir=tmp_path, checkpointing_steps=1, **QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3)]
     from safetensors.torch import load_file
 
@@ -618,21 +619,21 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 1, "output_dir": tmp_path, **QUIET}
     (tmp_path / "checkpoint-3.partial").mkdir()
     (tmp_path / "checkpoint-3.partial" / "rubbish").write_text("half")
-    unlearn(semu(), vector_batches(), CrossEntropy(), checkpointing_steps=2, **options)
-    result = unlearn(semu(), vector_batches(), CrossEntropy(), resume_from_checkpoint="latest", **options)
+    train(semu(), vector_batches(), CrossEntropy(), checkpointing_steps=2, **options)
+    result = train(semu(), vector_batches(), CrossEntropy(), resume_from_checkpoint="latest", **options)
     assert result.steps == 3
-    unlearn(semu(), vector_batches(), CrossEntropy(), checkpointing_steps=3, **options)
+    train(semu(), vector_batches(), CrossEntropy(), checkpointing_steps=3, **options)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
     assert not (tmp_path / "checkpoint-3" / "rubbish").exists()
 
 
 def test_resume_into_another_adapter(tmp_path: Path) -> None:
     """A checkpoint of other trained parameters is refused, not loaded in part or not at all."""
-    unlearn(semu(), vector_batches(), CrossEntropy(), epochs=1, output_dir=tmp_path, checkpointing_steps=2, **QUIET)
+    train(semu(), vector_batches(), CrossEntropy(), epochs=1, output_dir=tmp_path, checkpointing_steps=2, **QUIET)
     for other in (lora(), plain(), semu(r=1)):
         before = trained_state(other)
         with pytest.raises((ValueError, RuntimeError), match=r"semu_core|checkpoint"):
-            unlearn(
+            train(
                 other, vector_batches(), CrossEntropy(), epochs=1, resume_from_checkpoint="latest",
                 output_dir=tmp_path, **QUIET,
             )  # fmt: skip
@@ -689,7 +690,7 @@ def test_errors(options: dict[str, Any], error: type[Exception], words: list[str
     before = Snapshot.of(model)
     arguments = {"forget": vector_batches(), "objective": CrossEntropy(), **QUIET, **options}
     with pytest.raises(error) as raised:
-        unlearn(model, **arguments)
+        train(model, **arguments)
     assert all(word in str(raised.value) for word in words), raised.value
     before.assert_same(model)
     assert "forward" not in vars(model)
@@ -698,7 +699,7 @@ def test_errors(options: dict[str, Any], error: type[Exception], words: list[str
 def test_nothing_to_train() -> None:
     """A frozen model is refused with the usual reasons."""
     with pytest.raises(ValueError, match="no trainable parameter.*is_trainable"):
-        unlearn(semu().requires_grad_(False), vector_batches(), CrossEntropy(), **QUIET)
+        train(semu().requires_grad_(False), vector_batches(), CrossEntropy(), **QUIET)
 
 
 def test_a_loss_that_turns_nan_leaves_the_last_good_weights() -> None:
@@ -708,8 +709,8 @@ def test_a_loss_that_turns_nan_leaves_the_last_good_weights() -> None:
     model, twin = semu(), semu()
     constant = lambda optimizer, steps: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # noqa: E731
     with pytest.raises(ValueError, match="nan at step 2.*batch 2 of epoch 0"):
-        unlearn(model, [*good, bad], CrossEntropy(), epochs=1, scheduler=constant, **QUIET)
-    unlearn(twin, good, CrossEntropy(), epochs=1, scheduler=constant, **QUIET)
+        train(model, [*good, bad], CrossEntropy(), epochs=1, scheduler=constant, **QUIET)
+    train(twin, good, CrossEntropy(), epochs=1, scheduler=constant, **QUIET)
     assert_same_state(trained_state(model), trained_state(twin))
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -720,7 +721,7 @@ def test_the_same_objective_object_for_initialisation_and_training() -> None:
     model = get_peft_model(Cnn(), SemuConfig(target_modules="all-linear", explained_variance=0.95))
     objective = RandomLabel(num_labels=CLASSES)
     initialize_semu_weights(model, image_batches(), objective, progress=False)
-    result = unlearn(model, image_batches(), objective, epochs=2, **QUIET)
+    result = train(model, image_batches(), objective, epochs=2, **QUIET)
     merged = copy.deepcopy(model).merge_and_unload()
     x = image_batches()[0][0]
     torch.testing.assert_close(run(merged, x), run(model, x), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,286 @@
+"""The curvature of what is minimised, as cores see it: the whole matrix where they are few numbers, else factors.
+
+Both are running means of Gauss–Newton matrices `F = Jᵀ H J`, gathered from probes
+([`probe`][semu_peft.objectives.distributions.probe]), and both solve `(F + λ m I) x = b` with `m` the mean of `F`'s
+diagonal, so that the damping `λ` has no unit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from semu_peft.gradients.core_rows import Rows
+from semu_peft.gradients.processes import sum_over_processes
+
+_LEAST = 1e-20  # where there is no curvature at all
+
+
+@dataclass(frozen=True)
+class CoreSlot:
+    """Where one core lies in the vector of all.
+
+    Attributes:
+        name: Its parameter's name.
+        start: Of its first number.
+        shape: `(r, r)`, `(r,)` for a diagonal core, or with a leading dimension for a batch of cores.
+        has_rows: Whether its gradient is known example by example.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    has_rows: bool
+
+    @property
+    def size(self) -> int:
+        """How many numbers it is."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def place(self) -> slice:
+        """Its numbers in the vector of all."""
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether only a diagonal is trained."""
+        return len(self.shape) == 1
+
+
+class Probe(NamedTuple):
+    """What one backward pass from a random seed leaves.
+
+    Attributes:
+        rows: By core, the rows of each call of its layer.
+        gradient: The gradient of all cores, `(P,)`.
+        examples: How many examples the batch had.
+    """
+
+    rows: Mapping[str, list[Rows]]
+    gradient: Tensor
+    examples: int
+
+
+class Curvature(ABC):
+    """A running mean of curvatures over the vector of all cores.
+
+    Args:
+        slots: The cores.
+        decay: What a new batch leaves of the mean's weight.
+        device: Where it is computed.
+    """
+
+    def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
+        self.slots, self.decay = list(slots), decay
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.size = sum(slot.size for slot in slots)
+
+    @abstractmethod
+    def observe(self, probes: Sequence[Probe]) -> None:
+        """Add the sum of one step's probes."""
+
+    @abstractmethod
+    def times(self, vector: Tensor) -> Tensor:
+        """`F vector`, `(P,)`."""
+
+    @abstractmethod
+    def solve(self, vector: Tensor, damping: float) -> Tensor:
+        """`(F + damping m I)⁻¹ vector`, `(P,)`."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def _age(self) -> float:
+        """Let the mean age by one batch, and return what is left of its unnormalised sum."""
+        self.weight = self.weight * self.decay + 1.0
+        return self.decay
+
+
+class WholeMatrix(Curvature):
+    """`F` itself over all cores together, `(P, P)`, from the gradients of single examples.
+
+    Cores without rows have one gradient a probe, of the whole batch; its square has the same mean, for these cores
+    alone.
+    """
+
+    def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
+        super().__init__(slots, decay, device)
+        self.total = torch.zeros(self.size, self.size, device=device)
+
+    def observe(self, probes: Sequence[Probe]) -> None:
+        new = torch.zeros_like(self.total)
+        without_rows = [slot for slot in self.slots if not slot.has_rows]
+        for probe in probes:
+            by_example = self._by_example(probe)
+            new.addmm_(by_example.mT, by_example)
+            if without_rows:
+                vector = torch.zeros_like(probe.gradient)
+                for slot in without_rows:
+                    vector[slot.place] = probe.gradient[slot.place]
+                new.add_(torch.outer(vector, vector))
+        self.total = self.total * self._age() + sum_over_processes(new)
+
+    def _by_example(self, probe: Probe) -> Tensor:
+        """The gradients of single examples, `(N, P)`."""
+        result = torch.zeros(probe.examples, self.size, device=self.total.device)
+        for slot in self.slots:
+            for rows in probe.rows.get(slot.name, ()):
+                left, right = (_in_groups(side, probe.examples).to(result) for side in rows)
+                if slot.is_diagonal:
+                    part = (left * right).sum(1)
+                else:
+                    part = torch.einsum("nsi,nsj->nij", left, right).flatten(1)
+                result[: len(part), slot.place] += part
+        return result
+
+    @property
+    def mean(self) -> Tensor:
+        """`F`, `(P, P)`."""
+        return self.total / self.weight.clamp_min(1e-12).to(self.total.dtype)
+
+    def times(self, vector: Tensor) -> Tensor:
+        return self.mean @ vector
+
+    def solve(self, vector: Tensor, damping: float) -> Tensor:
+        matrix = self.mean
+        diagonal = matrix.diagonal()
+        scale = diagonal.mean().clamp_min(_LEAST)
+        matrix.diagonal().add_(damping * scale)
+        for attempt in range(8):
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if not failed.item():
+                return torch.cholesky_solve(vector.unsqueeze(1), factor).squeeze(1)
+            matrix.diagonal().add_(scale * 1e-6 * 10.0**attempt)  # rounding made it indefinite
+        return vector / (diagonal.mean() + damping * scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "total": self.total}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.weight, self.total = state["weight"].to(self.total.device), state["total"].to(self.total)
+
+
+class KroneckerFactors(Curvature):
+    """K-FAC's approximation layer by layer: `B ⊗ A`, the second moments of the core's rows on either side.
+
+    A diagonal core has the exact restriction `B ∘ A` of it, and a core without rows the diagonal alone.
+
+    Source: Martens and Grosse 2015, arXiv 1503.05671, section 3.
+    """
+
+    def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
+        super().__init__(slots, decay, device)
+        self.totals: dict[str, Tensor] = {}
+        for slot in slots:
+            if slot.has_rows:
+                rank = slot.shape[-1]
+                self.totals[f"{slot.name}.left"] = torch.zeros(rank, rank, device=device)
+                self.totals[f"{slot.name}.right"] = torch.zeros(rank, rank, device=device)
+            else:
+                self.totals[f"{slot.name}.squares"] = torch.zeros(slot.size, device=device)
+        self._eigen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def observe(self, probes: Sequence[Probe]) -> None:
+        new = {key: torch.zeros_like(total) for key, total in self.totals.items()}
+        places = {slot.name: torch.zeros((), device=self.weight.device) for slot in self.slots if slot.has_rows}
+        for probe in probes:
+            for slot in self.slots:
+                if not slot.has_rows:
+                    new[f"{slot.name}.squares"] += probe.gradient[slot.place].square()
+                for rows in probe.rows.get(slot.name, ()):
+                    left, right = (side.flatten(0, 1).to(self.weight.device, torch.float32) for side in rows)
+                    new[f"{slot.name}.left"] += left.mT @ left
+                    new[f"{slot.name}.right"] += right.mT @ right
+                    places[slot.name] += len(right)
+        new = {key: sum_over_processes(part) for key, part in new.items()}
+        for name, count in places.items():
+            new[f"{name}.right"] /= sum_over_processes(count).clamp_min(1.0)
+        left_over = self._age()
+        self.totals = {key: total * left_over + new[key] for key, total in self.totals.items()}
+        self._eigen = {}
+
+    def _mean(self, key: str) -> Tensor:
+        total = self.totals[key]
+        return total / self.weight.clamp_min(1e-12).to(total.dtype)
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._mean(f"{name}.left"), self._mean(f"{name}.right")
+
+    def _diagonal_mean(self) -> Tensor:
+        traces = []
+        for slot in self.slots:
+            if not slot.has_rows:
+                traces.append(self._mean(f"{slot.name}.squares").sum())
+                continue
+            left, right = self._factors(slot.name)
+            both = left.diagonal() @ right.diagonal() if slot.is_diagonal else left.trace() * right.trace()
+            traces.append(both)
+        return torch.stack(traces).sum() / self.size
+
+    def times(self, vector: Tensor) -> Tensor:
+        result = torch.empty_like(vector)
+        for slot in self.slots:
+            part = vector[slot.place]
+            if not slot.has_rows:
+                result[slot.place] = self._mean(f"{slot.name}.squares") * part
+                continue
+            left, right = self._factors(slot.name)
+            if slot.is_diagonal:
+                result[slot.place] = (left * right) @ part
+            else:
+                result[slot.place] = (left @ part.view(slot.shape) @ right).flatten()
+        return result
+
+    def solve(self, vector: Tensor, damping: float) -> Tensor:
+        added = (damping * self._diagonal_mean()).clamp_min(_LEAST)
+        result = torch.empty_like(vector)
+        for slot in self.slots:
+            part = vector[slot.place]
+            if not slot.has_rows:
+                result[slot.place] = part / (self._mean(f"{slot.name}.squares") + added)
+            elif slot.is_diagonal:
+                left, right = self._factors(slot.name)
+                values, vectors = torch.linalg.eigh(left * right)
+                result[slot.place] = vectors @ ((vectors.mT @ part) / (values.clamp_min(0) + added))
+            else:
+                left_values, left, right_values, right = self._eigenbases(slot.name)
+                inside = left.mT @ part.view(slot.shape) @ right
+                inside = inside / (torch.outer(left_values, right_values) + added)
+                result[slot.place] = (left @ inside @ right.mT).flatten()
+        return result
+
+    def _eigenbases(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if name not in self._eigen:
+            (left_values, left), (right_values, right) = (torch.linalg.eigh(each) for each in self._factors(name))
+            self._eigen[name] = (left_values.clamp_min(0), left, right_values.clamp_min(0), right)
+        return self._eigen[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "totals": dict(self.totals)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.weight = state["weight"].to(self.weight.device)
+        self.totals = {key: state["totals"][key].to(total) for key, total in self.totals.items()}
+        self._eigen = {}
+
+
+def _in_groups(rows: Tensor, examples: int) -> Tensor:
+    """`(M, places, r)` as `(N, …, r)` for `N` examples.
+
+    Windows of an image, as in Swin, are more rows than examples, and follow one another. Rows that cannot be told apart
+    by example, as those sent to one expert, are all put into one group: as the probes' signs are independent, its
+    square has the mean of the sum of squares.
+    """
+    number = examples if len(rows) % examples == 0 else 1
+    return rows.reshape(number, -1, rows.shape[-1])

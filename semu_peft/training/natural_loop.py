@@ -1,0 +1,501 @@
+"""The loop of natural-gradient steps: each is tried, judged by what it did, and kept or taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+from torch.optim import Optimizer
+
+from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
+from semu_peft.gradients.gather import check_loss, count_examples
+from semu_peft.objectives.base import Evaluation, Objective, Outputs
+from semu_peft.objectives.distributions import divergence, probe, strike_out
+from semu_peft.objectives.original import original
+
+from .batches import batches_in, first_batches
+from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
+from .fingerprint import Fingerprint, describe
+from .loop import Loop
+from .natural import Choose, NaturalGradient, trained_cores
+from .optimizers import SchedulerFactory
+from .rules import Step
+
+_MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
+_UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the first
+_MOST_TRIALS = 12  # of one step
+_WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
+_HELD_EXAMPLES = 512  # on which start and end are compared
+_SEEDS_A_STEP = 32  # random seeds are put in until a small batch has that many of them
+_MOST_PROBES = 8
+_FALL_THAT_COUNTS = 0.5  # of the tolerance
+_NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
+_MEMORY = 0.5  # of the running loss, which follows it fast
+
+FORGOTTEN = "the forget data are forgotten"
+ALREADY_FORGOTTEN = "the forget data were forgotten already"
+BUDGET_SPENT = "the damage budget is spent"
+NO_LONGER_IMPROVES = "the loss no longer falls"
+
+
+@dataclass(eq=False)
+class _Term:
+    """One objective on one batch, with what stays the same while the cores move."""
+
+    objective: Objective
+    batch: Any
+    weight: float
+    prepared: Any
+    is_forget: bool
+    original: list[Tensor] = field(default_factory=list)  # what the original says, where damage is measured here
+
+
+@dataclass
+class _Tried:
+    """What the model does with the cores at one place."""
+
+    loss: Tensor
+    values: dict[str, float]  # of all processes
+    terms: list[tuple[_Term, Evaluation]]
+    damage: float
+
+
+class NaturalLoop(Loop):
+    """One run by natural gradients, see [`NaturalGradient`][semu_peft.training.natural.NaturalGradient].
+
+    Args:
+        natural: The dials.
+        choose: Which point of the run to end at, if not the best.
+        arguments: Those of `Loop`.
+    """
+
+    def __init__(self, natural: NaturalGradient, choose: Choose | None, *arguments: Any) -> None:
+        self.natural = natural
+        super().__init__(*arguments)
+        found = trained_cores(self.model, self.parameters)
+        assert found is not None  # as `why_not_natural` found nothing
+        self.adapter_name, cores = found
+        self.runner = extract_model_from_parallel(self.prepared.model)
+        self.cores = [core for _, core in cores.values()]
+        self.is_sharded = any(hasattr(core, "device_mesh") for core in self.cores)
+        self.layers = {name: layer for name, (layer, _) in cores.items()}
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
+        self.damping = natural.damping
+        self.failures = self.stalled = 0
+        self.running, self.lowest = math.nan, math.inf
+        self.start = self.best = self._flat()
+        self.start_loss = math.nan
+        self.choose = choose
+        self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
+        self.first_draws: list[Any] = []
+        self.forgotten_batches = 0
+        self.budget_was_hit = False
+        self._restored: Mapping[str, Any] | None = None
+
+    def _length(self) -> tuple[float, int]:
+        epochs = self.settings.epochs
+        return math.inf if epochs is None else epochs, self.settings.max_steps or _MOST_STEPS
+
+    def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: Optimizer) -> None:
+        self.first_draws = [objective.state_dict() for objective in self.objectives]
+        super().set_up(None, bare_optimizer)
+
+    def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
+        return super()._fingerprint(describe(self.natural), begun)
+
+    def _parts(self) -> Any:
+        return {**super()._parts(), "natural": [self]}
+
+    # ---- the run ----
+
+    def train(self) -> None:
+        with ExitStack() as stack:
+            self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
+            self.curvature = self._make_curvature(self.caught)
+            if self._restored is not None:
+                self.curvature.load_state_dict(self._restored)
+            self.held = self._held_terms()
+            if self.held and math.isnan(self.start_loss):
+                self._look_at_start(self._evaluate(self.held, with_gradient=False))
+            super().train()
+            if self.held:
+                self._leave_the_best()
+
+    def _look_at_start(self, start: _Tried) -> None:
+        self.start_loss = start.values["loss"]
+        if self._is_forgotten(start):
+            self._stop(ALREADY_FORGOTTEN)
+
+    def _make_curvature(self, caught: CaughtRows) -> Curvature:
+        slots, start = [], 0
+        for name, core in zip(self.layers, self.cores, strict=True):
+            slots.append(CoreSlot(name, start, tuple(core.shape), name in caught))
+            start = slots[-1].place.stop
+        whole = {"whole": True, "kronecker": False}.get(self.natural.curvature, start <= _WHOLE_UP_TO)
+        return (WholeMatrix if whole else KroneckerFactors)(slots, self.natural.decay, self.cores[0].device)
+
+    def _train_step(self, batches: list[Any]) -> None:
+        terms = [term for batch in batches for term in self._terms(batch, [next(each) for each in self.retained])]
+        here = self._evaluate(terms, with_gradient=True)
+        self._check_finite(here.values, self.progress.forget.batch)
+        if not self.held:  # a stream, of which nothing could be looked at beforehand
+            self.held = terms
+            self._look_at_start(here)
+        self._note_running_loss(here)
+        for update in range(_UPDATES_A_BATCH):
+            if self.context.control.should_stop or self.progress.step >= self.context.total_steps:
+                break
+            last = update == _UPDATES_A_BATCH - 1
+            here = self._update_cores(terms, here, keep_graph=not last)
+        self.optimizer.zero_grad()
+        self.progress.forget.batch += len(batches)
+        self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
+
+    def _note_running_loss(self, here: _Tried) -> None:
+        """Follow the loss over batches: stop where it has come to its end, or falls no more."""
+        loss = here.values["loss"]
+        old = self.running
+        self.running = loss if math.isnan(old) else _MEMORY * old + (1 - _MEMORY) * loss
+        if math.isinf(self.lowest) or self.running < self.lowest - _FALL_THAT_COUNTS * self._enough():
+            self.lowest, self.stalled, self.best = self.running, 0, self._flat()
+        else:
+            self.stalled += 1
+        self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here) else 0
+        if self.forgotten_batches >= min(2, batches_in(self.prepared.forget) or 2):
+            self._stop(FORGOTTEN)
+        elif self.stalled >= self.natural.patience or self.failures >= self.natural.patience:
+            self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
+
+    def _stop(self, reason: str) -> None:
+        self.context.control.stop(reason)
+
+    def _enough(self) -> float:
+        """The tolerance, in the unit of the loss."""
+        if self.objectives[0].distribution == "categorical" or math.isnan(self.start_loss):
+            return self.natural.tolerance
+        return self.natural.tolerance * abs(self.start_loss)
+
+    def _is_forgotten(self, here: _Tried) -> bool:
+        minimum = self.objectives[0].minimum
+        if minimum is None:
+            return here.values.get("answer_probability", math.inf) <= self.natural.tolerance
+        return here.values["forget_loss"] - minimum <= self._enough()
+
+    def _leave_the_best(self) -> None:
+        """End with the best cores seen, by the loss on the batches that the start was measured on; or at the choice."""
+        if self.choose is not None and self.path:
+            ends = [self.path[self.choose(self.progress.history)]]
+        else:
+            ends = [self._flat(), self.best, self.start]
+        tried = [self._at(end) for end in ends]
+        losses = [each.values["loss"] if math.isfinite(each.values["loss"]) else math.inf for each in tried]
+        lowest = losses.index(min(losses))
+        self._move_to(ends[lowest])
+        self._enter_into_history(tried[lowest].values)
+
+    def _at(self, place: Tensor) -> _Tried:
+        self._move_to(place)
+        return self._evaluate(self.held, with_gradient=False)
+
+    # ---- one step ----
+
+    def _update_cores(self, terms: list[_Term], here: _Tried, *, keep_graph: bool) -> _Tried:
+        """Try steps from here until one is good, and go there; where none is, stay."""
+        step = self._start_step()
+        start = self._flat()
+        gradient = self._gradient(here.loss, terms, retain_graph=self._curvature_is_due())
+        if self._curvature_is_due():
+            self._observe(terms, here)
+        gradient = self._under_rules(step, gradient)
+        tried, kl, damping = here, 0.0, self.damping
+        for _ in range(_MOST_TRIALS):
+            direction = -self.curvature.solve(gradient, self.damping)
+            predicted = -(gradient @ direction + 0.5 * direction @ self.curvature.times(direction)).item()
+            if predicted < _NEGLIGIBLE * self._enough():
+                self.failures += 1
+                break
+            self._move_to(start + direction)
+            self._apply(step, "update")
+            tried = self._evaluate(terms, with_gradient=keep_graph)
+            kl = self._moved(here, tried)
+            if self._is_good(here, tried, kl, predicted):
+                self.failures = 0
+                break
+        else:
+            self._move_to(start)
+            self.failures, self.damping = self.failures + 1, damping
+            tried, kl = (self._evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
+        self.progress.step += 1
+        if self.choose is not None:
+            self.path.append(start)
+        self._record({**here.values, "kl": kl, "damping": self.damping})
+        return tried
+
+    def _is_good(self, here: _Tried, tried: _Tried, kl: float, predicted: float) -> bool:
+        """Judge a step, and set the damping of the next one."""
+        fall = here.values["loss"] - tried.values["loss"]
+        limit = self.natural.max_retain_kl
+        if not (math.isfinite(fall) and math.isfinite(kl)):
+            self.damping *= 100.0
+            return False
+        if kl > 1.5 * self.natural.kl:
+            self.damping *= min(max(2.0 * math.sqrt(kl / self.natural.kl), 2.0), 1e3)
+            return False
+        if limit is not None and tried.damage > limit:
+            self.damping, self.budget_was_hit = self.damping * 4.0, True
+            return False
+        if fall <= 0:
+            self.damping *= 4.0
+            return False
+        ratio = fall / predicted if predicted > 0 else 0.0
+        if ratio > 0.75 and kl < 0.5 * self.natural.kl:
+            self.damping = max(self.damping / (10.0 if kl < 0.05 * self.natural.kl else 3.0), 1e-9)
+        elif ratio < 0.25:
+            self.damping *= 2.0
+        return True
+
+    def _curvature_is_due(self) -> bool:
+        return self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
+
+    def _gradient(self, loss: Tensor, terms: list[_Term], *, retain_graph: bool) -> Tensor:
+        """The gradient of the mean loss of all processes, as one vector `(P,)`."""
+        return self._backward_to_cores(loss, retain_graph=retain_graph and not self.is_sharded, mean=True)
+
+    def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool, mean: bool) -> Tensor:
+        for core in self.cores:
+            core.grad = None
+        loss.backward(retain_graph=retain_graph)
+        parts = []
+        for core in self.cores:
+            gradient = torch.zeros_like(core) if core.grad is None else core.grad
+            parts.append(_whole(gradient).flatten())
+            core.grad = None
+        flat = torch.cat([part.to(parts[0]) for part in parts]).float()
+        if not mean or self.is_sharded:  # FSDP takes the mean by itself
+            return flat
+        reduced: Tensor = self.accelerator.reduce(flat, reduction="mean")
+        return reduced
+
+    def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
+        if not self.rules:
+            return gradient
+        self._write_gradient(gradient)
+        self._apply(step, "gradients")
+        edited = torch.cat([_whole(core.grad).flatten().float() for core in self.cores if core.grad is not None])
+        for core in self.cores:
+            core.grad = None
+        return edited
+
+    def _observe(self, terms: list[_Term], here: _Tried) -> None:
+        probes = []
+        for term, evaluation in here.terms:
+            if not term.weight or not evaluation.outputs:
+                continue
+            examples = count_examples(term.batch) or 1
+            number = min(max(_SEEDS_A_STEP // examples, 1), _MOST_PROBES)
+            for _ in range(number):
+                if self.is_sharded:  # its graph cannot be gone through twice
+                    evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
+                seed = self._seed(term, evaluation) / math.sqrt(number)
+                self.caught.catching = True
+                try:
+                    gradient = self._backward_to_cores(seed, retain_graph=not self.is_sharded, mean=False)
+                finally:
+                    self.caught.catching = False
+                probes.append(Probe(self.caught.take(), gradient, examples))
+        self.curvature.observe(probes)
+
+    def _seed(self, term: _Term, evaluation: Evaluation) -> Tensor:
+        distribution = term.objective.distribution
+        assert distribution is not None
+        weight = abs(term.weight) + (self._damage_weight() if term.original else 0.0)
+        seeds = []
+        for output in evaluation.outputs:
+            before, after = self._rows_elsewhere(output.values)
+            scale = math.sqrt(weight * abs(output.weight))
+            seeds.append(scale * probe(distribution, output.values, self.generator, before=before, after=after))
+        return torch.stack(seeds).sum()
+
+    def _rows_elsewhere(self, values: Tensor) -> tuple[int, int]:
+        """How many rows of outputs other processes have before and after this one's."""
+        if self.accelerator.num_processes == 1:
+            return 0, 0
+        counts = self.accelerator.gather(torch.tensor([len(values)], device=self.accelerator.device)).tolist()
+        at = self.accelerator.process_index
+        return sum(counts[:at]), sum(counts[at + 1 :])
+
+    # ---- what the model does at a place ----
+
+    def _terms(self, batch: Any, retained: Sequence[Any]) -> list[_Term]:
+        objective, *keep = self.objectives
+        terms = [self._term(objective, batch, 1.0, is_forget=True)]
+        pairs = zip(keep, retained, self.weights, strict=True)
+        return terms + [self._term(each, kept, weight, is_forget=False) for each, kept, weight in pairs]
+
+    def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> _Term:
+        term = _Term(objective, batch, weight, objective.prepare(self.runner, batch), is_forget)
+        measures_damage = self.natural.max_retain_kl is not None or self.choose is not None
+        if measures_damage and is_forget == (not self.weights):
+            with torch.no_grad(), original(self.runner, self.adapter_name) as reference:
+                evaluation = objective.evaluate(reference, batch, term.prepared)
+            term.original = [self._kept(term, output) for output in evaluation.outputs]
+        return term
+
+    def _kept(self, term: _Term, output: Outputs) -> Tensor:
+        """What is to stay as it is: the outputs or, on forget inputs, their other answers."""
+        if not term.is_forget:
+            return output.values
+        if output.labels is None:
+            raise ValueError(
+                "`max_retain_kl` must have retain data to be measured on where the forget outputs have no labels to "
+                "leave out. Give `retain=Retain(batches, objective)`, or set no bound."
+            )
+        return strike_out(output.values, output.labels)
+
+    def _damage_weight(self) -> float:
+        limit = self.natural.max_retain_kl
+        return 0.0 if limit is None else 1.0 / limit
+
+    def _evaluate(self, terms: list[_Term], *, with_gradient: bool) -> _Tried:
+        """The loss at the cores' present values, as a mean over the forget batches of the step."""
+        forget = sum(term.is_forget for term in terms)
+        measured = max(sum(bool(term.original) for term in terms), 1)
+        losses: dict[str, list[Tensor]] = {"forget_loss": [], "retain_loss": []}
+        evaluations, damages, answers = [], [], []
+        with torch.set_grad_enabled(with_gradient):
+            for term in terms:
+                evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
+                if with_gradient:
+                    check_loss(evaluation.loss, "a forget batch" if term.is_forget else "a retain batch")
+                losses["forget_loss" if term.is_forget else "retain_loss"].append(term.weight * evaluation.loss)
+                if term.original:
+                    damages.append(self._damage(term, evaluation))
+                if term.is_forget:
+                    answers += [_answer_probability(output) for output in evaluation.outputs]
+                evaluations.append((term, evaluation))
+            parts = {key: torch.stack(each).sum() / forget for key, each in losses.items() if each}
+            loss = torch.stack(list(parts.values())).sum()
+            damage = torch.stack(damages).sum() / measured if damages else loss.new_zeros(())
+            loss = loss + self._damage_weight() * damage
+        values = {"loss": loss, **parts, "damage": damage}
+        known = [answer for answer in answers if answer is not None]
+        if known:
+            values["answer_probability"] = torch.stack(known).mean()
+        if not damages:
+            del values["damage"]
+        told = self._mean_over_processes({key: value.item() for key, value in values.items()})
+        return _Tried(loss, told, evaluations, told.get("damage", 0.0))
+
+    def _damage(self, term: _Term, evaluation: Evaluation) -> Tensor:
+        distribution = term.objective.distribution
+        assert distribution is not None
+        pairs = zip(term.original, evaluation.outputs, strict=True)
+        parts = [divergence(distribution, before, self._kept(term, output)) for before, output in pairs]
+        return torch.stack(parts).mean()
+
+    @torch.no_grad()
+    def _moved(self, here: _Tried, tried: _Tried) -> float:
+        """How far a step has moved the outputs on the forget batches."""
+        parts = []
+        for (term, before), (_, after) in zip(here.terms, tried.terms, strict=True):
+            distribution = term.objective.distribution
+            if term.is_forget and distribution is not None:
+                pairs = zip(before.outputs, after.outputs, strict=True)
+                parts += [divergence(distribution, old.values, new.values) for old, new in pairs]
+        if not parts:
+            return 0.0
+        return self._mean_over_processes({"kl": torch.stack(parts).mean().item()})["kl"]
+
+    def _held_terms(self) -> list[_Term]:
+        """The batches, with draws of their own, on which the cores are compared with the start."""
+        now = [objective.state_dict() for objective in self.objectives]
+        _restore(self.objectives, self.first_draws)
+        terms: list[_Term] = []
+        examples = 0
+        loaders = [self.prepared.forget, *self.prepared.retain]
+        positions = [self.progress.forget, *self.progress.retain]
+        with ExitStack() as stack:
+            forget, *retained = [
+                stack.enter_context(first_batches(loader, seed, at.first_generators))
+                for loader, seed, at in zip(loaders, self._seeds(), positions, strict=True)
+            ]
+            for batch in forget:
+                kept = [next(batches, None) for batches in retained]
+                if any(each is None for each in kept):
+                    break
+                terms += self._terms(batch, kept)
+                examples += count_examples(batch) or 1
+                if examples >= _HELD_EXAMPLES:
+                    break
+        _restore(self.objectives, now)
+        return terms
+
+    # ---- the cores as one vector ----
+
+    @torch.no_grad()
+    def _flat(self) -> Tensor:
+        return torch.cat([_whole(core.detach()).flatten().float() for core in self.cores])
+
+    @torch.no_grad()
+    def _move_to(self, flat: Tensor) -> None:
+        for slot, core in zip(self.curvature.slots, self.cores, strict=True):
+            _put(core, flat[slot.place].view(slot.shape))
+
+    def _write_gradient(self, flat: Tensor) -> None:
+        for slot, core in zip(self.curvature.slots, self.cores, strict=True):
+            core.grad = torch.zeros_like(core)
+            _put(core.grad, flat[slot.place].view(slot.shape))
+
+    # ---- resuming ----
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "curvature": self.curvature.state_dict(),
+            "generator": self.generator.get_state(),
+            "first_draws": self.first_draws,
+            "start": self.start,
+            "best": self.best,
+            "path": self.path,
+            **{name: getattr(self, name) for name in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._restored = state["curvature"]
+        self.generator.set_state(state["generator"])
+        self.first_draws, self.start, self.best = state["first_draws"], state["start"], state["best"]
+        self.path = list(state["path"])
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+
+
+_NUMBERS = ("damping", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+
+
+def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
+    for objective, state in zip(objectives, states, strict=True):
+        objective.load_state_dict(state)
+
+
+def _answer_probability(output: Outputs) -> Tensor | None:
+    if output.labels is None:
+        return None
+    logits = output.values.detach().float()
+    return logits.softmax(-1).gather(1, output.labels.unsqueeze(1)).mean()
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _put(tensor: Any, value: Tensor) -> None:
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(value)

@@ -1,0 +1,86 @@
+"""Running curvatures of cores against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from semu_peft.gradients.core_rows import Rows
+from semu_peft.training.curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
+
+SLOTS = [
+    CoreSlot("square", 0, (3, 3), True),
+    CoreSlot("diagonal", 9, (2,), True),
+    CoreSlot("batch", 11, (2, 2, 2), False),
+]
+SIZE = 19
+
+
+def probe(examples: int = 5, places: int = 4) -> Probe:
+    rows = {
+        "square": [Rows(torch.randn(examples, places, 3), torch.randn(examples, places, 3))],
+        "diagonal": [Rows(torch.randn(examples, places, 2), torch.randn(examples, places, 2)) for _ in range(2)],
+    }
+    return Probe(rows, torch.randn(SIZE), examples)
+
+
+def dense(curvature: Curvature) -> torch.Tensor:
+    return torch.stack([curvature.times(row) for row in torch.eye(SIZE)])
+
+
+def example_gradients(probe: Probe) -> torch.Tensor:
+    result = torch.zeros(probe.examples, SIZE)
+    for left, right in probe.rows["square"]:
+        result[:, :9] += torch.einsum("nsi,nsj->nij", left, right).flatten(1)
+    for left, right in probe.rows["diagonal"]:
+        result[:, 9:11] += (left * right).sum(1)
+    return result
+
+
+def test_the_whole_matrix_is_the_sum_of_squares_of_examples() -> None:
+    curvature, first, second = WholeMatrix(SLOTS, 0.5, torch.device("cpu")), probe(), probe()
+    curvature.observe([first])
+    curvature.observe([second])
+    parts = []
+    for each in (first, second):
+        gradients = example_gradients(each)
+        part = gradients.T @ gradients
+        part[11:, 11:] += torch.outer(each.gradient[11:], each.gradient[11:])
+        parts.append(part)
+    expected = (0.5 * parts[0] + parts[1]) / 1.5
+    assert torch.allclose(dense(curvature), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kronecker_factors_are_second_moments_of_either_side() -> None:
+    curvature, only = KroneckerFactors(SLOTS, 0.8, torch.device("cpu")), probe()
+    curvature.observe([only])
+    left, right = (side.flatten(0, 1) for side in only.rows["square"][0])
+    square = torch.kron(left.T @ left, right.T @ right / len(right))
+    lefts, rights = (torch.cat([rows[side].flatten(0, 1) for rows in only.rows["diagonal"]]) for side in (0, 1))
+    diagonal = (lefts.T @ lefts) * (rights.T @ rights / len(rights))
+    expected = torch.block_diag(square, diagonal, torch.diag(only.gradient[11:].square()))
+    assert torch.allclose(dense(curvature), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [WholeMatrix, KroneckerFactors])
+def test_solving_inverts_the_damped_matrix(kind: type[Curvature]) -> None:
+    curvature = kind(SLOTS, 0.8, torch.device("cpu"))
+    curvature.observe([probe(40), probe(40)])
+    matrix, vector = dense(curvature), torch.randn(SIZE)
+    for damping in (0.1, 10.0):
+        damped = matrix + damping * matrix.diagonal().mean() * torch.eye(SIZE)
+        expected = torch.linalg.solve(damped, vector)
+        assert torch.allclose(curvature.solve(vector, damping), expected, rtol=1e-3, atol=1e-6)
+    again = kind(SLOTS, 0.8, torch.device("cpu"))
+    again.load_state_dict(curvature.state_dict())
+    assert torch.equal(dense(again), matrix)
+
+
+def test_windows_are_put_to_their_examples_and_odd_rows_together() -> None:
+    slots = [CoreSlot("windows", 0, (2, 2), True)]
+    left, right = torch.randn(12, 3, 2), torch.randn(12, 3, 2)
+    whole = torch.einsum("nsi,nsj->nij", left, right).flatten(1)
+    for rows, expected in ((12, whole.view(4, 3, 4).sum(1)), (10, whole[:10].sum(0, keepdim=True))):
+        curvature = WholeMatrix(slots, 0.8, torch.device("cpu"))
+        curvature.observe([Probe({"windows": [Rows(left[:rows], right[:rows])]}, torch.zeros(4), 4)])
+        assert torch.allclose(curvature.mean, expected.T @ expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,387 @@
+"""Runs by natural gradients: what they promise of every step, of their end, and of going on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Cnn, image_batches, llama, unet_condition
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, semu, trained_state
+
+from semu_peft import Callback, NaturalGradient, Retain, Rule, SemuConfig, initialize_semu_weights, unlearn
+from semu_peft.objectives import (
+    ConditionMatching,
+    CrossEntropy,
+    DecoupledDistillation,
+    GradientAscent,
+    Objective,
+    PreservePrediction,
+    RandomLabel,
+    UniformDistribution,
+)
+from semu_peft.objectives.distributions import divergence
+from semu_peft.objectives.original import original
+from semu_peft.tuner.adapted import semu_layers
+
+INPUTS, LABELS = torch.randn(64, 8, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 4
+FORGET, KEEP = [(INPUTS[LABELS == 1], LABELS[LABELS == 1])], [(INPUTS[LABELS != 1], LABELS[LABELS != 1])]
+
+
+def classifier(seed: int = 0) -> nn.Module:
+    """A network that knows its 64 examples."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(net(INPUTS), LABELS).backward()
+        optimizer.step()
+    return net.eval()
+
+
+NET = classifier()
+
+
+def adapted(objective: Objective, batches: list[Any] = FORGET, net: nn.Module = NET, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = SemuConfig(**{"target_modules": ["0", "2", "4"], "explained_variance": 0.99, **options})
+    model = get_peft_model(copy.deepcopy(net), config)
+    initialize_semu_weights(model, batches, objective, progress=False)
+    return model
+
+
+def probability(model: nn.Module, batches: list[Any]) -> float:
+    with torch.no_grad():
+        (inputs, labels), *_ = batches
+        return model(inputs).softmax(-1).gather(1, labels.unsqueeze(1)).mean().item()
+
+
+def accuracy(model: nn.Module, batches: list[Any]) -> float:
+    with torch.no_grad():
+        (inputs, labels), *_ = batches
+        return (model(inputs).argmax(-1) == labels).float().mean().item()
+
+
+@pytest.mark.parametrize("objective", [DecoupledDistillation(), RandomLabel(), GradientAscent(), UniformDistribution()])
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+def test_a_class_is_forgotten_and_the_loss_at_the_end_is_below_the_start(objective, curvature) -> None:
+    model = adapted(objective)
+    assert accuracy(model, FORGET) == 1.0
+    result = unlearn(model, FORGET, objective, optimizer=NaturalGradient(curvature=curvature), **QUIET)
+    assert probability(model, FORGET) < 0.35
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    # Ascent has no end, whatever it destroys; all others find theirs.
+    assert result.stopped_early or isinstance(objective, GradientAscent)
+    assert all(entry["kl"] <= 1.5 * 0.1 for entry in result.history[:-1])
+
+
+def test_other_classes_are_kept_without_retain_data() -> None:
+    objective = DecoupledDistillation()
+    model = adapted(objective)
+    unlearn(model, FORGET, objective, **QUIET)
+    assert accuracy(model, FORGET) == 0.0 and accuracy(model, KEEP) >= 0.97
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_any_size_of_request_and_of_batch(size: int) -> None:
+    batches = [(INPUTS[LABELS == 1][index : index + size], torch.full((size,), 1)) for index in range(0, 16, size)]
+    model = adapted(DecoupledDistillation(), batches)
+    unlearn(model, batches, DecoupledDistillation(), **QUIET)
+    assert accuracy(model, FORGET) <= 0.1
+
+
+def test_what_is_forgotten_already_takes_no_step() -> None:
+    objective = DecoupledDistillation()
+    model = adapted(objective)
+    unlearn(model, FORGET, objective, optimizer=NaturalGradient(tolerance=0.5), **QUIET)
+    before = trained_state(model)
+    result = unlearn(model, FORGET, objective, optimizer=NaturalGradient(tolerance=0.6), **QUIET)
+    assert result.steps == 0 and result.stop_reason == "the forget data were forgotten already"
+    assert_same_state(trained_state(model), before)
+
+
+def test_the_damage_budget_is_never_exceeded() -> None:
+    objective, keep = GradientAscent(), Retain(KEEP, CrossEntropy())
+    model = adapted(objective)
+    seen = []
+
+    class Look(Callback):
+        def on_step_end(self, context: Any) -> None:
+            with original(context.model) as reference:
+                before, after = reference(KEEP[0][0]), context.model(KEEP[0][0])
+            seen.append(divergence("categorical", before, after).item())
+
+    result = unlearn(model, FORGET, objective, retain=keep, max_retain_kl=0.02, callbacks=Look(), **QUIET)
+    assert len(seen) > 3 and max(seen) <= 0.02 + 1e-5
+    assert result.history[-1]["damage"] <= 0.02 + 1e-5
+    free = adapted(objective)
+    unlearn(free, FORGET, objective, **QUIET)
+    with original(free) as reference:
+        unbounded = divergence("categorical", reference(KEEP[0][0]), free(KEEP[0][0])).item()
+    assert unbounded > 2 * max(seen)
+
+
+def test_without_retain_data_the_budget_is_on_the_other_answers() -> None:
+    objective = RandomLabel()
+    model = adapted(objective)
+    result = unlearn(model, FORGET, objective, max_retain_kl=0.05, **QUIET)
+    assert 0 < result.history[-1]["damage"] <= 0.05 + 1e-5
+    logits, before = model(FORGET[0][0]), NET(FORGET[0][0])
+    others = [index for index in range(4) if index != 1]
+    expected = divergence("categorical", before[:, others], logits[:, others]).item()
+    assert math.isclose(result.history[-1]["damage"], expected, rel_tol=1e-3)
+
+
+def test_a_loss_that_cannot_fall_leaves_the_start() -> None:
+    class Rising(CrossEntropy):
+        """Whatever is done to the cores is worse."""
+
+        def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+            return (
+                super().loss(logits, labels, prepared).detach() * 0 + (logits - NET(INPUTS[LABELS == 1])).abs().mean()
+            )
+
+    Rising.minimum = None
+    model = adapted(DecoupledDistillation())
+    before = trained_state(model)
+    unlearn(model, FORGET, Rising(), **QUIET)
+    assert_same_state(trained_state(model), before)
+
+
+def test_steps_that_are_not_finite_are_taken_back() -> None:
+    class Cliff(GradientAscent):
+        def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+            loss = super().loss(logits, labels, prepared)
+            return torch.where(loss < -3.0, loss * math.nan, loss)
+
+    model = adapted(DecoupledDistillation())
+    result = unlearn(model, FORGET, Cliff(), **QUIET)
+    assert all(torch.isfinite(value).all() for value in trained_state(model).values())
+    assert -3.0 <= result.history[-1]["loss"] < 0
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "diagonal": {"core": "diagonal"},
+    "per channel": {"conv_mode": "per_channel"},
+    "flattened": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+def test_cores_of_convolutions_train(kind: str, curvature: Any) -> None:
+    model = semu(Cnn, r=2, **KINDS[kind])
+    dials = NaturalGradient(curvature=curvature, tolerance=1e-4)  # an untrained network is near to uniform already
+    result = unlearn(model, image_batches(), UniformDistribution(), optimizer=dials, **QUIET)
+    assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(1).repeat(1, 3, 1)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_cores_that_are_read_without_their_layers_train() -> None:
+    torch.manual_seed(2)
+    net = Attention()
+    model = adapted(UniformDistribution(), net=net, target_modules=["attention"], r=2)
+    result = unlearn(model, FORGET, UniformDistribution(), **QUIET)
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+
+
+def test_language_models_forget_by_tokens() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 32, (4, 8))
+    batch = {"input_ids": tokens, "labels": tokens}
+    net = llama()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net(**batch).loss.backward()
+        optimizer.step()
+    objective = DecoupledDistillation()
+    model = adapted(objective, [batch], net.eval(), target_modules=["q_proj", "v_proj", "down_proj", "embed_tokens"])
+    result = unlearn(model, [batch], objective, **QUIET)
+    assert result.history[0]["answer_probability"] > 0.5 and result.history[-1]["answer_probability"] < 0.2
+
+
+def test_a_denoiser_needs_no_rate() -> None:
+    from diffusers import DDPMScheduler
+
+    torch.manual_seed(0)
+    net, scheduler = unet_condition(), DDPMScheduler(num_train_timesteps=20)
+    width = net.config.cross_attention_dim
+    size = (4, net.config.in_channels, 8, 8)
+    batches = [
+        {
+            "latents": torch.randn(size),
+            "condition": {"encoder_hidden_states": torch.ones(4, 2, width)},
+            "anchor": {"encoder_hidden_states": -torch.ones(4, 2, width)},
+        }
+        for _ in range(2)
+    ]
+    objective = ConditionMatching(scheduler) + 0.5 * PreservePrediction(scheduler, under="anchor")
+    model = adapted(objective, batches, net, target_modules=["to_k", "to_v"], explained_variance=0.9)
+    result = unlearn(model, batches, objective, max_steps=30, **QUIET)
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    chosen = LABELS == 1
+    return DataLoader(TensorDataset(INPUTS[chosen], LABELS[chosen]), 5, shuffle=True, **options)
+
+
+def test_resuming_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def run(model: nn.Module, stop: int = 10**9, **options: Any) -> Any:
+        keep = Retain(DataLoader(TensorDataset(*KEEP[0]), 9, shuffle=True), CrossEntropy())
+        return unlearn(
+            model, loader(), RandomLabel() + 0.1 * DecoupledDistillation(), retain=keep, max_retain_kl=0.1, seed=3,
+            max_steps=14, callbacks=Interrupt(stop), **QUIET, **options,
+        )  # fmt: skip
+
+    whole, parted = (adapted(DecoupledDistillation()) for _ in range(2))
+    expected = run(whole)
+    with pytest.raises(Interrupted):
+        run(parted, 9, output_dir=tmp_path, checkpointing_steps=4)
+    resumed = adapted(DecoupledDistillation())
+    result = run(resumed, output_dir=tmp_path, checkpointing_steps=4, resume_from_checkpoint="latest")
+    assert_same_state(trained_state(resumed), trained_state(whole))
+    assert result.history == expected.history and result.steps == expected.steps
+
+
+class Interrupt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, context: Any) -> None:
+        if context.progress.step >= self.step:
+            raise Interrupted
+
+
+def test_runs_of_one_seed_are_the_same() -> None:
+    first, second = (adapted(DecoupledDistillation()) for _ in range(2))
+    histories = [unlearn(model, loader(), RandomLabel(), **QUIET).history for model in (first, second)]
+    assert histories[0] == histories[1]
+    assert_same_state(trained_state(first), trained_state(second))
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    inputs, labels = FORGET[0]
+    halves = [(inputs[:8], labels[:8]), (inputs[8:], labels[8:])]
+    histories = []
+    for batches, accumulation in ((FORGET, 1), (halves, 2)):
+        model = adapted(DecoupledDistillation())
+        result = unlearn(
+            model, batches, DecoupledDistillation(), gradient_accumulation_steps=accumulation, max_steps=2, **QUIET
+        )
+        histories.append(result.history)
+    # The random signs differ; what is minimised does not.
+    assert math.isclose(histories[0][0]["loss"], histories[1][0]["loss"], rel_tol=1e-4)
+    assert histories[1][-1]["loss"] < histories[1][0]["loss"]
+
+
+def test_bfloat16_autocast_forgets_as_well() -> None:
+    model = adapted(DecoupledDistillation())
+    unlearn(model, FORGET, DecoupledDistillation(), mixed_precision="bf16", **QUIET)
+    assert probability(model, FORGET) < 0.1
+
+
+def test_a_point_of_the_trade_off_can_be_chosen() -> None:
+    model, objective = adapted(DecoupledDistillation()), DecoupledDistillation()
+    chosen: dict[str, Any] = {}
+
+    def least_forgotten(history: Any) -> int:
+        index = next(index for index, entry in enumerate(history) if entry["answer_probability"] < 0.5)
+        chosen.update(history[index])
+        return index
+
+    result = unlearn(model, FORGET, objective, choose=least_forgotten, **QUIET)
+    assert math.isclose(probability(model, FORGET), chosen["answer_probability"], rel_tol=1e-4)
+    assert result.history[-1]["damage"] == pytest.approx(chosen["damage"], rel=1e-3, abs=1e-6)
+
+
+def test_streams_need_no_number_of_steps() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield FORGET[0]
+
+    model = adapted(DecoupledDistillation())
+    result = unlearn(model, Stream(), DecoupledDistillation(), **QUIET)
+    assert accuracy(model, FORGET) == 0.0 and result.stop_reason != "all steps are done"
+
+
+def test_rules_edit_the_realised_step() -> None:
+    class FirstLayerOnly(Rule):
+        def update(self, step: Any) -> None:
+            for name, parameter in step.parameters.items():
+                if ".0." not in name:
+                    parameter.copy_(step.before[name])
+
+    model = adapted(DecoupledDistillation())
+    result = unlearn(model, FORGET, DecoupledDistillation(), rules=FirstLayerOnly(), **QUIET)
+    cores = {name: layer.semu_core["default"] for name, layer in semu_layers(model).items()}
+    assert cores["0"].any() and not cores["2"].any() and not cores["4"].any()
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_an_objective_of_ones_own_joins_by_its_outputs() -> None:
+    class Own(Objective):
+        distribution, minimum = "categorical", 0.0
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[0]).softmax(-1).gather(1, batch[1].unsqueeze(1)).mean()
+
+        def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+            return model(batch[0])
+
+    model = adapted(DecoupledDistillation())
+    unlearn(model, FORGET, Own(), **QUIET)
+    assert probability(model, FORGET) < 0.02
+
+
+def test_what_it_cannot_train_adamw_does_and_says_so() -> None:
+    model = adapted(DecoupledDistillation())
+    with pytest.warns(UserWarning, match="AdamW trains .* does not tell the model's outputs"):
+        unlearn(model, FORGET, lambda net, batch: net(batch[0]).square().mean(), epochs=1, **QUIET)
+    with pytest.raises(ValueError, match="`max_retain_kl` must be left out"):
+        unlearn(model, FORGET, DecoupledDistillation(), learning_rate=1e-2, max_retain_kl=0.1, **QUIET)
+    lora = get_peft_model(copy.deepcopy(NET), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="NaturalGradient cannot train this run, as what is trained is not"):
+        unlearn(lora, FORGET, CrossEntropy(), optimizer=NaturalGradient(), **QUIET)
+    assert unlearn(lora, FORGET, CrossEntropy(), epochs=1, **QUIET).stop_reason == "all steps are done"
+    with pytest.raises(ValueError, match="fp16"):
+        unlearn(model, FORGET, CrossEntropy(), optimizer=NaturalGradient(), mixed_precision="fp16", **QUIET)
+    with pytest.raises(ValueError, match="`learning_rate` and `scheduler` must be left out"):
+        unlearn(model, FORGET, CrossEntropy(), optimizer=NaturalGradient(), scheduler=Schedule, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("dial", "value"),
+    [("kl", 0), ("kl", "x"), ("max_retain_kl", -1.0), ("tolerance", math.nan), ("damping", 0.0), ("decay", 1.0),
+     ("refresh", 0), ("patience", 1.5), ("curvature", "diagonal")],
+)  # fmt: skip
+def test_dials_out_of_range_are_refused_by_name(dial: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"`{dial}` must be"):
+        NaturalGradient(**{dial: value})
+
+
+def test_gradients_of_others_and_modes_come_back() -> None:
+    model = adapted(DecoupledDistillation()).train()
+    result = unlearn(model, FORGET, DecoupledDistillation(), max_steps=2, **QUIET)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules()) and result.steps == 2
