@@ -158,12 +158,13 @@ def unlearn(
         >>> import torch
         >>> from peft import get_peft_model
         >>> from semu_peft import SemuConfig, initialize_semu_weights, unlearn
-        >>> from semu_peft.objectives import RandomLabel
+        >>> from semu_peft.objectives import UniformDistribution
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), SemuConfig(target_modules=["0"], r=2))
         >>> batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
-        >>> _ = initialize_semu_weights(model, batches, RandomLabel(), progress=False)
-        >>> unlearn(model, batches, RandomLabel(), progress=False)
-        UnlearnResult(steps=10, examples_seen=80, trainable_parameters=4, seconds=..., stopped_early=False)
+        >>> _ = initialize_semu_weights(model, batches, UniformDistribution(), progress=False)
+        >>> result = unlearn(model, batches, UniformDistribution(), progress=False)
+        >>> result.history[-1]["loss"] < result.history[0]["loss"], result.stop_reason
+        (True, 'the loss no longer falls')
     """
     started = time.perf_counter()
     settings = Settings(
