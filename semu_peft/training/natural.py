@@ -163,13 +163,13 @@ def trained_cores(
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
         >>> adapter_name, cores = trained_cores(model, trained_parameters(model))
         >>> adapter_name, list(cores)
-        ('default', ['base_model.model.0.semu_core.default'])
+        ('default', ['base_model.model.0.semu_core.default.semu_core'])
     """
     owners = {
-        id(core): (adapter_name, layer)
+        id(layer.semu_core.stored(adapter_name)): (adapter_name, layer)
         for layer in model.modules()
-        if isinstance(layer, SemuLayer) and "semu_core" in layer._modules
-        for adapter_name, core in layer.semu_core.items()
+        if isinstance(layer, SemuLayer) and "semu_core" in layer._modules  # a tied layer has its source's
+        for adapter_name in layer.semu_core
     }
     found = [(name, *owners.get(id(core), (None, None)), core) for name, core in parameters.items()]
     adapters = {adapter_name for _, adapter_name, _, _ in found}

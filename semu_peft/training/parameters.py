@@ -16,12 +16,11 @@ from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what requires gradients and is not empty, by name.
 
-        Examples:
-            >>> from torch import nn
-    from torch.nn.parallel import DistributedDataParallel
-            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-            >>> list(trained_parameters(model))
-            ['0.weight', '0.bias']
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+        >>> list(trained_parameters(model))
+        ['0.weight', '0.bias']
     """
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
 
