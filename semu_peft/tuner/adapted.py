@@ -26,7 +26,9 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
     compute with its adapter, are not listed.
 
     Args:
-        model: A `PeftModel`, a model with an injected adapter, or either inside a distributed wrapper.
+        model: A `PeftModel`, a model with an injected adapter, or either inside a distributed wrapper or in a module
+            of the user's own, where the names are those in the part that holds the adapter. Where several parts have
+            an adapter of that name, and layers of one name, they are the full names in the whole.
         adapter_name: The adapter's name.
 
     Raises:
@@ -41,11 +43,14 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
         {'0': False}
     """
     root = base_model(model)
-    found = {
+    full = {
         parameter_path(name, layer) if isinstance(layer, ParamWrapper) else without_wrappers(name): layer
         for name, layer in root.named_modules()
         if isinstance(layer, SemuLayer) and adapter_name in layer.semu_core and not isinstance(layer, TiedLayer)
     }
+    found = {layer.layer_name: layer for layer in full.values()}
+    if len(found) < len(full):  # parts with adapters of their own, which call their layers the same
+        return full
     if not found:
         names = sorted({name for layer in root.modules() if isinstance(layer, SemuLayer) for name in layer.semu_core})
         raise ValueError(

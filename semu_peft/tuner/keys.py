@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 PREFIX = "base_model.model."
 """What PEFT's files put before a layer's full name."""
@@ -41,6 +42,21 @@ def without_wrappers(name: str) -> str:
         'experts.gate_up_proj'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def renamed_as_saved(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A name as PEFT renames the keys of a file: by the first pattern of the mapping that is found in it.
+
+    Examples:
+        >>> from semu_peft.tuner.keys import renamed_as_saved
+        >>> renamed_as_saved("visual.fc1", {"^visual": "model.visual", "^model": "model.language_model"})
+        'model.visual.fc1'
+    """
+    for pattern, replacement in key_mapping.items():
+        renamed, times = re.subn(pattern, replacement, name)
+        if times:
+            return renamed
+    return name
 
 
 _TENSOR = re.compile(r"(?P<layer>.+)\.(?P<kind>semu_(?:U|V|core|offset))(?:\.[^.]+)?\.(?P=kind)")

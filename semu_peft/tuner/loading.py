@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapted import base_model
 from .config import SemuConfig
-from .keys import layer_of, tensor_key, without_prefix
+from .keys import layer_of, tensor_key, without_compilation, without_prefix
 from .layer import SemuLayer
 from .reduced_bases import is_basis
 from .tied import TiedLayer
@@ -194,6 +194,19 @@ def make_room(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
             layer.allocate(adapter_name, ranks[name], offset=offset)
         if layer.is_initialized(adapter_name) or any(ranks.values()):
             layer.record(adapter_name)
+
+
+def check_uncompiled(model: nn.Module, modules_to_save: Collection[str] | None) -> None:
+    """Raise where PEFT would not find the place of saved modules, by the names that they have in a compiled model."""
+    compiled = [name for name, _ in model.named_modules() if "_orig_mod" in name.split(".")]
+    names = {without_compilation(name) for name in compiled}
+    within = [saved for saved in modules_to_save or () if any(f".{name}".endswith(f".{saved}") for name in names)]
+    if within:
+        raise ValueError(
+            f"`model` must not be compiled yet where an adapter with `modules_to_save` is loaded: {within[0]!r} is "
+            f"compiled or inside of what is, {type(model).__name__}. Load the adapter first and call `torch.compile` "
+            "then, or compile in place (`module.compile()`), which changes no names."
+        )
 
 
 def keep_room_to_load(model: nn.Module) -> RemovableHandle | None:

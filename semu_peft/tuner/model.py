@@ -26,9 +26,9 @@ from .all_layers import layers_that_pass, name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .fused_experts import name_fused_experts
-from .keys import without_compilation, without_wrappers
+from .keys import renamed_as_saved, without_compilation, without_wrappers
 from .layer import SemuLayer
-from .loading import fitted, impossible_tensor, keep_room_to_load, refuse, unless_refused
+from .loading import check_uncompiled, fitted, impossible_tensor, keep_room_to_load, refuse, unless_refused
 from .mixed_batch import adapter_per_example
 from .ownership import remember_wish, take, wish_of
 from .parameter import ParamWrapper
@@ -89,7 +89,9 @@ class SemuModel(BaseTuner):
             return False
         return BaseTuner._check_target_module_exists(peft_config, without_compilation(key))
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, from_file: bool = True, **kwargs: Any
+    ) -> None:
         config: Any = self.peft_config[adapter_name]
         take(config, model, adapter_name)
         wish = wish_of(config)
@@ -97,6 +99,8 @@ class SemuModel(BaseTuner):
             with unless_refused(self, adapter_name), warnings.catch_warnings():
                 # PEFT looks for these among layers alone; `_prepare_model` refuses names that the model does not have.
                 warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+                if config.ranks and from_file:
+                    check_uncompiled(model, config.modules_to_save)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             remember_wish(config, wish)
@@ -171,6 +175,10 @@ class SemuModel(BaseTuner):
             without_wrappers(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
         }
         self._full_names = {*(without_wrappers(name) for name, _ in model.named_modules()), *parameters}
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None) or {}  # PEFT renames a file's keys by it
+        if mapping and not self._full_names.issuperset(peft_config.ranks):
+            peft_config.ranks = {renamed_as_saved(name, mapping): rank for name, rank in peft_config.ranks.items()}
+            peft_config.offsets = [renamed_as_saved(name, mapping) for name in peft_config.offsets]
         check_names_of_ranks(peft_config, self._full_names, type(model).__name__)
         check, word = partial(check_target, model), word_in(peft_config)
         if word:
@@ -332,7 +340,7 @@ class SemuModel(BaseTuner):
         sums = {key: rule.at(layer, key) for key, layer in layers.items()}
         ranks = {layers[key].layer_name: total.core.shape[-1] for key, total in sums.items()}
         self.peft_config[adapter_name] = config_of_the_sum(configs, targets_for(self.model, list(layers)), ranks)
-        self.inject_adapter(self.model, adapter_name)
+        self.inject_adapter(self.model, adapter_name, from_file=False)
         for key, total in sums.items():
             layers[key].set_basis(adapter_name, *total)
         for wrapper, name in saved.items():

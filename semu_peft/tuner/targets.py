@@ -83,7 +83,9 @@ def check_names_of_ranks(config: SemuConfig, names: Collection[str], model_name:
         raise ValueError(
             f"`ranks` names layers that {model_name} does not have: {foreign[:3]} ({len(foreign)} in all). The adapter "
             "was made for another architecture: load it onto the model it was trained on, or clear `ranks` to start "
-            "afresh."
+            "afresh. Where the layers only have other names (`key_mapping`), load its configuration with "
+            "`SemuConfig.from_pretrained`, rename them in `ranks`, `offsets` and `target_modules`, and pass it as "
+            "`config` together with `key_mapping`."
         )
 
 
