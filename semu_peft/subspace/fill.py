@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -37,10 +38,29 @@ def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict
     if trained and not overwrite:
         raise ValueError(
             f"The adapter {adapter_name!r} has been trained: its cores are not at their start at {trained[:3]} "
-            f"({len(trained)} of {len(layers)} layers). Pass `overwrite=True` to start it afresh, or add another "
-            "adapter."
+            f"({len(trained)} of {len(layers)} layers). To start again would bring back what it has forgotten: add "
+            "another adapter for another request (`add_adapter`), or pass `overwrite=True` to start it afresh."
         )
+    _warn_of_inactive(layers, adapter_name)
     return layers
+
+
+def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str) -> None:
+    """Say when another adapter is switched off, so that what it has forgotten is there again."""
+    off = {
+        name
+        for layer in layers.values()
+        for name in layer.semu_core
+        if name not in (adapter_name, *layer.active_adapters, *layer.merged_adapters) and _is_trained(layer, name)
+    }
+    if off:
+        active = [*sorted(off), adapter_name]
+        warnings.warn(
+            f"The trained adapters {sorted(off)} are not active, so that what they have forgotten is there again. To "
+            f"forget {adapter_name!r} on top of them: `model.base_model.set_adapter({active})` before this, and "
+            f"`unlearn(..., adapter_name={adapter_name!r})`, which trains the new one alone.",
+            stacklevel=4,
+        )
 
 
 def fill(

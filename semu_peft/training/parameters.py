@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,14 +33,26 @@ def check_trainable(model: nn.Module) -> None:
         NotInitializedError: An adapter that is to be trained has not been initialised.
         ValueError: Nothing requires gradients.
     """
-    for layer in model.modules():
-        if isinstance(layer, SemuLayer):
-            _check_initialized(layer)
+    semu = [layer for layer in model.modules() if isinstance(layer, SemuLayer)]
+    for layer in semu:
+        _check_initialized(layer)
+    adapters = list(dict.fromkeys(name for layer in semu for name in layer.active_adapters if _trains(layer, name)))
+    if len(adapters) > 1:
+        warnings.warn(
+            f"The adapters {adapters} are all trained, earlier ones as well. To train a new one on top of the others, "
+            f"name it: `adapter_name={adapters[-1]!r}`.",
+            stacklevel=3,
+        )
     if not trained_parameters(model):
         raise ValueError(
             "`model` has no trainable parameter. An adapter loaded for inference is frozen: load it with "
             "`is_trainable=True`, activate it with `set_adapter`, or name it in `adapter_name`."
         )
+
+
+def _trains(layer: SemuLayer, adapter_name: str) -> bool:
+    core = layer.semu_core.stored(adapter_name) if adapter_name in layer.semu_core else None
+    return core is not None and core.requires_grad and core.numel() > 0
 
 
 def _check_initialized(layer: SemuLayer) -> None:
@@ -119,9 +132,11 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
             f"`adapter_name`: {type(model).__name__} has no adapter {adapter_name!r}; it has {names or 'none'}. Add it "
             "first, or name one of these."
         )
-    if not any(adapter_name in layer.active_adapters for layer in found):
+    active = list(dict.fromkeys(name for layer in found for name in layer.active_adapters))
+    if adapter_name not in active:
         raise ValueError(
             f"`adapter_name`: the adapter {adapter_name!r} is not active, so that training would not move it. Activate "
-            f"it first: `set_adapter({adapter_name!r})`, or with others `model.base_model.set_adapter([...])`."
+            f"it beside the others: `model.base_model.set_adapter({[*active, adapter_name]})`; `set_adapter("
+            f"{adapter_name!r})` would switch them off, and bring back what they have forgotten."
         )
     return [parameter for part in adapter_parts(model, adapter_name) for parameter in part.parameters()]

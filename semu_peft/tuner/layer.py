@@ -255,7 +255,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         for kind in TENSORS:
             tensors: AdapterTensors = getattr(self, kind)
             if kind in parts:
-                tensors[adapter_name] = parts[kind].detach().to(dtype).contiguous()
+                tensors[adapter_name] = parts[kind].detach().to(dtype, copy=True).contiguous()  # shared with nobody
             elif adapter_name in tensors:
                 del tensors[adapter_name]
 
