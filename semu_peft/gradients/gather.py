@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.batches import check_batches
 
 from .loss_scale import LossScale
 from .processes import sum_over_processes
@@ -99,6 +100,7 @@ def gather(
     Raises:
         ValueError: No layer matches, the data cannot give a gradient, or a batch cannot give the statistic; see
             [`stream_gradients`][semu_peft.gradients.gather.stream_gradients].
+        TypeError: `batches` is one batch, or nothing to take batches from.
 
     Examples:
         >>> from semu_peft.objectives import CrossEntropy
@@ -184,6 +186,7 @@ def stream_gradients(
         >>> sums["0.bias"].total.shape
         torch.Size([2])
     """
+    check_batches(batches)
     received = dict.fromkeys(sources, 0)
     weights = [source.weight for source in sources.values() if source.weight is not None]
     with _only_differentiable(model, weights), torch.enable_grad(), _caught(sources, statistics, received) as scale:

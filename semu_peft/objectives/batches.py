@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,32 @@ from transformers import PreTrainedModel
 from .adapter_parts import adapter_configs
 
 IGNORED = -100  # the label of a token that does not count
+
+
+def check_batches(batches: Any, name: str = "batches") -> None:
+    """Check that an argument is something to take batches from, and not one batch.
+
+    Args:
+        batches: The argument.
+        name: What it is called.
+
+    Raises:
+        TypeError: It is one tensor or mapping, a function, or nothing to go through.
+
+    Examples:
+        >>> check_batches(torch.zeros(4, 3), "forget")
+        Traceback (most recent call last):
+        TypeError: `forget` must be a loader or a list of batches, got one Tensor. Write `[batch]`.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(
+            f"`{name}` must be a loader or a list of batches, got one {type(batches).__name__}. Write `[batch]`."
+        )
+    if isinstance(batches, (str, bytes)) or callable(batches) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`{name}` must be a loader or a list of batches, got {type(batches).__name__}. Give a `DataLoader`, or a "
+            "list such as `[(inputs, labels)]`."
+        )
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

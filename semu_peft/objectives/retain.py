@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .base import LossFunction, as_objective, finite_number
+from .batches import check_batches
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,7 +39,7 @@ class Retain:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_batches(self.batches)
+        check_batches(self.batches)
         as_objective(self.objective)
         weight = finite_number(self.weight, "weight")
         if weight < 0:
@@ -80,15 +79,3 @@ def as_retain(retain: Retain | Iterable[Retain] | None) -> tuple[Retain, ...]:
             "the objective that should stay low on them, such as `CrossEntropy()`."
         )
     return terms
-
-
-def _check_batches(batches: Any) -> None:
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(
-            f"`batches` must be a loader or a list of batches, got one {type(batches).__name__}. Write `[batch]`."
-        )
-    if isinstance(batches, (str, bytes)) or callable(batches) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"`batches` must be a loader or a list of batches, got {type(batches).__name__}. Give a `DataLoader`, or a "
-            "list such as `[(inputs, labels)]`."
-        )

@@ -17,6 +17,7 @@ from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.model_state import device_of
 from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
 from semu_peft.tuner.adapted import semu_layers
@@ -166,6 +167,7 @@ def _forget_sums(
         return checked, forget.batches, _LeftOut(forget.unused)
     if objective is None:
         raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
+    check_batches(forget, "forget")
     with original(model, adapter_name) as reference, watched(_called(reference, adapter_name)) as read:
         gathered = gather(
             reference, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from semu_peft.objectives.batches import check_batches
+
 from .generators import generator_states, own_generators, set_generator_states
 from .progress import Position
 
@@ -34,12 +36,8 @@ def as_loader(batches: Iterable[Any], name: str, most: int | None = None) -> Dat
         loader = batches
     elif isinstance(batches, IterableDataset):
         loader = DataLoader(batches, batch_size=None)
-    elif not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
-        raise TypeError(
-            f"`{name}` must be a DataLoader or a list of batches, got {type(batches).__name__}. Wrap one batch as "
-            "`[batch]`."
-        )
     else:
+        check_batches(batches, name)
         # One more than is needed, or the run would take the last one for the end of an epoch.
         most = None if most is None or isinstance(batches, Sized) else most + 1
         ready: list[Any] = list(itertools.islice(batches, most))

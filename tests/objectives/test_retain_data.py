@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from models import Mlp, vector_batches
+from peft import get_peft_model
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import semu_peft
+from semu_peft import SemuConfig, gather, initialize_semu_weights, unlearn
 from semu_peft.objectives import CrossEntropy, Retain, as_retain
 
 BATCHES = vector_batches(3)
@@ -94,3 +97,19 @@ def test_as_retain_of_bare_batches(retain: Any) -> None:
     """The old form is met with what to write now."""
     with pytest.raises(TypeError, match=r"`retain` must be a `Retain`.*`Retain\(batches, objective\)`"):
         as_retain(retain)
+
+
+@pytest.mark.parametrize("batch", [torch.randn(8, 6), {"x": torch.randn(8, 6)}], ids=["tensor", "mapping"])
+def test_one_batch_in_the_place_of_several(batch: Any) -> None:
+    """Its rows, or its keys, are not taken for batches: not in gathering, initialising or training."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["x"] if isinstance(batch, dict) else batch).square().mean()
+
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), SemuConfig(target_modules=["0"]))
+    for call in (gather, initialize_semu_weights, unlearn):
+        if call is unlearn:
+            initialize_semu_weights(model, [batch], loss, progress=False)
+        with pytest.raises(TypeError, match=rf"must be a loader or a list of batches, got one {type(batch).__name__}"):
+            call(model, batch, loss, progress=False)
+    assert unlearn(model, [batch], loss, progress=False).examples_seen == 16
