@@ -13,7 +13,7 @@ float32 whatever the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -299,29 +299,47 @@ class PreservePrediction(_Referenced):
 
 @dataclass
 class EmbeddingMatching(Objective):
-    """Let a text encoder read the forget prompt as another: `‖e(p) − sg e₀(p')‖²` over all token positions.
+    """Let a text encoder read the forget prompt as another: `Σ_l ‖e_l(p) − sg e₀_l(p')‖²` over all token positions.
 
     For an adapter in the text encoder rather than in the denoiser. A batch is a mapping of token ids `(N, L)`:
     `input_ids` of the forget prompts and `anchor_input_ids` of what they are to be read as; for retain prompts the two
     are the same.
 
+    Pipelines do not all read the same layer `l` of their encoders. The last one is read by Stable Diffusion 1 and 2,
+    by all of CLIP's pooled embeddings and all of T5; the last but one by Stable Diffusion XL and 3, Z-Image, and
+    Stable Diffusion 1 and 2 with `clip_skip=1`. Both are matched unless told otherwise.
+
     Args:
         reference: A frozen original encoder. By default the model itself without its adapter.
+        hidden_states: The layers that the pipeline reads, counted from the end; −1 is `last_hidden_state`, after the
+            last norm. With `clip_skip=k` it is `−(k + 1)` in Stable Diffusion 1 and 2, `−(k + 2)` in XL and 3.
+
+    Raises:
+        ValueError: A layer is not counted from the end, or there is none.
 
     Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from semu_peft.objectives import EmbeddingMatching
-        >>> class Encoder(torch.nn.Embedding):  # stands for a text encoder
-        ...     def forward(self, input_ids):
+        >>> class Encoder(torch.nn.Embedding):  # stands for a text encoder of one layer
+        ...     def forward(self, input_ids, output_hidden_states=False):
         ...         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
         >>> encoder = Encoder.from_pretrained(torch.tensor([[0.0], [2.0]]))
         >>> batch = {"input_ids": torch.tensor([[1]]), "anchor_input_ids": torch.tensor([[0]])}
-        >>> EmbeddingMatching(reference=encoder)(encoder, batch).item()
+        >>> EmbeddingMatching(reference=encoder, hidden_states=(-1,))(encoder, batch).item()
         4.0
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
+    hidden_states: tuple[int, ...] = (-1, -2)
+
+    def __post_init__(self) -> None:
+        layers = self.hidden_states
+        if not isinstance(layers, Sequence) or not layers or any(not isinstance(at, int) or at > -1 for at in layers):
+            raise ValueError(
+                f"`hidden_states` must be layers counted from the end, such as (-1, -2), got {layers!r}. Give those "
+                "that the pipeline reads."
+            )
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())
@@ -331,8 +349,20 @@ class EmbeddingMatching(Objective):
                 "prompts that the forgotten ones are to be read as."
             )
         with torch.no_grad(), reference_model(model, self.reference) as original:
-            target = original(input_ids=batch["anchor_input_ids"]).last_hidden_state.float()
-        return F.mse_loss(model(input_ids=batch["input_ids"]).last_hidden_state.float(), target)
+            targets = self._read(original, batch["anchor_input_ids"])
+        read = self._read(model, batch["input_ids"])
+        return torch.stack([F.mse_loss(*pair) for pair in zip(read, targets, strict=True)]).sum()
+
+    def _read(self, model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+        output = model(input_ids=input_ids, output_hidden_states=True)
+        deepest = min(self.hidden_states)
+        if deepest < -1 and len(output.hidden_states) < -deepest:
+            raise ValueError(
+                f"`hidden_states` must be layers of the encoder, got {deepest} of {len(output.hidden_states)}. Give "
+                "those that the pipeline reads."
+            )
+        states = [output.last_hidden_state if at == -1 else output.hidden_states[at] for at in self.hidden_states]
+        return [state.float() for state in states]
 
 
 def read_batch(batch: Any) -> Mapping[str, Any]:

@@ -333,6 +333,26 @@ def test_a_text_encoder_learns_to_read_one_word_as_another() -> None:
         objective(model, {"input_ids": forget})
 
 
+def test_a_text_encoder_is_matched_where_its_pipeline_reads() -> None:
+    """SD 1 and 2 read the last layer, XL and 3 and `clip_skip` the last but one."""
+    ids = {"input_ids": torch.tensor([[1, 4, 10, 2]]), "anchor_input_ids": torch.tensor([[1, 4, 11, 2]])}
+    encoder, other = text_encoder(), text_encoder(1)
+    with torch.no_grad():
+        read = encoder(ids["input_ids"], output_hidden_states=True)
+        meant = other(ids["anchor_input_ids"], output_hidden_states=True)
+    last = (read.last_hidden_state - meant.last_hidden_state).square().mean()
+    before = (read.hidden_states[-2] - meant.hidden_states[-2]).square().mean()
+    for layers, expected in {(-1,): last, (-2,): before, (-1, -2): last + before}.items():
+        loss = objectives.EmbeddingMatching(reference=other, hidden_states=layers)(encoder, ids)
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(objectives.EmbeddingMatching(reference=other)(encoder, ids), last + before)
+    with pytest.raises(ValueError, match="`hidden_states` must be layers of the encoder, got -9 of 3"):
+        objectives.EmbeddingMatching(hidden_states=(-9,))(encoder, ids)
+    for wrong in ((), (2,), -2):
+        with pytest.raises(ValueError, match="`hidden_states` must be layers counted from the end"):
+            objectives.EmbeddingMatching(hidden_states=wrong)  # type: ignore[arg-type]
+
+
 def test_repeating_a_condition() -> None:
     got: dict[str, Any] = repeated({"a": torch.ones(1, 2), "b": {"c": torch.zeros(1)}}, 3)
     assert got["a"].shape == (3, 2) and got["b"]["c"].shape == (3,)
