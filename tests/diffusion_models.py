@@ -46,7 +46,8 @@ def class_unet(seed: int = 0) -> Any:
 def text_unet(seed: int = 0, **settings: Any) -> Any:
     torch.manual_seed(seed)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, attention_head_dim=2, **{"cross_attention_dim": 8, **settings},
+        sample_size=8, out_channels=4, attention_head_dim=2,
+        **{"in_channels": 4, "cross_attention_dim": 8, **settings},
         **CROSS, **BLOCKS,
     ).eval()  # fmt: skip
 

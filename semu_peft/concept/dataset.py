@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from semu_peft.files import load_tensors, save_tensors
+from semu_peft.model_state import dtype_of
 
 from .families import Family, family_of
 from .sampling import seeded
@@ -141,7 +142,9 @@ def concept_examples(
     """Encode prompts, and images where there are any; without images, sample latents from the pipeline itself.
 
     Args:
-        pipe: A loaded pipeline of Stable Diffusion 1, 2, XL or 3, or of Flux.
+        pipe: A loaded pipeline of Stable Diffusion 1, 2, XL or 3, of Flux or Z-Image, or of a kind that you
+            [registered][semu_peft.concept.families.register_family]. One that draws from a picture too (img2img,
+            ControlNet) is sampled as the text-to-image pipeline of its parts.
         forget: The prompt, or prompts, to forget.
         anchor: What each is to give instead. As many anchors as forget prompts are taken in pairs; otherwise each
             example draws one of them. The empty prompt is the unconditional one.
@@ -184,7 +187,7 @@ def concept_examples(
         return _cached(Path(cache), request)
     source = _Source(pipe, family_of(pipe), (height, width), batch_size, seed, progress, with_images=images is not None)
     texts = list(dict.fromkeys([*prompts["forget"], *prompts["anchor"], "", *prompts["retain"]]))
-    with torch.no_grad(), _silent(pipe):
+    with torch.no_grad(), _silent(source.sampler):
         encoded = source.encode(texts)
         if images is not None:
             latents = source.latents_of(images)
@@ -222,6 +225,10 @@ def _cached(cache: Path, request: Mapping[str, Any]) -> ConceptExamples:
             "another file, or remove this one to make it afresh."
         )
     return examples
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu()
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -297,10 +304,11 @@ class _Source:
         progress: bool,
         with_images: bool,
     ) -> None:
-        if getattr(pipe, "text_encoder", None) is None:
-            raise ValueError("`pipe` has no text encoder: load it with one, or make examples elsewhere and save them.")
+        family.check(pipe)
+        family.check_encoders(pipe)
         if with_images and pipe.vae is None:
             raise ValueError("`pipe` has no VAE, which is needed to encode `images`: load it with one.")
+        self.sampler = pipe if with_images else family.sampler(pipe)
         self.pipe, self.family, self.size = pipe, family, family.size(pipe, *size)
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
 
@@ -308,7 +316,7 @@ class _Source:
         """What the denoiser takes for each prompt, flat, `(P, ...)`, float32, on the CPU."""
         starts = range(0, len(prompts), self.batch_size)
         parts = [self.family.encode(self.pipe, prompts[i : i + self.batch_size], self.size) for i in starts]
-        return {name: torch.cat([part[name].float().cpu() for part in parts]).contiguous() for name in parts[0]}
+        return {name: torch.cat([_kept(part[name]) for part in parts]).contiguous() for name in parts[0]}
 
     def latents_of(self, images: Any) -> Tensor:
         """Images as latents, `(N, ...)`."""
@@ -326,7 +334,7 @@ class _Source:
             seeds = range(self.seed + len(latents), self.seed + len(latents) + len(part))
             conditions = self._on_device(encoded, part)
             unconditional = self._on_device(encoded, torch.full_like(part, uncond))
-            output = self.pipe(
+            output = self.sampler(
                 **self.family.sampling_arguments(conditions, unconditional), generator=seeded(seeds),
                 output_type="latent", height=self.size[0], width=self.size[1], **settings,
             )  # fmt: skip
@@ -334,8 +342,9 @@ class _Source:
         return torch.stack(latents)
 
     def _on_device(self, encoded: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        dtype = getattr(self.pipe, self.family.denoiser).dtype
-        return {name: tensor[rows].to(self.pipe.device, dtype) for name, tensor in encoded.items()}
+        dtype = dtype_of(getattr(self.pipe, self.family.denoiser))
+        chosen = {name: tensor[rows].to(self.pipe.device) for name, tensor in encoded.items()}
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in chosen.items()}
 
     def _parts(self, items: Any, title: str) -> Iterator[Any]:
         starts = range(0, len(items), self.batch_size)

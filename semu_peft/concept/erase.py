@@ -139,6 +139,7 @@ def unlearn_concept(
         >>> result.training.steps, pipe.unet.active_adapters()
         (2, ['default'])
     """
+    family_of(pipe).check(pipe)
     denoiser: Any = denoiser_of(pipe)
     _check(denoiser, adapter_name, max_steps, training)
     callbacks = as_callbacks(callbacks)

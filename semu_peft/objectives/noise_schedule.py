@@ -107,6 +107,18 @@ class NoiseSchedule:
         """The timesteps that the model is given at the schedule indices `(N,)`, on the device of `index`."""
         return self.timesteps.to(index.device)[index]
 
+    def share_below(self, timestep: float) -> float:
+        """The share of the schedule below a timestep, for a `timestep_span`.
+
+        Pipelines with two experts (Wan 2.2) change from one to the other at `boundary_ratio · num_train_timesteps`.
+
+        Examples:
+            >>> schedule = NoiseSchedule(torch.linspace(1, 0, 5), torch.linspace(0, 1, 5), torch.arange(0, 1000, 200))
+            >>> round(schedule.share_below(600), 3)
+            0.6
+        """
+        return float((self.timesteps < timestep).float().mean())
+
     def draw(
         self, count: int, generator: torch.Generator, antithetic: bool = True, span: tuple[float, float] = (0.0, 1.0)
     ) -> Tensor:

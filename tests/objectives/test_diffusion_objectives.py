@@ -347,7 +347,7 @@ def test_a_text_encoder_is_matched_where_its_pipeline_reads() -> None:
         torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(objectives.EmbeddingMatching(reference=other)(encoder, ids), last + before)
     with pytest.raises(ValueError, match="`hidden_states` must be layers of the encoder, got -9 of 3"):
-        objectives.EmbeddingMatching(hidden_states=(-9,))(encoder, ids)
+        objectives.EmbeddingMatching(reference=other, hidden_states=(-9,))(encoder, ids)
     for wrong in ((), (2,), -2):
         with pytest.raises(ValueError, match="`hidden_states` must be layers counted from the end"):
             objectives.EmbeddingMatching(hidden_states=wrong)  # type: ignore[arg-type]
