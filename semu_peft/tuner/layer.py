@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import SemuConfig
 from .frozen_base import FrozenBase, adapter_dtype, sum_in_dtype_of
 from .tensors import TENSORS, AdapterTensors, HoldsTensors
-from .uninitialized import EmptyCore, NotInitializedError, check_values
+from .uninitialized import AtBackward, NotInitializedError, OffloadedError, check_values
 from .weight_use import WeightUse, weight_use
 
 __all__ = ["BASE", "ROOM", "NotInitializedError", "SemuLayer", "in_range"]
@@ -431,13 +431,13 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
             output = output.index_copy(0, rows, corrected)
         return output
 
-    def _guard(self, output: Tensor, adapter_name: str) -> Tensor:
-        initialized = self.is_initialized(adapter_name)
-        if self.r[adapter_name] > 0 and initialized:
-            return output
-        core = self.semu_core[adapter_name]
-        if core.requires_grad and torch.is_grad_enabled() and isinstance(output, Tensor):
-            return EmptyCore.apply(output, core, adapter_name, initialized)
+    def _guard(self, output: Any, adapter_name: str) -> Any:
+        core = self.semu_core.stored(adapter_name)
+        error: Any = OffloadedError if core.is_meta and self.semu_core.is_brought(adapter_name) else None
+        error = error if self.is_initialized(adapter_name) else NotInitializedError
+        needed = error is not None or self.r[adapter_name] == 0
+        if needed and core.requires_grad and torch.is_grad_enabled() and isinstance(output, Tensor):
+            return AtBackward.apply(output, core, error, adapter_name)
         return output
 
     def __repr__(self) -> str:

@@ -40,7 +40,8 @@ class AdapterTensor(nn.Module):
     @property
     def is_brought(self) -> bool:
         """Whether a library has put a `forward` around this one, which brings the values when it is called."""
-        return "forward" in self.__dict__
+        own = self.__dict__.get("forward")  # after its hooks are gone, Accelerate leaves the class's method there
+        return own is not None and getattr(own, "__func__", None) is not AdapterTensor.forward
 
     def forward(self) -> Tensor:
         """The parameter; where a library takes its values away after the call, a view, which keeps them."""

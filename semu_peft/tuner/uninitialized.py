@@ -31,22 +31,38 @@ class NotInitializedError(RuntimeError, ValueError):
         )
 
 
-class EmptyCore(torch.autograd.Function):
-    """Pass a layer's output through unchanged, and give a core without entries its part in the backward pass.
+class OffloadedError(RuntimeError):
+    """An adapter is to be trained whose core a library keeps elsewhere, so that its gradient would be lost.
 
-    Distributed training waits for a gradient of every parameter. An adapter that is not initialised raises instead.
+    Examples:
+        >>> from semu_peft.tuner.uninitialized import OffloadedError
+        >>> str(OffloadedError("default")).partition(",")[0]
+        "The SEMU adapter 'default' is offloaded"
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__(
+            f"The SEMU adapter {adapter_name!r} is offloaded, so that gradients of its cores would be lost. Take the "
+            "hooks off before training (`accelerate.hooks.remove_hook_from_submodules(model)`), or offload the base "
+            "model first and add the adapter then, which stays in memory."
+        )
+
+
+class AtBackward(torch.autograd.Function):
+    """Pass a layer's output through unchanged; in the backward pass raise, or give an empty core its gradient.
+
+    Distributed training waits for a gradient of every parameter, of those without entries as well.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, core: Tensor, adapter_name: str, initialized: bool) -> Tensor:
-        ctx.gradient = torch.zeros_like(core)
-        ctx.uninitialized = None if initialized else adapter_name
+    def forward(ctx: Any, output: Tensor, core: Tensor, error: type | None, adapter_name: str) -> Tensor:
+        ctx.gradient, ctx.error, ctx.adapter_name = torch.zeros_like(core), error, adapter_name
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        if ctx.uninitialized is not None:
-            raise NotInitializedError(ctx.uninitialized)
+        if ctx.error is not None:
+            raise ctx.error(ctx.adapter_name)
         return grad_outputs[0], ctx.gradient, None, None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from models import Cnn, Mlp, gpt2, image_batches, llama, run, sample_input, unet_condition, vector_batches
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
@@ -136,6 +137,20 @@ def test_offloading_after_the_adapter(way: str, tmp_path: Path) -> None:
     lora = PeftModel.from_pretrained(seeded(), save_as_lora(model, tmp_path / "lora"))
     torch.testing.assert_close(run(lora, *x), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(run(model.merge_and_unload(), *x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_training_an_offloaded_adapter_is_refused(tmp_path: Path) -> None:
+    """The gradient would be of a copy. With the hooks taken off, or the base offloaded first, it trains."""
+    model, x = adapted(seeded()), sample_input(seeded())
+    cpu_offload(model, execution_device="cpu")
+    loss = model(*x).logits.square().mean()
+    with pytest.raises(RuntimeError, match=r"'default' is offloaded.*remove_hook_from_submodules"):
+        loss.backward()
+    remove_hook_from_submodules(model)
+    base_first = adapted(cpu_offload(seeded(), execution_device="cpu"))
+    for each in (model, base_first):
+        each(*x).logits.square().mean().backward()
+        assert all(layer.semu_core["default"].grad.any() for layer in semu_layers(each).values())
 
 
 @pytest.mark.parametrize("way", ["cpu", "disk"])
