@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.processes import sum_over_processes
@@ -124,6 +125,7 @@ def initialize_semu_weights(
     _check_ranks(ranks, corrected, left_out)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
     fill(layers, chosen, start, adapter_name)
+    _warn_of_ddp(model)
     known = chosen if keep_explained_variance is None else found
     spectra = {
         name: LayerSpectrum(_on_cpu(known[name]), ranks[name], layer.matrix_shape(adapter_name), overlaps[name])
@@ -261,6 +263,16 @@ def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors],
         )
     if not any(ranks.values()):
         raise ValueError("`rank_budget` pays for no direction at all: raise its `total`.")
+
+
+def _warn_of_ddp(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        warnings.warn(
+            "`model` is in DistributedDataParallel, which has bound itself to the cores as they were before they got "
+            "their bases. Drop the wrapper (`model = model.module`) and wrap the model anew before you train it; or "
+            "initialise before wrapping.",
+            stacklevel=3,
+        )
 
 
 def _on_cpu(factors: SingularFactors) -> SingularFactors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -309,3 +310,16 @@ def test_a_layer_of_rank_zero_in_ddp() -> None:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     unlearn(wrapped, vector_batches(), FORGET, epochs=1, progress=False)
     assert dist.is_initialized() and flags == [parameter.requires_grad for parameter in model.parameters()]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_initialising_inside_ddp() -> None:
+    """DDP keeps to the shapes that it has seen, and the initialisation gives cores theirs; wrapped anew, they train."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules="all-linear"))
+    wrapped = DistributedDataParallel(model)
+    with pytest.warns(UserWarning, match=r"Drop the wrapper.*initialise before wrapping"):
+        initialize_semu_weights(wrapped, vector_batches(), FORGET, progress=False)
+    del wrapped
+    gc.collect()
+    FORGET(DistributedDataParallel(model), vector_batches()[0]).backward()
+    assert all(layer.semu_core["default"].grad.any() for layer in semu_layers(model).values())
