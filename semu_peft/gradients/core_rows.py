@@ -19,6 +19,7 @@ from semu_peft.tuner.embedding import Embedding
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import Linear
 from semu_peft.tuner.tied import TiedLayer
+from semu_peft.tuner.weight_use import WeightUse
 
 from .batch_gradient import ConvGradient
 
@@ -66,7 +67,8 @@ def catch_core_rows(
     """Catch the rows of cores while the context lasts, in passes with gradients through the model.
 
     Layers whose rows cannot be told from their inputs and outputs (attention and fused experts, which read weights
-    without calling their layers, grouped convolutions and those in `per_channel` mode) are left out.
+    without calling their layers, layers with a `forward` of their own, grouped convolutions and those in `per_channel`
+    mode) are left out.
 
     Args:
         model: The model with the adapter, whose tied layers share cores.
@@ -105,6 +107,8 @@ def catch_core_rows(
 
 
 def _has_rows(layer: SemuLayer, adapter_name: str) -> bool:
+    if layer.weight_use is WeightUse.OWN:  # what stands between its inputs and its outputs is its own affair
+        return False
     if isinstance(layer, ConvNd):
         return layer.conv.groups == 1 and layer.configs[adapter_name].conv_mode != "per_channel"
     return isinstance(layer, (Linear, Embedding))

@@ -314,3 +314,14 @@ def test_a_layer_is_tried_without_a_trace() -> None:
     assert layer.weight is weight and torch.equal(weight, kept) and layer.training and weight.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
     assert weight_use(Masked(8, 6).to("meta")) is None
+
+
+@pytest.mark.parametrize("make", [OWN["same"], OWN["masked"], OWN["lookup"], lambda: computed("conv", "weight_norm")])
+def test_natural_gradients_train_them(make: Callable[[], nn.Module]) -> None:
+    plain = Net(make()).eval()
+    batches, objective = data_for(plain.layer), objectives.DecoupledDistillation()
+    model = get_peft_model(plain, SemuConfig(target_modules=["layer", "head"]))
+    initialize_semu_weights(model, batches, objective, progress=False)
+    before = objective(model, batches[0]).item()
+    result = unlearn(model, batches, objective, max_steps=4, progress=False)
+    assert result.steps > 0 and objective(model, batches[0]).item() < before
