@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import check_path
+
 _ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed writer has left
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
@@ -79,6 +81,7 @@ def folder_written_whole(path: str | os.PathLike[str], names: Collection[str]) -
         >>> sorted(file.name for file in folder.iterdir())
         ['a.txt', 'b.txt']
     """
+    check_path("path", path)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_dir():
@@ -200,6 +203,7 @@ def load_tensors(path: str | Path, made_by: str) -> tuple[dict[str, Tensor], dic
         >>> tensors["core"].shape, metadata["rank"]
         (torch.Size([2, 2]), '2')
     """
+    check_path("path", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path`: there is no file {path}; expected one that `{made_by}` wrote.")
     try:

@@ -10,6 +10,7 @@ from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_path
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.keys import PREFIX, tensor_key
@@ -62,6 +63,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
             f"`model`: the adapter {adapter_name!r} is offloaded, so that its weights have no place to stay at. Load "
             "the other one beside it instead (`load_adapter`), or remove the hooks of offloading first."
         )
+    check_path("model_name_or_path", model_name_or_path)
     config = SemuConfig.from_pretrained(model_name_or_path, **kwargs)
     current = next(iter(layers.values())).configs[adapter_name]
     for name in _FIELDS:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from semu_peft.arguments import check_adapter_name, check_count, check_model, check_share
 from semu_peft.linalg.core import LowRank, eckart_young
-from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.layer import SemuLayer
 
@@ -77,12 +77,13 @@ def rerank(
         >>> rerank(model, r=1)
         RerankReport(3 -> 1 directions in 1 layers, error 60.00%)
     """
+    check_model(model)
+    check_adapter_name(adapter_name)
     if explained_variance is None and r is None:
-        raise ValueError("Give `explained_variance`, `r` or both.")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
+        raise ValueError("`explained_variance` or `r` must say how far to cut down, got neither. Give one or both.")
+    check_count("r", r, optional=True)
+    check_share("explained_variance", explained_variance, optional=True)
     gamma = 1.0 if explained_variance is None else explained_variance
-    check_explained_variance(gamma)
     layers = initialized_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")

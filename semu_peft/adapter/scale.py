@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
+from semu_peft.arguments import check_adapter_name, check_model, check_number
 from semu_peft.tuner.adapted import semu_layers
 
 
@@ -35,8 +34,9 @@ def set_scale(model: nn.Module, scale: float, *, adapter_name: str = "default") 
         >>> torch.equal(model(x), original)
         True
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"`scale` must be a finite number, got {scale!r}.")
+    check_model(model)
+    check_adapter_name(adapter_name)
+    check_number("scale", scale)
     layers = semu_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")

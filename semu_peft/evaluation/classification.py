@@ -11,8 +11,9 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_count, check_device, check_model, check_number
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.batches import call_model, check_batches
 
 from .comparison import ForgettingMetrics
 from .membership import MembershipInference, attack_membership
@@ -229,7 +230,19 @@ def evaluate_forgetting(
         (66.7, 100.0, 100.0)
     """
 
+    check_model(model)
+    check_count("max_attack_examples", max_attack_examples, optional=True)
+    for name, value in (("trainable_parameters", trainable_parameters), ("adapter_bytes", adapter_bytes)):
+        check_count(name, value, least=0, optional=True)
+    check_count("seed", seed, least=0)
+    if seconds is not None:
+        check_number("seconds", seconds, low=0)
+    check_device("device", device)
+
     def predicted(name: str, source: Iterable[Any] | Predictions) -> Predictions:
+        check_batches(() if isinstance(source, Predictions) else source, name)
+        if isinstance(source, (list, tuple)) and any(batch is None for batch in source):
+            raise TypeError(f"`{name}` must give batches, got None among them. Leave those out.")
         if not isinstance(source, Predictions):
             return predict(model, source, device=device, progress=progress, name=name)
         if not len(source):

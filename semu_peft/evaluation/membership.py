@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semu_peft.arguments import check_count, check_kind
+
 # A wider interval moves the mean of four metrics by more than three points either way: the attack cannot tell. That of
 # a good attack on 100 examples is 20 at the most, from their number alone.
 WIDEST_INTERVAL = 25.0
@@ -165,9 +167,10 @@ def membership_inference(
     """
     _scikit_learn()
     for name, confidence in (("member", member), ("non_member", non_member), ("forget", forget)):
+        check_kind(name, confidence, Tensor, "a tensor of confidences", "Write `torch.tensor([...])` of a list.")
         _check_confidence(name, confidence)
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"`max_examples` must be at least 1, or None for no limit, got {max_examples}.")
+    check_count("max_examples", max_examples, optional=True)
+    check_count("seed", seed, least=0)
 
     count = min(len(member), len(non_member))
     if max_examples is not None:

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from semu_peft.arguments import check_count, check_kind, check_share
 from semu_peft.linalg.core import LowRank, diagonal, eckart_young, orthonormal
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import exactly
@@ -70,11 +71,19 @@ def from_lora(
         >>> config.ranks  # both columns of B are the same
         {'0': 1}
     """
+    check_kind("config", config, LoraConfig, "a `LoraConfig`", "Load it with `LoraConfig.from_pretrained(folder)`.")
+    check_kind("state_dict", state_dict, Mapping, "a state dict", "Load it with `peft.load_peft_weights(folder)`.")
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                f"`state_dict` must map names to tensors, got {key!r}: {type(value).__name__}. Load it with "
+                "`peft.load_peft_weights(folder)`."
+            )
+    check_share("explained_variance", explained_variance)
     variants = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if variants:
         raise ValueError(f"A LoRA with {', '.join(variants)} is more than `W + s B A`; merge it and start from there.")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise ValueError(f"`r` must be a positive integer or None, got {r!r}.")
+    check_count("r", r, optional=True)
     names = [without_prefix(key).removesuffix(_DOWN) for key in state_dict if key.endswith(_DOWN)]
     if not names:
         example = next(iter(state_dict), "nothing")

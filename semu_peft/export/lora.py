@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from semu_peft.arguments import check_switch
 from semu_peft.files import folder_written_whole, save_tensors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.embedding import Embedding
@@ -68,6 +69,7 @@ def to_lora(
         {'base_model.model.0.lora_A.weight': (2, 8), 'base_model.model.0.lora_B.weight': (6, 2)}
     """
     check_order("to_lora(model)", model)
+    check_switch("uniform_rank", uniform_rank)
     layers = layers_to_export(model, adapter_name)
     pairs = {name: lora_pair(layer, name, adapter_name) for name, layer in layers.items()}
     if uniform_rank:

@@ -13,8 +13,9 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from semu_peft.arguments import check_adapter_name, check_kind, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 
 from .loss_scale import LossScale
@@ -110,6 +111,22 @@ def gather(
         >>> gathered, gathered["0"].total.shape
         (Gathered(GradientSum of 2 layers, batches=2, examples=16), torch.Size([4, 3]))
     """
+    check_model(model)
+    check_batches(batches)
+    check_adapter_name(adapter_name, optional=True)
+    as_objective(objective)
+    if isinstance(batches, (list, tuple)) and any(batch is None for batch in batches):
+        raise TypeError("`batches` must hold no None, got one. Leave out what a `collate_fn` dropped.")
+    if targets is not None:
+        check_kind(
+            "targets", targets, (str, list, tuple, set), "a list of names, a pattern or None", "Put one in a list."
+        )
+    for each in statistic.values() if isinstance(statistic, Mapping) else [statistic]:
+        if not callable(each):
+            raise TypeError(
+                f"`statistic` must be a class such as `GradientSum`, or one for each layer, got {each!r}. See "
+                "`semu_peft.gradients.statistics`."
+            )
     if isinstance(statistic, Mapping) and targets is None:
         targets = list(statistic)
     sources, aliases = find_sources(model, targets, adapter_name)

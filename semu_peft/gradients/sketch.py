@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from semu_peft.arguments import check_count, check_device
 from semu_peft.linalg.energy import without_noise
 from semu_peft.linalg.factorize import SingularFactors
 
@@ -121,6 +122,8 @@ class Sketch(MatrixSum):
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
             raise ValueError(f"`size` of a sketch must be an integer of 2 or more, got {size!r}.")
+        check_count("seed", seed, least=0)
+        check_device("device", device)
         pool = RandomMatrixPool(seed)
 
         def make(shape: tuple[int, ...], dtype: torch.dtype, home: torch.device) -> MatrixSum:

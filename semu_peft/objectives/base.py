@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_count
+
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """`(model, batch) -> scalar loss` that is to be minimised: an `Objective` or a plain function."""
 
@@ -254,6 +256,7 @@ class RandomObjective(Objective):
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_count("seed", self.seed, least=0)
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semu_peft.arguments import check_count, check_kind, check_model
+
 from .base import Evaluation, Objective, Outputs, RandomObjective
 from .batches import call_model
 from .original import reference_model
@@ -173,6 +175,7 @@ class RandomLabel(ForgettingClasses, RandomObjective):
     num_labels: int | None = None
 
     def __post_init__(self) -> None:
+        check_count("num_labels", self.num_labels, least=2, optional=True)
         ForgettingClasses.__post_init__(self)
         RandomObjective.__post_init__(self)
 
@@ -254,6 +257,10 @@ class UnseenConfidence(ClassificationObjective):
     minimum = 0.0
 
     def __post_init__(self) -> None:
+        mend = "Take `Predictions.confidence`, or `torch.tensor([...])` of a list."
+        check_kind("confidences", self.confidences, Tensor, "a tensor of probabilities", mend)
+        if self.reference is not None:
+            check_model(self.reference, "reference")
         confidences = self.confidences.detach().flatten().float().cpu()
         if not confidences.numel() or not ((confidences >= 0) & (confidences <= 1)).all():
             raise ValueError(

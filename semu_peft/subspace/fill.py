@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from semu_peft.arguments import check_kind
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 
+from .ranks import RankBudget
 from .starts import LayerStart, Start, Zero
 
 
@@ -80,9 +83,26 @@ def fill(
     start = start or Zero()
     starts = {name: start(layer, directions[name], adapter_name) for name, layer in layers.items()}
     for name, begin in starts.items():
+        mend = "Check that the function ends with `return`."
+        check_kind("start", begin, LayerStart, f"a function that returns a `LayerStart`, as for layer {name!r}", mend)
         _check_shapes(begin, layers[name].tensor_shapes(adapter_name, begin.left.shape[-1]), name)
     for name, begin in starts.items():
         layers[name].set_basis(adapter_name, begin.left, begin.right, begin.core, offset=begin.offset)
+
+
+def check_plan(rank_budget: Any, start: Any) -> None:
+    """Check the arguments that say how many directions there are, and what they start from.
+
+    Raises:
+        TypeError: One of them is of another kind.
+    """
+    if rank_budget is not None:
+        check_kind("rank_budget", rank_budget, RankBudget, "a `RankBudget` or None", "Write `RankBudget(total)`.")
+    if start is not None and (isinstance(start, type) or not callable(start)):
+        raise TypeError(
+            f"`start` must be a start such as `starts.Zero()`, or a function (layer, directions, adapter_name), got "
+            f"{start!r}. Make one, or leave it out to start from zero."
+        )
 
 
 def _check_shapes(begin: LayerStart, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:

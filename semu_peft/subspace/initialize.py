@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from semu_peft.arguments import check_adapter_name, check_model, check_share, check_switch
 from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.processes import sum_over_processes
 from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFactory
-from semu_peft.linalg.energy import check_explained_variance
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.model_state import device_of
-from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
@@ -26,7 +26,7 @@ from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 
 from .directions import find_directions
-from .fill import fill, layers_to_fill
+from .fill import check_plan, fill, layers_to_fill
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget, plan_ranks
 from .reads import watched
@@ -104,8 +104,12 @@ def initialize_semu_weights(
         >>> initialize_semu_weights(model, forget, objectives.CrossEntropy(), progress=False)
         SubspaceProfile(2 layers, ...)
     """
-    if keep_explained_variance is not None:
-        check_explained_variance(keep_explained_variance)
+    check_model(model)
+    check_adapter_name(adapter_name)
+    check_share("keep_explained_variance", keep_explained_variance, optional=True)
+    check_switch("overwrite", overwrite)
+    check_switch("progress", progress)
+    check_plan(rank_budget, start)
     layers = layers_to_fill(model, adapter_name, overwrite)
     rule, terms = as_rule(retain_rule), as_retain(retain)
     if isinstance(forget, SubspaceProfile):
@@ -132,6 +136,15 @@ def initialize_semu_weights(
         for name, layer in layers.items()
     }
     return SubspaceProfile(spectra, batches)
+
+
+def _check_forget(forget: Any) -> None:
+    """Say by the argument's own name what is wrong with the data; a list is all that can be looked at beforehand."""
+    check_batches(forget, "forget")
+    if isinstance(forget, (list, tuple)) and not forget:
+        raise ValueError("`forget` must give at least one batch, got none. Check what was put into the list.")
+    if isinstance(forget, (list, tuple)) and any(batch is None for batch in forget):
+        raise TypeError("`forget` must give batches, got None among them. Leave those out that a `collate_fn` dropped.")
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,9 @@ def _forget_sums(
         checked = {name: total for name, total in sums.items() if isinstance(total, MatrixSum)}
         return checked, forget.batches, _LeftOut(forget.unused)
     if objective is None:
-        raise TypeError("`objective` is missing: batches need one, `(model, batch) -> scalar loss`.")
-    check_batches(forget, "forget")
+        raise TypeError("`objective` must be given with batches, got None. Give `(model, batch) -> scalar loss`.")
+    as_objective(objective)
+    _check_forget(forget)
     with original(model, adapter_name) as reference, watched(_called(reference, adapter_name)) as read:
         gathered = gather(
             reference, forget, objective, statistic=statistic, description="Forget gradients", progress=progress,

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_share
 from semu_peft.files import load_tensors, save_tensors
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.loading import impossible_tensor
 
-from .fill import fill, layers_to_fill
+from .fill import check_plan, fill, layers_to_fill
 from .ranks import RankBudget, explained_variance_of, plan_ranks
 from .retain import Overlap
 from .starts import Start
@@ -139,6 +140,8 @@ class SubspaceProfile:
             ValueError: The adapter's layers are not those of the profile, a layer needs more directions than the
                 profile keeps, or the adapter has been trained. The adapter is unchanged then.
         """
+        check_share("explained_variance", explained_variance, optional=True)
+        check_plan(rank_budget, start)
         layers = layers_to_fill(model, adapter_name, overwrite)
         self._check_fit(layers, adapter_name)
         found = {name: self.layers[name].directions for name in layers}

@@ -41,6 +41,8 @@ def as_loader(batches: Iterable[Any], name: str, most: int | None = None) -> Dat
         # One more than is needed, or the run would take the last one for the end of an epoch.
         most = None if most is None or isinstance(batches, Sized) else most + 1
         ready: list[Any] = list(itertools.islice(batches, most))
+        if any(batch is None for batch in ready):
+            raise TypeError(f"`{name}` must give batches, got None among them. Leave out what a `collate_fn` dropped.")
         loader = DataLoader(ready, batch_size=1, shuffle=False, collate_fn=_only)  # type: ignore[arg-type]
     if batches_in(loader) == 0:
         raise ValueError(

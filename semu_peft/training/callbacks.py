@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_number, check_switch
+
 from .parameters import trained_parameters
 from .progress import Progress
 
@@ -122,6 +124,8 @@ class EarlyStopping(Callback):
             raise TypeError(f"`metric` must be a function (model) -> float, got {type(self.metric).__name__}.")
         if not isinstance(self.patience, int) or isinstance(self.patience, bool) or self.patience < 1:
             raise ValueError(f"`patience` must be a positive integer, got {self.patience!r}. Give at least 1.")
+        check_number("min_delta", self.min_delta)
+        check_switch("restore_best", self.restore_best)
         self._forget_earlier_runs()
 
     def _forget_earlier_runs(self) -> None:
@@ -136,7 +140,9 @@ class EarlyStopping(Callback):
         context.control.should_stop |= self.epochs_without_gain >= self.patience
 
     def on_epoch_end(self, context: TrainingContext) -> None:
-        value = float(self.metric(context.model))
+        value = self.metric(context.model)
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        check_number("metric", value)
         context.log(metric=value)
         if value >= self.last_gain + self.min_delta:
             self.last_gain, self.epochs_without_gain = value, 0

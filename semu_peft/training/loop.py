@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from semu_peft.gradients.gather import check_loss, count_examples
@@ -31,7 +30,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .fingerprint import Fingerprint, describe, describe_optimizer
-from .optimizers import SchedulerFactory, default_epochs, linear_decay, needs_closure
+from .optimizers import SchedulerFactory, default_epochs, make_schedule, needs_closure
 from .parameters import trained_parameters
 from .progress import Position, Progress
 from .rules import Rule, Step
@@ -103,7 +102,7 @@ class Loop:
             )
         described = describe_optimizer(bare_optimizer)  # before a schedule changes its learning rate
         # DeepSpeed's optimiser is no torch Optimizer.
-        self.schedule: LRScheduler = (scheduler or linear_decay)(bare_optimizer, self.context.total_steps)
+        self.schedule = make_schedule(scheduler, bare_optimizer, self.context.total_steps)
         remember_start(self.model)  # before it is trained: the original of an adapter whose start splits the weight
         self._resume(described)
         self.saved = self.progress.step  # the last step that a checkpoint is of
@@ -269,6 +268,8 @@ class Loop:
     def _losses(self, batch: Any, retained: list[Any], number: int) -> dict[str, Tensor]:
         model, where = self.prepared.model, f"batch {number} of epoch {self.progress.forget.epoch}"
         objective, *keep = self.objectives
+        if batch is None:
+            raise TypeError(f"`forget` must give batches, got None as {where}. Leave out what a `collate_fn` dropped.")
         parts = {"forget_loss": _scalar(objective(model, batch), where)}
         if retained:
             terms = [

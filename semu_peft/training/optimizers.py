@@ -109,3 +109,29 @@ def needs_closure(optimizer: Optimizer) -> bool:
 def linear_decay(optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """The learning rate falls linearly to zero over the run, as in transformers' Trainer."""
     return LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=total_steps)
+
+
+def make_schedule(factory: SchedulerFactory | None, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Make the schedule of a run; without a factory the learning rate falls linearly to zero.
+
+    Raises:
+        TypeError: The factory is something else, or returned something else.
+
+    Examples:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> type(make_schedule(None, optimizer, 10)).__name__
+        'LinearLR'
+    """
+    if factory is not None and not callable(factory):
+        raise TypeError(
+            f"`scheduler` must be a function (optimizer, total_steps) -> LRScheduler, got {factory!r}. Write, for "
+            "example, `scheduler=lambda optimizer, steps: CosineAnnealingLR(optimizer, steps)`."
+        )
+    schedule = (linear_decay if factory is None else factory)(optimizer, total_steps)
+    if not callable(getattr(schedule, "step", None)):
+        raise TypeError(
+            f"`scheduler` must return a schedule of torch, got {type(schedule).__name__}. Check that the function ends "
+            "with `return`."
+        )
+    return schedule

@@ -118,7 +118,7 @@ def as_rules(rules: Rule | Iterable[Rule], max_grad_norm: float | None) -> tuple
         TypeError: Something is no rule.
         ValueError: `max_grad_norm` is not above zero.
     """
-    several = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    several = tuple(rules) if isinstance(rules, Iterable) else (rules,)
     for rule in several:
         if not isinstance(rule, Rule):
             raise TypeError(

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from semu_peft.arguments import check_adapter_name, check_kind, check_model, check_number
 from semu_peft.model_state import eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.retain import Retain, as_retain
@@ -167,6 +168,12 @@ def unlearn(
         (True, 'the loss no longer falls')
     """
     started = time.perf_counter()
+    check_model(model)
+    check_adapter_name(adapter_name, optional=True)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, low=0)
+    if accelerator is not None:
+        check_kind("accelerator", accelerator, Accelerator, "an `Accelerator` or None", "Write `Accelerator()`.")
     settings = Settings(
         epochs, max_steps, gradient_accumulation_steps, mixed_precision, output_dir, log_with, checkpointing_steps,
         resume_from_checkpoint, seed, progress, save_total_limit,

@@ -7,6 +7,8 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_adapter_name, check_model
+
 from .keys import layer_of, without_compilation, without_prefix, without_wrappers
 from .layer import NotInitializedError, SemuLayer
 from .parameter import ParamWrapper, parameter_path
@@ -42,6 +44,8 @@ def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Se
         >>> {name: layer.is_initialized("default") for name, layer in semu_layers(model).items()}
         {'0': False}
     """
+    check_model(model)
+    check_adapter_name(adapter_name)
     root = base_model(model)
     full = {
         parameter_path(name, layer) if isinstance(layer, ParamWrapper) else without_wrappers(name): layer

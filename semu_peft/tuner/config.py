@@ -360,7 +360,7 @@ def _is_share(value: object) -> bool:
 
 
 def _as_set(names: Any) -> Any:
-    return set(names) if isinstance(names, (list, tuple)) else names
+    return set(names) if isinstance(names, (list, tuple)) and all(isinstance(each, str) for each in names) else names
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -21,6 +21,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_adapter_name
+
 from .adapted import initialized_layers, named_for_a_file, named_for_the_model, targets_for, uncompiled
 from .all_layers import layers_that_pass, name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
@@ -327,12 +329,19 @@ class SemuModel(BaseTuner):
             >>> model.peft_config["both"].ranks
             {'0': 4}
         """
+        check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} already exists. Delete it first, or give the sum another name.")
+            raise ValueError(
+                f"`adapter_name` must be new, got {adapter_name!r}, which already exists. Delete it first, or give the "
+                "sum another name."
+            )
+        rule = AdapterSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
         for name in adapters:
             if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist")
-        rule = AdapterSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+                raise ValueError(
+                    f"`adapters` must be names of adapters that are there, got {name!r}, which does not exist. "
+                    f"There are {sorted(self.peft_config)}."
+                )
         layers = {key: layer for name in adapters for key, layer in initialized_layers(self.model, name).items()}
         configs = [self.peft_config[name] for name in adapters]
         check_summable(adapters, configs, layers)

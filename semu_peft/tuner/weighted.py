@@ -11,6 +11,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_count, check_kind, check_number
 from semu_peft.linalg.core import LowRank, diagonal, eckart_young, exact_svd, orthonormal
 
 from .layer import SemuLayer
@@ -46,6 +47,19 @@ class AdapterSum:
     majority_sign_method: Literal["total", "frequency"] = "total"
 
     def __post_init__(self) -> None:
+        for name in ("adapters", "weights"):
+            wanted, mend = f"a list of {'names' if name == 'adapters' else 'numbers'}", "Put one into a list as well."
+            check_kind(name, getattr(self, name), (list, tuple), wanted, mend)
+        for weight in self.weights:
+            check_number("weights", weight)
+        check_count("svd_rank", self.svd_rank, optional=True)
+        if self.density is not None:
+            check_number("density", self.density, low=0, high=1)
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(
+                f"`majority_sign_method` must be 'total' or 'frequency', got {self.majority_sign_method!r}. "
+                "'total' weighs the entries by their size."
+            )
         if not self.adapters or len(self.adapters) != len(self.weights):
             raise ValueError(
                 "`adapters` and `weights` must have the same length of at least 1, got "
@@ -56,8 +70,6 @@ class AdapterSum:
                 f"Invalid combination_type: {self.combination_type!r}. SEMU knows {get_args(CombinationType)}; those "
                 "of LoRA that work on single entries of its two factors have no counterpart here."
             )
-        if self.svd_rank is not None and self.svd_rank < 1:
-            raise ValueError(f"`svd_rank` must be a positive integer or None, got {self.svd_rank!r}.")
         if self._elementwise and (self.density is None or not 0 <= self.density <= 1):
             raise ValueError(
                 f"`combination_type={self.combination_type!r}` needs `density`, the share of entries to keep, in "

@@ -103,7 +103,7 @@ def test_bad_confidences_are_named(name: str, bad: Tensor, message: str) -> None
 
 
 def test_max_examples_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="`max_examples` must be at least 1, or None for no limit, got 0"):
+    with pytest.raises(ValueError, match="`max_examples` must be an integer of at least 1 or None, got 0"):
         membership_inference(*[torch.tensor([0.5])] * 3, max_examples=0)
 
 

@@ -333,7 +333,7 @@ def exhausted() -> Any:
 @pytest.mark.parametrize(
     ("batches", "objective", "adapter", "words"),
     [
-        (lambda: [], FORGET, "default", ["`batches` must give at least one batch"]),
+        (lambda: [], FORGET, "default", ["`forget` must give at least one batch"]),
         (exhausted, FORGET, "default", ["`batches` must give at least one batch", "used up"]),
         (vector_batches, lambda m, b: FORGET(m, b) * float("nan"), "default", ["nan", "batch 0"]),
         (vector_batches, lambda m, b: FORGET(m, b).detach(), "default", ["without a gradient"]),
@@ -421,7 +421,7 @@ def test_a_profile_needs_no_pass() -> None:
 def test_arguments_that_are_missing_or_odd() -> None:
     """Batches need an objective, and the statistic must be one that has directions."""
     model = get_peft_model(same(Mlp), SemuConfig(target_modules=Mlp.targets))
-    with pytest.raises(TypeError, match="`objective` is missing"):
+    with pytest.raises(TypeError, match="`objective` must be given with batches, got None"):
         initialize_semu_weights(model, vector_batches(), progress=False)
     with pytest.raises(ValueError, match="can be factorised, got SquaredSum"):
         initialize_semu_weights(model, vector_batches(), FORGET, statistic=SquaredSum, progress=False)

@@ -189,10 +189,10 @@ def test_a_saved_module_goes_with_its_adapter() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"adapters": ["first", "none"]}, "none does not exist"),
+        ({"adapters": ["first", "none"]}, "got 'none', which does not exist"),
         ({"weights": [1.0]}, "same length"),
         ({"adapters": [], "weights": []}, "at least 1"),
-        ({"adapter_name": "first"}, "first already exists"),
+        ({"adapter_name": "first"}, "got 'first', which already exists"),
         ({"combination_type": "ties"}, "combination_type.*'ties'.*'svd'"),
         ({"combination_type": "wrong"}, "combination_type.*'wrong'"),
         ({"svd_rank": 0}, "svd_rank"),
