@@ -44,7 +44,6 @@ from transformers import (
     PreTrainedModel,
     ViTConfig,
     get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -124,10 +123,8 @@ def parse_args() -> argparse.Namespace:
     add("--forget-class", "name or index of the class to forget; else: the digit 3")
     add("--objective", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
     add("--target-modules", "layers to correct, a regular expression or all-linear; else: the last third")
-    add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.5)
+    add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.9)
     add("--accumulate", "sums of gradients, or sketches of them", choices=["exact", "sketch"], default="exact")
-    add("--learning-rate", "learning rate of unlearning, falling linearly to 0", type=float, default=0.07)
-    add("--epochs", "passes over the images to forget", type=int, default=10)
     add("--batch-size", "images to forget per step", type=int, default=64)
     add("--seed", "seed of the split, the training and the unlearning", type=int, default=0)
     add("--device", "cpu, or what Accelerate finds", choices=["auto", "cpu"], default="auto")
@@ -209,16 +206,7 @@ def forget(
     unlearned = get_peft_model(copy.deepcopy(model), config)
     statistic = Sketch.of_size() if args.accumulate == "sketch" else GradientSum
     profile = initialize_semu_weights(unlearned, loader, objective, statistic=statistic)
-    unlearn(
-        unlearned,
-        loader,
-        objective,
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        scheduler=lambda optimizer, steps: get_linear_schedule_with_warmup(optimizer, 0, steps),
-        accelerator=accelerator,
-        seed=args.seed,
-    )
+    unlearn(unlearned, loader, objective, accelerator=accelerator, seed=args.seed)
     seconds = time.perf_counter() - started
     unlearned.save_pretrained(folder)
     return unlearned, profile, {"seconds": seconds, "adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
