@@ -42,6 +42,7 @@ FORGOTTEN = "the forget data are forgotten"
 ALREADY_FORGOTTEN = "the forget data were forgotten already"
 BUDGET_SPENT = "the damage budget is spent"
 NO_LONGER_IMPROVES = "the loss no longer falls"
+NOT_FINITE = "the loss was not finite any more, so the best cores before were put back"
 
 
 @dataclass(eq=False)
@@ -143,6 +144,10 @@ class NaturalLoop(Loop):
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self._terms(batch, [next(each) for each in self.retained])]
         here = self._evaluate(terms, with_gradient=True)
+        if not math.isfinite(here.values["loss"]) and self.progress.step:
+            # Where a batch before was still well: an ascent has gone as far as numbers do.
+            self._move_to(self.best)
+            return self._stop(NOT_FINITE)
         self._check_finite(here.values, self.progress.forget.batch)
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
@@ -298,7 +303,8 @@ class NaturalLoop(Loop):
             if not term.weight or not evaluation.outputs:
                 continue
             examples = count_examples(term.batch) or 1
-            number = min(max(_SEEDS_A_STEP // examples, 1), _MOST_PROBES)
+            everywhere = examples * self.accelerator.num_processes
+            number = min(max(_SEEDS_A_STEP // everywhere, 1), _MOST_PROBES)
             for _ in range(number):
                 if self.is_sharded:  # its graph cannot be gone through twice
                     evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)

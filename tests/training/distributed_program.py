@@ -16,10 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from semu_peft import unlearn
+from semu_peft import NaturalGradient, unlearn
+from semu_peft.objectives import DecoupledDistillation
 from semu_peft.tuner.adapted import semu_layers
 
-folder, mode, accumulation, precision, clip = sys.argv[1:]
+folder, mode, accumulation, precision, clip, optimizer = sys.argv[1:]
 
 
 def next_token_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -51,10 +52,16 @@ assert accelerator.num_processes == shares, accelerator.distributed_type
 assert mode == "single" or torch.distributed.get_world_size() == 2
 examples = [{"input_ids": row, "labels": row} for row in tokens]
 loader = DataLoader(examples, batch_size=8 // shares, shuffle=False)
-result = unlearn(
-    model, loader, next_token_loss, epochs=2, learning_rate=3e-2, max_grad_norm=float(clip) or None,
-    accelerator=accelerator, progress=False,
-)  # fmt: skip
+common = {
+    "epochs": 2,
+    "max_grad_norm": float(clip) or None,
+    "accelerator": accelerator,
+    "progress": False,
+}
+if optimizer == "natural":
+    result = unlearn(model, loader, DecoupledDistillation(), optimizer=NaturalGradient(tolerance=1e-4), **common)
+else:
+    result = unlearn(model, loader, next_token_loss, learning_rate=3e-2, **common)
 cores = {}
 for name, layer in semu_layers(model).items():
     core = layer.semu_core["default"]

@@ -168,6 +168,21 @@ def test_steps_that_are_not_finite_are_taken_back() -> None:
     assert -3.0 <= result.history[-1]["loss"] < 0
 
 
+def test_a_batch_that_is_not_finite_ends_the_run_at_the_best() -> None:
+    class SecondBatchBreaks(GradientAscent):
+        """Finite on the batches that steps are tried on, and not on a later one."""
+
+        def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+            loss = super().loss(logits, labels, prepared)
+            return loss * math.inf if len(labels) == 6 and loss < -1.0 else loss
+
+    inputs, labels = FORGET[0]
+    model = adapted(DecoupledDistillation())
+    result = unlearn(model, [(inputs[:10], labels[:10]), (inputs[10:], labels[10:])], SecondBatchBreaks(), **QUIET)
+    assert result.stop_reason.startswith("the loss was not finite") and result.stopped_early
+    assert all(torch.isfinite(value).all() for value in trained_state(model).values())
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "diagonal": {"core": "diagonal"},
     "per channel": {"conv_mode": "per_channel"},
