@@ -330,6 +330,8 @@ class EmbeddingMatching(Objective):
         4.0
     """
 
+    distribution = "gaussian"
+    minimum = 0.0
     reference: nn.Module | None = field(default=None, repr=False)
     hidden_states: tuple[int, ...] = (-1, -2)
 
@@ -342,6 +344,9 @@ class EmbeddingMatching(Objective):
             )
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.evaluate(model, batch, self.prepare(model, batch)).loss
+
+    def prepare(self, model: nn.Module, batch: Any) -> list[Tensor]:
         missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())
         if missing:
             raise ValueError(
@@ -349,9 +354,12 @@ class EmbeddingMatching(Objective):
                 "prompts that the forgotten ones are to be read as."
             )
         with torch.no_grad(), reference_model(model, self.reference) as original:
-            targets = self._read(original, batch["anchor_input_ids"])
+            return self._read(original, batch["anchor_input_ids"])
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         read = self._read(model, batch["input_ids"])
-        return torch.stack([F.mse_loss(*pair) for pair in zip(read, targets, strict=True)]).sum()
+        losses = [F.mse_loss(*pair) for pair in zip(read, prepared, strict=True)]
+        return Evaluation(torch.stack(losses).sum(), tuple(Outputs(states) for states in read))
 
     def _read(self, model: nn.Module, input_ids: Tensor) -> list[Tensor]:
         output = model(input_ids=input_ids, output_hidden_states=True)

@@ -167,7 +167,8 @@ class NaturalLoop(Loop):
         loss = here.values["loss"]
         old = self.running
         self.running = loss if math.isnan(old) else _MEMORY * old + (1 - _MEMORY) * loss
-        if math.isinf(self.lowest) or self.running < self.lowest - _FALL_THAT_COUNTS * self._enough():
+        falls = _FALL_THAT_COUNTS * self._enough(self.lowest)
+        if math.isinf(self.lowest) or self.running < self.lowest - falls:
             self.lowest, self.stalled, self.best = self.running, 0, self._flat()
         else:
             self.stalled += 1
@@ -180,11 +181,12 @@ class NaturalLoop(Loop):
     def _stop(self, reason: str) -> None:
         self.context.control.stop(reason)
 
-    def _enough(self) -> float:
-        """The tolerance, in the unit of the loss."""
-        if self.objectives[0].distribution == "categorical" or math.isnan(self.start_loss):
+    def _enough(self, scale: float | None = None) -> float:
+        """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
+        scale = self.start_loss if scale is None else scale
+        if self.objectives[0].distribution == "categorical" or not math.isfinite(scale):
             return self.natural.tolerance
-        return self.natural.tolerance * abs(self.start_loss)
+        return self.natural.tolerance * abs(scale)
 
     def _is_forgotten(self, here: _Tried) -> bool:
         minimum = self.objectives[0].minimum
