@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
@@ -39,6 +40,8 @@ from .settings import Settings
 _RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
 _NEXT_RETAIN_SEED = 2**20
 
+_RISE_THAT_COUNTS = 0.05  # of the loss at the start
+
 Losses = dict[str, float]
 
 
@@ -73,6 +76,7 @@ class Loop:
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.parameters = trained_parameters(model)  # FSDP has put sharded ones in their places
         self.progress = Progress(retain=[Position() for _ in retain])
+        self.without_gradient: list[str] | None = None  # what the first backward pass did not reach
         self.epochs, total_steps = self._length()
         self.context = TrainingContext(model, self.progress, total_steps, track=self.accelerator.log)
 
@@ -176,6 +180,25 @@ class Loop:
             while not self._is_over():
                 self._train_epoch()
         self._call("on_train_end")
+        self._warn_of_the_end()
+
+    def _warn_of_the_end(self) -> None:
+        """Say so where an optimiser with a rate did not do what it was for."""
+        losses = [entry["loss"] for entry in self.progress.history]
+        few = max(1, len(losses) // 10)
+        start, end = sum(losses[:few]) / few, sum(losses[-few:]) / few
+        if len(losses) > 1 and end > start + _RISE_THAT_COUNTS * abs(start):
+            warnings.warn(
+                f"The loss ended at {end:.4g}, above its start of {start:.4g}. Lower `learning_rate`, or leave it out "
+                "to train cores by natural gradients, which keep no step that raises the loss.",
+                stacklevel=4,
+            )
+        if self.without_gradient:
+            warnings.warn(
+                f"{self.without_gradient[:3]} ({len(self.without_gradient)} in all) had no gradient and stayed as they "
+                "were: the loss does not depend on them. Leave these layers out of the adapter.",
+                stacklevel=4,
+            )
 
     def _retain_streams(self) -> list[Generator[Any, None, None]]:
         loaders = zip(self.prepared.retain, self._seeds()[1:], self.progress.retain, strict=True)
@@ -261,6 +284,8 @@ class Loop:
                     self.accelerator.backward(loss)
             else:
                 self.accelerator.backward(loss)
+        if self.without_gradient is None:
+            self.without_gradient = [name for name, each in self.parameters.items() if each.grad is None]
         self._check_gradients(step)
         self._apply(step, "gradients")
         return {key: sum(each[key] for each in losses) / len(losses) for key in losses[0]}

@@ -32,7 +32,8 @@ _UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the f
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _HELD_EXAMPLES = 512  # on which start and end are compared
-_SEEDS_A_STEP = 32  # random seeds are put in until a small batch has that many of them
+_FEWEST_SEEDS = 32  # random seeds are put in until a small batch has that many of them,
+_SEEDS_A_NUMBER = 0.25  # or this many for each number that is trained: a curvature of so many rows has seen them all
 _MOST_PROBES = 8
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
@@ -127,6 +128,9 @@ class NaturalLoop(Loop):
             super().train()
             if self.held:
                 self._leave_the_best()
+
+    def _warn_of_the_end(self) -> None:
+        """Nothing to warn of: a worse end than the start is not left."""
 
     def _look_at_start(self, start: _Tried) -> None:
         self.start_loss = start.values["loss"]
@@ -306,7 +310,8 @@ class NaturalLoop(Loop):
                 continue
             examples = count_examples(term.batch) or 1
             everywhere = examples * self.accelerator.num_processes
-            number = min(max(_SEEDS_A_STEP // everywhere, 1), _MOST_PROBES)
+            wanted = max(_FEWEST_SEEDS, _SEEDS_A_NUMBER * self.curvature.size)
+            number = min(max(round(wanted / everywhere), 1), _MOST_PROBES)
             for _ in range(number):
                 if self.is_sharded:  # its graph cannot be gone through twice
                     evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)

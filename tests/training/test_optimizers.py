@@ -178,3 +178,21 @@ def test_an_adapter_with_whole_modules() -> None:
     state = model.state_dict()
     changed = {name for name, tensor in before.state.items() if not torch.equal(tensor, state[name])}
     assert changed == expected and Snapshot.of(model).flags == before.flags
+
+
+def test_a_loss_that_has_risen_and_layers_without_gradient_are_told() -> None:
+    model = semu()
+    with pytest.warns(UserWarning, match="The loss ended at .* above its start"):
+        train(model, vector_batches(), CrossEntropy(), learning_rate=30.0, **QUIET)
+
+    class Unused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    batches = [(torch.randn(4, 8), torch.randint(5, (4,)))]
+    with pytest.warns(UserWarning, match=r"\['unused.weight', 'unused.bias'\] \(2 in all\) had no gradient"):
+        train(Unused(), batches, CrossEntropy(), epochs=1, **QUIET)
