@@ -68,7 +68,7 @@ SEMU_CLASS: dict[str, Any] = {
     "r": 8,
 }
 SEMU_TEXT: dict[str, Any] = {"target_modules": ["attn2.to_k", "attn2.to_v"], "explained_variance": 1.0, "r": 16}
-LEARNING_RATE = {"SEMU, class": 0.01, "SEMU, text": 0.03, "LoRA": 0.01, "ESD, class": 3e-4, "ESD, text": 5e-4}
+LEARNING_RATE = {"SEMU, text": 0.03, "LoRA": 0.01, "ESD, class": 3e-4, "ESD, text": 5e-4}
 
 
 @dataclasses.dataclass
@@ -204,7 +204,8 @@ def class_conditional(setting: Setting) -> None:
 
     unlearned = get_peft_model(copy.deepcopy(original), SemuConfig(**SEMU_CLASS))
     profile = initialize_semu_weights(unlearned, batches, forget)
-    result = trained(unlearned, forget + args.preserve * keep, LEARNING_RATE["SEMU, class"])
+    # Natural gradients: no rate, and as many steps as it takes.
+    result = unlearn(unlearned, batches, forget + args.preserve * keep, seed=args.seed)
     after = samples(unlearned)
     budget = result.trainable_parameters
     setting.judged("class-conditional, SEMU", after, **share(budget, unlearned), seconds=result.seconds)
