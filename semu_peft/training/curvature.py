@@ -81,6 +81,11 @@ class Curvature(ABC):
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.size = sum(slot.size for slot in slots)
 
+    @property
+    @abstractmethod
+    def wanted_seeds(self) -> float:
+        """How many examples' random seeds a step should bring."""
+
     @abstractmethod
     def observe(self, probes: Sequence[Probe]) -> None:
         """Add the sum of one step's probes."""
@@ -117,6 +122,11 @@ class WholeMatrix(Curvature):
     def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
         super().__init__(slots, decay, device)
         self.total = torch.zeros(self.size, self.size, device=device)
+
+    @property
+    def wanted_seeds(self) -> float:
+        # Each is one row of a root of the matrix; the mean runs over a few steps.
+        return max(32, self.size / 4)
 
     def observe(self, probes: Sequence[Probe]) -> None:
         new = torch.zeros_like(self.total)
@@ -190,6 +200,10 @@ class KroneckerFactors(Curvature):
             else:
                 self.totals[f"{slot.name}.squares"] = torch.zeros(slot.size, device=device)
         self._eigen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def wanted_seeds(self) -> float:
+        return 8  # an example brings a row for each of its tokens or windows
 
     def observe(self, probes: Sequence[Probe]) -> None:
         new = {key: torch.zeros_like(total) for key, total in self.totals.items()}

@@ -32,9 +32,7 @@ _UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the f
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _HELD_EXAMPLES = 512  # on which start and end are compared
-_FEWEST_SEEDS = 32  # random seeds are put in until a small batch has that many of them,
-_SEEDS_A_NUMBER = 0.25  # or this many for each number that is trained: a curvature of so many rows has seen them all
-_MOST_PROBES = 8
+_MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
 _MEMORY = 0.5  # of the running loss, which follows it fast
@@ -310,8 +308,7 @@ class NaturalLoop(Loop):
                 continue
             examples = count_examples(term.batch) or 1
             everywhere = examples * self.accelerator.num_processes
-            wanted = max(_FEWEST_SEEDS, _SEEDS_A_NUMBER * self.curvature.size)
-            number = min(max(round(wanted / everywhere), 1), _MOST_PROBES)
+            number = min(max(round(self.curvature.wanted_seeds / everywhere), 1), _MOST_PROBES)
             for _ in range(number):
                 if self.is_sharded:  # its graph cannot be gone through twice
                     evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
