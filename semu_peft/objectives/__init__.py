@@ -1,5 +1,6 @@
 """What forgetting means: plain callables `(model, batch) -> scalar loss`."""
 
+from .adversarial import AdversarialUnlearning, adversarial_examples
 from .base import Evaluation, LossFunction, Objective, Outputs, WeightedSum, as_objective
 from .classification import (
     CrossEntropy,
@@ -22,6 +23,7 @@ from .noise_schedule import NoiseSchedule
 from .retain import Retain, as_retain
 
 __all__ = [
+    "AdversarialUnlearning",
     "ConditionMatching",
     "CrossEntropy",
     "DecoupledDistillation",
@@ -42,6 +44,7 @@ __all__ = [
     "UniformDistribution",
     "UnseenConfidence",
     "WeightedSum",
+    "adversarial_examples",
     "as_objective",
     "as_retain",
 ]

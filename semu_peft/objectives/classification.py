@@ -231,8 +231,9 @@ class UnseenConfidence(ClassificationObjective):
     A model that was retrained without some training examples is right about most of them, with the confidence of unseen
     data. So the examples of a batch are ranked by the original model's confidence in their labels, and the target of
     the one at quantile `t` puts the confidence at quantile `t` of unseen data on the true class; the rest goes to the
-    other classes as the original model divides it. The loss is `KL(q ‖ p)`. Batches should hold tens of examples, or
-    the quantiles are coarse.
+    other classes as the original model divides it. No target is above the original's own confidence: forgetting never
+    makes a model surer of an example. The loss is `KL(q ‖ p)`. Batches should hold tens of examples, or the quantiles
+    are coarse.
 
     Args:
         confidences: True-class confidences of the original model on labelled data that it was not trained on, `(M,)`;
@@ -276,7 +277,8 @@ class UnseenConfidence(ClassificationObjective):
         # The margin orders examples whose confidence has saturated at 1.
         margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
         quantile = (margin.argsort().argsort() + 0.5) / len(labels)
-        confidence = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
+        unseen = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
+        confidence = torch.minimum(unseen, original.softmax(-1).gather(1, index))
         return ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
