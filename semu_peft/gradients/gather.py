@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_adapter_name, check_kind, check_model
+from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
@@ -212,14 +214,16 @@ def stream_gradients(
     all_seen = sum_over_processes(torch.tensor([*seen, *received.values()], device=device_of(model)))
     number, examples, uncounted, *parts = all_seen.tolist()
     unused = _check_received(number, dict(zip(sources, parts, strict=True)))
-    for name, statistic in statistics.items():
+    for statistic in statistics.values():
         for tensor in statistic.tensors():
             tensor.copy_(sum_over_processes(tensor))
-        if not statistic.is_finite():
-            raise ValueError(
-                f"The gradient of layer {name!r} is not finite. Check the data for extreme values, or compute in "
-                "float32 or bfloat16 instead of float16."
-            )
+    largest = largest_magnitudes(tensor for statistic in statistics.values() for tensor in statistic.tensors())
+    if not all(map(math.isfinite, largest)):  # asked of all at once, as the host waits for a device each time
+        name = next(name for name, statistic in statistics.items() if not statistic.is_finite())
+        raise ValueError(
+            f"The gradient of layer {name!r} is not finite. Check the data for extreme values, or compute in float32 "
+            "or bfloat16 instead of float16."
+        )
     return Counts(number, None if uncounted else examples, unused)
 
 

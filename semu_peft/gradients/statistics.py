@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from semu_peft.linalg.energy import largest_magnitude, squared_norm
-from semu_peft.linalg.factorize import SingularFactors, leading_factors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors, leading_factors_of_each
 from semu_peft.tuner.adapted import semu_layers
 
 from .batch_gradient import BatchGradient, DenseGradient
@@ -100,15 +100,32 @@ class MatrixSum(Statistic):
     def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         """The leading singular directions, at least as many as explain that much of the energy where possible."""
 
+    @classmethod
+    def factorize_each(
+        cls, sums: Sequence[MatrixSum], explained_variance: float, max_rank: int | None = None
+    ) -> list[SingularFactors]:
+        """Factorise sums that are [`alike`][semu_peft.gradients.statistics.MatrixSum.alike], each for itself.
+
+        A kind of sum that can do so side by side, in fewer and larger steps, does it here.
+        """
+        return [each.factorize(explained_variance, max_rank) for each in sums]
+
+    @property
+    def alike(self) -> Hashable:
+        """What sums must have in common to be factorised side by side."""
+        return type(self), self.shape
+
     @abstractmethod
     def inner_product(self, matrix: Tensor) -> Tensor:
         """`⟨G, matrix⟩`, a float64 scalar; of a sketch, that of its approximation."""
 
     def remove_component(self, matrix: Tensor) -> None:
         """`G ← G − (⟨G, M⟩ / ‖M‖²) M`: afterwards `G` is orthogonal to `M`, shaped like `G`."""
-        squares = float(squared_norm(matrix).sum())
-        if squares > 0:
-            self.add(DenseGradient(matrix), scale=-float(self.inner_product(matrix)) / squares)
+        squares = squared_norm(matrix).sum()
+        # Worked out where the sum lies, which waits for nothing.
+        share = torch.where(squares > 0, self.inner_product(matrix).to(squares) / squares, 0)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        self.add(DenseGradient(matrix * share.to(matrix)), scale=-1.0)
 
 
 class GradientSum(MatrixSum):
@@ -163,6 +180,17 @@ class GradientSum(MatrixSum):
 
     def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         return leading_factors(self.total, explained_variance, max_rank)
+
+    @classmethod
+    def factorize_each(
+        cls, sums: Sequence[MatrixSum], explained_variance: float, max_rank: int | None = None
+    ) -> list[SingularFactors]:
+        totals = [total for each in sums for total in each.tensors()]
+        return leading_factors_of_each(totals, explained_variance, max_rank)
+
+    @property
+    def alike(self) -> Hashable:
+        return type(self), self.shape, self._dtype, self._device
 
     def inner_product(self, matrix: Tensor) -> Tensor:
         return (self.total * matrix.to(self.total)).sum(-1).double().sum()

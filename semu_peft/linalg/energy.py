@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -34,15 +36,36 @@ def rank_for_energy(singular_values: Tensor, explained_variance: float, energy: 
         [1, 2, 3]
     """
     check_explained_variance(explained_variance)
+    ranks = ranks_for_energy(singular_values, explained_variance, energy)
+    return int(ranks.max()) if ranks.numel() else 0
+
+
+def ranks_for_energy(
+    singular_values: Tensor, explained_variance: float | Tensor, energy: Tensor | None = None
+) -> Tensor:
+    """As [`rank_for_energy`][semu_peft.linalg.energy.rank_for_energy], for each matrix by itself, on the device.
+
+    Args:
+        singular_values: `(..., k)`, each in descending order.
+        explained_variance: γ in (0, 1], one for all or `(...)`.
+        energy: `‖G‖²`, `(...)`, where the values are not all of them.
+
+    Returns:
+        The ranks, `(...)`, int64.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.energy import ranks_for_energy
+        >>> ranks_for_energy(torch.tensor([[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), 0.9).tolist()
+        [1, 2, 0]
+    """
+    if singular_values.shape[-1] == 0:
+        return torch.zeros(singular_values.shape[:-1], dtype=torch.int64, device=singular_values.device)
     sums = singular_values.double().square().cumsum(-1)
-    count = sums.shape[-1]
-    if count == 0:
-        return 0
     total = sums[..., -1] if energy is None else torch.maximum(energy.to(sums), sums[..., -1])
-    ranks = (sums < explained_variance * total.unsqueeze(-1)).sum(-1) + 1
+    ranks = (sums < (explained_variance * total).unsqueeze(-1)).sum(-1) + 1
     # At γ = 1 rounding may keep the sum below an energy that was summed otherwise; a direction of 0 adds nothing.
-    useful = (singular_values > 0).sum(-1)
-    return int(torch.minimum(ranks, useful).max()) if ranks.numel() else 0
+    return torch.minimum(ranks, (singular_values > 0).sum(-1))
 
 
 def squared_norm(matrix: Tensor) -> Tensor:
@@ -57,7 +80,29 @@ def squared_norm(matrix: Tensor) -> Tensor:
 
 def largest_magnitude(tensor: Tensor) -> float:
     """The largest absolute value, in one pass without a copy; NaN if there is one, 0 of an empty tensor."""
-    return float(torch.stack(tensor.aminmax()).abs().max()) if tensor.numel() else 0.0
+    return largest_magnitudes([tensor])[0]
+
+
+def largest_magnitudes(tensors: Iterable[Tensor]) -> list[float]:
+    """The largest absolute value of each tensor; the host waits once for all that lie on one device.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.energy import largest_magnitudes
+        >>> largest_magnitudes([torch.tensor([1.0, -3.0]), torch.zeros(0)])
+        [3.0, 0.0]
+    """
+    largest: list[float] = []
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            extremes = torch.stack(tensor.aminmax()).abs().max().double()
+            by_device.setdefault(tensor.device, []).append((len(largest), extremes))
+        largest.append(0.0)
+    for found in by_device.values():
+        for (place, _), value in zip(found, torch.stack([each for _, each in found]).tolist(), strict=True):
+            largest[place] = value
+    return largest
 
 
 def without_noise(values: Tensor, shape: tuple[int, ...], resolution: float) -> Tensor:

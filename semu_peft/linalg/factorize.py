@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,20 +11,19 @@ from torch import Tensor
 
 from .energy import (
     check_explained_variance,
-    largest_magnitude,
+    largest_magnitudes,
     rank_for_energy,
+    ranks_for_energy,
     squared_norm,
     without_noise,
 )
+from .gram import gram_spectrum, inverse, resolved
+from .krylov import krylov_factors
 
 # Below this side a decomposition of the Gram matrix is quick; above it, directions are found block by block.
 _SMALL_SIDE = 256
-_BLOCK = 32
-_OVERSAMPLING = 8
-# Directions have settled once one more block changes neither their number nor their energy by more than this.
-_SETTLED = 0.02
-# The Gram matrix squares the condition number: in float64 this still leaves half of float32's digits.
-_GRAM_RESOLUTION = 1e-5
+# Matrices are copied, for a decomposition of all of them, so many numbers at a time.
+_NUMBERS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -85,117 +85,122 @@ def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | N
     Raises:
         ValueError: The matrix holds NaN or infinite values, or γ is outside (0, 1].
     """
+    return leading_factors_of_each([matrix], explained_variance, max_rank)[0]
+
+
+def leading_factors_of_each(
+    matrices: Sequence[Tensor], explained_variance: float, max_rank: int | None = None
+) -> list[SingularFactors]:
+    """Factorise many matrices of one shape side by side, each as `leading_factors` does, with a rank of its own.
+
+    On an accelerator small decompositions one by one, and a host that waits for each, cost far more than the products.
+    Here neither their number nor how often the host waits grows with the number of matrices, as long as these are
+    alike and not so large that they are taken in several portions.
+
+    Args:
+        matrices: All `(m, n)`, or all `(batch, m, n)`, of one dtype on one device.
+        explained_variance: γ in (0, 1].
+        max_rank: Upper bound on the rank.
+
+    Raises:
+        ValueError: A matrix holds NaN or infinite values, their shapes differ, or γ is outside (0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.factorize import leading_factors_of_each
+        >>> each = [torch.diag(torch.tensor(values)) for values in ([3.0, 1.0], [1.0, 1.0])]
+        >>> [factors.rank for factors in leading_factors_of_each(each, explained_variance=0.9)]
+        [1, 2]
+    """
     check_explained_variance(explained_variance)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    largest = largest_magnitude(matrix)
-    if not math.isfinite(largest):
+    if len(shapes := {matrix.shape for matrix in matrices}) > 1:
+        raise ValueError(f"`matrices` must have one shape, got {sorted(map(tuple, shapes))}. Group them by shape.")
+    matrices = [matrix.to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in matrices]
+    largest = largest_magnitudes(matrices)
+    if not all(math.isfinite(each) for each in largest):
         raise ValueError("`matrix` must be finite, got NaN or infinite values.")
-    small = min(matrix.shape[-2:], default=0)
-    if matrix.dim() == 2 and small > _SMALL_SIDE:
-        # So that squares neither vanish nor overflow: 1 for all but the strangest gradients.
-        scale = 1.0 if largest == 0 or 1e-10 < largest < 1e10 else largest
-        scaled = matrix if scale == 1 else matrix / scale
-        found = _block_krylov(scaled, squared_norm(scaled), explained_variance, max_rank)
-        if found is not None:
-            return replace(found, singular_values=found.singular_values * scale, energy=found.energy * scale**2)
+    found: dict[int, SingularFactors] = {}
+    small = min(matrices[0].shape[-2:], default=0) if matrices else 0
+    if small > _SMALL_SIDE and matrices[0].dim() == 2:
+        found = _through_krylov_spaces(matrices, largest, explained_variance, max_rank)
     if small > 0 and explained_variance < 1:
-        found = _through_gram_matrix(matrix).reaching(explained_variance, max_rank)
-        if _resolved(found.singular_values, found.rank):
-            return found
-    return _full(matrix).reaching(explained_variance, max_rank)
+        for portion in _portions(matrices, found):
+            found |= _through_gram_matrices(matrices, portion, explained_variance, max_rank)
+    for portion in _portions(matrices, found):
+        found |= _full(matrices, portion, explained_variance, max_rank)
+    return [found[index] for index in range(len(matrices))]
 
 
-def _full(matrix: Tensor) -> SingularFactors:
-    left, values, right_transposed = torch.linalg.svd(matrix, full_matrices=False)
-    values = without_noise(values, matrix.shape, torch.finfo(matrix.dtype).eps)
-    return SingularFactors(left, right_transposed.mT, values, values.double().square().sum(-1))
+def _portions(matrices: Sequence[Tensor], found: dict[int, SingularFactors]) -> Iterator[list[int]]:
+    """The matrices that have not been factorised yet, as many at a time as may be copied together."""
+    missing = [index for index in range(len(matrices)) if index not in found]
+    step = max(1, _NUMBERS_AT_ONCE // max(1, matrices[0].numel())) if matrices else 1
+    for start in range(0, len(missing), step):
+        yield missing[start : start + step]
 
 
-def _through_gram_matrix(matrix: Tensor) -> SingularFactors:
-    if matrix.shape[-2] > matrix.shape[-1]:
-        turned = _through_gram_matrix(matrix.mT)
-        return replace(turned, left=turned.right, right=turned.left)
-    exact = matrix.double()
-    values, left = _spectrum(exact @ exact.mT, matrix)
-    right = exact.mT @ (left * _inverse(values).unsqueeze(-2))
-    return SingularFactors(left.to(matrix), right.to(matrix), values.to(matrix), values.square().sum(-1))
+def _through_krylov_spaces(
+    matrices: Sequence[Tensor], largest: Sequence[float], explained_variance: float, max_rank: int | None
+) -> dict[int, SingularFactors]:
+    found = {index: _none(matrices[index]) for index, each in enumerate(largest) if each == 0}
+    wanted = [index for index in range(len(matrices)) if index not in found]
+    if not wanted:
+        return found
+    # So that squares neither vanish nor overflow: 1 for all but the strangest gradients.
+    scales = [1.0 if 1e-10 < largest[index] < 1e10 else largest[index] for index in wanted]
+    scaled = [
+        matrices[index] if scale == 1 else matrices[index] / scale for index, scale in zip(wanted, scales, strict=True)
+    ]
+    energies = torch.stack([squared_norm(matrix) for matrix in scaled])
+    each = krylov_factors(scaled, energies, explained_variance, max_rank)
+    for index, scale, energy, triplets in zip(wanted, scales, energies, each, strict=True):
+        if triplets is not None:
+            values = triplets.values if scale == 1 else triplets.values * scale
+            found[index] = SingularFactors(triplets.left, triplets.right, values, energy * scale**2)
+    return found
 
 
-def _spectrum(gram: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, and left vectors of the matrix `A` from `A Aᵀ`, all in float64."""
-    squares, left = torch.linalg.eigh(gram)
-    # Rounding of the squares leaves half of float64's digits to their roots.
-    resolution = max(torch.finfo(torch.float64).eps ** 0.5, torch.finfo(matrix.dtype).eps)
-    values = without_noise(squares.flip(-1).clamp_min(0).sqrt(), matrix.shape, resolution)
-    return values, left.flip(-1)
+def _through_gram_matrices(
+    matrices: Sequence[Tensor], portion: list[int], explained_variance: float, max_rank: int | None
+) -> dict[int, SingularFactors]:
+    """Those of the portion whose directions the Gram matrix of the small side resolves."""
+    like = matrices[0]
+    turned = like.shape[-2] > like.shape[-1]
+    exact = torch.stack([matrices[index].mT if turned else matrices[index] for index in portion]).double()
+    values, left = gram_spectrum(exact @ exact.mT, like.shape, like.dtype)
+    ranks = ranks_for_energy(values, explained_variance)
+    ranks = ranks.clamp_max(max_rank) if max_rank is not None else ranks
+    common = ranks.flatten(1).amax(1) if ranks.dim() > 1 else ranks
+    clear = resolved(values, common.view(-1, *[1] * (ranks.dim() - 1)))
+    report = torch.stack([common, clear.flatten(1).all(1) if clear.dim() > 1 else clear], 1).tolist()
+    weights = left * inverse(values).unsqueeze(-2)
+    found = {}
+    for nth, (index, (rank, is_clear)) in enumerate(zip(portion, report, strict=True)):
+        if is_clear:
+            bases = left[nth, ..., :rank], exact[nth].mT @ weights[nth, ..., :rank]
+            found[index] = _factors(bases[::-1] if turned else bases, values[nth], like.dtype)
+    return found
 
 
-def _inverse(values: Tensor) -> Tensor:
-    """One over each singular value; zero for those that the Gram matrix does not resolve."""
-    return torch.where(values > _GRAM_RESOLUTION * values[..., :1], 1 / values, 0)
+def _full(
+    matrices: Sequence[Tensor], portion: list[int], explained_variance: float, max_rank: int | None
+) -> dict[int, SingularFactors]:
+    like = matrices[0]
+    left, values, right_transposed = torch.linalg.svd(torch.stack([matrices[i] for i in portion]), full_matrices=False)
+    values = without_noise(values, like.shape, torch.finfo(like.dtype).eps)
+    ranks = ranks_for_energy(values, explained_variance)
+    ranks = ranks.clamp_max(max_rank) if max_rank is not None else ranks
+    common = (ranks.flatten(1).amax(1) if ranks.dim() > 1 else ranks).tolist()
+    return {
+        index: _factors((left[nth, ..., :rank], right_transposed.mT[nth, ..., :rank]), values[nth], like.dtype)
+        for nth, (index, rank) in enumerate(zip(portion, common, strict=True))
+    }
 
 
-def _resolved(values: Tensor, rank: int) -> bool:
-    """Whether the first `rank` singular values stand clear of what the Gram matrix rounds away."""
-    return rank == 0 or bool((values[..., rank - 1] > _GRAM_RESOLUTION * values[..., 0]).all())
-
-
-def _block_krylov(
-    matrix: Tensor, energy: Tensor, explained_variance: float, max_rank: int | None
-) -> SingularFactors | None:
-    """The leading directions within a growing Krylov space; None where a full decomposition is quicker or needed.
-
-    Each block costs one product with the matrix and one with its transpose, which also is what the next block starts
-    from: nothing is ever multiplied again.
-    """
-    m, n = matrix.shape
-    if m > n:
-        turned = _block_krylov(matrix.mT, energy, explained_variance, max_rank)
-        return turned and replace(turned, left=turned.right, right=turned.left)
-    if energy == 0:
-        return _none(matrix)
-    if explained_variance == 1 and (max_rank or m) > m // 2:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.randn(n, _BLOCK, generator=generator).to(matrix)
-    basis, rows = matrix.new_empty(m, 0), matrix.new_empty(n, 0, dtype=torch.float64)
-    gram = rows.mT @ rows
-    last = None
-    while basis.shape[1] + _BLOCK <= m // 2:
-        fresh = _orthonormal_beyond(basis, matrix @ torch.nn.functional.normalize(seen, dim=0))
-        seen = (fresh.mT @ matrix).mT
-        basis, rows = torch.cat([basis, fresh], 1), torch.cat([rows, seen.double()], 1)
-        beside = rows.mT @ rows[:, -_BLOCK:]
-        gram = torch.cat([torch.cat([gram, beside[:-_BLOCK].mT]), beside], 1)
-        if gram.trace() < explained_variance * energy and basis.shape[1] < (max_rank or m) + _OVERSAMPLING:
-            continue
-        values, inside = _spectrum(gram, matrix)
-        rank = min(rank_for_energy(values, explained_variance, energy), max_rank or m)
-        if not _resolved(values, rank):
-            return None
-        now = (rank, float(values[:rank].square().sum()))
-        if last is not None and _settled(now, last):
-            right = rows @ (inside * _inverse(values))[:, :rank]
-            left = basis @ inside[:, :rank].to(matrix)
-            return SingularFactors(left, right.to(matrix), values.to(matrix), energy)
-        last = now
-    return None
-
-
-def _settled(now: tuple[int, float], last: tuple[int, float]) -> bool:
-    """Whether one more block found the same number of directions, with the same energy, but for a small share."""
-    return now[0] >= (1 - _SETTLED) * last[0] and now[1] <= (1 + _SETTLED) * last[1]
-
-
-def _orthonormal_beyond(basis: Tensor, block: Tensor) -> Tensor:
-    """Orthonormal columns for what `block` adds to `basis`.
-
-    The second projection takes off what rounding left in the first. The third is for a block that adds next to nothing,
-    as where singular values repeat: its columns are rounding errors, scaled up.
-    """
-    for _ in range(3):
-        block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
-    return block
+def _factors(bases: tuple[Tensor, Tensor], values: Tensor, dtype: torch.dtype) -> SingularFactors:
+    """In memory of their own, so that they do not keep the whole decomposition alive."""
+    left, right = (basis.to(dtype).clone(memory_format=torch.contiguous_format) for basis in bases)
+    return SingularFactors(left, right, values.to(dtype, copy=True), values.double().square().sum(-1))
 
 
 def _none(matrix: Tensor) -> SingularFactors:

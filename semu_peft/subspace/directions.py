@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,11 @@ from semu_peft.tuner.layer import SemuLayer
 from .base_weight import whole_weight
 from .ranks import explained_variance_of
 from .retain import Overlap, RetainRule
+
+# Side by side are so many numbers of gradients. What is needed beside them to factorise them is about as much at the
+# most. A CPU gains by it only as far as its caches reach.
+_NUMBERS_AT_ONCE = 2**28
+_NUMBERS_ON_CPU = 2**20
 
 
 def find_directions(
@@ -42,21 +48,57 @@ def find_directions(
     """
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(sums[name]), name) for name in layers}
+    extents = {
+        name: _extent(layers[name], name, retained is not None, keep_explained_variance, adapter_name)
+        for name in first.values()
+    }
     found: dict[str, SingularFactors] = {}
     overlaps: dict[str, Overlap | None] = {}
-    for name in tqdm(list(first.values()), desc="Factorising", disable=not progress, leave=False):
-        layer, total = layers[name], sums.pop(name)
-        if layer.configs[adapter_name].orthogonal_to_weight:
-            total = total.copy()  # it may have been gathered by the user, to be used again
-            total.remove_component(layer.weight_to_matrix(whole_weight(layer), adapter_name))
-        gamma, least, most = _extent(layer, name, retained is not None, keep_explained_variance, adapter_name)
-        factors, overlaps[name] = total.factorize(least, most), None
-        if retained is not None:
-            kept = retained.pop(name).factorize(rule.explained_variance)
-            overlaps[name] = Overlap.between(factors, kept)
-            factors = rule.apply(factors, kept, gamma)
-        found[name] = _agreed(factors)
+    bar = tqdm(total=len(extents), desc="Factorising", disable=not progress, leave=False)
+    for names in _portions(extents, sums, retained):
+        gamma, least, most = extents[names[0]]
+        totals = [_prepared(sums.pop(name), layers[name], adapter_name) for name in names]
+        each = type(totals[0]).factorize_each(totals, least, most)
+        kept_ones = [retained.pop(name) for name in names] if retained is not None else []
+        kept = (
+            type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance) if kept_ones else [None] * len(each)
+        )
+        del totals, kept_ones
+        for name, factors, avoided in zip(names, each, kept, strict=True):
+            overlaps[name] = None
+            if avoided is not None:
+                overlaps[name] = Overlap.between(factors, avoided)
+                factors = rule.apply(factors, avoided, gamma)
+            found[name] = _agreed(factors)
+        bar.update(len(names))
+    bar.close()
     return {name: found[aliases[name]] for name in layers}, {name: overlaps[aliases[name]] for name in layers}
+
+
+def _prepared(total: MatrixSum, layer: SemuLayer, adapter_name: str) -> MatrixSum:
+    """The sum to factorise: without its part along the weight, where that is asked for."""
+    if layer.configs[adapter_name].orthogonal_to_weight:
+        total = total.copy()  # it may have been gathered by the user, to be used again
+        total.remove_component(layer.weight_to_matrix(whole_weight(layer), adapter_name))
+    return total
+
+
+def _portions(
+    extents: Mapping[str, tuple[float, float, int | None]],
+    sums: Mapping[str, MatrixSum],
+    retained: Mapping[str, MatrixSum] | None,
+) -> Iterator[list[str]]:
+    """Layers that are factorised side by side: their sums are alike, as is what is wanted of them."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, extent in extents.items():
+        avoided = retained[name].alike if retained is not None else None
+        groups.setdefault((sums[name].alike, avoided, extent), []).append(name)
+    for names in groups.values():
+        total = sums[names[0]]
+        on_cpu = total.tensors()[0].device.type == "cpu"
+        step = max(1, (_NUMBERS_ON_CPU if on_cpu else _NUMBERS_AT_ONCE) // max(1, math.prod(total.shape)))
+        for start in range(0, len(names), step):
+            yield names[start : start + step]
 
 
 def _extent(

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from semu_peft.linalg.energy import check_explained_variance, ranks_for_energy
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.layer import SemuLayer
@@ -143,30 +146,63 @@ def plan_ranks(
         >>> plan_ranks(found, semu_layers(model)), plan_ranks(found, semu_layers(model), budget=RankBudget(1))
         ({'0': 3}, {'0': 1})
     """
+    wishes = (
+        {} if explained_variance is not None else {name: layers[name].requested_ranks[adapter_name] for name in found}
+    )
+    shares = {
+        name: explained_variance or explained_variance_of(layers[name].configs[adapter_name], name) for name in found
+    }
+    for share in {*shares.values()}:
+        check_explained_variance(share)
     ranks = {}
-    for name, factors in found.items():
+    for name, rank in _ranks_by_energy(found, shares).items():
+        wished = wishes.get(name)
         config = layers[name].configs[adapter_name]
-        requested = layers[name].requested_ranks[adapter_name] if explained_variance is None else None
-        if requested is not None:
-            ranks[name] = min(requested, factors.rank)
-            continue
-        rank = factors.reaching(explained_variance or explained_variance_of(config, name)).rank
-        ranks[name] = rank if config.r is None else min(rank, config.r)
-    if budget is None:
+        upper = found[name].rank if config.r is None or wished is not None else min(config.r, found[name].rank)
+        ranks[name] = min(rank if wished is None else wished, upper)
+    if budget is None or not found:
         return ranks
+    energies, totals = (
+        _on_host({name: getattr(factors, part).double() for name, factors in found.items()})
+        for part in ("singular_values", "energy")
+    )
     bids = {
-        name: _candidate(factors.leading(ranks[name]), layers[name].configs[adapter_name].core == "diagonal")
-        for name, factors in found.items()
+        name: _candidate(
+            energies[name][..., : ranks[name]].square(),
+            sum(totals[name].flatten().tolist()),
+            layers[name].configs[adapter_name].core == "diagonal",
+        )
+        for name in found
     }
     return spread_budget(bids, budget)
 
 
-def _candidate(factors: SingularFactors, diagonal: bool) -> Candidate:
-    energies = factors.singular_values[..., : factors.rank].double().square()
+def _ranks_by_energy(found: Mapping[str, SingularFactors], shares: Mapping[str, float]) -> dict[str, int]:
+    """The rank of each layer that explains its share; all at once, so that the host waits once for a device."""
+    if not found:
+        return {}
+    rows = {
+        name: factors.singular_values.flatten(end_dim=-2)
+        if factors.singular_values.dim() > 1
+        else factors.singular_values[None]
+        for name, factors in found.items()
+    }
+    device, longest = next(iter(rows.values())).device, max(values.shape[-1] for values in rows.values())
+    padded = torch.cat([pad(values.to(device), (0, longest - values.shape[-1])) for values in rows.values()])
+    energies = torch.cat([factors.energy.reshape(-1).to(device) for factors in found.values()])
+    gammas = [shares[name] for name, values in rows.items() for _ in range(len(values))]
+    each = iter(ranks_for_energy(padded, torch.tensor(gammas, dtype=torch.float64, device=device), energies).tolist())
+    return {name: max((next(each) for _ in range(len(values))), default=0) for name, values in rows.items()}
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, all in one copy."""
+    device = next(iter(tensors.values())).device
+    copied = torch.cat([tensor.reshape(-1).to(device) for tensor in tensors.values()]).cpu()
+    parts = copied.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def _candidate(energies: Tensor, energy: float, diagonal: bool) -> Candidate:
     batched = energies.dim() == 2
-    return Candidate(
-        energies.sum(0) if batched else energies,
-        float(factors.energy.sum()),
-        diagonal,
-        energies.shape[0] if batched else 1,
-    )
+    return Candidate(energies.sum(0) if batched else energies, energy, diagonal, energies.shape[0] if batched else 1)
