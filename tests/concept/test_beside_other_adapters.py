@@ -33,7 +33,7 @@ def erase(pipe: Any, forget: str, anchor: str, name: str, **options: Any) -> Any
 
 
 def trained(model: Any) -> set[str]:
-    return {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
