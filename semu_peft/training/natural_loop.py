@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
-from semu_peft.gradients.gather import check_loss, count_examples
-from semu_peft.objectives.base import Evaluation, Objective, Outputs
-from semu_peft.objectives.distributions import divergence, probe, strike_out
-from semu_peft.objectives.original import original
+from semu_peft.gradients.gather import count_examples
+from semu_peft.objectives.base import Evaluation, Objective
+from semu_peft.objectives.distributions import probe
 
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
@@ -26,6 +24,7 @@ from .loop import Loop
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .rules import Step
+from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
 _UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the first
@@ -42,28 +41,6 @@ ALREADY_FORGOTTEN = "the forget data were forgotten already"
 BUDGET_SPENT = "the damage budget is spent"
 NO_LONGER_IMPROVES = "the loss no longer falls"
 NOT_FINITE = "the loss was not finite any more, so the best cores before were put back"
-
-
-@dataclass(eq=False)
-class _Term:
-    """One objective on one batch, with what stays the same while the cores move."""
-
-    objective: Objective
-    batch: Any
-    weight: float
-    prepared: Any
-    is_forget: bool
-    original: list[Tensor] = field(default_factory=list)  # what the original says, where damage is measured here
-
-
-@dataclass
-class _Tried:
-    """What the model does with the cores at one place."""
-
-    loss: Tensor
-    values: dict[str, float]  # of all processes
-    terms: list[tuple[_Term, Evaluation]]
-    damage: float
 
 
 class NaturalLoop(Loop):
@@ -86,6 +63,11 @@ class NaturalLoop(Loop):
         self.is_sharded = any(hasattr(core, "device_mesh") for core in self.cores)
         self.layers = {name: layer for name, (layer, _) in cores.items()}
         self.generator = torch.Generator().manual_seed(self.settings.seed)
+        self.trials = Trials(
+            self.runner, self.objectives, self.weights, self.adapter_name, limit=natural.max_retain_kl,
+            measures_damage=natural.max_retain_kl is not None or choose is not None,
+            mean_over_processes=self._mean_over_processes,
+        )  # fmt: skip
         self.damping = natural.damping
         self.failures = self.stalled = 0
         self.running, self.lowest = math.nan, math.inf
@@ -122,7 +104,7 @@ class NaturalLoop(Loop):
                 self.curvature.load_state_dict(self._restored)
             self.held = self._held_terms()
             if self.held and math.isnan(self.start_loss):
-                self._look_at_start(self._evaluate(self.held, with_gradient=False))
+                self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
             super().train()
             if self.held:
                 self._leave_the_best()
@@ -130,7 +112,7 @@ class NaturalLoop(Loop):
     def _warn_of_the_end(self) -> None:
         """Nothing to warn of: a worse end than the start is not left."""
 
-    def _look_at_start(self, start: _Tried) -> None:
+    def _look_at_start(self, start: Tried) -> None:
         self.start_loss = start.values["loss"]
         if self._is_forgotten(start):
             self._stop(ALREADY_FORGOTTEN)
@@ -144,8 +126,8 @@ class NaturalLoop(Loop):
         return (WholeMatrix if whole else KroneckerFactors)(slots, self.natural.decay, self.cores[0].device)
 
     def _train_step(self, batches: list[Any]) -> None:
-        terms = [term for batch in batches for term in self._terms(batch, [next(each) for each in self.retained])]
-        here = self._evaluate(terms, with_gradient=True)
+        terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
+        here = self.trials.evaluate(terms, with_gradient=True)
         if not math.isfinite(here.values["loss"]) and self.progress.step:
             # Where a batch before was still well: an ascent has gone as far as numbers do.
             self._move_to(self.best)
@@ -164,7 +146,7 @@ class NaturalLoop(Loop):
         self.progress.forget.batch += len(batches)
         self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
 
-    def _note_running_loss(self, here: _Tried) -> None:
+    def _note_running_loss(self, here: Tried) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
         loss = here.values["loss"]
         old = self.running
@@ -190,7 +172,7 @@ class NaturalLoop(Loop):
             return self.natural.tolerance
         return self.natural.tolerance * abs(scale)
 
-    def _is_forgotten(self, here: _Tried) -> bool:
+    def _is_forgotten(self, here: Tried) -> bool:
         minimum = self.objectives[0].minimum
         if minimum is None:
             return here.values.get("answer_probability", math.inf) <= self.natural.tolerance
@@ -208,13 +190,13 @@ class NaturalLoop(Loop):
         self._move_to(ends[lowest])
         self._enter_into_history(tried[lowest].values)
 
-    def _at(self, place: Tensor) -> _Tried:
+    def _at(self, place: Tensor) -> Tried:
         self._move_to(place)
-        return self._evaluate(self.held, with_gradient=False)
+        return self.trials.evaluate(self.held, with_gradient=False)
 
     # ---- one step ----
 
-    def _update_cores(self, terms: list[_Term], here: _Tried, *, keep_graph: bool) -> _Tried:
+    def _update_cores(self, terms: list[Term], here: Tried, *, keep_graph: bool) -> Tried:
         """Try steps from here until one is good, and go there; where none is, stay."""
         step = self._start_step()
         start = self._flat()
@@ -231,22 +213,22 @@ class NaturalLoop(Loop):
                 break
             self._move_to(start + direction)
             self._apply(step, "update")
-            tried = self._evaluate(terms, with_gradient=keep_graph)
-            kl = self._moved(here, tried)
+            tried = self.trials.evaluate(terms, with_gradient=keep_graph)
+            kl = self.trials.moved(here, tried)
             if self._is_good(here, tried, kl, predicted):
                 self.failures = 0
                 break
         else:
             self._move_to(start)
             self.failures, self.damping = self.failures + 1, damping
-            tried, kl = (self._evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
+            tried, kl = (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
         self.progress.step += 1
         if self.choose is not None:
             self.path.append(start)
         self._record({**here.values, "kl": kl, "damping": self.damping})
         return tried
 
-    def _is_good(self, here: _Tried, tried: _Tried, kl: float, predicted: float) -> bool:
+    def _is_good(self, here: Tried, tried: Tried, kl: float, predicted: float) -> bool:
         """Judge a step, and set the damping of the next one."""
         fall = here.values["loss"] - tried.values["loss"]
         limit = self.natural.max_retain_kl
@@ -272,7 +254,7 @@ class NaturalLoop(Loop):
     def _curvature_is_due(self) -> bool:
         return self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
 
-    def _gradient(self, loss: Tensor, terms: list[_Term], *, retain_graph: bool) -> Tensor:
+    def _gradient(self, loss: Tensor, terms: list[Term], *, retain_graph: bool) -> Tensor:
         """The gradient of the mean loss of all processes, as one vector `(P,)`."""
         return self._backward_to_cores(loss, retain_graph=retain_graph and not self.is_sharded, mean=True)
 
@@ -301,7 +283,7 @@ class NaturalLoop(Loop):
             core.grad = None
         return edited
 
-    def _observe(self, terms: list[_Term], here: _Tried) -> None:
+    def _observe(self, terms: list[Term], here: Tried) -> None:
         probes = []
         for term, evaluation in here.terms:
             if not term.weight or not evaluation.outputs:
@@ -321,10 +303,10 @@ class NaturalLoop(Loop):
                 probes.append(Probe(self.caught.take(), gradient, examples))
         self.curvature.observe(probes)
 
-    def _seed(self, term: _Term, evaluation: Evaluation) -> Tensor:
+    def _seed(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
         assert distribution is not None
-        weight = abs(term.weight) + (self._damage_weight() if term.original else 0.0)
+        weight = abs(term.weight) + (self.trials.damage_weight if term.original else 0.0)
         seeds = []
         for output in evaluation.outputs:
             before, after = self._rows_elsewhere(output.values)
@@ -340,93 +322,11 @@ class NaturalLoop(Loop):
         at = self.accelerator.process_index
         return sum(counts[:at]), sum(counts[at + 1 :])
 
-    # ---- what the model does at a place ----
-
-    def _terms(self, batch: Any, retained: Sequence[Any]) -> list[_Term]:
-        objective, *keep = self.objectives
-        terms = [self._term(objective, batch, 1.0, is_forget=True)]
-        pairs = zip(keep, retained, self.weights, strict=True)
-        return terms + [self._term(each, kept, weight, is_forget=False) for each, kept, weight in pairs]
-
-    def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> _Term:
-        term = _Term(objective, batch, weight, objective.prepare(self.runner, batch), is_forget)
-        measures_damage = self.natural.max_retain_kl is not None or self.choose is not None
-        if measures_damage and is_forget == (not self.weights):
-            with torch.no_grad(), original(self.runner, self.adapter_name) as reference:
-                evaluation = objective.evaluate(reference, batch, term.prepared)
-            term.original = [self._kept(term, output) for output in evaluation.outputs]
-        return term
-
-    def _kept(self, term: _Term, output: Outputs) -> Tensor:
-        """What is to stay as it is: the outputs or, on forget inputs, their other answers."""
-        if not term.is_forget:
-            return output.values
-        if output.labels is None:
-            raise ValueError(
-                "`max_retain_kl` must have retain data to be measured on where the forget outputs have no labels to "
-                "leave out. Give `retain=Retain(batches, objective)`, or set no bound."
-            )
-        return strike_out(output.values, output.labels)
-
-    def _damage_weight(self) -> float:
-        limit = self.natural.max_retain_kl
-        return 0.0 if limit is None else 1.0 / limit
-
-    def _evaluate(self, terms: list[_Term], *, with_gradient: bool) -> _Tried:
-        """The loss at the cores' present values, as a mean over the forget batches of the step."""
-        forget = sum(term.is_forget for term in terms)
-        measured = max(sum(bool(term.original) for term in terms), 1)
-        losses: dict[str, list[Tensor]] = {"forget_loss": [], "retain_loss": []}
-        evaluations, damages, answers = [], [], []
-        with torch.set_grad_enabled(with_gradient):
-            for term in terms:
-                evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
-                if with_gradient:
-                    check_loss(evaluation.loss, "a forget batch" if term.is_forget else "a retain batch")
-                losses["forget_loss" if term.is_forget else "retain_loss"].append(term.weight * evaluation.loss)
-                if term.original:
-                    damages.append(self._damage(term, evaluation))
-                if term.is_forget:
-                    answers += [_answer_probability(output) for output in evaluation.outputs]
-                evaluations.append((term, evaluation))
-            parts = {key: torch.stack(each).sum() / forget for key, each in losses.items() if each}
-            loss = torch.stack(list(parts.values())).sum()
-            damage = torch.stack(damages).sum() / measured if damages else loss.new_zeros(())
-            loss = loss + self._damage_weight() * damage
-        values = {"loss": loss, **parts, "damage": damage}
-        known = [answer for answer in answers if answer is not None]
-        if known:
-            values["answer_probability"] = torch.stack(known).mean()
-        if not damages:
-            del values["damage"]
-        told = self._mean_over_processes({key: value.item() for key, value in values.items()})
-        return _Tried(loss, told, evaluations, told.get("damage", 0.0))
-
-    def _damage(self, term: _Term, evaluation: Evaluation) -> Tensor:
-        distribution = term.objective.distribution
-        assert distribution is not None
-        pairs = zip(term.original, evaluation.outputs, strict=True)
-        parts = [divergence(distribution, before, self._kept(term, output)) for before, output in pairs]
-        return torch.stack(parts).mean()
-
-    @torch.no_grad()
-    def _moved(self, here: _Tried, tried: _Tried) -> float:
-        """How far a step has moved the outputs on the forget batches."""
-        parts = []
-        for (term, before), (_, after) in zip(here.terms, tried.terms, strict=True):
-            distribution = term.objective.distribution
-            if term.is_forget and distribution is not None:
-                pairs = zip(before.outputs, after.outputs, strict=True)
-                parts += [divergence(distribution, old.values, new.values) for old, new in pairs]
-        if not parts:
-            return 0.0
-        return self._mean_over_processes({"kl": torch.stack(parts).mean().item()})["kl"]
-
-    def _held_terms(self) -> list[_Term]:
+    def _held_terms(self) -> list[Term]:
         """The batches, with draws of their own, on which the cores are compared with the start."""
         now = [objective.state_dict() for objective in self.objectives]
         _restore(self.objectives, self.first_draws)
-        terms: list[_Term] = []
+        terms: list[Term] = []
         examples = 0
         loaders = [self.prepared.forget, *self.prepared.retain]
         positions = [self.progress.forget, *self.progress.retain]
@@ -439,7 +339,7 @@ class NaturalLoop(Loop):
                 kept = [next(batches, None) for batches in retained]
                 if any(each is None for each in kept):
                     break
-                terms += self._terms(batch, kept)
+                terms += self.trials.terms(batch, kept)
                 examples += count_examples(batch) or 1
                 if examples >= _HELD_EXAMPLES:
                     break
@@ -490,13 +390,6 @@ _NUMBERS = ("damping", "failures", "stalled", "running", "lowest", "start_loss",
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
     for objective, state in zip(objectives, states, strict=True):
         objective.load_state_dict(state)
-
-
-def _answer_probability(output: Outputs) -> Tensor | None:
-    if output.labels is None:
-        return None
-    logits = output.values.detach().float()
-    return logits.softmax(-1).gather(1, output.labels.unsqueeze(1)).mean()
 
 
 def _whole(tensor: Any) -> Tensor:

@@ -1,0 +1,169 @@
+"""What the model does with its cores at one place: the losses, the damage, and how far from another place that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.gradients.gather import check_loss
+from semu_peft.objectives.base import Evaluation, Objective, Outputs
+from semu_peft.objectives.distributions import divergence, strike_out
+from semu_peft.objectives.original import original
+
+Mean = Callable[[dict[str, float]], dict[str, float]]
+"""The mean of numbers over all processes."""
+
+
+@dataclass(eq=False)
+class Term:
+    """One objective on one batch, with what stays the same while the cores move.
+
+    Attributes:
+        objective: What is minimised.
+        batch: On what.
+        weight: Its weight in the sum.
+        prepared: What the objective takes as given on this batch.
+        is_forget: Whether this is the forget objective.
+        original: What the original says, where damage is measured here; else empty.
+    """
+
+    objective: Objective
+    batch: Any
+    weight: float
+    prepared: Any
+    is_forget: bool
+    original: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Tried:
+    """What the model does with the cores at one place.
+
+    Attributes:
+        loss: With its graph where that was asked for.
+        values: Losses, damage and answer probability, as means over all processes.
+        terms: The terms with their evaluations.
+        damage: What is spent of the budget.
+    """
+
+    loss: Tensor
+    values: dict[str, float]
+    terms: list[tuple[Term, Evaluation]]
+    damage: float
+
+
+class Trials:
+    """Evaluates a run's objectives together, wherever the cores are.
+
+    Args:
+        model: The model, called by the objectives.
+        objectives: The forget objective, and those of the retain data.
+        weights: The weights of the latter.
+        adapter_name: The adapter that is trained.
+        limit: The damage budget, whose inverse is the damage's weight in the loss; None for no budget.
+        measures_damage: Whether damage is measured, with a budget or without.
+        mean_over_processes: Agrees on numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Sequence[Objective],
+        weights: Sequence[float],
+        adapter_name: str,
+        *,
+        limit: float | None,
+        measures_damage: bool,
+        mean_over_processes: Mean,
+    ) -> None:
+        self.model, self.objectives, self.weights = model, objectives, weights
+        self.adapter_name, self.measures_damage = adapter_name, measures_damage
+        self.damage_weight = 0.0 if limit is None else 1.0 / limit
+        self.mean_over_processes = mean_over_processes
+
+    def terms(self, batch: Any, retained: Sequence[Any]) -> list[Term]:
+        """Prepare the objectives' batches of one forget batch: what is drawn, and what the original says."""
+        objective, *keep = self.objectives
+        terms = [self._term(objective, batch, 1.0, is_forget=True)]
+        pairs = zip(keep, retained, self.weights, strict=True)
+        return terms + [self._term(each, kept, weight, is_forget=False) for each, kept, weight in pairs]
+
+    def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> Term:
+        term = Term(objective, batch, weight, objective.prepare(self.model, batch), is_forget)
+        if self.measures_damage and is_forget == (not self.weights):
+            with torch.no_grad(), original(self.model, self.adapter_name) as reference:
+                evaluation = objective.evaluate(reference, batch, term.prepared)
+            term.original = [self._kept(term, output) for output in evaluation.outputs]
+        return term
+
+    def _kept(self, term: Term, output: Outputs) -> Tensor:
+        """What is to stay as it is: the outputs or, on forget inputs, their other answers."""
+        if not term.is_forget:
+            return output.values
+        if output.labels is None:
+            raise ValueError(
+                "`max_retain_kl` must have retain data to be measured on where the forget outputs have no labels to "
+                "leave out. Give `retain=Retain(batches, objective)`, or set no bound."
+            )
+        return strike_out(output.values, output.labels)
+
+    def evaluate(self, terms: Sequence[Term], *, with_gradient: bool) -> Tried:
+        """The loss at the cores' present values, as a mean over the forget batches of the step."""
+        forget = sum(term.is_forget for term in terms)
+        measured = max(sum(bool(term.original) for term in terms), 1)
+        losses: dict[str, list[Tensor]] = {"forget_loss": [], "retain_loss": []}
+        evaluations, damages, answers = [], [], []
+        with torch.set_grad_enabled(with_gradient):
+            for term in terms:
+                evaluation = term.objective.evaluate(self.model, term.batch, term.prepared)
+                if with_gradient:
+                    check_loss(evaluation.loss, "a forget batch" if term.is_forget else "a retain batch")
+                losses["forget_loss" if term.is_forget else "retain_loss"].append(term.weight * evaluation.loss)
+                if term.original:
+                    damages.append(self._damage(term, evaluation))
+                if term.is_forget:
+                    answers += [_answer_probability(output) for output in evaluation.outputs]
+                evaluations.append((term, evaluation))
+            parts = {key: torch.stack(each).sum() / forget for key, each in losses.items() if each}
+            loss = torch.stack(list(parts.values())).sum()
+            damage = torch.stack(damages).sum() / measured if damages else loss.new_zeros(())
+            loss = loss + self.damage_weight * damage
+        values = {"loss": loss, **parts, "damage": damage}
+        known = [answer for answer in answers if answer is not None]
+        if known:
+            values["answer_probability"] = torch.stack(known).mean()
+        if not damages:
+            del values["damage"]
+        told = self.mean_over_processes({key: value.item() for key, value in values.items()})
+        return Tried(loss, told, evaluations, told.get("damage", 0.0))
+
+    def _damage(self, term: Term, evaluation: Evaluation) -> Tensor:
+        distribution = term.objective.distribution
+        assert distribution is not None
+        pairs = zip(term.original, evaluation.outputs, strict=True)
+        parts = [divergence(distribution, before, self._kept(term, output)) for before, output in pairs]
+        return torch.stack(parts).mean()
+
+    @torch.no_grad()
+    def moved(self, here: Tried, tried: Tried) -> float:
+        """How far a step has moved the outputs on the forget batches."""
+        parts = []
+        for (term, before), (_, after) in zip(here.terms, tried.terms, strict=True):
+            distribution = term.objective.distribution
+            if term.is_forget and distribution is not None:
+                pairs = zip(before.outputs, after.outputs, strict=True)
+                parts += [divergence(distribution, old.values, new.values) for old, new in pairs]
+        if not parts:
+            return 0.0
+        return self.mean_over_processes({"kl": torch.stack(parts).mean().item()})["kl"]
+
+
+def _answer_probability(output: Outputs) -> Tensor | None:
+    if output.labels is None:
+        return None
+    logits = output.values.detach().float()
+    return logits.softmax(-1).gather(1, output.labels.unsqueeze(1)).mean()
