@@ -66,10 +66,10 @@ def _llama(layers: int, **shape: int) -> Subject:
     )
 
 
-def _unet(cross_attention_dim: int = 768, **shape: Any) -> Subject:
+def _unet(cross_attention_dim: int = 768, latents: int = 64, **shape: Any) -> Subject:
     from diffusers import UNet2DConditionModel
 
-    images, latents = 2, 64
+    images = 2
 
     def batch(seed: int) -> dict[str, Any]:
         draw = _draw(seed)
@@ -81,7 +81,8 @@ def _unet(cross_attention_dim: int = 768, **shape: Any) -> Subject:
         }
 
     def loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        inputs = dict(inputs)
+        dtype = next(model.parameters()).dtype  # which a UNet does not cast its inputs to
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         noise = inputs.pop("noise")
         return (model(**inputs).sample - noise).square().mean()
 
@@ -112,4 +113,15 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     ),
     # The same kinds of layers, small enough to try the benchmark itself.
     "vit-tiny": lambda: _vit(2),
+    "llama-tiny": lambda: _llama(
+        2, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4
+    ),
+    "unet-tiny": lambda: _unet(
+        cross_attention_dim=32,
+        latents=16,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    ),
 }

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +32,7 @@ import peft
 import published
 import torch
 import transformers
+from measure import DEVICE, seconds
 from models import SUBJECTS, Subject
 from peft import (
     EvaConfig,
@@ -48,11 +47,10 @@ from torch import nn
 from semu_peft import SemuConfig, initialize_semu_weights
 from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.gradients.gather import gather
-from semu_peft.linalg.factorize import SingularFactors, leading_factors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors_of_each
 from semu_peft.tuner.adapted import semu_layers
 
 RANKS = (16, 64)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def batches_of(subject: Subject, count: int) -> list[Any]:
@@ -139,20 +137,6 @@ EXTRACTIONS: dict[str, Callable[..., None]] = {
 # ---- time ----
 
 
-def seconds(call: Callable[[], None]) -> float:
-    """Processor time of this process on a CPU, which other work on the machine disturbs least; wall time on a GPU."""
-    gc.collect()
-    if DEVICE.type == "cpu":
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def time_extractions(subject: Subject, arguments: argparse.Namespace) -> dict[str, float]:
     batches = batches_of(subject, arguments.batches)
     best: dict[str, float] = {}
@@ -194,9 +178,16 @@ def time_factorising(subject: Subject, arguments: argparse.Namespace) -> dict[st
     batches = batches_of(subject, arguments.batches)
     gathered = gather(model, batches, subject.loss, targets=arguments.names, progress=False)
 
+    layers: dict[Any, list[torch.Tensor]] = {}
+    for gradient in gathered.values():
+        layers.setdefault(gradient.shape, []).append(gradient.total)
+    # Side by side as an initialisation takes them: one by one on a CPU, where caches are small.
+    step = 1 if DEVICE.type == "cpu" else 4
+
     def run() -> None:
-        for gradient in gathered.values():
-            leading_factors(gradient.total, arguments.explained_variance)
+        for alike in layers.values():
+            for start in range(0, len(alike), step):
+                leading_factors_of_each(alike[start : start + step], arguments.explained_variance)
 
     return {"seconds": seconds(run)}
 
@@ -292,6 +283,7 @@ def measure_memory(subject: Subject, arguments: argparse.Namespace) -> dict[str,
         command = [
             sys.executable, __file__, "--subject", arguments.subject, "--memory-of", variant,
             "--explained-variance", str(arguments.explained_variance), "--sketch-size", str(arguments.sketch_size),
+            "--dtype", str(arguments.dtype).removeprefix("torch."),
         ]  # fmt: skip
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[variant] = tuple(json.loads(output.splitlines()[-1]))

@@ -1,0 +1,40 @@
+"""The engine's benchmark on a GPU, tried where there is none: it measures, stops in time and completes its table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "engine" / "gpu.py"
+
+
+def run(output: Path, *arguments: str) -> dict[str, dict[str, object]]:
+    command = [
+        sys.executable, str(SCRIPT), "--subjects", "unet-tiny", "--batches", "1", "--steps", "1", "--sketch-size", "8",
+        "--backend", "eager", "--output", str(output), *arguments,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a table of tiny models says nothing on a GPU")
+def test_a_table_is_made_and_completed(tmp_path: Path) -> None:
+    output = tmp_path / "engine_gpu.json"
+    first = run(output)["unet-tiny"]
+    assert len(first) == 3 + 8 + 1, "three extractions, eight steps, the table"
+    ratio = first["exact, 1 batches"]["seconds"] / first["floor pass, 1 batches"]["seconds"]
+    assert f"| extraction / floor, exact, 1 batches | {ratio:.2f} |" in "\n".join(first["table"])
+    document = json.loads(output.read_text())
+    del document["unet-tiny"]["semu step, rank 64, eager"]
+    output.write_text(json.dumps(document))
+    late = run(output, "--seconds", "0")["unet-tiny"]
+    assert "semu step, rank 64, eager" not in late, "no time left"
+    again = run(output)["unet-tiny"]
+    assert "semu step, rank 64, eager" in again
+    assert again["floor pass, 1 batches"] == first["floor pass, 1 batches"], "measured once"
