@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
 from semu_peft.gradients.gather import count_examples
+from semu_peft.gradients.processes import processes_of_torch, sum_over_processes
 from semu_peft.objectives.base import Evaluation, Objective
 from semu_peft.objectives.distributions import probe
 
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
 from .fingerprint import Fingerprint, describe
-from .loop import Loop
+from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .rules import Step
@@ -30,7 +31,8 @@ _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that craw
 _UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the first
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
-_HELD_EXAMPLES = 512  # on which start and end are compared
+_HELD_EXAMPLES = 512  # on which start and end are compared,
+_MOST_DRAWS = 8  # with so many draws each, where the objective draws
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
@@ -68,6 +70,8 @@ class NaturalLoop(Loop):
             measures_damage=natural.max_retain_kl is not None or choose is not None,
             mean_over_processes=self._mean_over_processes,
         )  # fmt: skip
+        # Also where torch alone knows of the processes, in a wrapper that the caller has made.
+        self.processes = processes_of_torch() or self.accelerator.num_processes
         self.damping = natural.damping
         self.failures = self.stalled = 0
         self.running, self.lowest = math.nan, math.inf
@@ -270,8 +274,7 @@ class NaturalLoop(Loop):
         flat = torch.cat([part.to(parts[0]) for part in parts]).float()
         if not mean or self.is_sharded:  # FSDP takes the mean by itself
             return flat
-        reduced: Tensor = self.accelerator.reduce(flat, reduction="mean")
-        return reduced
+        return sum_over_processes(flat) / self.processes
 
     def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
         if not self.rules:
@@ -289,7 +292,7 @@ class NaturalLoop(Loop):
             if not term.weight or not evaluation.outputs:
                 continue
             examples = count_examples(term.batch) or 1
-            everywhere = examples * self.accelerator.num_processes
+            everywhere = examples * self.processes
             number = min(max(round(self.curvature.wanted_seeds / everywhere), 1), _MOST_PROBES)
             for _ in range(number):
                 if self.is_sharded:  # its graph cannot be gone through twice
@@ -316,17 +319,25 @@ class NaturalLoop(Loop):
 
     def _rows_elsewhere(self, values: Tensor) -> tuple[int, int]:
         """How many rows of outputs other processes have before and after this one's."""
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return 0, 0
-        counts = self.accelerator.gather(torch.tensor([len(values)], device=self.accelerator.device)).tolist()
-        at = self.accelerator.process_index
-        return sum(counts[:at]), sum(counts[at + 1 :])
+        at = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
+        counts = torch.zeros(self.processes, dtype=torch.int64, device=values.device)
+        counts[at] = len(values)
+        rows = sum_over_processes(counts).tolist()
+        return sum(rows[:at]), sum(rows[at + 1 :])
+
+    def _mean_over_processes(self, losses: Losses) -> Losses:
+        if self.processes == 1:
+            return dict(losses)
+        values = torch.tensor(list(losses.values()), dtype=torch.float64, device=self.cores[0].device)
+        return dict(zip(losses, (sum_over_processes(values) / self.processes).tolist(), strict=True))
 
     def _held_terms(self) -> list[Term]:
         """The batches, with draws of their own, on which the cores are compared with the start."""
         now = [objective.state_dict() for objective in self.objectives]
         _restore(self.objectives, self.first_draws)
-        terms: list[Term] = []
+        pairs: list[tuple[Any, list[Any]]] = []
         examples = 0
         loaders = [self.prepared.forget, *self.prepared.retain]
         positions = [self.progress.forget, *self.progress.retain]
@@ -339,10 +350,14 @@ class NaturalLoop(Loop):
                 kept = [next(batches, None) for batches in retained]
                 if any(each is None for each in kept):
                     break
-                terms += self.trials.terms(batch, kept)
+                pairs.append((batch, kept))
                 examples += count_examples(batch) or 1
                 if examples >= _HELD_EXAMPLES:
                     break
+        # What draws at random is looked at more than once where there are few examples.
+        draws = any(_has_state(objective.state_dict()) for objective in self.objectives)
+        rounds = min(_MOST_DRAWS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
+        terms = [term for _ in range(rounds) for batch, kept in pairs for term in self.trials.terms(batch, kept)]
         _restore(self.objectives, now)
         return terms
 
@@ -385,6 +400,10 @@ class NaturalLoop(Loop):
 
 
 _NUMBERS = ("damping", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+
+
+def _has_state(state: Mapping[str, Any]) -> bool:
+    return any(_has_state(each) if isinstance(each, Mapping) else True for each in state.values())
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
