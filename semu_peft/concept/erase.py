@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,6 +147,8 @@ def unlearn_concept(
     prompts = {name: value for name, value in (("anchor", anchor), ("retain", retain)) if value is not None}
     making = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
     examples = _ready(forget, prompts, images) or concept_examples(pipe, forget, **prompts, **making)  # type: ignore[arg-type]
+    if examples is not forget and retain is None:
+        _warn_of_earlier_erasures(denoiser)
     forgetting, loss = _losses(pipe, objective, preserve, seed)
     config = config or SemuConfig(target_modules=denoiser_targets(denoiser))
     loader = examples.loader(min(batch_size, len(examples)))
@@ -181,6 +184,17 @@ def _check(denoiser: Any, adapter_name: str, max_steps: int, training: dict[str,
         )
     if unknown := sorted(set(training) - set(inspect.signature(unlearn).parameters)):
         raise TypeError(f"`{unknown[0]}` is an argument of neither `unlearn_concept` nor `unlearn`. Check its name.")
+
+
+def _warn_of_earlier_erasures(denoiser: Any) -> None:
+    """What earlier adapters were made to forget is in no file, so nothing here can hold it."""
+    earlier = [name for name, config in getattr(denoiser, "peft_config", {}).items() if isinstance(config, SemuConfig)]
+    if earlier:
+        warnings.warn(
+            f"The erasures {earlier} stay active, but nothing holds what they forgot while another one trains. Name "
+            "their prompts in `retain`, with a larger `preserve` such as 10.",
+            stacklevel=3,
+        )
 
 
 def _ready(forget: Any, prompts: dict[str, Any], images: Any) -> ConceptExamples | None:

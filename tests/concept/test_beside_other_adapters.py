@@ -45,7 +45,8 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
         with torch.no_grad():
             return float(matching(pipe.unet, next(iter(first.examples.loader(4, shuffle=False)))))
 
-    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items() if name.endswith(".first")}
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items() if ".first." in name}
+    assert before
     erased, learning = distance(), {"learning_rate": 0.003, "preserve": 10.0}
     examples = concept_examples(
         pipe, "monet", anchor="car", retain=["", "a photo of a cat"], images=torch.rand(4, 3, 16, 16), progress=False,
@@ -57,6 +58,16 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
     both = distance()
     pipe.unet.set_adapter("second")
     assert both < 3 * erased and both < 0.5 * distance()
+
+
+def test_that_nothing_holds_an_earlier_erasure_is_said() -> None:
+    pipe = quiet(sd_pipeline())
+    erase(pipe, "a photo of a cat", "a photo of a dog", "first", config=LAYERS, max_steps=1)
+    pictures = torch.rand(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"The erasures \['first'\] stay active, but nothing holds what they forgot"):
+        unlearn_concept(
+            pipe, "monet", anchor="photo", images=pictures, adapter_name="second", max_steps=1, progress=False
+        )
 
 
 @pytest.mark.parametrize("disabled", [False, True])
