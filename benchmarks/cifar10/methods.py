@@ -38,9 +38,9 @@ class Method:
     """One row of the table: how the original model is changed, and the settings that were chosen for it."""
 
     name: str
-    run: Callable[[ForgettingTask, float, int], Unlearned]
-    learning_rate: float
-    epochs: int
+    run: Callable[[ForgettingTask, float | None, int | None], Unlearned]
+    learning_rate: float | None = None  # without: the defaults of `unlearn`
+    epochs: int | None = None
 
 
 def loader(dataset: TensorDataset, seed: int) -> DataLoader[tuple[Tensor, ...]]:
@@ -66,7 +66,12 @@ def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Object
 
 
 def _train(
-    model: nn.Module, task: ForgettingTask, objective: Objective, learning_rate: float, epochs: int, retain: float
+    model: nn.Module,
+    task: ForgettingTask,
+    objective: Objective,
+    learning_rate: float | None,
+    epochs: int | None,
+    retain: float,
 ) -> int:
     result = unlearn(
         model,
@@ -82,10 +87,10 @@ def _train(
 
 def semu(
     objective: Callable[[ForgettingTask], Objective], retain: float = 0.0, **settings: object
-) -> Callable[[ForgettingTask, float, int], Unlearned]:
+) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """SEMU with an objective, and `retain` times the loss on retain data."""
 
-    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+    def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
         loss = objective(task)
         config = SemuConfig(**{"target_modules": TARGET_MODULES, **settings})
@@ -99,10 +104,10 @@ def semu(
 
 def all_weights(
     objective: Callable[[ForgettingTask], Objective], saliency: bool = False, retain: float = 0.0
-) -> Callable[[ForgettingTask, float, int], Unlearned]:
+) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """Every weight is trained, or with `saliency` the half with the largest forget gradients (SalUn, 2310.12508)."""
 
-    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+    def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
         model = copy.deepcopy(task.original)
         weights = dict(model.named_parameters())
@@ -126,14 +131,14 @@ def all_weights(
 
 def lora(
     objective: Callable[[ForgettingTask], Objective], retain: float, budget: Callable[[ForgettingTask], int]
-) -> Callable[[ForgettingTask, float, int], Unlearned]:
+) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """PEFT's LoRA with the same objective and about as many trained parameters as the budget says.
 
     On all layers, at the rank that comes nearest to the budget. Where rank 1 on all of them is too dear, rank 1 on
     layers from the classifier backwards, at least one, until the next would exceed the budget.
     """
 
-    def run(task: ForgettingTask, learning_rate: float, epochs: int) -> Unlearned:
+    def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
         model = copy.deepcopy(task.original)
         costs = {

@@ -48,10 +48,11 @@ def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
 
     if kind == "class":
         return [
-            Method("SEMU, all layers", semu(best_objective), 3e-2, 2),
-            Method("SEMU, classifier only", semu(best_objective, target_modules="classifier"), 1e-1, 1),
-            Method("SEMU, all layers, with retain data", semu(best_objective, retain=1.0), 3e-2, 1),
-            Method("SEMU, all layers, random labels (paper)", semu(random_label), 3e-3, 1),
+            Method("SEMU, all layers", semu(best_objective)),
+            Method("SEMU, classifier only", semu(best_objective, target_modules="classifier")),
+            Method("SEMU, all layers, with retain data", semu(best_objective, retain=1.0)),
+            Method("SEMU, all layers, random labels (paper)", semu(random_label)),
+            Method("SEMU, all layers, by AdamW", semu(best_objective), 3e-2, 2),
             Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 1e-2, 1),
             Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 1),
             Method("all weights, random labels", all_weights(random_label), 1e-4, 1),
@@ -60,9 +61,11 @@ def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
         ]
     wide = {"explained_variance": 0.99}
     return [
-        Method("SEMU", semu(best_objective, **wide), 3e-3, 40),
-        Method("SEMU, with retain data", semu(best_objective, retain=4.0, **wide), 1e-2, 40),
-        Method("SEMU, random labels (paper)", semu(random_label, **wide), 1e-3, 10),
+        Method("SEMU", semu(best_objective, **wide)),
+        Method("SEMU, with retain data", semu(best_objective, retain=4.0, **wide)),
+        Method("SEMU, random labels (paper)", semu(random_label, **wide)),
+        Method("SEMU, by AdamW", semu(best_objective, **wide), 3e-3, 40),
+        Method("SEMU, with retain data, by AdamW", semu(best_objective, retain=4.0, **wide), 1e-2, 40),
         Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 1e-2, 40),
         Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget), 1e-2, 40),
         Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 10),
