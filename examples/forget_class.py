@@ -226,10 +226,15 @@ def write_table(rows: dict[str, ForgettingMetrics], reference: str | None, outpu
         (output / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         heads = [field.name for field in dataclasses.fields(ForgettingMetrics)]
         lines = [["model", *heads], ["---"] * (len(heads) + 1)]
-        lines += [[name, *(f"{getattr(row, head) or 0:.6g}" for head in heads)] for name, row in rows.items()]
+        lines += [[name, *(cell(getattr(row, head)) for head in heads)] for name, row in rows.items()]
         text = markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     (output / "metrics.md").write_text(markdown + "\n", encoding="utf-8")
     return text
+
+
+def cell(value: float | tuple[float, ...] | None) -> str:
+    """A number, or the ends of an interval."""
+    return "–".join(f"{each or 0:.6g}" for each in (value if isinstance(value, tuple) else (value,)))
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "de
         >>> model = nn.Sequential(nn.Linear(4, 3))
         >>> for name in ("first", "second"):
         ...     add_adapter(model, SemuConfig(target_modules=["0"], r=2, init_weights=False), adapter_name=name)
-        >>> model[0].active_adapters, [name for name, core in model[0].semu_core.items() if core.requires_grad]
+        >>> cores = model[0].semu_core
+        >>> model[0].active_adapters, [name for name in cores if cores.stored(name).requires_grad]
         (['first', 'second'], ['second'])
     """
     root: Any = base_model(model)

@@ -63,7 +63,8 @@ def name_every_layer(config: SemuConfig, model: nn.Module, check: Callable[[nn.M
     if not found and not config.target_parameters:
         raise ValueError(
             f"`target_modules={word!r}` finds no layer in {type(model).__name__} that SEMU can correct; it passed over "
-            f"{passed[:3]} ({len(passed)} in all). Name layers yourself, or parameters in `target_parameters`."
+            f"{passed[:3]} ({len(passed)} in all). Name layers yourself, parameters in `target_parameters`, or fewer "
+            "in `exclude_modules`."
         )
     named: Any = targets_for(model, found)
     config.target_modules = named if isinstance(named, str) else set(named)  # type: ignore[assignment]

@@ -112,4 +112,4 @@ def test_one_batch_in_the_place_of_several(batch: Any) -> None:
             initialize_semu_weights(model, [batch], loss, progress=False)
         with pytest.raises(TypeError, match=rf"must be a loader or a list of batches, got one {type(batch).__name__}"):
             call(model, batch, loss, progress=False)
-    assert unlearn(model, [batch], loss, progress=False).examples_seen == 16
+    assert unlearn(model, [batch], loss, epochs=2, progress=False).examples_seen == 16

@@ -274,7 +274,6 @@ def test_retain_data_goes_round() -> None:
         ([0.5, 0.4, 0.51, 0.4, 0.4, 0.9], 2, 0.01, 5),
         ([3.0, 2.0, 5.0], 1, 0.01, 2),
         ([0.1, 0.2, 0.3, 0.4], 1, 0.01, 4),
-        ([float("nan")] * 4, 2, 0.01, 2),
     ],
 )
 def test_early_stopping(metrics: list[float], patience: int, min_delta: float, epochs: int) -> None:

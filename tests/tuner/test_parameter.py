@@ -341,7 +341,7 @@ def test_whoever_reads_a_corrected_parameter_gets_the_correction(targets: list[s
     objective = objectives.RandomLabel()
     model = get_peft_model(base, SemuConfig(target_modules=[], target_parameters=targets))
     initialize_semu_weights(model, batches, objective, progress=False)
-    unlearn(model, batches, objective, epochs=3, progress=False)
+    unlearn(model, batches, objective, epochs=3, learning_rate=3e-2, progress=False)
     cores = [layer.semu_core["default"] for layer in semu_layers(model).values()]
     assert len(cores) == len(targets) and all(core.any() for core in cores)
     trained = model(tokens).detach()

@@ -381,7 +381,8 @@ def test_save_and_load(name: str, low_cpu_mem_usage: bool, core: str, tmp_path: 
     x = sample_input(wrapped.get_base_model())
     expected = run(wrapped, *x)
     wrapped.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    # Beside them the weights' second name, by which they outlive a save that is cut short.
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".adapter_model.")} == {
         "adapter_model.safetensors", "adapter_config.json", "README.md",
     }  # fmt: skip
     loaded = PeftModel.from_pretrained(same_model(name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
