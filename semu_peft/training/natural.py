@@ -104,6 +104,7 @@ def choose_natural(
     max_retain_kl: float | None,
     *,
     is_asked_for_another: bool,
+    choose: Choose | None = None,
 ) -> NaturalGradient | None:
     """Read the arguments of `unlearn`: the natural gradient that is to train, or None for another optimiser.
 
@@ -132,9 +133,15 @@ def choose_natural(
             f"`optimizer`: NaturalGradient cannot train this run, as {reason}. Leave `optimizer` out, or take another."
         )
     other = not is_natural and (asked is not None or is_asked_for_another or reason is not None)
-    if other and max_retain_kl is not None:
+    if choose is not None and not callable(choose):
+        raise TypeError(
+            f"`choose` must be a function (history) -> index, got {choose!r}. Write one that returns an index of the "
+            "history that it is given."
+        )
+    given = [name for name, value in (("max_retain_kl", max_retain_kl), ("choose", choose)) if value is not None]
+    if other and given:
         raise ValueError(
-            "`max_retain_kl` must be left out here, as only NaturalGradient keeps to it: "
+            f"`{given[0]}` must be left out here, as only NaturalGradient keeps to it: "
             + (f"{reason}." if reason else "leave `optimizer`, `learning_rate` and `scheduler` out to train by it.")
         )
     if other:

@@ -187,7 +187,7 @@ def unlearn(
         precision = accelerator.mixed_precision if accelerator else mixed_precision
         natural = choose_natural(
             optimizer, model, parameters, objectives, precision, max_retain_kl,
-            is_asked_for_another=learning_rate is not None or scheduler is not None,
+            is_asked_for_another=learning_rate is not None or scheduler is not None, choose=choose,
         )  # fmt: skip
         loader = as_loader(forget, "forget", settings.most_batches(accelerator))
         loaders = [as_loader(term.batches, "retain", settings.most_batches(accelerator)) for term in terms]

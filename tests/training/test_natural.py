@@ -375,7 +375,11 @@ def test_what_it_cannot_train_adamw_does_and_says_so() -> None:
         unlearn(model, FORGET, lambda net, batch: net(batch[0]).square().mean(), epochs=1, **QUIET)
     with pytest.raises(ValueError, match="`max_retain_kl` must be left out"):
         unlearn(model, FORGET, DecoupledDistillation(), learning_rate=1e-2, max_retain_kl=0.1, **QUIET)
+    with pytest.raises(TypeError, match="`choose` must be a function"):
+        unlearn(model, FORGET, DecoupledDistillation(), choose="best", **QUIET)
     lora = get_peft_model(copy.deepcopy(NET), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="`choose` must be left out here"):
+        unlearn(lora, FORGET, DecoupledDistillation(), choose=len, **QUIET)
     with pytest.raises(ValueError, match="NaturalGradient cannot train this run, as what is trained is not"):
         unlearn(lora, FORGET, CrossEntropy(), optimizer=NaturalGradient(), **QUIET)
     assert unlearn(lora, FORGET, CrossEntropy(), epochs=1, **QUIET).stop_reason == "all steps are done"
