@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import llama, vit
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
@@ -141,6 +142,8 @@ HYBRIDS: dict[str, tuple[Any, set[str], set[str]]] = {  # which layers of a mixe
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_state_space_mixers(name: str) -> None:
     """Weights that a fused kernel reads past a correction are refused by name, and passed over by the words."""
+    if transformers.__version__.startswith("4.") and name in ("bamba", "jamba"):
+        pytest.skip("its kernels read more weights before transformers 5, and more are refused")
     make, called, read = HYBRIDS[name]
     for layer in read:
         with pytest.raises(TypeError, match=f"{layer}.*fused kernels"):

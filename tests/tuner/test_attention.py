@@ -231,6 +231,7 @@ def test_decoder() -> None:
     assert (run(model, x, memory) - before).abs().max() > 0.05
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="torch 2.7 breaks the graph around the attention's weights")
 def test_compiles_into_one_graph() -> None:
     """`torch.compile` follows the corrected weights without a break, forward and backward."""
     model, x = adapted(block(), ["attn", "fc"]), inputs()
