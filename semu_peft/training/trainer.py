@@ -35,8 +35,8 @@ class UnlearnTrainer(Trainer):
     original model as well, such as decoupled distillation, needs the model itself.
 
     Args:
-        objective: `(model, batch) -> scalar loss`. A batch is what the data collator makes.
-        args, kwargs: Those of `Trainer`.
+        objective: `(model, batch) -> scalar loss`. A batch is what the data collator makes. All other arguments are
+            those of `Trainer`.
 
     Raises:
         TypeError: `objective` cannot be called.

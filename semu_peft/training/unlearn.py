@@ -123,7 +123,7 @@ def unlearn(
         max_retain_kl: The damage that may be done: short for `NaturalGradient(max_retain_kl=...)`.
         choose: Of the points that a run by natural gradients goes through, which to leave the cores at: a function of
             the result's history, with `answer_probability` and `damage`, that returns an index of it. By default the
-            best point by the loss. See [`plot_tradeoff`][semu_peft.report.plots.plot_tradeoff].
+            best point by the loss. See [`plot_tradeoff`][semu_peft.report.tradeoff.plot_tradeoff].
         learning_rate: Of AdamW. By default 3e-2, less where there are many steps.
         scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every step of AdamW or another
             optimiser with a learning rate. By default it falls linearly to zero, as in transformers' Trainer.
