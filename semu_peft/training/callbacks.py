@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_number, check_switch
 
-from .parameters import trained_parameters
+from .parameters import put_into, trained_parameters, whole
 from .progress import Progress
 
 Event = Literal["on_train_begin", "on_step_end", "on_epoch_end", "on_train_end"]
@@ -156,7 +156,7 @@ class EarlyStopping(Callback):
     def on_train_end(self, context: TrainingContext) -> None:
         parameters = trained_parameters(context.model)
         for name, value in self.best.items():
-            _put_back(parameters[name], value)
+            put_into(parameters[name], value)
         self.best = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,24 +164,12 @@ class EarlyStopping(Callback):
             "last_gain": self.last_gain,
             "epochs_without_gain": self.epochs_without_gain,
             "highest": self.highest,
-            "best": {name: _whole(value) for name, value in self.best.items()},
+            "best": {name: whole(value) for name, value in self.best.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.last_gain, self.epochs_without_gain = state["last_gain"], state["epochs_without_gain"]
         self.highest, self.best = state["highest"], dict(state["best"])
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def _put_back(parameter: Any, value: Tensor) -> None:
-    if hasattr(parameter, "device_mesh") and not hasattr(value, "device_mesh"):  # sharded now, whole in a checkpoint
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def as_callbacks(callbacks: Any) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from .fingerprint import Fingerprint, describe
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
+from .parameters import put_into, whole
 from .rules import Step
 from .trials import Term, Trials, Tried
 
@@ -204,16 +205,28 @@ class NaturalLoop(Loop):
         """Try steps from here until one is good, and go there; where none is, stay."""
         step = self._start_step()
         start = self._flat()
-        gradient = self._gradient(here.loss, terms, retain_graph=self._curvature_is_due())
-        if self._curvature_is_due():
-            self._observe(terms, here)
+        is_due = self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
+        # FSDP's graph cannot be gone through twice.
+        gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
+        if is_due:
+            self._observe(here)
         gradient = self._under_rules(step, gradient)
-        tried, kl, damping = here, 0.0, self.damping
+        tried, kl = self._first_good(step, here, terms, start, gradient, keep_graph=keep_graph)
+        self.progress.step += 1
+        if self.choose is not None:
+            self.path.append(start)
+        self._record({**here.values, "kl": kl, "damping": self.damping})
+        return tried
+
+    def _first_good(
+        self, step: Step, here: Tried, terms: list[Term], start: Tensor, gradient: Tensor, *, keep_graph: bool
+    ) -> tuple[Tried, float]:
+        """Go to the first good place in the order of growing damping, or stay; with how far the outputs moved."""
+        damping = self.damping
         for _ in range(_MOST_TRIALS):
             direction = -self.curvature.solve(gradient, self.damping)
             predicted = -(gradient @ direction + 0.5 * direction @ self.curvature.times(direction)).item()
             if predicted < _NEGLIGIBLE * self._enough():
-                self.failures += 1
                 break
             self._move_to(start + direction)
             self._apply(step, "update")
@@ -221,16 +234,11 @@ class NaturalLoop(Loop):
             kl = self.trials.moved(here, tried)
             if self._is_good(here, tried, kl, predicted):
                 self.failures = 0
-                break
-        else:
-            self._move_to(start)
-            self.failures, self.damping = self.failures + 1, damping
-            tried, kl = (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
-        self.progress.step += 1
-        if self.choose is not None:
-            self.path.append(start)
-        self._record({**here.values, "kl": kl, "damping": self.damping})
-        return tried
+                return tried, kl
+        self._move_to(start)
+        self.failures, self.damping = self.failures + 1, damping
+        # The graph of `here` has been gone through, so the next step from here needs one of its own.
+        return (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
 
     def _is_good(self, here: Tried, tried: Tried, kl: float, predicted: float) -> bool:
         """Judge a step, and set the damping of the next one."""
@@ -255,38 +263,33 @@ class NaturalLoop(Loop):
             self.damping *= 2.0
         return True
 
-    def _curvature_is_due(self) -> bool:
-        return self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
-
-    def _gradient(self, loss: Tensor, terms: list[Term], *, retain_graph: bool) -> Tensor:
-        """The gradient of the mean loss of all processes, as one vector `(P,)`."""
-        return self._backward_to_cores(loss, retain_graph=retain_graph and not self.is_sharded, mean=True)
-
-    def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool, mean: bool) -> Tensor:
+    def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
+        """The gradient of a loss of this process, as one vector `(P,)`; nothing is left in `.grad`."""
         for core in self.cores:
             core.grad = None
         loss.backward(retain_graph=retain_graph)
         parts = []
         for core in self.cores:
             gradient = torch.zeros_like(core) if core.grad is None else core.grad
-            parts.append(_whole(gradient).flatten())
+            parts.append(whole(gradient).flatten())
             core.grad = None
-        flat = torch.cat([part.to(parts[0]) for part in parts]).float()
-        if not mean or self.is_sharded:  # FSDP takes the mean by itself
-            return flat
-        return sum_over_processes(flat) / self.processes
+        return torch.cat([part.to(parts[0]) for part in parts]).float()
+
+    def _mean(self, gradient: Tensor) -> Tensor:
+        """The mean of a gradient over all processes, which FSDP takes by itself."""
+        return gradient if self.is_sharded else sum_over_processes(gradient) / self.processes
 
     def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
         if not self.rules:
             return gradient
         self._write_gradient(gradient)
         self._apply(step, "gradients")
-        edited = torch.cat([_whole(core.grad).flatten().float() for core in self.cores if core.grad is not None])
+        edited = torch.cat([whole(core.grad).flatten().float() for core in self.cores if core.grad is not None])
         for core in self.cores:
             core.grad = None
         return edited
 
-    def _observe(self, terms: list[Term], here: Tried) -> None:
+    def _observe(self, here: Tried) -> None:
         probes = []
         for term, evaluation in here.terms:
             if not term.weight or not evaluation.outputs:
@@ -300,7 +303,7 @@ class NaturalLoop(Loop):
                 seed = self._seed(term, evaluation) / math.sqrt(number)
                 self.caught.catching = True
                 try:
-                    gradient = self._backward_to_cores(seed, retain_graph=not self.is_sharded, mean=False)
+                    gradient = self._backward_to_cores(seed, retain_graph=not self.is_sharded)
                 finally:
                     self.caught.catching = False
                 probes.append(Probe(self.caught.take(), gradient, examples))
@@ -365,17 +368,17 @@ class NaturalLoop(Loop):
 
     @torch.no_grad()
     def _flat(self) -> Tensor:
-        return torch.cat([_whole(core.detach()).flatten().float() for core in self.cores])
+        return torch.cat([whole(core.detach()).flatten().float() for core in self.cores])
 
     @torch.no_grad()
     def _move_to(self, flat: Tensor) -> None:
         for slot, core in zip(self.curvature.slots, self.cores, strict=True):
-            _put(core, flat[slot.place].view(slot.shape))
+            put_into(core, flat[slot.place].view(slot.shape))
 
     def _write_gradient(self, flat: Tensor) -> None:
         for slot, core in zip(self.curvature.slots, self.cores, strict=True):
             core.grad = torch.zeros_like(core)
-            _put(core.grad, flat[slot.place].view(slot.shape))
+            put_into(core.grad, flat[slot.place].view(slot.shape))
 
     # ---- resuming ----
 
@@ -409,15 +412,3 @@ def _has_state(state: Mapping[str, Any]) -> bool:
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
     for objective, state in zip(objectives, states, strict=True):
         objective.load_state_dict(state)
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _put(tensor: Any, value: Tensor) -> None:
-    if hasattr(tensor, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    tensor.copy_(value)

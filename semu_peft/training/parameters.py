@@ -1,13 +1,14 @@
-"""Which parameters a run trains."""
+"""Which parameters a run trains, and their values wherever they lie."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from semu_peft.objectives.adapter_parts import adapter_parts
@@ -140,3 +141,32 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
             f"{adapter_name!r})` would switch them off, and bring back what they have forgotten."
         )
     return [parameter for part in adapter_parts(model, adapter_name) for parameter in part.parameters()]
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered from all processes where it is sharded over them.
+
+    Examples:
+        >>> import torch
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def put_into(parameter: Any, value: Tensor) -> None:
+    """Write a value into a parameter, each process its own part where the parameter is sharded and the value is not.
+
+    Examples:
+        >>> import torch
+        >>> parameter = torch.zeros(2)
+        >>> put_into(parameter, torch.ones(2))
+        >>> parameter
+        tensor([1., 1.])
+    """
+    if hasattr(parameter, "device_mesh") and not hasattr(value, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,17 @@ def test_a_batch_that_is_not_finite_ends_the_run_at_the_best() -> None:
     result = unlearn(model, [(inputs[:10], labels[:10]), (inputs[10:], labels[10:])], SecondBatchBreaks(), **QUIET)
     assert result.stop_reason.startswith("the loss was not finite") and result.stopped_early
     assert all(torch.isfinite(value).all() for value in trained_state(model).values())
+
+
+@pytest.mark.parametrize("refresh", [1, 3, 5])
+def test_a_run_that_has_converged_stays_at_its_best_and_ends(refresh: int) -> None:
+    """Trials that fail until nothing is to be gained any more are taken back, on whichever step that is."""
+    objective = DecoupledDistillation()
+    model = adapted(objective)
+    dials = NaturalGradient(refresh=refresh, tolerance=1e-6, patience=50)
+    result = unlearn(model, FORGET, objective, optimizer=dials, **QUIET)
+    losses = [entry["loss"] for entry in result.history]
+    assert result.steps > 30 and all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
 KINDS: dict[str, dict[str, Any]] = {
