@@ -195,7 +195,9 @@ def test_loading_does_not_double_the_memory(tmp_path: Path) -> None:
     size = (tmp_path / WEIGHTS).stat().st_size / 2**20
     assert size > 150
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=CLEAN)
+    # glibc raises this threshold as it goes, and what is freed below it may or may not go back to the system.
+    returns = {**CLEAN, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=returns)
     assert float(done.stdout) < 1.6 * size, done.stdout
 
 
