@@ -13,7 +13,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-NOT_RUN = {"dev", "docs"}  # extras with tools only, which are not installed beside the lowest versions
+NOT_RUN = {
+    "dev",
+    "docs",
+    "lm-eval",
+    "neighbours",
+}  # extras with tools and neighbours only, which are not installed beside the lowest versions
 EXTRA = re.compile(r"semu-peft\[")
 
 
