@@ -79,6 +79,25 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Give one in that range.")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Check that an argument is a finite number above zero.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is zero, negative or not finite.
+
+    Examples:
+        >>> check_positive("beta", 0)
+        Traceback (most recent call last):
+        ValueError: `beta` must be a finite number above 0, got 0. Give a larger one.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        wanted = "a finite number above 0"
+        raise TypeError(f"`{name}` must be {wanted}, got {_short(value)}. Write it as a float, such as 0.5.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}. Give a larger one.")
+
+
 def check_switch(name: str, value: Any) -> None:
     """Check that an argument is True or False.
 

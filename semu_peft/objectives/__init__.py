@@ -19,10 +19,13 @@ from .diffusion import (
     NegativeGuidance,
     PreservePrediction,
 )
+from .language import KLToOriginal
 from .noise_schedule import NoiseSchedule
+from .preference import NPO, SimNPO
 from .retain import Retain, as_retain
 
 __all__ = [
+    "NPO",
     "AdversarialUnlearning",
     "ConditionMatching",
     "CrossEntropy",
@@ -33,6 +36,7 @@ __all__ = [
     "Evaluation",
     "GradientAscent",
     "InvertedHinge",
+    "KLToOriginal",
     "LossFunction",
     "NegativeGuidance",
     "NoiseSchedule",
@@ -41,6 +45,7 @@ __all__ = [
     "PreservePrediction",
     "RandomLabel",
     "Retain",
+    "SimNPO",
     "UniformDistribution",
     "UnseenConfidence",
     "WeightedSum",

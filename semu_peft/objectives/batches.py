@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +15,49 @@ from transformers import PreTrainedModel
 from .adapter_parts import adapter_configs
 
 IGNORED = -100  # the label of a token that does not count
+ALTERNATE = "alternate_"  # how the keys of a second answer to the same prompts begin
+TOKEN_MASK = "token_mask"  # which tokens of an answer are meant, beside `labels`
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a model predicts at the tokens that count, and which sequence each of them is of.
+
+    Attributes:
+        logits: `(T, classes)`.
+        labels: `(T,)`, int64.
+        sequences: `(T,)`, from 0 on: the row of the batch or, where sequences are packed into rows, the sequence. A
+            sequence without a token that counts has no number.
+
+    Examples:
+        >>> import torch
+        >>> tokens = Tokens(torch.zeros(3, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]))
+        >>> tokens.sums(torch.ones(3)), tokens.means(torch.tensor([1.0, 3.0, 5.0]))
+        (tensor([2., 1.]), tensor([2., 5.]))
+        >>> tokens.nll()  # log 4
+        tensor([1.3863, 1.3863, 1.3863])
+    """
+
+    logits: Tensor
+    labels: Tensor
+    sequences: Tensor
+
+    def nll(self) -> Tensor:
+        """`−log p(y)` of every token, `(T,)`, in float32 or better."""
+        return nn.functional.cross_entropy(self.in_float32().logits, self.labels, reduction="none")
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sum values of tokens `(T,)` over each sequence."""
+        number = int(self.sequences[-1]) + 1 if len(self.sequences) else 0
+        return values.new_zeros(number).index_add(0, self.sequences, values)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Average values of tokens `(T,)` over each sequence."""
+        return self.sums(values) / self.sums(torch.ones_like(values))
+
+    def in_float32(self) -> Tokens:
+        """The same with logits in float32 or better."""
+        return replace(self, logits=self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)))
 
 
 def check_batches(batches: Any, name: str = "batches") -> None:
@@ -140,25 +185,78 @@ def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None
         >>> logits.shape, labels
         (torch.Size([2, 4]), tensor([2, 3]))
     """
+    tokens = read_tokens(model, batch, shift_labels=shift_labels)
+    return tokens.logits, tokens.labels
+
+
+def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = None) -> Tokens:
+    """Run the model on a batch as `call_model` does, and tell as well which sequence each token is of.
+
+    Sequences that are packed into one row are told apart by `position_ids` that start again at 0; the first token of
+    each has nothing of its own before it that would predict it, and does not count.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.batches import read_tokens
+        >>> packed = {"input": torch.tensor([[0, 1, 2, 3, 0]]), "labels": torch.tensor([[0, 1, 2, 3, 0]])}
+        >>> class Model(torch.nn.Embedding):
+        ...     def forward(self, input, position_ids):
+        ...         return super().forward(input)
+        >>> places = torch.tensor([[0, 1, 0, 1, 2]])
+        >>> tokens = read_tokens(Model(4, 4), {**packed, "position_ids": places}, shift_labels=True)
+        >>> tokens.labels, tokens.sequences
+        (tensor([1, 3, 0]), tensor([0, 1, 1]))
+    """
     args, kwargs, labels = split_batch(batch)
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
     labels = as_labels(labels)
     decodes = labels.dim() == 2 and _is_encoder_decoder(model)
     makes_inputs = decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
+    if not decodes and _is_packed(kwargs):
+        kwargs = _masked_apart(model, kwargs)
     output = model(*args, **kwargs, **({"labels": labels} if makes_inputs else {}))
     logits = logits_of(output[1:] if makes_inputs and isinstance(output, tuple) else output)  # after the loss
     labels = labels.to(logits.device)
+    sequences = None
     if logits.dim() == 3 and labels.shape == logits.shape[:2]:
         mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
         shift = _labels_are_ahead(model) if shift_labels is None else shift_labels
-        logits, labels = _real_tokens(logits, labels, mask, shift)
+        numbers = _sequence_numbers(labels, None if decodes else kwargs.get("position_ids"))
+        logits, labels, sequences = _real_tokens(logits, labels, numbers, mask, shift)
     elif logits.dim() > 3 and labels.shape == (len(logits), *logits.shape[2:]):  # a class for each pixel
-        logits, labels = _real_tokens(logits.movedim(1, -1).flatten(1, -2), labels.flatten(1), None, shift=False)
+        labels = labels.flatten(1)
+        pixels = logits.movedim(1, -1).flatten(1, -2)
+        logits, labels, sequences = _real_tokens(pixels, labels, _sequence_numbers(labels, None), None, shift=False)
     elif _is_one_logit(logits, labels, model):
         logits, labels = _two_classes(logits.reshape(-1)), labels.reshape(-1).long()
     elif labels.shape == (len(logits), 1) and logits.dim() == 2:
         labels = labels.squeeze(1)
     _check_labels(logits, labels)
-    return logits, labels.long()
+    if sequences is None:  # every example is one of its own
+        sequences = torch.arange(len(labels), device=labels.device)
+    return Tokens(logits, labels.long(), sequences)
+
+
+def alternate_batch(batch: Any) -> dict[str, Any]:
+    """The batch of the second answers to the same prompts, which a batch holds under keys that begin `alternate_`.
+
+    Raises:
+        TypeError: The batch holds none.
+
+    Examples:
+        >>> from semu_peft.objectives.batches import alternate_batch
+        >>> batch = {"input_ids": 1, "labels": 2, "alternate_input_ids": 3, "alternate_labels": 4}
+        >>> alternate_batch(batch)
+        {'input_ids': 3, 'labels': 4}
+    """
+    named = dict(batch) if isinstance(batch, Mapping) else {}
+    found = {key.removeprefix(ALTERNATE): value for key, value in named.items() if key.startswith(ALTERNATE)}
+    if "labels" not in found:
+        raise TypeError(
+            "A batch must hold a second answer to its prompts under `alternate_input_ids`, `alternate_attention_mask` "
+            f"and `alternate_labels`, got {sorted(named) or type(batch).__name__}. Add a refusal or another answer."
+        )
+    return found
 
 
 def as_labels(labels: Any) -> Tensor:
@@ -224,19 +322,55 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def _real_tokens(logits: Tensor, labels: Tensor, mask: Any, shift: bool) -> tuple[Tensor, Tensor]:
-    """The predictions `(T, classes)` and labels `(T,)` of the tokens that count, of `(N, L, classes)` and `(N, L)`."""
+def _is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether rows hold several sequences and no padding."""
+    places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if not isinstance(places, Tensor) or not 1 <= places.dim() <= 2 or not (places[..., 1:] == 0).any():
+        return False
+    return mask is None or bool((mask == 1).all())
+
+
+def _masked_apart(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of packed rows, such that transformers lets no sequence see the one before it.
+
+    It finds the borders in `position_ids` itself, but not where there is a cache to fill or a mask.
+    """
+    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    forward = getattr(_transformer(model), "forward", None)
+    if forward is not None and "use_cache" in inspect.signature(forward).parameters:
+        inputs.setdefault("use_cache", False)
+    return inputs
+
+
+def _sequence_numbers(labels: Tensor, position_ids: Any) -> Tensor:
+    """A number for each sequence at each of its places, `(N, L)`, rising over the rows, with gaps."""
+    rows, length = labels.shape
+    numbers = torch.arange(rows, device=labels.device).unsqueeze(1) * (length + 1)
+    if isinstance(position_ids, Tensor) and position_ids.shape[-1] == length and position_ids.numel() <= rows * length:
+        starts = (position_ids.to(labels.device) == 0).view(-1, length)
+        return numbers + starts.cumsum(1).expand(rows, length)
+    return numbers.expand(rows, length)
+
+
+def _real_tokens(
+    logits: Tensor, labels: Tensor, sequences: Tensor, mask: Any, shift: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The predictions `(T, classes)`, labels and sequences `(T,)` of the tokens that count, of `(N, L, …)`."""
     real = labels != IGNORED
+    begun = torch.ones_like(real)
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
-        real = real & mask.to(real.device).bool()
+        mask = mask.to(real.device).bool()
+        real, begun = real & mask, mask.cumsum(1) > 0
     if shift:
-        logits, labels, real = logits[:, :-1], labels[:, 1:], real[:, 1:]
+        # Nothing predicts the first token of a sequence: what stands before it is padding or another sequence.
+        real = real[:, 1:] & begun[:, :-1] & (sequences[:, 1:] == sequences[:, :-1])
+        logits, labels, sequences = logits[:, :-1], labels[:, 1:], sequences[:, 1:]
     if not real.any():
         raise ValueError(
             f"No label of the batch counts: of {real.numel()} tokens that the model predicts, all are {IGNORED} or "
             "padding. Leave such examples out, or cut prompts so that an answer is left."
         )
-    return logits[real], labels[real]
+    return logits[real], labels[real], sequences[real].unique(return_inverse=True)[1]
 
 
 def _labels_are_ahead(model: nn.Module) -> bool:
