@@ -7,7 +7,7 @@ from .concept import unlearn_concept
 from .export.diffusers import save_as_diffusers_lora
 from .export.from_lora import from_lora
 from .export.lora import save_as_lora, to_lora
-from .gradients import CoreCovariance, GradientSum, Sketch, SquaredSum
+from .gradients import CoreCovariance, FactoredFisher, GradientSum, InputMoment, Sketch, SquaredSum
 from .gradients.gather import Gathered, gather
 from .objectives import Retain
 from .subspace import (
@@ -37,8 +37,10 @@ __all__ = [
     "ClipGradientNorm",
     "CoreCovariance",
     "EarlyStopping",
+    "FactoredFisher",
     "Gathered",
     "GradientSum",
+    "InputMoment",
     "NaturalGradient",
     "NotInitializedError",
     "RankBudget",

@@ -1,6 +1,7 @@
 """Gradients of chosen weights over some data: where they are caught, and what is kept of them."""
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
+from .moments import FactoredFisher, InputMoment
 from .sketch import Sketch
 from .sources import GradientSource, LayerSource, WeightSource, register_source
 from .statistics import CoreCovariance, GradientSum, MatrixSum, SquaredSum, Statistic
@@ -10,8 +11,10 @@ __all__ = [
     "ConvGradient",
     "CoreCovariance",
     "DenseGradient",
+    "FactoredFisher",
     "GradientSource",
     "GradientSum",
+    "InputMoment",
     "LayerSource",
     "MatrixSum",
     "Sketch",

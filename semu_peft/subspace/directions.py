@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from semu_peft.gradients.processes import from_main_process, in_several_processes
 from semu_peft.gradients.statistics import MatrixSum
-from semu_peft.linalg.factorize import SingularFactors
+from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.tuner.layer import SemuLayer
 
 from .base_weight import whole_weight
@@ -34,6 +34,7 @@ def find_directions(
     keep_explained_variance: float | None,
     progress: bool,
     adapter_name: str,
+    prepare: Callable[[MatrixSum], MatrixSum] | None = None,
 ) -> tuple[dict[str, SingularFactors], dict[str, Overlap | None]]:
     """The leading directions of each layer's forget gradient, and how far they lay in the retain subspace.
 
@@ -45,6 +46,7 @@ def find_directions(
         keep_explained_variance: γ of the directions to find, where it is larger than the configuration's.
         progress: Show a progress bar.
         adapter_name: The adapter's name.
+        prepare: What a start makes of a sum before it is factorised.
     """
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(sums[name]), name) for name in layers}
@@ -58,6 +60,7 @@ def find_directions(
     for names in _portions(extents, sums, retained):
         gamma, least, most = extents[names[0]]
         totals = [_prepared(sums.pop(name), layers[name], adapter_name) for name in names]
+        totals = totals if prepare is None else [prepare(total) for total in totals]
         each = type(totals[0]).factorize_each(totals, least, most)
         kept_ones = [retained.pop(name) for name in names] if retained is not None else []
         kept = (
@@ -73,6 +76,13 @@ def find_directions(
         bar.update(len(names))
     bar.close()
     return {name: found[aliases[name]] for name in layers}, {name: overlaps[aliases[name]] for name in layers}
+
+
+def own_directions(layer: SemuLayer, adapter_name: str) -> SingularFactors:
+    """The weight's own leading directions, as many as γ, or the rank that was asked for, takes of them."""
+    matrix = layer.weight_to_matrix(whole_weight(layer).detach(), adapter_name)
+    _, least, most = _extent(layer, layer.layer_name, False, None, adapter_name)
+    return _agreed(leading_factors(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), least, most))
 
 
 def _prepared(total: MatrixSum, layer: SemuLayer, adapter_name: str) -> MatrixSum:

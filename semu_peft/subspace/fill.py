@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from semu_peft.arguments import check_kind
+from semu_peft.linalg.core import LowRank, eckart_young
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
@@ -68,7 +69,7 @@ def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str) -> Non
 
 def fill(
     layers: Mapping[str, SemuLayer], directions: Mapping[str, SingularFactors], start: Start | None, adapter_name: str
-) -> None:
+) -> dict[str, SingularFactors]:
     """Give the layers what they start from, frozen bases and a core, and write their ranks into the configuration.
 
     Args:
@@ -77,10 +78,14 @@ def fill(
         start: What they start from; by default the directions and cores of zeros.
         adapter_name: The adapter's name.
 
+    Returns:
+        What the start brought instead where that is of another rank than the directions.
+
     Raises:
         ValueError: A start does not fit its layer. All layers are unchanged then.
     """
     start = start or Zero()
+    _check_named(getattr(start, "layer_names", set()), layers)
     starts = {name: start(layer, directions[name], adapter_name) for name, layer in layers.items()}
     for name, begin in starts.items():
         mend = "Check that the function ends with `return`."
@@ -88,6 +93,23 @@ def fill(
         _check_shapes(begin, layers[name].tensor_shapes(adapter_name, begin.left.shape[-1]), name)
     for name, begin in starts.items():
         layers[name].set_basis(adapter_name, begin.left, begin.right, begin.core, offset=begin.offset)
+    return {name: _brought(begin) for name, begin in starts.items() if begin.left.shape[-1] != directions[name].rank}
+
+
+def _brought(begin: LayerStart) -> SingularFactors:
+    """The singular directions of what a start writes."""
+    core = begin.offset if begin.core is None else begin.core
+    core = begin.left.new_zeros(begin.left.shape[-1]) if core is None else core
+    core = torch.diag_embed(core) if core.dim() < begin.left.dim() else core
+    return eckart_young(LowRank(begin.left, begin.right, core))
+
+
+def _check_named(names: Collection[str], layers: Mapping[str, SemuLayer]) -> None:
+    if unknown := sorted(set(names) - set(layers)):
+        raise ValueError(
+            f"`start` names layers that the adapter does not have: {unknown[:3]} ({len(unknown)} in all). Its layers "
+            f"are {list(layers)[:3]} ({len(layers)} in all): name them in full."
+        )
 
 
 def check_plan(rank_budget: Any, start: Any) -> None:

@@ -25,18 +25,18 @@ from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 
-from .directions import find_directions
+from .directions import find_directions, own_directions
 from .fill import check_plan, fill, layers_to_fill
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget, plan_ranks
 from .reads import watched
-from .retain import RetainRule, as_rule
+from .retain import Overlap, RetainRule, as_rule
 from .starts import Start
 
 
 def initialize_semu_weights(
     model: nn.Module,
-    forget: Iterable[Any] | Gathered | SubspaceProfile,
+    forget: Iterable[Any] | Gathered | SubspaceProfile | None = None,
     objective: LossFunction | None = None,
     *,
     retain: Retain | Sequence[Retain] | None = None,
@@ -69,14 +69,15 @@ def initialize_semu_weights(
         model: A model with a SEMU adapter (`get_peft_model`, `add_adapter` or `inject_adapter_in_model`).
         forget: The forget set in batches, a DataLoader or any iterable; or sums of its gradients that
             [`gather`][semu_peft.gradients.gather.gather] took; or the profile of an earlier initialisation. The last
-            two need no pass over the data.
+            two need no pass over the data. None only with a `start` that brings its own bases, such as
+            [`WeightSplit`][semu_peft.subspace.starts.weight.WeightSplit]: γ is the share of the weight's energy then.
         objective: `(model, batch) -> scalar loss`, for example one of [`semu_peft.objectives`]. Needed with batches.
         retain: Keep away from what these data would change; the gradients of several add up, weighted.
         retain_rule: How: `"project"`, `"ratio"` or a [`RetainRule`][semu_peft.subspace.retain.RetainRule].
         statistic: What is kept of each layer's gradients in the passes: exact sums, or
             [`Sketch.of_size(192)`][semu_peft.gradients.sketch.Sketch.of_size], which is far smaller and cheaper to
             fill. `GradientSum.on("cpu")` takes exact sums off the accelerator.
-        start: What the training starts from, see [`starts`][semu_peft.subspace.starts]; by default the directions found
+        start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default the directions found
             and a core of zeros.
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
@@ -112,6 +113,8 @@ def initialize_semu_weights(
     check_plan(rank_budget, start)
     layers = layers_to_fill(model, adapter_name, overwrite)
     rule, terms = as_rule(retain_rule), as_retain(retain)
+    if forget is None:
+        return _without_data(layers, start, terms, rank_budget, adapter_name)
     if isinstance(forget, SubspaceProfile):
         if terms:
             raise ValueError("`retain` changes directions as they are found: initialise from batches or a `Gathered`.")
@@ -123,19 +126,52 @@ def initialize_semu_weights(
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
+        prepare=getattr(start, "prepare", None),
     )  # fmt: skip
     corrected = {name: factors.leading(0) if name in left_out.read_past else factors for name, factors in found.items()}
     ranks = plan_ranks(corrected, layers, budget=rank_budget, adapter_name=adapter_name)
     _check_ranks(ranks, corrected, left_out)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
-    fill(layers, chosen, start, adapter_name)
+    others = fill(layers, chosen, start, adapter_name)
     _warn_of_ddp(model)
-    known = chosen if keep_explained_variance is None else found
-    spectra = {
-        name: LayerSpectrum(_on_cpu(known[name]), ranks[name], layer.matrix_shape(adapter_name), overlaps[name])
+    known = (chosen if keep_explained_variance is None else found) | others
+    return SubspaceProfile(_spectra(layers, known, overlaps, adapter_name), batches)
+
+
+def _spectra(
+    layers: Mapping[str, SemuLayer],
+    known: Mapping[str, SingularFactors],
+    overlaps: Mapping[str, Overlap | None],
+    adapter_name: str,
+) -> dict[str, LayerSpectrum]:
+    return {
+        name: LayerSpectrum(
+            _on_cpu(known[name]), layer.r[adapter_name], layer.matrix_shape(adapter_name), overlaps.get(name)
+        )
         for name, layer in layers.items()
     }
-    return SubspaceProfile(spectra, batches)
+
+
+def _without_data(
+    layers: Mapping[str, SemuLayer],
+    start: Start | None,
+    terms: Sequence[Retain],
+    rank_budget: RankBudget | None,
+    adapter_name: str,
+) -> SubspaceProfile:
+    """Fill the layers with what a start brings, the weight's own directions being the gradient's."""
+    if start is None or getattr(start, "needs_gradient", True):
+        raise TypeError(
+            "`forget` must be batches, a `Gathered` or a `SubspaceProfile`, got None. Only a start that brings its own "
+            "bases, such as `starts.WeightSplit()`, works without forget data."
+        )
+    if terms:
+        raise ValueError("`retain` changes directions of the forget gradient, got it without `forget`. Leave it out.")
+    found = {name: own_directions(layer, adapter_name) for name, layer in layers.items()}
+    ranks = plan_ranks(found, layers, budget=rank_budget, adapter_name=adapter_name)
+    chosen = {name: found[name].leading(ranks[name]) for name in layers}
+    others = fill(layers, chosen, start, adapter_name)
+    return SubspaceProfile(_spectra(layers, chosen | others, {}, adapter_name), 0)
 
 
 def _check_forget(forget: Any) -> None:

@@ -128,7 +128,7 @@ class SubspaceProfile:
         Args:
             model: A model with a SEMU adapter on the layers of this profile.
             explained_variance: γ in (0, 1] for all layers; by default what the adapter's configuration says.
-            start: What the training starts from, see [`starts`][semu_peft.subspace.starts]; by default a core of zeros.
+            start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default a core of zeros.
             rank_budget: One budget for all layers, see [`RankBudget`][semu_peft.subspace.ranks.RankBudget].
             overwrite: Start an adapter afresh that has been trained.
             adapter_name: The adapter to initialise.
@@ -142,6 +142,8 @@ class SubspaceProfile:
         """
         check_share("explained_variance", explained_variance, optional=True)
         check_plan(rank_budget, start)
+        if getattr(start, "transform", "none") != "none":
+            raise ValueError(f"`start`: {start!r} changes the gradient, which a profile no longer has. Give batches.")
         layers = layers_to_fill(model, adapter_name, overwrite)
         self._check_fit(layers, adapter_name)
         found = {name: self.layers[name].directions for name in layers}
@@ -150,8 +152,12 @@ class SubspaceProfile:
         )
         if rank_budget is None:
             self._check_extent(layers, ranks, explained_variance, adapter_name)
-        fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, start, adapter_name)
-        return replace(self, layers={name: replace(self.layers[name], rank=ranks[name]) for name in self.layers})
+        others = fill(layers, {name: found[name].leading(ranks[name]) for name in layers}, start, adapter_name)
+        spectra = {
+            name: replace(spectrum, rank=layers[name].r[adapter_name], directions=others.get(name, spectrum.directions))
+            for name, spectrum in self.layers.items()
+        }
+        return replace(self, layers=spectra)
 
     def _check_fit(self, layers: Mapping[str, SemuLayer], adapter_name: str) -> None:
         shapes = {name: layer.matrix_shape(adapter_name) for name, layer in layers.items()}
