@@ -77,8 +77,8 @@ def initialize_semu_weights(
         statistic: What is kept of each layer's gradients in the passes: exact sums, or
             [`Sketch.of_size(192)`][semu_peft.gradients.sketch.Sketch.of_size], which is far smaller and cheaper to
             fill. `GradientSum.on("cpu")` takes exact sums off the accelerator.
-        start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default the directions found
-            and a core of zeros.
+        start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default the directions
+            found and a core of zeros.
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
         keep_explained_variance: Keep directions up to this larger γ in the profile, so that it can initialise the

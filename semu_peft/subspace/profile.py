@@ -128,7 +128,8 @@ class SubspaceProfile:
         Args:
             model: A model with a SEMU adapter on the layers of this profile.
             explained_variance: γ in (0, 1] for all layers; by default what the adapter's configuration says.
-            start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default a core of zeros.
+            start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default a core of
+                zeros.
             rank_budget: One budget for all layers, see [`RankBudget`][semu_peft.subspace.ranks.RankBudget].
             overwrite: Start an adapter afresh that has been trained.
             adapter_name: The adapter to initialise.
