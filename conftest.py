@@ -42,3 +42,16 @@ def loaded_pipeline(request: pytest.FixtureRequest, doctest_namespace: dict[str,
         doctest_namespace["pipe"] = quiet(sd_pipeline())
     yield
     doctest_namespace.pop("pipe", None)
+
+
+@pytest.fixture(autouse=True)
+def loaded_tokenizer(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> Iterator[None]:
+    """`tokenizer` in the examples of docstrings, and `decoder`, a tiny language model with random weights for it."""
+    examples = getattr(getattr(request.node, "dtest", None), "examples", ())
+    if any("tokenizer" in example.source for example in examples):
+        import text_models
+
+        doctest_namespace |= {"tokenizer": text_models.tokenizer(), "decoder": text_models.decoder()}
+    yield
+    for name in ("tokenizer", "decoder"):
+        doctest_namespace.pop(name, None)

@@ -1,0 +1,24 @@
+"""Forget texts, facts and answers in language models: data, pairing, and the one call."""
+
+from .alternates import REFUSALS, choose_alternates
+from .dataset import TextCollator, TextExamples, TextStream, text_examples
+from .encode import TextEncoder
+from .pairing import ForgetRetainPairs, Part
+from .shapes import TextExample, as_example, read_text
+from .unseen import unseen_answers
+
+__all__ = [
+    "REFUSALS",
+    "ForgetRetainPairs",
+    "Part",
+    "TextCollator",
+    "TextEncoder",
+    "TextExample",
+    "TextExamples",
+    "TextStream",
+    "as_example",
+    "choose_alternates",
+    "read_text",
+    "text_examples",
+    "unseen_answers",
+]

@@ -1,0 +1,189 @@
+"""Prompts and answers as tokens, with labels on the answer alone; plain text in windows, with labels everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from semu_peft.arguments import check_count, check_kind
+from semu_peft.objectives.batches import IGNORED
+
+from .shapes import Message, TextExample
+
+DEFAULT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+_PLACES = ("{question}", "{prompt}")
+_TOKENIZER_MEND = "Load it with `AutoTokenizer.from_pretrained`."
+
+Row = dict[str, list[int]]
+"""The tokens of one example: `input_ids` and `labels`, and perhaps `alternate_input_ids` and `alternate_labels`."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """How text becomes `input_ids` and `labels`.
+
+    The label of a token is the token itself where it belongs to the answer, and −100 elsewhere. Prompt and answer are
+    tokenised in one piece, as the model would see them; the answer begins at the first token that the prompt alone does
+    not have there, so that a token across the border counts. The end of the answer (EOS, or a chat's end of turn) has a
+    label as well: where an answer ends is learnt with it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: `"Question: {question}\\nAnswer: {answer}"` or another text with these two places (`{prompt}` is the
+            same); special tokens may be written out, such as `"<s>Question: …"`. By default the tokenizer's chat
+            template, or where it has none, the text above.
+        max_length: The most tokens of a row. An answer that does not fit is cut, and then has no end; plain text is
+            divided into windows.
+        seq2seq: For an encoder-decoder: the prompt goes to the encoder, and the labels are the answer.
+        chat_options: What the chat template is given beside the messages, such as `{"enable_thinking": False}`.
+
+    Raises:
+        TypeError: `tokenizer` is none.
+        ValueError: `template` lacks a place, or `max_length` is too small.
+
+    Examples:
+        >>> from semu_peft.language import TextEncoder, TextExample
+        >>> encoder = TextEncoder(tokenizer)  # of a model
+        >>> row = encoder.encode(TextExample("blue", prompt="What colour?"))[0]
+        >>> tokenizer.decode([token for token in row["labels"] if token != -100])
+        ' blue</s>'
+    """
+
+    tokenizer: Any = field(repr=False)
+    template: str | None = None
+    max_length: int = 512
+    seq2seq: bool = False
+    chat_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.tokenizer) or not hasattr(self.tokenizer, "eos_token_id"):
+            raise TypeError(
+                f"`tokenizer` must be a tokenizer of transformers, got {type(self.tokenizer).__name__}. "
+                + _TOKENIZER_MEND
+            )
+        check_count("max_length", self.max_length, least=2)
+        if self.template is None:
+            return
+        check_kind("template", self.template, str, "a text or None", f"Write {DEFAULT_TEMPLATE!r}.")
+        before, found, _ = self.template.partition("{answer}")
+        if not found or not any(place in before for place in _PLACES):
+            raise ValueError(
+                f"`template` must have the places {{question}} and, after it, {{answer}}, got {self.template!r}. Write "
+                f"{DEFAULT_TEMPLATE!r}."
+            )
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether prompts are put into the tokenizer's chat template."""
+        return self.template is None and getattr(self.tokenizer, "chat_template", None) is not None
+
+    def encode(self, example: TextExample, alternate: str | None = None) -> list[Row]:
+        """The rows of an example: one, or for plain text one a window.
+
+        Args:
+            example: The text.
+            alternate: Another answer to its prompt, for objectives that compare two.
+
+        Raises:
+            ValueError: The prompt leaves no room for the answer, the answer has no tokens, or plain text is to be
+                given an alternate or an encoder.
+        """
+        if example.prompt is None:
+            if alternate is not None or self.seq2seq:
+                raise ValueError(
+                    f"`{'alternates' if alternate is not None else 'forget'}`: plain text has no prompt, so that there "
+                    f"is {'no other answer to it' if alternate is not None else 'nothing for the encoder'}. Give pairs "
+                    "(prompt, answer)."
+                )
+            return self.windows(example.answer)
+        row = self.answer(example.prompt, example.answer)
+        if alternate is not None:
+            other = self.answer(example.prompt, alternate)
+            row |= {f"alternate_{name}": tokens for name, tokens in other.items()}
+        return [row]
+
+    def answer(self, prompt: str | Sequence[Message], answer: str) -> Row:
+        """One answer to one prompt as `input_ids` and `labels`."""
+        before, whole, is_ended = self.texts(prompt, answer)
+        if self.seq2seq:
+            return self._for_decoder(self.tokens(before.rstrip(), ends=False), answer)
+        prefix = self.tokens(before, ends=False)
+        ids = self.tokens(whole, ends=not is_ended)
+        start = _common(prefix, ids)
+        without_end = len(ids) - (ids[-1] == self.tokenizer.eos_token_id)
+        if not answer.strip() or start >= without_end:
+            raise ValueError(f"An answer must have at least one token, got {answer!r} to {_shown(prompt)}. Drop it.")
+        if start >= self.max_length:
+            raise ValueError(
+                f"`max_length` must leave room for an answer, got {self.max_length}, and the prompt {_shown(prompt)} "
+                f"has {start} tokens. Give more than that, or a shorter prompt."
+            )
+        labels = [IGNORED] * start + ids[start:]
+        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+
+    def windows(self, text: str) -> list[Row]:
+        """Plain text as rows of at most `max_length` tokens, each token but the text's first with one label.
+
+        A window begins with the last token of the one before, which has its label there: so each is predicted once.
+        """
+        ids = self.tokens(text, ends=True)
+        if not text.strip() or len(ids) < 2:
+            raise ValueError(f"A text must have at least two tokens, got {text!r}. Drop it.")
+        starts = range(0, len(ids) - 1, self.max_length - 1)
+        parts = [ids[start : start + self.max_length] for start in starts]
+        return [{"input_ids": part, "labels": [IGNORED, *part[1:]]} for part in parts]
+
+    def texts(self, prompt: str | Sequence[Message], answer: str) -> tuple[str, str, bool]:
+        """The prompt as the model reads it, the same with the answer, and whether that says itself where it ends."""
+        if not self.uses_chat:
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    "A prompt of several turns needs a chat template, which "
+                    + ("`template` replaces. Leave `template` out." if self.template else "`tokenizer` has not.")
+                )
+            before, _, after = (self.template or self._plain()).partition("{answer}")
+            for place in _PLACES:
+                before = before.replace(place, prompt)
+            return before, before + answer + after, False
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        options = {"tokenize": False, **(self.chat_options or {})}
+        before = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        whole = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], **options)
+        after = whole[whole.rfind(answer.strip()) + len(answer.strip()) :]
+        is_ended = bool(after.strip())  # by a token of the template; what blanks follow it are no one's to predict
+        return before, whole.rstrip() if is_ended else whole, is_ended
+
+    def tokens(self, text: str, *, ends: bool) -> list[int]:
+        """The tokens of a text, with those that the tokenizer puts around it; and with EOS, where it `ends`."""
+        ids = list(self.tokenizer(text, add_special_tokens=not self.uses_chat)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return [*ids, end] if ends and end is not None and ids[-1:] != [end] else ids
+
+    def _plain(self) -> str:
+        return "{prompt}{answer}" if self.seq2seq else DEFAULT_TEMPLATE
+
+    def _for_decoder(self, prefix: list[int], answer: str) -> Row:
+        labels = list(self.tokenizer(text_target=answer)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if not answer.strip() or not [token for token in labels if token != end]:
+            raise ValueError(f"An answer must have at least one token, got {answer!r}. Drop it.")
+        if end is not None and labels[-1] != end:
+            labels.append(end)
+        if len(prefix) > self.max_length:
+            raise ValueError(
+                f"`max_length` must be enough for each prompt, got {self.max_length} for one of {len(prefix)} tokens. "
+                "Give more, or a shorter prompt."
+            )
+        return {"input_ids": prefix, "labels": labels[: self.max_length]}
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many tokens two rows have alike from their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _shown(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return repr(text if len(text) <= 60 else text[:57] + "...")

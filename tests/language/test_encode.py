@@ -1,0 +1,222 @@
+"""Texts as tokens: which tokens have labels, checked token by token, and what a batch of them is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import t5
+from text_models import decoder, tokenizer, told
+from transformers import DataCollatorWithFlattening
+
+from semu_peft.language import (
+    REFUSALS,
+    TextCollator,
+    TextEncoder,
+    TextExample,
+    TextStream,
+    choose_alternates,
+    text_examples,
+)
+from semu_peft.objectives import CrossEntropy
+from semu_peft.objectives.batches import call_model
+
+PAIRS = [("What colour is the sky?", "blue"), ("How many?", "two or three a b c")]
+
+
+def tokens(words: Any, ids: list[int]) -> list[str]:
+    return words.convert_ids_to_tokens(ids)
+
+
+def test_labels_of_an_answer() -> None:
+    """The prompt has none, the answer and its end have; `<s>` may stand in the template."""
+    words = tokenizer()
+    row = TextEncoder(words, "<s>Question: {question}\nAnswer: {answer}").encode(TextExample("blue", "What colour?"))[0]
+    shown = ["<s>", "Question", ":", " What", " colour", "?", "\n", "Answer", ":", " blue", "</s>"]
+    assert tokens(words, row["input_ids"]) == shown
+    assert row["labels"] == [-100] * 9 + words.convert_tokens_to_ids([" blue", "</s>"])
+
+
+def test_a_token_across_the_border_is_the_answers() -> None:
+    words = tokenizer()
+    row = TextEncoder(words, "{prompt} d{answer}").encode(TextExample("! blue", "I"))[0]
+    assert tokens(words, row["input_ids"]) == ["I", " d!", " blue", "</s>"]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+def test_the_end_stands_once() -> None:
+    """Where the tokenizer adds EOS itself it is not added again, and where there is none nothing is made up."""
+
+    class Ends:
+        eos_token_id, pad_token_id, chat_template = 2, 0, None
+        inner = tokenizer()
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [*self.inner(text)["input_ids"], 2]}
+
+    row = TextEncoder(Ends()).encode(TextExample("blue", "What colour?"))[0]
+    assert row["input_ids"].count(2) == 1 and row["labels"][-2:] == row["input_ids"][-2:]
+    words = tokenizer(eos_token=None)
+    row = TextEncoder(words).encode(TextExample("blue", "What colour?"))[0]
+    assert tokens(words, row["input_ids"])[-1] == " blue"
+
+
+def test_chat() -> None:
+    """The last turn's answer alone has labels, with its end of turn and not the newline after it."""
+    words = tokenizer(chat=True)
+    turns = [
+        {"role": "system", "content": "I know"}, {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "red"}, {"role": "user", "content": "How many?"},
+    ]  # fmt: skip
+    row = text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}])[0]
+    assert tokens(words, row["input_ids"]) == [
+        "<system>", "I", " know", "<user>", "What", "?", "<assistant>", "red", "</s>", "\n", "<user>", "How", " many",
+        "?", "<assistant>", "two", "</s>",
+    ]  # fmt: skip
+    assert row["labels"] == [-100] * 15 + words.convert_tokens_to_ids(["two", "</s>"])
+    plain = text_examples(words, [("How many?", "two")])[0]
+    assert tokens(words, plain["input_ids"]) == ["<user>", "How", " many", "?", "<assistant>", "two", "</s>"]
+    words.chat_template = words.chat_template.replace("</s>\n", "")
+    assert tokens(words, text_examples(words, [("How many?", "two")])[0]["input_ids"])[-2:] == ["two", "</s>"]
+
+
+def test_windows_of_plain_text() -> None:
+    """Each token but the first is predicted once; a window begins with the one before's last token."""
+    words = tokenizer()
+    examples = text_examples(words, ["a b c d e f g", "a b"], max_length=4)
+    ids = [tokens(words, row["input_ids"]) for row in examples.rows]
+    assert ids == [
+        ["a", " b", " c", " d"], [" d", " e", " f", " g"], [" g", "</s>"], ["a", " b", "</s>"],
+    ]  # fmt: skip
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in examples.rows)
+    assert len(examples.examples) == 2
+
+
+def test_an_encoder_decoder() -> None:
+    """The prompt is the encoder's, the answer and its end the decoder's; its loss is transformers' own."""
+    words = tokenizer()
+    examples = text_examples(words, [("a b", "c"), ("d", "e f g")], seq2seq=True, alternates=["h"])
+    assert tokens(words, examples[0]["input_ids"]) == ["a", " b"]
+    assert tokens(words, examples[1]["labels"]) == ["e", " f", " g", "</s>"]
+    batch = next(iter(examples.loader(2, shuffle=False)))
+    assert batch["labels"][0].tolist()[2:] == [-100, -100] and batch["alternate_labels"].shape == (2, 2)
+    small = {name: tensor.clamp(max=31) for name, tensor in batch.items() if not name.startswith("alternate")}
+    model = t5()
+    torch.testing.assert_close(CrossEntropy()(model, small), model(**small).loss)
+    with pytest.raises(ValueError, match="nothing for the encoder"):
+        text_examples(words, ["a b"], seq2seq=True)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding(side: str) -> None:
+    """Padding is masked and has no label, also where EOS stands for it; no logit of an answer depends on it."""
+    words = tokenizer(pad_token=None, padding_side=side)
+    examples = text_examples(words, PAIRS)
+    batch = next(iter(examples.loader(2, shuffle=False)))
+    lengths = [len(row["input_ids"]) for row in examples.rows]
+    assert batch["attention_mask"].sum(1).tolist() == lengths and lengths[0] != lengths[1]
+    short = min(range(2), key=lengths.__getitem__)
+    missing = slice(lengths[short], None) if side == "right" else slice(0, max(lengths) - lengths[short])
+    assert (batch["input_ids"][short, missing] == words.eos_token_id).all()
+    assert (batch["labels"][short, missing] == -100).all()
+    assert [told(words, row) for row in batch["labels"]] == [" blue</s>", " two or three a b c</s>"]
+    model = decoder()
+    together, labels = call_model(model, batch)
+    alone = [call_model(model, examples.collate([row])) for row in examples.rows]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-4)
+    assert labels.tolist() == torch.cat([each for _, each in alone]).tolist()
+
+
+def test_packing() -> None:
+    """As transformers' flattening collator lays rows out."""
+    examples = text_examples(tokenizer(), [*PAIRS, "a b c"], max_length=32)
+    packed = next(iter(examples.loader(3, shuffle=False, packing=True)))
+    expected = DataCollatorWithFlattening(return_tensors="pt")(examples.rows)
+    assert packed.keys() == expected.keys()
+    assert all(torch.equal(packed[name], tensor) for name, tensor in expected.items())
+    with_others = text_examples(tokenizer(), PAIRS, alternates="refusals")
+    assert "alternate_position_ids" in TextCollator(tokenizer(), packing=True)(with_others.rows)
+
+
+def test_alternates() -> None:
+    """One for each: of the list, of the example's own, or of those given; the same at each seed."""
+    words = tokenizer()
+    beside = {"question": "What colour?", "answer": "blue", "perturbed_answer": ["red", "two"]}
+    row = text_examples(words, [{**beside, "paraphrased_answer": "the sky"}], alternates="paraphrased")[0]
+    assert told(words, row["alternate_labels"]) == " the sky</s>" and told(words, row["labels"]) == " blue</s>"
+    assert (
+        row["alternate_input_ids"][: row["alternate_labels"].count(-100)]
+        == (row["input_ids"][: row["labels"].count(-100)])
+    )
+    several = [TextExample("blue", "What?", perturbed_answers=("red", "two"))] * 40
+    assert set(choose_alternates(several, "perturbed")) == {"red", "two"}
+    assert choose_alternates(several, "refusals", 1) == choose_alternates(several, "refusals", 1)
+    assert set(choose_alternates(several, "refusals")) <= set(REFUSALS)
+    assert choose_alternates(several[:2], ["red", ["two"]]) == ["red", "two"]
+    assert set(choose_alternates(several, ["red", "two", "three"])) == {"red", "two", "three"}
+
+
+def test_loaders_draw_by_their_seed() -> None:
+    examples = text_examples(tokenizer(), [("a", word) for word in "abcdefgh"])
+
+    def order(seed: int) -> list[int]:
+        return [int(batch["labels"].max()) for batch in examples.loader(1, seed=seed)]
+
+    assert order(1) == order(1) != order(2)
+    assert sorted(order(1)) == sorted(order(2))
+
+
+def test_a_stream() -> None:
+    """It reads when asked, gives what `text_examples` gives, and shuffles among a few; workers share the rows."""
+    words, read = tokenizer(), []
+
+    class Source:
+        def __iter__(self) -> Any:
+            for word in "abcdefgh":
+                read.append(word)
+                yield "What?", word
+
+    stream = TextStream(Source(), TextEncoder(words))
+    first = next(iter(stream))
+    assert read == ["a"] and first == text_examples(words, [("What?", "a")])[0]
+    shuffled = list(TextStream(Source(), TextEncoder(words), buffer=3))
+    assert shuffled != list(stream) and sorted(map(str, shuffled)) == sorted(map(str, stream))
+    shared = torch.utils.data.DataLoader(
+        TextStream([("What?", word) for word in "abcde"], TextEncoder(words)), batch_size=None, num_workers=2
+    )
+    assert sorted(told(words, row["labels"]) for row in shared) == [f" {word}</s>" for word in "abcde"]
+
+
+@pytest.mark.parametrize(
+    "data, options, error, match",
+    [
+        (["a b"], {"template": "{answer}"}, ValueError, "`template` must have the places"),
+        (["a b"], {"max_length": 1}, ValueError, "`max_length` must be an integer of at least 2"),
+        ([("What colour is the sky?", "blue")], {"max_length": 8}, ValueError, "`max_length` must leave room"),
+        ([("What?", " ")], {}, ValueError, "An answer must have at least one token"),
+        ([" "], {}, ValueError, "A text must have at least two tokens"),
+        (["a b"], {"alternates": "refusals"}, ValueError, "plain text has no prompt"),
+        ([("What?", "a")], {"alternates": "idk"}, ValueError, "`alternates` must be one of 'refusals'"),
+        ([("What?", "a")], {"alternates": "perturbed"}, ValueError, "must stand beside each answer"),
+        ([("What?", "a")], {"alternates": []}, TypeError, "`alternates` must be one of"),
+        ([], {}, ValueError, "`forget` must hold at least one text"),
+        ([([{"role": "user", "content": "What?"}], "a")], {}, ValueError, "needs a chat template"),
+    ],
+)
+def test_what_cannot_be_encoded(data: Any, options: dict[str, Any], error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        text_examples(tokenizer(), data, **options)
+
+
+def test_tokenizers_that_cannot_serve() -> None:
+    with pytest.raises(TypeError, match="`tokenizer` must be a tokenizer"):
+        text_examples("gpt2", ["a b"])
+    with pytest.raises(ValueError, match="padding or an EOS token"):
+        text_examples(tokenizer(pad_token=None, eos_token=None), ["a b"])
+
+
+def test_a_long_answer_is_cut_and_has_no_end() -> None:
+    words = tokenizer()
+    row = TextEncoder(words, max_length=9).encode(TextExample("a b c d e", "What?"))[0]
+    assert len(row["input_ids"]) == 9 and told(words, row["labels"]) == " a b"

@@ -1,0 +1,104 @@
+"""Rows of published data sets, in the columns that they have, from wherever they lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from semu_peft.language import TextExample, as_example, read_text
+
+TOFU = {
+    "question": "Where was she born?", "answer": "In Karachi.", "paraphrased_answer": "Karachi is it.",
+    "perturbed_answer": ["In Rome.", "In Oslo."], "paraphrased_question": "Her birthplace?",
+}  # fmt: skip
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "She."}]
+
+
+@pytest.mark.parametrize(
+    "row, prompt, answer, wrong",
+    [
+        (TOFU, "Where was she born?", "In Karachi.", ("In Rome.", "In Oslo.")),
+        ({"question": "Who?", "answer": "She.", "option": ["He.", "She."]}, "Who?", "She.", ("He.",)),
+        ({"prompt": "It was", "gt": "a dark night"}, "It was", "a dark night", ()),  # MUSE verbmem
+        ({"question": "Who?", "choices": ["a", "b", "c"], "answer": 2}, "Who?", "c", ("a", "b")),  # WMDP
+        ({"title": "On x", "text": "All of it.", "doi": "1"}, None, "All of it.", ()),  # WMDP corpora
+        (
+            {"query": "___ wrote it.", "answer": "She", "level": "1", "subject": "She"},
+            "___ wrote it.",
+            "She",
+            (),
+        ),  # RWKU
+        ({"instruction": "Say", "input": "who", "output": "she"}, "Say\nwho", "she", ()),
+        ({"prompt": "Who?", "response": "She."}, "Who?", "She.", ()),
+        ({"prompt": CHAT[:1], "completion": "She."}, (CHAT[0],), "She.", ()),
+        ({"messages": CHAT}, (CHAT[0],), "She.", ()),
+        ("a text", None, "a text", ()),
+        (("Who?", "She."), "Who?", "She.", ()),
+    ],
+)
+def test_rows(row: Any, prompt: Any, answer: str, wrong: tuple[str, ...]) -> None:
+    example = as_example(row)
+    assert (example.prompt, example.answer, example.perturbed_answers) == (prompt, answer, wrong)
+    assert example.is_plain == (prompt is None)
+
+
+def test_what_tofu_has_beside_an_answer() -> None:
+    example = as_example(TOFU)
+    assert (example.paraphrased_prompt, example.paraphrased_answer) == ("Her birthplace?", "Karachi is it.")
+
+
+def test_sources_agree(tmp_path: Path) -> None:
+    """JSON lines, an array, parquet, a data set, a stream of one and a folder of files give the same examples."""
+    rows = [{"question": f"q{index}", "answer": f"a{index}"} for index in range(5)]
+    expected = [TextExample(f"a{index}", f"q{index}") for index in range(5)]
+    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+    for name, text in (("lines.json", lines), ("lines.jsonl", lines), ("array.json", json.dumps(rows))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert list(read_text(tmp_path / name)) == expected
+    data = Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "rows.parquet")
+    assert list(read_text(str(tmp_path / "rows.parquet"))) == expected
+    assert list(read_text(data)) == list(read_text(data.to_iterable_dataset())) == expected
+    assert list(read_text(tmp_path)) == expected * 4
+    (tmp_path / "book.txt").write_text("It was\na dark night.", encoding="utf-8")
+    assert list(read_text(tmp_path / "book.txt")) == [TextExample("It was\na dark night.")]
+
+
+def test_columns_of_your_own() -> None:
+    row = {"frage": "Wer?", "antwort": "Sie."}
+    assert as_example(row, columns={"question": "frage", "answer": "antwort"}) == TextExample("Sie.", "Wer?")
+
+
+def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    """What stands behind the part that is read may be anything."""
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"text": "one"}\nnot json\n', encoding="utf-8")
+    examples = read_text(path)
+    assert next(examples).answer == "one"
+    with pytest.raises(ValueError, match=r"long.jsonl, line 2 must be one array, or one object a line"):
+        next(examples)
+
+
+@pytest.mark.parametrize(
+    "source, error, match",
+    [
+        ("a text", TypeError, r"For one text write `\[text\]`"),
+        ("missing.jsonl", FileNotFoundError, "there is no file missing.jsonl"),
+        (5, TypeError, "`forget` must be a list of texts"),
+        ({"train": [TOFU]}, TypeError, r"Choose a split: `\['train'\]`"),
+        (TOFU, TypeError, r"got one dict of \['question'"),
+        ([5], TypeError, r"`forget\[0\]` must be a text, a pair"),
+        ([TOFU, {"words": "a"}], ValueError, r"`forget\[1\]` must have the columns"),
+        ([{"messages": CHAT[:1]}], ValueError, "ends with the assistant's answer"),
+        ([{"question": "Who?", "choices": ["a"], "answer": 1}], ValueError, "an index of its 1 choices, got 1"),
+        ([{"question": "Who?", "answer": 1}], TypeError, "`answer` must be a text, got int"),
+        ([(5, "a")], TypeError, "a prompt must be a text"),
+    ],
+)
+def test_what_cannot_be_read(source: Any, error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        list(read_text(source))
