@@ -19,7 +19,7 @@ from semu_peft.tuner.reduced_bases import restored_bases
 from semu_peft.tuner.tensors import TENSORS
 
 # What the shapes of the tensors do not tell, but the forward pass depends on.
-_FIELDS = ("conv_mode", "core")
+_FIELDS = ("conv_mode", "core", "target_experts")
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
         **kwargs: For finding the saved adapter: `subfolder`, `revision`, `token`, `cache_dir` …
 
     Raises:
-        ValueError: The adapters differ in layers, shapes, `conv_mode` or `core`, the saved one carries more than
-            corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown, merged or
-            offloaded. Nothing is changed then.
+        ValueError: The adapters differ in layers, shapes, experts, `conv_mode` or `core`, the saved one carries more
+            than corrections (`modules_to_save`, `bias`), only one of them has offsets, or the adapter is unknown,
+            merged or offloaded. Nothing is changed then.
         NotInitializedError: The adapter to overwrite has no bases yet: load the saved one with `load_adapter`.
 
     Examples:

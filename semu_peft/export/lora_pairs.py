@@ -133,6 +133,11 @@ def _of_parameter(layer: ParamWrapper, name: str, adapter_name: str) -> LoraPair
     up, down = layer.semu_U[adapter_name] @ layer.get_core(adapter_name).detach(), layer.semu_V[adapter_name]
     if up.dim() == 2:
         return LoraPair(down.mT.contiguous(), up)
+    if (experts := layer.experts(adapter_name)) is not None:  # a LoRA has a pair for each
+        places = torch.tensor(experts, device=up.device)
+        up, down = (
+            part.new_zeros(len(layer.base_weight), *part.shape[1:]).index_copy(0, places, part) for part in (up, down)
+        )
     if getattr(layer.get_base_layer(), "is_transposed", False):  # stored (experts, in, out)
         if len(up) == 1:
             raise ValueError(

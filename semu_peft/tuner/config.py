@@ -63,6 +63,9 @@ class SemuConfig(PeftConfig):
             supported type holds. Fused experts `(experts, m, n)`, as in transformers' mixtures
             (`["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`), get bases and a core for each expert.
             With `target_modules=[]` nothing else is corrected.
+        target_experts (`dict[str, list[int]]`):
+            Correct these experts of fused ones alone, `{"down_proj": [3]}`: by the parameter's name, name ending or
+            regular expression, the first that matches; the others stay as they are, bit for bit.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained in full and saved beside the adapter. The learning rate of a core is far too high
             for them: give them one of their own (`unlearn(..., optimizer=...)`, see "Everything PEFT does").
@@ -138,6 +141,9 @@ class SemuConfig(PeftConfig):
     )
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Names or name endings of parameters to correct, such as fused experts."}
+    )
+    target_experts: dict[str, list[int]] = field(
+        default_factory=dict, metadata={"help": "Which of the fused experts to correct, by parameter; else all."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the adapter."}
@@ -228,6 +234,12 @@ class SemuConfig(PeftConfig):
             ranks = value.values() if isinstance(value, dict) else [None]
             if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
                 raise ValueError(f"`{name}` must map layer names to ranks of 0 or more, got {value!r}.")
+        experts = self.target_experts
+        if not isinstance(experts, dict) or not all(map(_are_indices, experts.values())):
+            raise ValueError(
+                f"`target_experts` must map names of parameters to lists of different indices, got {experts!r}. Write "
+                "`{'down_proj': [3]}` for the fourth expert of `down_proj`."
+            )
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -343,7 +355,7 @@ class SemuConfig(PeftConfig):
 
 _HEADS = ("classifier", "score", "qa_outputs")  # which PEFT adds to `modules_to_save` by the task, if there or not
 _SWITCHES = ("ensure_weight_tying", "orthogonal_to_weight", "inference_mode")
-_BY_PATTERN = ("explained_variance_pattern", "rank_pattern")
+_BY_PATTERN = ("explained_variance_pattern", "rank_pattern", "target_experts")
 
 
 def _downloaded_folder(repo_id: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
@@ -357,6 +369,12 @@ def _downloaded_folder(repo_id: str, subfolder: str | None, options: dict[str, A
 def _is_share(value: object) -> bool:
     # bool is an int that must not pass for a number, and the comparison is false for NaN.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _are_indices(value: object) -> bool:
+    if not isinstance(value, list) or not value or len(set(map(str, value))) < len(value):
+        return False
+    return all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
 
 
 def _as_set(names: Any) -> Any:

@@ -38,6 +38,7 @@ from .patterns import requested_rank
 from .quantized import QuantizedLinear
 from .reduced_bases import restored_bases, rounded_bases
 from .targets import (
+    check_experts,
     check_names_of_ranks,
     check_parameter,
     check_target,
@@ -188,11 +189,13 @@ class SemuModel(BaseTuner):
         name_fused_experts(peft_config, model, layers_that_pass(model, check), everything=word is not None)
         self._check_same_parameters(peft_config)
         self._check_target_modules(peft_config, model)
-        for name, parameter in parameters.items():
-            if any(name == target or name.endswith(f".{target}") for target in peft_config.target_parameters or ()):
-                owner = name.rpartition(".")[0]
-                also_as_layer = bool(owner) and bool(self._check_target_module_exists(peft_config, owner))
-                check_parameter(model, name, parameter, also_as_layer)
+        targets = [f".{target}" for target in peft_config.target_parameters or ()]
+        corrected = {name: each for name, each in parameters.items() if f".{name}".endswith(tuple(targets))}
+        for name, parameter in corrected.items():
+            owner = name.rpartition(".")[0]
+            also_as_layer = bool(owner) and bool(self._check_target_module_exists(peft_config, owner))
+            check_parameter(model, name, parameter, also_as_layer)
+        check_experts(peft_config, corrected)
         check_task(peft_config, model)
         check_trained_in_full(
             peft_config, model, lambda name: bool(self._check_target_module_exists(peft_config, name))

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .config import SemuConfig
 from .keys import without_wrappers
 from .layer import SemuLayer
+from .patterns import match_pattern
 from .uninitialized import check_values
 from .weight_use import WeightUse
 
@@ -20,10 +22,11 @@ class ParamWrapper(SemuLayer):
     """A module with SEMU corrections of one of its parameters, named in `SemuConfig.target_parameters`.
 
     A parameter `(m, n)` is one matrix; `(experts, m, n)` is a batch of them, each expert with bases and a core of its
-    own and one rank for all. In the forward pass the module runs with `W + U R Vᵀ` in the parameter's place, which is
-    rounded to the parameter's dtype as merging rounds it, so that both compute the same; whoever reads the parameter
-    past the module gets the sum too. The module itself is not written to. Several parameters of one module are
-    corrected by wrappers around each other.
+    own and one rank for all; with `SemuConfig.target_experts` a batch of those that are named, and the others stay.
+    In the forward pass the module runs with `W + U R Vᵀ` in the parameter's place, which is rounded to the parameter's
+    dtype as merging rounds it, so that both compute the same; whoever reads the parameter past the module gets the sum
+    too. The module itself is not written to. Several parameters of one module are corrected by wrappers around each
+    other.
 
     PEFT finds wrapped parameters by the name of this class.
 
@@ -100,11 +103,24 @@ class ParamWrapper(SemuLayer):
     def set_base_weight(self, weight_data: Tensor) -> None:
         self.base_weight.data = weight_data
 
+    def experts(self, adapter_name: str) -> list[int] | None:
+        """The experts that the adapter corrects, `None` for all that there are."""
+        return match_pattern(self.configs[adapter_name].target_experts, self.layer_name)
+
     def weight_to_matrix(self, weight: Tensor, adapter_name: str) -> Tensor:
-        return weight
+        experts = self.experts(adapter_name)
+        return weight if experts is None else weight[experts]
+
+    def matrix_shape(self, adapter_name: str) -> tuple[int, ...]:
+        experts, shape = self.experts(adapter_name), tuple(self.base_weight.shape)
+        return shape if experts is None else (len(experts), *shape[1:])
 
     def matrix_to_weight(self, matrix: Tensor, adapter_name: str) -> Tensor:
-        return matrix
+        experts = self.experts(adapter_name)
+        if experts is None:
+            return matrix
+        places = torch.tensor(experts, device=matrix.device)
+        return matrix.new_zeros(self.base_weight.shape).index_copy(0, places, matrix)
 
     def wrapper_of(self, parameter_name: str) -> ParamWrapper | None:
         """This wrapper or the one inside it that corrects the parameter of that name."""
@@ -154,10 +170,17 @@ class ParamWrapper(SemuLayer):
         check_values(self, [name for name in names if self.r[name] > 0])
         for name in names:
             if self.r[name] > 0:
-                delta = self.get_delta_weight(name)
-                weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+                weight = self._plus_correction(weight, name)
             weight = self._guard(weight, name)
         return weight
+
+    def _plus_correction(self, weight: Tensor, adapter_name: str) -> Tensor:
+        delta = self.semu_U[adapter_name] @ self.get_core(adapter_name) @ self.semu_V[adapter_name].mT
+        experts = self.experts(adapter_name)
+        if experts is None:
+            return (weight.to(delta.dtype) + delta).to(weight.dtype)
+        corrected = (weight[experts].to(delta.dtype) + delta).to(weight.dtype)
+        return weight.index_copy(0, torch.tensor(experts, device=weight.device), corrected)
 
     # ---- a ParameterList or a ParameterDict, of which the parent reads one entry or the other ----
 

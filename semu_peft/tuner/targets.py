@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +17,7 @@ from .keys import without_wrappers
 from .layer import SemuLayer
 from .linear import NEVER_CALLED, UNKNOWN_QUANTIZATION, Linear
 from .parameter import ParamWrapper
-from .patterns import unmatched
+from .patterns import match_pattern, unmatched
 from .quantized import QuantizedLinear, quantization_backend
 from .state_space import read_past_layer
 from .tied import TiedLayer
@@ -147,6 +147,27 @@ def check_tied(model: Any, module: nn.Module, name: str) -> None:
             f"`ensure_weight_tying`: {name!r} is said to be tied to the input embedding, but does not hold its weight. "
             "Call `model.tie_weights()` first, or set `ensure_weight_tying=False`."
         )
+
+
+def check_experts(config: SemuConfig, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise where `target_experts` names what is not corrected, is not fused, or has fewer experts.
+
+    Args:
+        config: The adapter's configuration.
+        parameters: The parameters that it corrects, by full name.
+    """
+    if unknown := unmatched(config.target_experts, parameters):
+        raise ValueError(
+            f"`target_experts` must name parameters that are corrected, got {unknown[:3]}. Name them in "
+            "`target_parameters` as well; an expert that is a layer of its own goes by its name in `target_modules`."
+        )
+    for name, parameter in parameters.items():
+        experts = match_pattern(config.target_experts, name)
+        if experts is not None and (parameter.dim() != 3 or max(experts) >= len(parameter)):
+            raise ValueError(
+                f"`target_experts` must be indices of experts of {name!r}, got {experts} for its shape "
+                f"{tuple(parameter.shape)}. Fused experts are `(experts, m, n)`, counted from 0."
+            )
 
 
 def check_parameter(model: nn.Module, name: str, parameter: nn.Parameter, also_as_layer: bool) -> None:

@@ -132,6 +132,10 @@ def check_summable(adapters: Sequence[str], configs: Sequence[Any], layers: Mapp
     """Raise where the adapters train what has no sum, or read the same convolutions differently."""
     if any(config.trainable_token_indices for config in configs):
         raise ValueError("Adapters with `trainable_token_indices` cannot be added up: their rows are not weighted.")
+    if any(config.target_experts != configs[0].target_experts for config in configs):
+        raise ValueError(
+            f"{adapters} correct different `target_experts`, whose bases lie side by side. Merge them instead."
+        )
     convolutions = [key for key, layer in layers.items() if layer.base_weight.dim() > 2]
     if convolutions and len({config.conv_mode for config in configs}) > 1:
         raise ValueError(
