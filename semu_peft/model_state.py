@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+
+_ASIDE: ContextVar[bool] = ContextVar("semu_aside", default=False)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -99,6 +102,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for attributes, function in zip(recomputing, functions, strict=True):
                 attributes["_gradient_checkpointing_func"] = function
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Passes in this context are no part of the loss: whoever gathers gradients at the model's layers looks away.
+
+    Examples:
+        >>> with aside():
+        ...     is_aside()
+        True
+        >>> is_aside()
+        False
+    """
+    token = _ASIDE.set(True)
+    try:
+        yield
+    finally:
+        _ASIDE.reset(token)
+
+
+def is_aside() -> bool:
+    """Whether this pass is no part of the loss, see `aside`."""
+    return _ASIDE.get()
 
 
 def leave_recomputation(attributes: dict[str, Any]) -> None:

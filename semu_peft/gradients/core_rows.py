@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from semu_peft.model_state import is_aside
 from semu_peft.tuner.conv import ConvNd
 from semu_peft.tuner.embedding import Embedding
 from semu_peft.tuner.layer import SemuLayer
@@ -116,7 +117,7 @@ def _has_rows(layer: SemuLayer, adapter_name: str) -> bool:
 
 def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows) -> Any:
     def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled() or not output.requires_grad:
+        if not torch.is_grad_enabled() or not output.requires_grad or is_aside():
             return None
         # A hook on a view is lost when the model changes the view in place.
         changed = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from semu_peft.model_state import is_aside
 from semu_peft.tuner.weight_use import WeightUse, read_weight, weight_use
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
@@ -138,7 +139,7 @@ class LayerSource(GradientSource):
 
     def attach(self, fold: Fold) -> RemovableHandle:
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or is_aside():
                 return None
             anchor = torch.zeros((), requires_grad=True, device=output.device)
             changed = None

@@ -1,6 +1,7 @@
 """What forgetting means: plain callables `(model, batch) -> scalar loss`."""
 
 from .adversarial import AdversarialUnlearning, adversarial_examples
+from .attackers import Attacker
 from .base import Evaluation, LossFunction, Objective, Outputs, WeightedSum, as_objective
 from .classification import (
     CrossEntropy,
@@ -23,10 +24,12 @@ from .language import KLToOriginal
 from .noise_schedule import NoiseSchedule
 from .preference import NPO, SimNPO
 from .retain import Retain, as_retain
+from .simulation import SimulatedRelearning
 
 __all__ = [
     "NPO",
     "AdversarialUnlearning",
+    "Attacker",
     "ConditionMatching",
     "CrossEntropy",
     "DecoupledDistillation",
@@ -46,6 +49,7 @@ __all__ = [
     "RandomLabel",
     "Retain",
     "SimNPO",
+    "SimulatedRelearning",
     "UniformDistribution",
     "UnseenConfidence",
     "WeightedSum",

@@ -74,7 +74,7 @@ def adapter_parts(model: nn.Module, adapter_name: str | None = None) -> list[Par
         >>> [(part.adapter_name, part.beside) for part in adapter_parts(model)]
         [('default', False), ('default', True)]
     """
-    every = _all_parts(model)
+    every = all_parts(model)
     if not every:
         raise ValueError(
             f"{type(model).__name__} has no PEFT adapter to switch off, so its original predictions are not to be had "
@@ -126,7 +126,8 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
     return configs
 
 
-def _all_parts(model: nn.Module) -> list[Part]:
+def all_parts(model: nn.Module) -> list[Part]:
+    """Every layer of every adapter in a model, and what is trained beside it; none where there is no adapter."""
     modules = modules_of(model)
     beside = {id(module) for module in modules if isinstance(module, AuxiliaryTrainingWrapper)}
     beside |= {id(module.token_adapter) for module in modules if isinstance(module, TrainableTokensWrapper)}

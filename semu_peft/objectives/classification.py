@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft.arguments import check_count, check_kind, check_model
+from semu_peft.arguments import check_count, check_kind, check_model, check_number
 
 from .base import Evaluation, Objective, Outputs, RandomObjective
 from .batches import call_model
@@ -203,6 +203,12 @@ class DecoupledDistillation(ForgettingClasses):
     Args:
         classes: All classes that are to be forgotten, where there are several: all of them are struck out.
         reference: A frozen original model. By default the model itself without its adapter.
+        margin: Raise the struck logits by this before the softmax, `p = softmax(z + margin · 1[struck])`, so that the
+            class stays out also where a later change lifts it that far. The outputs, and the answer probability that a
+            run tells of, are then those of the raised logits.
+
+    Raises:
+        ValueError: `margin` is negative or not finite.
 
     Examples:
         >>> import torch
@@ -214,7 +220,12 @@ class DecoupledDistillation(ForgettingClasses):
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
+    margin: float = field(default=0.0, kw_only=True)
     minimum = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("margin", self.margin, low=0)
 
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
@@ -222,6 +233,12 @@ class DecoupledDistillation(ForgettingClasses):
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
+
+    def _read(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits, labels = super()._read(model, batch)
+        if self.margin:
+            logits = logits + self.margin * self.forgotten(labels, logits.shape[1])
+        return logits, labels
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from .adapter_parts import Part, adapter_parts, modules_of
 from .replica import is_compiled, replicate
 from .split_weights import AtStart, at_start, keep_start
 
+_MADE_FROM = "_semu_made_from"  # at a replica with other values: the model that it was made from
 _LEFT_OUT = "_semu_left_out"  # at a replica: the names of the adapters that it is without
 
 
@@ -51,6 +52,7 @@ def original(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.M
         ...     torch.equal(reference(x), expected), torch.equal(model(x), expected)
         (True, False)
     """
+    model = vars(model).get(_MADE_FROM, model)
     if _is_without(model, adapter_name):
         yield model
         return
@@ -91,6 +93,43 @@ def without_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
             f"{type(model).__name__} is sharded, or a `forward` in it was replaced by one that calls its own modules, "
             "so it cannot be had a second time. Run it inside `with original(model) as reference:`."
         )
+    return replica
+
+
+def with_values(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """Make a second tree of modules over a model's tensors, in which some parameters have other values.
+
+    The model itself stays as it is. Its [`original`][semu_peft.objectives.original.original] is that of the model.
+
+    Args:
+        model: Any model that is not sharded, bare or in a wrapper that is then left off.
+        values: What stands in place of parameters, by the parameter's `id`: parameters, or tensors with a graph, as
+            they are; other tensors frozen.
+
+    Raises:
+        ValueError: The model is sharded (FSDP, DeepSpeed ZeRO-3), or a `forward` in it cannot be turned to other
+            modules.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.original import with_values
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> doubled = with_values(layer, {id(layer.weight): 2 * layer.weight.detach()})
+        >>> x = torch.ones(1, 2)
+        >>> torch.equal(doubled(x), 2 * layer(x))
+        True
+    """
+    bare = None if _is_sharded(model) else _bare(model)
+    replicas = None if bare is None else replicate(bare, values)
+    if bare is None or replicas is None:
+        raise ValueError(
+            f"`model`: {type(model).__name__} is sharded, or a `forward` in it was replaced by one that calls its own "
+            "modules, so it cannot be had a second time with other weights. Load it unsharded, in one process."
+        )
+    replica = replicas[id(bare)]
+    if replica is not bare:
+        # Past `__setattr__`, which would make the model a part of its own replica.
+        vars(replica)[_MADE_FROM] = vars(bare).get(_MADE_FROM, bare)
     return replica
 
 

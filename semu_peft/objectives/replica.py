@@ -30,7 +30,8 @@ def replicate(model: nn.Module, values: Mapping[int, Tensor] | None = None) -> d
 
     Args:
         model: Any model, on any device, offloaded by Accelerate or quantised.
-        values: What stands in place of some parameters there, by the parameter's `id`.
+        values: What stands in place of some parameters there, by the parameter's `id`: a parameter, or a tensor with a
+            graph, as it is; another tensor as a frozen parameter.
 
     Returns:
         The counterpart of every module, by the module's `id`; None where a module's `forward` was replaced by a
@@ -114,8 +115,10 @@ def _connect(attributes: dict[str, Any], replicas: dict[int, nn.Module]) -> None
 
 def _exchange(parameters: dict[str, nn.Parameter | None], values: Mapping[int, Tensor]) -> None:
     for name, parameter in parameters.items():
-        if id(parameter) in values:
-            parameters[name] = nn.Parameter(values[id(parameter)], requires_grad=False)
+        value = values.get(id(parameter))
+        if value is not None:
+            as_it_is = isinstance(value, nn.Parameter) or value.grad_fn is not None
+            parameters[name] = value if as_it_is else nn.Parameter(value, requires_grad=False)  # type: ignore[assignment]
 
 
 def _rebound(value: Any, replicas: dict[int, nn.Module]) -> Any:

@@ -360,7 +360,11 @@ class NaturalLoop(Loop):
         # What draws at random is looked at more than once where there are few examples.
         draws = any(_has_state(objective.state_dict()) for objective in self.objectives)
         rounds = min(_MOST_DRAWS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
+        # What an objective takes as given of the model is that of the start, in a resumed run as well.
+        here = self._flat()
+        self._move_to(self.start)
         terms = [term for _ in range(rounds) for batch, kept in pairs for term in self.trials.terms(batch, kept)]
+        self._move_to(here)
         _restore(self.objectives, now)
         return terms
 

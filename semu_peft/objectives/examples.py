@@ -1,0 +1,131 @@
+"""Single examples out of batches of any form: drawn, left over, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import check_batches
+from .denoiser import SHARED
+
+Row = tuple[int, int]
+"""Where an example stands: the number of its batch, and its place in it."""
+
+
+class Examples:
+    """The examples of some batches, kept as the batches are.
+
+    Args:
+        batches: A loader or a list of batches; gone through once.
+        name: What the argument is called in errors.
+
+    Raises:
+        TypeError: They are no collection of batches, or hold no tensors.
+        ValueError: There is none.
+
+    Examples:
+        >>> import torch
+        >>> examples = Examples([(torch.arange(3), torch.zeros(3)), (torch.arange(3, 5), torch.ones(2))])
+        >>> rows = examples.draw(2, torch.Generator().manual_seed(0))
+        >>> len(examples), examples.batches_of(sorted(rows))
+        (5, [(tensor([0, 4]), tensor([0., 1.]))])
+        >>> examples.batches_of(examples.without(rows))
+        [(tensor([1, 2, 3]), tensor([0., 0., 1.]))]
+    """
+
+    def __init__(self, batches: Iterable[Any], name: str = "batches") -> None:
+        check_batches(batches, name)
+        self.batches = list(batches)
+        self.rows: list[Row] = []
+        for number, batch in enumerate(self.batches):
+            size = count_rows(batch)
+            if size is None:
+                raise TypeError(
+                    f"`{name}` must give batches of tensors, got {type(batch).__name__}. Let the loader collate them."
+                )
+            self.rows += [(number, place) for place in range(size)]
+        if not self.rows:
+            raise ValueError(f"`{name}` must give at least one example, got none. Give a list of batches.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(self, count: int, generator: torch.Generator) -> list[Row]:
+        """Draw as many different examples, or all where there are fewer."""
+        order = torch.randperm(len(self.rows), generator=generator)[:count]
+        return [self.rows[index] for index in order.tolist()]
+
+    def without(self, rows: Iterable[Row]) -> list[Row]:
+        """All other examples."""
+        left_out = set(rows)
+        return [row for row in self.rows if row not in left_out]
+
+    def batches_of(self, rows: Sequence[Row], size: int | None = None) -> list[Any]:
+        """Some examples as few batches: one, or one for each shape that they come in, of at most `size` examples."""
+        pieces = [rows] if size is None else [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [batch for piece in pieces for batch in self._joined(piece)]
+
+    def _joined(self, rows: Sequence[Row]) -> list[Any]:
+        places: dict[int, list[int]] = {}
+        for number, place in rows:
+            places.setdefault(number, []).append(place)
+        parts: dict[Any, list[Any]] = {}
+        for number, chosen in places.items():
+            batch = self.batches[number]
+            part = _select(batch, torch.tensor(chosen), count_rows(batch))
+            parts.setdefault(_shape(part), []).append(part)
+        return [_join(alike) for alike in parts.values()]
+
+
+def count_rows(batch: Any) -> int | None:
+    """The number of examples: the first dimension of the first tensor that has one; `None` where none has.
+
+    Examples:
+        >>> import torch
+        >>> count_rows({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_rows("text")
+        (4, None)
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else None
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(values, (list, tuple)):
+        return None
+    return next((size for size in map(count_rows, values) if size is not None), None)
+
+
+def _is_by_example(value: Any, size: int | None, name: str) -> bool:
+    shared = name in SHARED and value.dim() == 2  # positions, the same for all
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size and not shared
+
+
+def _select(value: Any, places: Tensor, size: int | None, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {key: _select(each, places, size, str(key)) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_select(each, places, size) for each in value)
+    if isinstance(value, Tensor) and _is_by_example(value, size, name):
+        return value[places.to(value.device)]
+    return value
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((key, _shape(each)) for key, each in value.items())
+    if isinstance(value, tuple):
+        return tuple(_shape(each) for each in value)
+    return (tuple(value.shape[1:]), value.dtype) if isinstance(value, Tensor) else str(type(value))
+
+
+def _join(parts: list[Any], name: str = "") -> Any:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Mapping):
+        return {key: _join([part[key] for part in parts], str(key)) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_join([part[index] for part in parts]) for index in range(len(first)))
+    joins = isinstance(first, Tensor) and first.dim() > 0 and not (name in SHARED and first.dim() == 2)
+    return torch.cat(parts) if joins else first
