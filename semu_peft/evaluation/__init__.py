@@ -17,24 +17,52 @@ from .diffusion import (
     kernel_distance,
     unlearn_canvas,
 )
+from .drift import Drift, fluency, neutral_kl, ngram_entropy
+from .generation import Rouge, generate_answers, rouge_l
+from .language import LanguageMetrics, evaluate_language
 from .membership import MembershipInference, attack_membership, membership_inference
+from .memorisation import (
+    exact_memorisation,
+    extraction_strength,
+    forget_quality,
+    model_utility,
+    truth_ratio,
+)
+from .token_scores import TokenScores, score_answers, score_texts
 
 __all__ = [
+    "Drift",
     "ErasureMetrics",
     "ForgettingComparison",
     "ForgettingMetrics",
     "LabelledPrompt",
+    "LanguageMetrics",
     "MembershipInference",
     "Predictions",
+    "Rouge",
+    "TokenScores",
     "UnlearnCanvasMetrics",
     "attack_membership",
     "classify_samples",
     "clip_score",
     "evaluate_erasure",
     "evaluate_forgetting",
+    "evaluate_language",
+    "exact_memorisation",
+    "extraction_strength",
+    "fluency",
+    "forget_quality",
     "frechet_distance",
+    "generate_answers",
     "kernel_distance",
     "membership_inference",
+    "model_utility",
+    "neutral_kl",
+    "ngram_entropy",
     "predict",
+    "rouge_l",
+    "score_answers",
+    "score_texts",
+    "truth_ratio",
     "unlearn_canvas",
 ]

@@ -1,0 +1,200 @@
+"""Answers that a language model writes, and how much of the expected text is in them (ROUGE-L)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from semu_peft.arguments import check_count, check_model, check_number
+from semu_peft.model_state import device_of, eval_mode
+
+from .prompts import encode_prompt
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rouge:
+    """ROUGE-L of N texts, each `(N,)`, float64: shares of the longest common subsequence of stemmed words.
+
+    Attributes:
+        recall: Of the words that were expected, those found in order; TOFU's and RWKU's measure.
+        precision: Of the words that were written.
+        f1: Their harmonic mean; MUSE's measure.
+
+    Examples:
+        >>> from semu_peft.evaluation import rouge_l
+        >>> rouge_l(["the cat sat"], ["cats"])
+        Rouge(1 texts, recall 0.333, precision 1.000, F1 0.500)
+    """
+
+    recall: Tensor
+    precision: Tensor
+    f1: Tensor
+
+    def __repr__(self) -> str:
+        means = (float(values.mean()) for values in (self.recall, self.precision, self.f1))
+        return "Rouge({} texts, recall {:.3f}, precision {:.3f}, F1 {:.3f})".format(len(self.recall), *means)
+
+
+def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = True) -> Rouge:
+    """ROUGE-L (Lin 2004) of written texts against the expected ones, by Google's `rouge_score`.
+
+    With `L` the length of the longest common subsequence of words, recall is `L / |expected|` and precision
+    `L / |written|`. Words are lower-cased runs of letters and digits, and stemmed (Porter) as TOFU (arXiv 2401.06121)
+    and MUSE (arXiv 2407.06460) do; without the stemmer "cats" is not "cat". The package `rouge` counts otherwise.
+
+    Args:
+        expected: The true answers.
+        written: The model's.
+        stem: Compare stems of words.
+
+    Raises:
+        ImportError: rouge_score is not installed.
+        ValueError: There are none, or not equally many.
+
+    Examples:
+        >>> from semu_peft.evaluation import rouge_l
+        >>> rouge_l(["x y"], ["x"]).recall.item()
+        0.5
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("rouge_l needs rouge_score: run `pip install semu-peft[evaluation]`.") from error
+    if len(expected) != len(written) or not len(expected):
+        raise ValueError(
+            f"`written` must be one text for each one expected, got {len(written)} for {len(expected)}. Give both "
+            "lists in the same order."
+        )
+    scorer = RougeScorer(["rougeL"], use_stemmer=stem)
+    scores = [scorer.score(target, text)["rougeL"] for target, text in zip(expected, written, strict=True)]
+    parts = ([getattr(score, kind) for score in scores] for kind in ("recall", "precision", "fmeasure"))
+    return Rouge(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Iterable[str],
+    *,
+    template: str | None = None,
+    max_new_tokens: int = 200,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    name: str = "questions",
+) -> list[Any]:
+    """Let a language model answer questions: greedily, or several times at random.
+
+    The model's own generation settings (beams, penalties, temperature) are left aside, as the published metrics are of
+    greedy answers. It is in eval mode, and the global random generators are left as they were.
+
+    Args:
+        model: A causal language model of transformers, with any adapter or none.
+        tokenizer: Its tokenizer.
+        questions: What is asked.
+        template: See [`encode_answer`][semu_peft.evaluation.prompts.encode_answer].
+        max_new_tokens: Longest answer; TOFU 200, MUSE verbatim 128 and knowledge 32, RWKU 30. Less where the model's
+            positions end.
+        samples: Draw this many answers to each question; by default one, greedily.
+        temperature: Of the draws.
+        stop: Strings that an answer ends before.
+        batch_size: Answers at a time.
+        seed: Of the draws.
+        progress: Show a progress bar.
+        name: What to call the questions in the progress bar.
+
+    Returns:
+        One text a question, or a list of `samples` texts a question.
+
+    Raises:
+        TypeError: The model cannot generate.
+        ValueError: There are no questions.
+
+    Examples:
+        >>> from semu_peft.evaluation import generate_answers
+        >>> generate_answers(model, tokenizer, ["Who wrote it?"], progress=False)  # doctest: +SKIP
+        ['Ada wrote it.']
+    """
+    check_model(model)
+    for argument, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        check_count(argument, value)
+    check_count("samples", samples, optional=True)
+    check_number("temperature", temperature, low=1e-6)
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(
+            f"`model` must be one that generates, got {type(model).__name__}. Give a causal language model of "
+            "transformers, or the PEFT model around it."
+        )
+    prompts = [encode_prompt(tokenizer, question, template) for question in questions]
+    if not prompts:
+        raise ValueError(f"`{name}` must hold at least one question, got none. Check the file it was read from.")
+    settings = _settings(model, tokenizer, samples, temperature)
+    texts = _generate(model, tokenizer, prompts, settings, max_new_tokens, max(1, batch_size // (samples or 1)),
+                      seed, progress, name)  # fmt: skip
+    cut = [[_cut(text, stop) for text in group] for group in texts]
+    return cut if samples is not None else [group[0] for group in cut]
+
+
+def _settings(model: nn.Module, tokenizer: Any, samples: int | None, temperature: float) -> GenerationConfig:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = [*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id]
+    eos = sorted({token for token in known if token is not None})
+    drawn = {} if samples is None else {"temperature": temperature, "top_k": 0, "num_return_sequences": samples}
+    return GenerationConfig(
+        do_sample=samples is not None, num_beams=1, eos_token_id=eos or None, pad_token_id=_pad(tokenizer), **drawn
+    )
+
+
+def _pad(tokenizer: Any) -> int:
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationConfig, longest: int, batch_size: int,
+    seed: int, progress: bool, name: str,
+) -> list[list[str]]:  # fmt: skip
+    device, positions = device_of(model), getattr(model.config, "max_position_embeddings", None)
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    starts: Iterable[int] = range(0, len(order), batch_size)
+    if progress:
+        from tqdm.auto import tqdm
+
+        starts = tqdm(starts, desc=name, unit="batch", leave=False)
+    texts: list[list[str]] = [[] for _ in prompts]
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in starts:
+            places = order[start : start + batch_size]
+            batch = _left_padded([prompts[place] for place in places], _pad(tokenizer))
+            length = batch["input_ids"].shape[1]
+            settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - length))
+            inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+            written = model.generate(**inputs, generation_config=settings)[:, length:]
+            decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
+            each = len(decoded) // len(places)
+            for number, place in enumerate(places):
+                texts[place] = decoded[number * each : (number + 1) * each]
+    return texts
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
+    """Prompts that end in one place, so that all answers begin in one."""
+    length = max(map(len, prompts))
+    ids = [[pad] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    for end in stop:
+        text = text.split(end)[0]
+    return text.strip()

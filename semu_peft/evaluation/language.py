@@ -1,0 +1,344 @@
+"""Forgetting in language models, in one call: TOFU's measures and those beside them, cached and resumed by measurement.
+
+Rows are those of TOFU's files (Maini et al. 2024, arXiv 2401.06121): mappings with `question`, `answer`, the wrong
+answers `perturbed_answer` and, for the forget and retain sets, `paraphrased_answer`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_model
+
+from .cached import Measurements
+from .drift import fluency, neutral_kl
+from .generation import generate_answers, rouge_l
+from .memorisation import (
+    exact_memorisation,
+    extraction_strength,
+    forget_quality,
+    forget_truth_ratio,
+    model_utility,
+    probability_with_options,
+    retain_truth_ratio,
+    truth_ratio,
+)
+from .prompts import as_pairs
+from .token_scores import score_answers
+
+Rows = Iterable[Mapping[str, Any]]
+
+# What each metric is made from.
+_NEEDS = {
+    "probability": "answers",
+    "extraction_strength": "answers",
+    "exact_memorisation": "answers",
+    "paraphrased_probability": "truth",
+    "truth_ratio": "truth",
+    "rouge": "rouge",
+    "fluency": "rouge",
+    "model_utility": "utility",
+    "neutral_kl": "neutral",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class LanguageMetrics:
+    """What a language model still knows of a forget set, and what it kept. What was not measured is None.
+
+    Attributes:
+        probability: Mean `p(y | x)^(1/|y|)` of the forget answers, end of sequence counted.
+        rouge: ROUGE-L recall of the greedy answers.
+        truth_ratio: Mean `min(R, 1/R)`; gold's is the goal, not 1.
+        paraphrased_probability: Of the paraphrased answers.
+        extraction_strength: See [`extraction_strength`][semu_peft.evaluation.memorisation.extraction_strength].
+        exact_memorisation: See [`exact_memorisation`][semu_peft.evaluation.memorisation.exact_memorisation].
+        forget_quality: See [`forget_quality`][semu_peft.evaluation.memorisation.forget_quality]; needs gold.
+        model_utility: Harmonic mean of what `utility` holds.
+        neutral_kl: `KL(original ‖ now)` on neutral text, in nats per token.
+        fluency: Entropy of the n-grams of the greedy forget answers, in bits.
+        utility: Probability, ROUGE-L recall and truth ratio of each set that is to be kept, by "set metric".
+        truth_ratios: `R` of each forget row, which forget quality compares.
+
+    Examples:
+        >>> from semu_peft.evaluation import LanguageMetrics
+        >>> gold = LanguageMetrics(probability=0.1, truth_ratios=(0.5, 0.7, 0.9))
+        >>> LanguageMetrics(probability=0.2, truth_ratios=(0.5, 0.7, 0.9)).against(gold)
+        LanguageMetrics(probability 0.200, forget quality 1)
+    """
+
+    probability: float | None = None
+    rouge: float | None = None
+    truth_ratio: float | None = None
+    paraphrased_probability: float | None = None
+    extraction_strength: float | None = None
+    exact_memorisation: float | None = None
+    forget_quality: float | None = None
+    model_utility: float | None = None
+    neutral_kl: float | None = None
+    fluency: float | None = None
+    utility: Mapping[str, float] = field(default_factory=dict)
+    truth_ratios: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"LanguageMetrics({', '.join(f'{name} {value}' for name, value in self.row().items())})"
+
+    def row(self) -> dict[str, str]:
+        """The numbers that were measured as text, by the head of their column."""
+        forms = {"forget_quality": ".2g", "neutral_kl": ".4f", "fluency": ".2f"}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {
+            name.replace("_", " "): format(value, forms.get(name, ".3f"))
+            for name, value in values.items()
+            if isinstance(value, float)
+        }
+
+    def against(self, gold: LanguageMetrics) -> LanguageMetrics:
+        """The same with the forget quality beside a gold model's metrics.
+
+        Raises:
+            ValueError: One of the two has no truth ratios, or they are of different rows.
+        """
+        if not self.truth_ratios or len(self.truth_ratios) != len(gold.truth_ratios):
+            raise ValueError(
+                "`gold` must have been measured on the same forget rows, truth ratio included, got "
+                f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
+            )
+        known = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return LanguageMetrics(**{**known, "forget_quality": forget_quality(self.truth_ratios, gold.truth_ratios)})
+
+
+def evaluate_language(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Rows,
+    *,
+    utility: Mapping[str, Rows] | None = None,
+    neutral: Iterable[str] | None = None,
+    gold: LanguageMetrics | None = None,
+    reference: nn.Module | None = None,
+    metrics: Sequence[str] | None = None,
+    template: str | None = None,
+    max_new_tokens: int = 200,
+    batch_size: int = 32,
+    output_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LanguageMetrics:
+    """Measure what a language model still knows of the forget set, and what it kept.
+
+    TOFU's protocol as OpenUnlearning (arXiv 2506.12618) computes it. With `output_dir`, every measurement is written to
+    a JSON file as soon as it is made, and read from there the next time; files of another model are refused.
+
+    Args:
+        model: A causal language model of transformers, with any adapter or none.
+        tokenizer: Its tokenizer.
+        forget: Rows to forget, with `question` and `answer`; the truth ratio also takes `perturbed_answer`, a list, and
+            `paraphrased_answer`.
+        utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
+            all three measures of each. In sets without `paraphrased_answer`, the probability is that among the options.
+        neutral: Texts for the KL to the original model.
+        gold: Metrics of the model that never saw the forget set, for the forget quality.
+        reference: The model before unlearning, for the KL; by default the same model without its adapter.
+        metrics: Names of [`LanguageMetrics`][semu_peft.evaluation.language.LanguageMetrics] to compute; by default all
+            that the data allow.
+        template: See [`encode_answer`][semu_peft.evaluation.prompts.encode_answer].
+        max_new_tokens: Longest greedy answer.
+        batch_size: Answers at a time.
+        output_dir: Folder of the measurements, of this model alone.
+        progress: Show a progress bar per measurement.
+
+    Raises:
+        ImportError: ROUGE or the forget quality is asked for and `semu-peft[evaluation]` is not installed.
+        TypeError: Rows have an unknown form.
+        ValueError: A metric is unknown, or lacks the data it is made from; or the folder is another model's.
+
+    Examples:
+        >>> from semu_peft.evaluation import evaluate_language
+        >>> evaluate_language(model, tokenizer, rows, metrics=["probability"], progress=False)  # doctest: +SKIP
+        LanguageMetrics(probability 0.998)
+    """
+    check_model(model)
+    check_count("batch_size", batch_size)
+    sets = {"forget": list(forget), **{name: list(rows) for name, rows in (utility or {}).items()}}
+    texts = None if neutral is None else list(neutral)
+    wanted = _wanted(metrics, sets, texts)
+    for name, rows in sets.items():
+        as_pairs(rows, name)
+    suite = _Suite(
+        model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
+    )
+    found: dict[str, Any] = {}
+    for metric in wanted:
+        if metric == "neutral_kl":
+            found[metric] = suite.neutral_kl(texts or [], reference)
+        elif metric == "model_utility":
+            found["utility"] = suite.utility()
+            found[metric] = model_utility(found["utility"])
+        else:
+            found[metric] = suite.forget(metric)
+    if {"truth_ratio"} & set(wanted):
+        found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
+    measured = LanguageMetrics(**found)
+    return measured if gold is None else measured.against(gold)
+
+
+def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: list[str] | None) -> list[str]:
+    """The metrics to compute, in the order of the table; each must have its data."""
+    rows = {name: {key for row in part for key in row} if all(isinstance(row, Mapping) for row in part) else set()
+            for name, part in sets.items()}  # fmt: skip
+    there = {
+        "truth": {"perturbed_answer"} <= rows["forget"],
+        "utility": len(sets) > 1,
+        "neutral": neutral is not None,
+    }
+    lacking = {"truth": "`perturbed_answer` in the rows of `forget`", "utility": "`utility`", "neutral": "`neutral`"}
+    if metrics is None:
+        return [name for name, need in _NEEDS.items() if there.get(need, True)]
+    asked = [metrics] if isinstance(metrics, str) else list(metrics)
+    names = [name for name in asked if name != "forget_quality"]
+    names += ["truth_ratio"] if "forget_quality" in asked else []
+    for name in names:
+        if name not in _NEEDS:
+            raise ValueError(f"`metrics` must be among {[*_NEEDS, 'forget_quality']}, got {name!r}. Correct the name.")
+        if not there.get(_NEEDS[name], True):
+            raise ValueError(
+                f"`metrics` has {name!r}, which needs {lacking[_NEEDS[name]]}. Give it, or leave that out."
+            )
+    return [name for name in _NEEDS if name in names]
+
+
+@dataclass(frozen=True)
+class _Suite:
+    """The measurements of one model on sets of rows; each is made once, from cached passes over the set."""
+
+    model: nn.Module
+    tokenizer: Any
+    sets: Mapping[str, list[Any]]
+    kept: Measurements
+    template: str | None
+    max_new_tokens: int
+    batch_size: int
+    progress: bool
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def forget(self, metric: str) -> float:
+        """One metric of the forget set."""
+        if metric == "truth_ratio":
+            return forget_truth_ratio(self.ratios("forget"))
+        if metric == "paraphrased_probability":
+            return _mean_probability(self.truth("forget")["correct"])
+        if metric == "rouge":
+            return _mean(self.rouge("forget")["recall"])
+        if metric == "fluency":
+            return fluency(self.rouge("forget")["written"])
+        answers = self.answers("forget")
+        return _mean_probability(answers["nll"]) if metric == "probability" else _mean(answers[metric])
+
+    def utility(self) -> dict[str, float]:
+        """The three measures of each set that is to be kept."""
+        parts = {}
+        for name in list(self.sets)[1:]:
+            truth = self.truth(name)
+            parts[f"{name} probability"] = (
+                _mean_probability(self.answers(name)["nll"])
+                if truth["paraphrased"]
+                else float(probability_with_options(truth["correct"], truth["wrong"]).mean())
+            )
+            parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+            parts[f"{name} truth_ratio"] = retain_truth_ratio(self.ratios(name))
+        return parts
+
+    def ratios(self, name: str) -> Tensor:
+        truth = self.truth(name)
+        return truth_ratio(truth["correct"], truth["wrong"])
+
+    def answers(self, name: str) -> Any:
+        """Of a set's own answers: mean negative log likelihood, and what of them is known by heart."""
+
+        def measure() -> Any:
+            scores = self._score(as_pairs(self.sets[name], name), f"{name}: answers")
+            return {
+                "nll": scores.nll.tolist(),
+                "extraction_strength": extraction_strength(scores).tolist(),
+                "exact_memorisation": exact_memorisation(scores).tolist(),
+            }
+
+        return self._once(f"{name}_answers", {"pairs": as_pairs(self.sets[name])}, measure)
+
+    def truth(self, name: str) -> Any:
+        """Of a set's right answers (paraphrased, where all rows have that) and wrong ones: mean NLL per token."""
+        rows = self.sets[name]
+        paraphrased = all(row.get("paraphrased_answer") for row in rows)
+        groups = [_options(row, paraphrased, name) for row in rows]
+
+        def measure() -> Any:
+            pairs = [(row["question"], answer) for row, group in zip(rows, groups, strict=True) for answer in group]
+            parts = self._score(pairs, f"{name}: truth ratio").nll.split([len(group) for group in groups])
+            return {
+                "paraphrased": paraphrased,
+                "correct": [float(part[0]) for part in parts],
+                "wrong": [part[1:].tolist() for part in parts],
+            }
+
+        return self._once(f"{name}_truth", {"questions": [row["question"] for row in rows], "answers": groups}, measure)
+
+    def rouge(self, name: str) -> Any:
+        """A set's greedy answers, and the ROUGE-L recall of each."""
+        pairs = as_pairs(self.sets[name])
+
+        def measure() -> Any:
+            written = generate_answers(
+                self.model, self.tokenizer, [question for question, _ in pairs], template=self.template,
+                max_new_tokens=self.max_new_tokens, batch_size=self.batch_size, progress=self.progress,
+                name=f"{name}: greedy answers",
+            )  # fmt: skip
+            return {"written": written, "recall": rouge_l([answer for _, answer in pairs], written).recall.tolist()}
+
+        return self._once(f"{name}_rouge", {"pairs": pairs, "max_new_tokens": self.max_new_tokens}, measure)
+
+    def neutral_kl(self, texts: list[str], reference: nn.Module | None) -> float:
+        def measure() -> float:
+            drift = neutral_kl(
+                self.model,
+                self.tokenizer,
+                texts,
+                reference=reference,
+                batch_size=self.batch_size,
+                progress=self.progress,
+            )
+            return drift.kl
+
+        return float(self._once("neutral_kl", {"texts": texts}, measure))
+
+    def _score(self, pairs: list[Any], name: str) -> Any:
+        return score_answers(
+            self.model, self.tokenizer, pairs, template=self.template, batch_size=self.batch_size,
+            progress=self.progress, name=name,
+        )  # fmt: skip
+
+    def _once(self, name: str, inputs: dict[str, Any], measure: Any) -> Any:
+        if name not in self.seen:
+            self.seen[name] = self.kept.get(name, {**inputs, "template": self.template}, measure)
+        return self.seen[name]
+
+
+def _options(row: Mapping[str, Any], paraphrased: bool, name: str) -> list[str]:
+    """The right answer and the wrong ones."""
+    wrong = row.get("perturbed_answer")
+    if not wrong:
+        raise ValueError(f"`{name}` must have wrong answers in each row, under `perturbed_answer`, got {sorted(row)}.")
+    return [row["paraphrased_answer" if paraphrased else "answer"], *([wrong] if isinstance(wrong, str) else wrong)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).nanmean())
+
+
+def _mean_probability(nll: Sequence[float]) -> float:
+    return float(torch.tensor(nll, dtype=torch.float64).neg().exp().mean())

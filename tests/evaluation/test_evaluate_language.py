@@ -1,0 +1,152 @@
+"""All measures of a language model in one call, kept in a folder by measurement."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from answer_models import FACTS, FORGET, decoder, word_tokenizer
+from models import Snapshot
+
+from semu_peft.evaluation import (
+    LanguageMetrics,
+    evaluate_language,
+    forget_quality,
+    generate_answers,
+    rouge_l,
+    score_answers,
+    truth_ratio,
+)
+
+QUIET = {"progress": False, "max_new_tokens": 6}
+UTILITY = {"retain": FORGET[:2], "world_facts": FACTS}
+NEUTRAL = ["Ada lives in Rome", "the Paris of Eve"]
+
+
+def test_every_number_is_made_of_its_parts() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    before = Snapshot.of(model)
+    found = evaluate_language(
+        model, tokenizer, FORGET, utility=UTILITY, neutral=NEUTRAL, reference=decoder(seed=1), batch_size=2, **QUIET
+    )
+    before.assert_same(model)
+
+    def nll(row: dict, answer: str) -> float:
+        return score_answers(model, tokenizer, [(row["question"], answer)], progress=False).nll.item()
+
+    ratios = [
+        math.exp(nll(row, row["paraphrased_answer"]) - sum(nll(row, wrong) for wrong in row["perturbed_answer"]) / 2)
+        for row in FORGET
+    ]
+    assert found.truth_ratios == pytest.approx(ratios, rel=1e-4)
+    assert found.truth_ratio == pytest.approx(sum(min(r, 1 / r) for r in ratios) / 3, rel=1e-4)
+    assert found.probability == pytest.approx(sum(math.exp(-nll(row, row["answer"])) for row in FORGET) / 3, rel=1e-4)
+    written = generate_answers(model, tokenizer, [row["question"] for row in FORGET], **QUIET)
+    assert found.rouge == pytest.approx(rouge_l([row["answer"] for row in FORGET], written).recall.mean().item())
+
+    shares = []
+    for row in FACTS:  # no paraphrase: the probability is that among the options
+        right, wrong = nll(row, row["answer"]), [nll(row, answer) for answer in row["perturbed_answer"]]
+        shares.append(math.exp(-right) / (math.exp(-right) + sum(math.exp(-each) for each in wrong)))
+    assert found.utility["world_facts probability"] == pytest.approx(sum(shares) / 2, rel=1e-4)
+    plain = sum(math.exp(-nll(row, row["answer"])) for row in FORGET[:2]) / 2
+    assert found.utility["retain probability"] == pytest.approx(plain, rel=1e-4)
+    assert len(found.utility) == 6 and found.neutral_kl > 0
+
+
+def test_gold_gives_the_forget_quality() -> None:
+    tokenizer, names = word_tokenizer(), ["truth_ratio"]
+    gold = evaluate_language(decoder(seed=1), tokenizer, FORGET, metrics=names, **QUIET)
+    found = evaluate_language(decoder(), tokenizer, FORGET, metrics=["forget_quality"], gold=gold, **QUIET)
+    assert found.forget_quality == forget_quality(found.truth_ratios, gold.truth_ratios)
+    assert gold.against(gold).forget_quality == 1.0
+    assert repr(found).startswith("LanguageMetrics(truth ratio 0.") and "forget quality" in repr(found)
+    with pytest.raises(ValueError, match="`gold` must have been measured on the same forget rows"):
+        found.against(LanguageMetrics(probability=0.1))
+
+
+def test_measurements_are_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    options = {"utility": UTILITY, "output_dir": tmp_path, **QUIET}
+    first = evaluate_language(model, tokenizer, FORGET, metrics=["probability", "rouge"], **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forget_answers.json", "forget_rouge.json"]
+    calls = []
+    monkeypatch.setattr(type(model), "forward", counted(type(model).forward, calls))
+    again = evaluate_language(model, tokenizer, FORGET, metrics=["probability", "rouge"], **options)
+    assert again == first and not calls
+    every = evaluate_language(model, tokenizer, FORGET, **options)  # goes on with what is missing
+    assert calls and every.probability == first.probability and every.model_utility is not None
+    evaluate_language(model, tokenizer, FORGET, batch_size=1, **options)
+    calls.clear()
+    evaluate_language(model, tokenizer, FORGET, **options)
+    assert not calls
+
+
+def counted(forward, calls: list):
+    def run(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Path) -> None:
+    tokenizer, options = word_tokenizer(), {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    every = evaluate_language(decoder(), tokenizer, FORGET, **options)
+    fewer = evaluate_language(decoder(), tokenizer, FORGET[:1], **options)
+    assert fewer.probability != every.probability
+    assert evaluate_language(decoder(), tokenizer, FORGET, template="{question} {answer}", **options) != every
+    with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
+        evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
+    saved = json.loads((tmp_path / "forget_answers.json").read_text())
+    assert saved["format"] == "semu_peft.measurement" and len(saved["value"]["nll"]) == 3
+
+
+def test_a_damaged_file_is_measured_again(tmp_path: Path) -> None:
+    options = {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    first = evaluate_language(decoder(), word_tokenizer(), FORGET, **options)
+    (tmp_path / "forget_answers.json").write_text('{"format": "semu')
+    assert evaluate_language(decoder(), word_tokenizer(), FORGET, **options) == first
+
+
+def test_switching_an_adapter_off_makes_another_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(decoder(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    options = {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    evaluate_language(model, word_tokenizer(), FORGET, **options)
+    with model.disable_adapter(), pytest.raises(ValueError, match="`output_dir`"):
+        evaluate_language(model, word_tokenizer(), FORGET, **options)
+
+
+def test_diverged_models_have_numbers_that_say_so() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    found = evaluate_language(model, word_tokenizer(), FORGET, metrics=["probability"], **QUIET)
+    assert math.isnan(found.probability)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metrics": ["bleu"]}, "`metrics` must be among"),
+        ({"metrics": ["model_utility"]}, "`metrics` has 'model_utility', which needs `utility`"),
+        ({"metrics": ["neutral_kl"]}, "needs `neutral`"),
+        ({"forget": [("who", "Ada")], "metrics": ["truth_ratio"]}, "needs `perturbed_answer`"),
+        ({"forget": []}, "`forget` must hold at least one question"),
+    ],
+)
+def test_mistakes_of_the_call(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        evaluate_language(decoder(), word_tokenizer(), **{"forget": FORGET, **QUIET, **options})
+
+
+def test_pairs_are_enough_for_what_needs_no_wrong_answers() -> None:
+    pairs = [(row["question"], row["answer"]) for row in FORGET]
+    found = evaluate_language(decoder(), word_tokenizer(), pairs, **QUIET)
+    assert found.probability is not None and found.truth_ratio is None
+    assert truth_ratio([0.0], [[0.0]]).item() == 1.0

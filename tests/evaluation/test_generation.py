@@ -1,0 +1,67 @@
+"""Answers that a model writes, and ROUGE-L."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from answer_models import WORDS, decoder, word_tokenizer
+from torch import nn
+
+from semu_peft.evaluation import generate_answers, rouge_l
+from semu_peft.evaluation.prompts import encode_prompt
+
+QUESTIONS = ["who wrote it", "where lives Ada", "what", "who"]
+
+
+def test_greedy_answers_are_those_of_each_question_alone() -> None:
+    model, tokenizer = decoder(seed=3), word_tokenizer()
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0  # left aside
+    together = generate_answers(model, tokenizer, QUESTIONS, max_new_tokens=8, batch_size=3, progress=False)
+    for question, written in zip(QUESTIONS, together, strict=True):
+        ids = encode_prompt(tokenizer, question)
+        start = len(ids)
+        while len(ids) < start + 8 and ids[-1] != WORDS.index("</s>"):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert written == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+def test_draws_are_repeatable_and_leave_the_generators_alone() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    options = {"samples": 4, "max_new_tokens": 5, "progress": False}
+    first = generate_answers(model, tokenizer, QUESTIONS, seed=1, **options)
+    assert torch.equal(torch.rand(3), expected)
+    assert first == generate_answers(model, tokenizer, QUESTIONS, seed=1, **options)
+    assert first != generate_answers(model, tokenizer, QUESTIONS, seed=2, **options)
+    assert [len(group) for group in first] == [4] * 4
+
+
+def test_answers_end_before_a_stop_and_within_the_positions() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    whole = generate_answers(model, tokenizer, ["what"], max_new_tokens=500, progress=False)[0]
+    assert 0 < len(whole.split()) <= 64
+    last = whole.split()[-1]
+    cut = generate_answers(model, tokenizer, ["what"], max_new_tokens=500, stop=[last], progress=False)[0]
+    assert last not in cut and whole.startswith(cut)
+
+
+def test_rouge_counts_stems_in_order() -> None:
+    assert rouge_l(["the cat sat down"], ["cats the sat"]).recall.item() == 0.5
+    assert rouge_l(["running dogs"], ["run dog"]).recall.item() == 1.0
+    assert rouge_l(["running dogs"], ["run dog"], stem=False).recall.item() == 0.0
+    both = rouge_l(["x y"], ["x"])
+    assert (both.recall.item(), both.precision.item()) == (0.5, 1.0)
+    assert both.f1.item() == pytest.approx(2 / 3)
+    assert rouge_l(["x"], [""]).recall.item() == 0.0
+
+
+def test_mistakes_of_generation() -> None:
+    with pytest.raises(ValueError, match="`written` must be one text for each"):
+        rouge_l(["a"], [])
+    with pytest.raises(TypeError, match="`model` must be one that generates, got Linear"):
+        generate_answers(nn.Linear(2, 2), word_tokenizer(), ["who"], progress=False)
+    with pytest.raises(ValueError, match="`questions` must hold at least one question"):
+        generate_answers(decoder(), word_tokenizer(), [], progress=False)
