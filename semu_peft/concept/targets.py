@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from semu_peft.tuner.adapted import base_model
-from semu_peft.tuner.keys import without_wrappers
+from semu_peft.tuner.adapted import base_model, own_modules
 
 _ATTENTION = r"(?:.*\.)?(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -41,7 +39,7 @@ def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list
     """
     if part not in _KINDS:
         raise ValueError(f"`part` must be one of {', '.join(map(repr, _KINDS))}, got {part!r}.")
-    modules = dict(_own_modules(base_model(denoiser)))
+    modules = own_modules(denoiser)
     names = [name for name, module in modules.items() if isinstance(module, _KINDS[part])]
     if part == "cross-attention":
         names = _reading_text(modules, names)
@@ -52,16 +50,6 @@ def denoiser_targets(denoiser: nn.Module, part: str = "cross-attention") -> list
             f"{type(base_model(denoiser)).__name__} has no layers of the part {part!r}; name them in `target_modules`."
         )
     return names
-
-
-def _own_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are no adapter's, by the names that they have without adapters."""
-    if isinstance(module, BaseTunerLayer):
-        yield from _own_modules(module.get_submodule("base_layer"), name)
-        return
-    yield without_wrappers(name), module
-    for child, inside in module.named_children():
-        yield from _own_modules(inside, f"{name}.{child}" if name else child)
 
 
 def _reading_text(modules: Mapping[str, nn.Module], names: list[str]) -> list[str]:

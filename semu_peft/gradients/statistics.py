@@ -378,6 +378,14 @@ class CoreCovariance(Statistic):
         """For `gather`: the statistic of one layer."""
         return lambda shape, dtype, device: cls(left, right)
 
+    @classmethod
+    def of_weight(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> CoreCovariance:
+        """For `gather`: the factors of a whole weight, `(n, n)` and `(m, m)`, with no bases around them."""
+        if len(shape) != 2:
+            raise ValueError(f"`shape` must be that of one matrix, got {shape}. Leave this layer out of `targets`.")
+        left, right = (torch.eye(size, dtype=dtype, device=device) for size in shape)
+        return cls(left, right)
+
     @property
     def inputs(self) -> Tensor:
         """`A`, `(r, r)`."""

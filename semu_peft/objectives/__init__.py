@@ -20,6 +20,7 @@ from .diffusion import (
     NegativeGuidance,
     PreservePrediction,
 )
+from .label_free import SquaredLogits
 from .language import KLToOriginal
 from .noise_schedule import NoiseSchedule
 from .preference import NPO, SimNPO
@@ -50,6 +51,7 @@ __all__ = [
     "Retain",
     "SimNPO",
     "SimulatedRelearning",
+    "SquaredLogits",
     "UniformDistribution",
     "UnseenConfidence",
     "WeightedSum",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_adapter_name, check_model
@@ -75,6 +78,50 @@ def initialized_layers(model: nn.Module, adapter_name: str = "default") -> dict[
     if not any(layer.is_initialized(adapter_name) for layer in layers.values()):
         raise NotInitializedError(adapter_name)
     return layers
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules, by the names that they have without adapters; the adapters' are left out.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.adapted import own_modules
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> list(own_modules(model))
+        ['', '0']
+    """
+    return dict(_own_modules(base_model(model)))
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters, by the names that they have without adapters; tied ones under each of their names.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.adapted import own_parameters
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> list(own_parameters(model))
+        ['0.weight', '0.bias']
+    """
+    return {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in own_modules(model).items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _own_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, BaseTunerLayer):
+        yield from _own_modules(module.get_submodule("base_layer"), name)
+        return
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _own_modules(module.original_module, name)
+        return
+    yield without_wrappers(name), module
+    for child, inside in module.named_children():
+        yield from _own_modules(inside, f"{name}.{child}" if name else child)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

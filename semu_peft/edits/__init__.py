@@ -1,0 +1,20 @@
+"""Edits without training: changes of weights in closed form, applied, undone, saved, and carried as adapters."""
+
+from .carriers import Carried
+from .dampening import dampen
+from .edit import Applied, Edit
+from .influence import influence_step, newton_step
+from .pruning import prune_weights
+from .ridge import Certificate, RidgeHead
+
+__all__ = [
+    "Applied",
+    "Carried",
+    "Certificate",
+    "Edit",
+    "RidgeHead",
+    "dampen",
+    "influence_step",
+    "newton_step",
+    "prune_weights",
+]

@@ -1,0 +1,45 @@
+"""Objectives that read no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Objective
+from .batches import logits_of, split_batch
+
+
+@dataclass
+class SquaredLogits(Objective):
+    """`mean ‖logits‖²`: how strongly a model answers, which says what its weights matter for without any label.
+
+    Source: LFSSD, Foster et al. 2024, arXiv 2402.19308: the importance of a weight is the absolute value of this
+    gradient, [`AbsoluteSum`][semu_peft.gradients.parameters.AbsoluteSum].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import SquaredLogits
+        >>> SquaredLogits()(torch.nn.Identity(), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))  # the inputs are the logits
+        tensor(13.)
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        logits = logits_of(_run(model, batch))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.square().sum(-1).mean()
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch whose labels, if it has any, are left out."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return model(batch[0])
+    inputs, named, _ = split_batch(batch)
+    return model(*inputs, **named)
