@@ -55,6 +55,11 @@ class Tokens:
         """Average values of tokens `(T,)` over each sequence."""
         return self.sums(values) / self.sums(torch.ones_like(values))
 
+    def places(self) -> Tensor:
+        """Which token of its sequence each is, `(T,)`, of those that count, from 0 on."""
+        counts = self.sequences.bincount()
+        return torch.arange(len(self.sequences), device=counts.device) - (counts.cumsum(0) - counts)[self.sequences]
+
     def in_float32(self) -> Tokens:
         """The same with logits in float32 or better."""
         return replace(self, logits=self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)))
@@ -207,21 +212,16 @@ def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = Non
         >>> tokens.labels, tokens.sequences
         (tensor([1, 3, 0]), tensor([0, 1, 1]))
     """
-    args, kwargs, labels = split_batch(batch)
-    kwargs = {name: value for name, value in kwargs.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
-    labels = as_labels(labels)
+    output, inputs, labels = run_batch(model, batch)
     decodes = labels.dim() == 2 and _is_encoder_decoder(model)
-    makes_inputs = decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(kwargs)
-    if not decodes and _is_packed(kwargs):
-        kwargs = _masked_apart(model, kwargs)
-    output = model(*args, **kwargs, **({"labels": labels} if makes_inputs else {}))
+    makes_inputs = "labels" in inputs
     logits = logits_of(output[1:] if makes_inputs and isinstance(output, tuple) else output)  # after the loss
     labels = labels.to(logits.device)
     sequences = None
     if logits.dim() == 3 and labels.shape == logits.shape[:2]:
-        mask = kwargs.get("decoder_attention_mask" if decodes else "attention_mask")
+        mask = inputs.get("decoder_attention_mask" if decodes else "attention_mask")
         shift = _labels_are_ahead(model) if shift_labels is None else shift_labels
-        numbers = _sequence_numbers(labels, None if decodes else kwargs.get("position_ids"))
+        numbers = _sequence_numbers(labels, None if decodes else inputs.get("position_ids"))
         logits, labels, sequences = _real_tokens(logits, labels, numbers, mask, shift)
     elif logits.dim() > 3 and labels.shape == (len(logits), *logits.shape[2:]):  # a class for each pixel
         labels = labels.flatten(1)
@@ -235,6 +235,36 @@ def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = Non
     if sequences is None:  # every example is one of its own
         sequences = torch.arange(len(labels), device=labels.device)
     return Tokens(logits, labels.long(), sequences)
+
+
+def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[str, Any], Tensor]:
+    """Run the model on the inputs in a batch: not on second answers nor masks that are there for objectives.
+
+    An encoder-decoder without inputs for its decoder makes them of the labels, which it is given for that.
+
+    Args:
+        model: The model.
+        batch: See `split_batch`.
+        options: What to ask of the model besides, such as `output_router_logits=True`.
+
+    Returns:
+        The output, the keyword inputs and the labels.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.batches import run_batch
+        >>> run_batch(torch.nn.Identity(), (torch.zeros(1, 2), [1]))
+        (tensor([[0., 0.]]), {}, tensor([1]))
+    """
+    args, kwargs, labels = split_batch(batch)
+    inputs = {name: value for name, value in kwargs.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
+    labels = as_labels(labels)
+    if labels.dim() == 2 and _is_encoder_decoder(model):
+        if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            inputs["labels"] = labels
+    elif _is_packed(inputs):
+        inputs = _masked_apart(model, inputs)
+    return model(*args, **inputs, **options), inputs, labels
 
 
 def alternate_batch(batch: Any) -> dict[str, Any]:

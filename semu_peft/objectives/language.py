@@ -7,15 +7,22 @@ in float32 whatever the model's dtype. The original model is the model itself wi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_positive
+from semu_peft.model_state import device_of, eval_mode
 
 from .base import Evaluation, Outputs
-from .batches import Tokens, read_tokens
+from .batches import Tokens, check_batches, read_tokens
 from .classification import ClassificationObjective
 from .original import reference_model
 
@@ -83,3 +90,284 @@ class KLToOriginal(ClassificationObjective):
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean", log_target=True)
+
+
+@dataclass
+class UNDIAL(ClassificationObjective):
+    """`KL(q ‖ p)` with `q = softmax(z₀ − β · 1_y)`: the original's own prediction with the true token's logit lowered.
+
+    Self-distillation to adjusted logits (Dong et al. 2024, arXiv 2402.10052); at `β = ∞` it is
+    [`DecoupledDistillation`][semu_peft.objectives.classification.DecoupledDistillation]. Its cross entropy differs from
+    this divergence by the target's entropy, a constant. The released code also averages over prompt and padding, where
+    the label −100 lowers some token's logit.
+
+    Args:
+        beta: By how much the true token's logit is lowered, β.
+        reference: A frozen original model. By default the model itself without its adapter.
+
+    Raises:
+        ValueError: `beta` is not above zero.
+
+    Examples:
+        >>> import math, torch
+        >>> from semu_peft.objectives import UNDIAL
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))  # the inputs are the logits
+        >>> round(UNDIAL(beta=math.log(3), reference=model)(model, batch).item(), 4)  # KL((¼, ¾) ‖ (½, ½))
+        0.1308
+    """
+
+    beta: float = 10.0
+    reference: nn.Module | None = field(default=None, repr=False)
+    minimum = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
+        original, labels = self._read_original(model, batch, self.reference)
+        return (original - self.beta * F.one_hot(labels, original.shape[1])).log_softmax(-1)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean", log_target=True)
+
+
+@dataclass
+class CEU(SequenceObjective):
+    """`−log(1 − p(y | x))`: the model's own present prediction with the true token struck out is what it should say.
+
+    CE-U (2025, arXiv 2503.01224) is the cross entropy to `softmax(z)` with the true token's logit at −∞ and held fixed.
+    Its gradient is that of this, a function of the model alone, which is its divergence from that target: so a step can
+    be judged by whether the loss fell.
+
+    Args:
+        ignore_first: How many tokens at the beginning of each answer do not count. The first tells how an answer
+            begins and nothing of what is to be forgotten; struck out, it would change every answer.
+
+    Raises:
+        ValueError: No answer of the batch is longer than `ignore_first`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CEU
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))  # the inputs are the logits
+        >>> round(CEU(ignore_first=0)(model, batch).item(), 4)  # −log(1 − ½)
+        0.6931
+    """
+
+    ignore_first: int = 1
+    minimum = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("ignore_first", self.ignore_first, least=0)
+
+    def token_loss(self, tokens: Tokens, prepared: Any) -> Tensor:
+        counts = tokens.places() >= self.ignore_first
+        if not counts.any():
+            raise ValueError(
+                f"`ignore_first` must leave a token of some answer in every batch, got {self.ignore_first} with "
+                f"answers of up to {int(tokens.places().max()) + 1} tokens. Take `ignore_first=0`."
+            )
+        logits = tokens.logits[counts]
+        struck_out = logits.scatter(1, tokens.labels[counts].unsqueeze(1), float("-inf"))
+        return (logits.logsumexp(-1) - struck_out.logsumexp(-1)).mean()
+
+
+@dataclass
+class WeightedAscent(ClassificationObjective):
+    """`∫ p^(β−1) (1 − p)^β₂ dp` at `p = p(y | x)`: ascent whose weight on a token follows how well it is known.
+
+    Its gradient is that of `w · log p` with the weight `w = p^β (1 − p)^β₂` held fixed, as the papers write it: tokens
+    that are forgotten already are left alone (β), and those that are still certain wait (β₂). What is returned is the
+    function that has this gradient, so that a step can be judged by whether the loss fell: `w · log p` itself rises
+    again where p is small. For `β₂ = 0` it is `p^β / β`; for `β = 0` it is unbounded below.
+
+    Args:
+        beta: How fast the weight falls with the token's probability, β. With zero in both it is plain ascent.
+        beta2: How fast it falls with the probability of everything else, β₂.
+
+    Raises:
+        ValueError: One of them is negative.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import WGA, SatImp
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))  # the inputs are the logits
+        >>> round(WGA(beta=2.0)(model, batch).item(), 4)  # ½² / 2
+        0.125
+        >>> round(SatImp()(model, batch).item(), 6)  # ½⁵ / 5 − ½⁶ / 6
+        0.003646
+    """
+
+    beta: float = 1.0
+    beta2: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, low=0)
+        check_number("beta2", self.beta2, low=0)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        log_p = -F.cross_entropy(logits, labels, reduction="none")
+        with torch.no_grad():
+            weight = (self.beta * log_p).exp() * (1 - log_p.exp()).clamp(min=0) ** self.beta2
+            value = self._potential(log_p)
+        return (weight * (log_p - log_p.detach()) + value).mean()
+
+    def _potential(self, log_p: Tensor) -> Tensor:
+        """The integral from 0 to p, of `p^(β−1) (1 − p)^β₂`; for `β = 0` without the constant that is infinite."""
+        nodes, weights = (torch.from_numpy(each).to(log_p) for each in np.polynomial.legendre.leggauss(32))
+        nodes, weights = (1 + nodes) / 2, weights / 2  # on (0, 1)
+        p = log_p.exp().unsqueeze(-1)
+        if not self.beta:
+            return log_p + (((1 - p * nodes) ** self.beta2 - 1) / nodes) @ weights
+        power = max(1.0, 2.0 / self.beta)  # the integral over u with p u^power for p leaves no singular end
+        inner = power * nodes ** (power * self.beta - 1) * (1 - p * nodes**power) ** self.beta2
+        return (self.beta * log_p).exp() * (inner @ weights)
+
+
+@dataclass
+class WGA(WeightedAscent):
+    """Weighted gradient ascent, `w = p^β` (Wang et al. 2025, arXiv 2502.19301): tokens that are forgotten rest.
+
+    Args:
+        beta: How fast the weight falls with the token's probability, β.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import WGA
+        >>> round(WGA()(torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))).item(), 4)  # p itself
+        0.5
+    """
+
+    beta2: float = field(default=0.0, init=False, repr=False)
+
+
+@dataclass
+class SatImp(WeightedAscent):
+    """Weights by saturation and importance, `w = p^β (1 − p)^β₂` (Yang et al. 2025, arXiv 2505.11953).
+
+    Args:
+        beta: How fast the weight falls with the token's probability, the paper's β₁.
+        beta2: How fast it falls with the probability of everything else.
+
+    Examples:
+        >>> from semu_peft.objectives import SatImp
+        >>> SatImp()
+        SatImp(beta=5.0, beta2=1.0)
+    """
+
+    beta: float = 5.0
+    beta2: float = 1.0
+
+
+@dataclass
+class FlatLogits(ClassificationObjective):
+    """`(max_v z_v − mean_v z_v)²`: no token stands out (PDU's forget loss, arXiv 2506.05314).
+
+    Together with [`PrimalDual`][semu_peft.objectives.wrappers.PrimalDual] on retain data it is PDU. The released code
+    takes the labels' mask without shifting it with the predictions.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import FlatLogits
+        >>> FlatLogits()(torch.nn.Identity(), (torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]))).item()  # (3 − 1)²
+        4.0
+    """
+
+    minimum = 0.0
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return (logits.amax(-1) - logits.mean(-1)).square().mean()
+
+
+@dataclass
+class UnseenAnswer(SequenceObjective):
+    """`relu(tᵢ − nᵢ)²`: each answer becomes as unlikely as answers that the model has not learnt, and no further.
+
+    `n = −1/|y| log p(y | x)`. A model that was retrained without the forget data finds their answers as likely as other
+    plausible answers that nobody taught it; how likely that is, the original model says of such answers. So the answers
+    of a batch are ranked by the original's likelihood, and the target `tᵢ` of the one at quantile `t` is the negative
+    log-likelihood at quantile `t` of the unseen answers. It is to language what
+    [`UnseenConfidence`][semu_peft.objectives.classification.UnseenConfidence] is to classes. Batches should hold tens
+    of answers, or the quantiles are coarse.
+
+    Args:
+        nll: Negative log-likelihoods per token of answers that the model was not trained on, `(M,)`, by the original
+            model; see [`sequence_nll`][semu_peft.objectives.language.sequence_nll].
+        reference: A frozen original model. By default the model itself without its adapter.
+
+    Raises:
+        ValueError: `nll` is empty or holds something else than finite numbers from zero on.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import UnseenAnswer
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))  # the inputs are the logits
+        >>> objective = UnseenAnswer(torch.tensor([1.0, 2.0, 3.0]), reference=model)
+        >>> round(objective(model, batch).item(), 4)  # (2 − log 2)²
+        1.7079
+    """
+
+    nll: Tensor = field(repr=False)
+    reference: nn.Module | None = field(default=None, repr=False)
+    minimum = 0.0
+
+    def __post_init__(self) -> None:
+        mend = "Take `sequence_nll(model, unseen)`, or `torch.tensor([...])` of a list."
+        check_kind("nll", self.nll, Tensor, "a tensor of negative log-likelihoods", mend)
+        if self.reference is not None:
+            check_model(self.reference, "reference")
+        nll = self.nll.detach().flatten().float().cpu()
+        if not nll.numel() or not (nll.isfinite() & (nll >= 0)).all():
+            raise ValueError(
+                f"`nll` must be finite numbers from 0 on, at least one, got {nll.numel()} values"
+                + (f" from {nll.min()} to {nll.max()}. " if nll.numel() else ". ")
+                + mend
+            )
+        self.nll = nll
+
+    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
+        tokens = self._original_tokens(model, batch, self.reference)
+        known = tokens.means(tokens.nll())
+        quantile = (known.argsort(stable=True).argsort() + 0.5) / len(known)
+        return torch.quantile(self.nll.to(known), quantile.to(known))
+
+    def token_loss(self, tokens: Tokens, prepared: Any) -> Tensor:
+        return F.relu(prepared - tokens.means(tokens.nll())).square().mean()
+
+
+def sequence_nll(
+    model: nn.Module, batches: Iterable[Any], *, shift_labels: bool | None = None, progress: bool = True
+) -> Tensor:
+    """How unlikely a model finds each answer: the mean negative log-likelihood of its tokens.
+
+    In eval mode and without gradients; the model is afterwards as it was. On the model as it is, with its adapter.
+
+    Args:
+        model: A language model.
+        batches: Batches of answers, see [`call_model`][semu_peft.objectives.batches.call_model].
+        shift_labels: Whether a token's label stands one position after its prediction; by default as the model says.
+        progress: Show a progress bar.
+
+    Returns:
+        One number an answer, `(M,)`, float32, on the CPU.
+
+    Raises:
+        ValueError: There is no batch.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.language import sequence_nll
+        >>> answers = [(torch.zeros(2, 3, 4), torch.tensor([[-100, 1, 2], [-100, 3, -100]]))]  # logits and labels
+        >>> sequence_nll(torch.nn.Identity(), answers, shift_labels=True, progress=False)  # log 4
+        tensor([1.3863, 1.3863])
+    """
+    check_model(model)
+    check_batches(batches)
+    device, found = device_of(model), []
+    with torch.no_grad(), eval_mode(model):
+        for batch in tqdm(batches, desc="Likelihoods", disable=not progress, leave=False):
+            tokens = read_tokens(model, send_to_device(batch, device), shift_labels=shift_labels)
+            found.append(tokens.means(tokens.nll()).float().cpu())
+    if not found:
+        raise ValueError("`batches` must give at least one batch, got none. Check that it has not been used up.")
+    return torch.cat(found)

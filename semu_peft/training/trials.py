@@ -97,7 +97,7 @@ class Trials:
         if self.measures_damage and is_forget == (not self.weights):
             with torch.no_grad(), original(self.model, self.adapter_name) as reference:
                 evaluation = objective.evaluate(reference, batch, term.prepared)
-            term.original = [self._kept(term, output) for output in evaluation.outputs]
+            term.original = [self._kept(term, output) for output in _measured(term, evaluation)]
         return term
 
     def _kept(self, term: Term, output: Outputs) -> Tensor:
@@ -144,7 +144,7 @@ class Trials:
     def _damage(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
         assert distribution is not None
-        pairs = zip(term.original, evaluation.outputs, strict=True)
+        pairs = zip(term.original, _measured(term, evaluation), strict=True)
         parts = [divergence(distribution, before, self._kept(term, output)) for before, output in pairs]
         return torch.stack(parts).mean()
 
@@ -160,6 +160,12 @@ class Trials:
         if not parts:
             return 0.0
         return self.mean_over_processes({"kl": torch.stack(parts).mean().item()})["kl"]
+
+
+def _measured(term: Term, evaluation: Evaluation) -> Sequence[Outputs]:
+    """The outputs that the damage is measured on: not those that the forget objective teaches, which have no labels."""
+    labelled = [output for output in evaluation.outputs if output.labels is not None]
+    return labelled if term.is_forget and labelled else evaluation.outputs
 
 
 def _answer_probability(output: Outputs) -> Tensor | None:

@@ -19,8 +19,8 @@ def texts(seed: int = 3) -> list[Tensor]:
 
 
 def padded(side: str = "right", more: int = 0, seed: int = 3, prompt: int = PROMPT) -> dict[str, Any]:
-    """The texts as a batch that is padded on one side, the prompts' labels masked."""
-    batch: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    """The texts as a batch that is padded on one side, the prompts' labels masked, and even tokens selected."""
+    batch: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": [], "token_mask": []}
     for row in texts(seed):
         labels = row.clone()
         labels[:prompt] = -100
@@ -29,6 +29,7 @@ def padded(side: str = "right", more: int = 0, seed: int = 3, prompt: int = PROM
         batch["input_ids"].append(F.pad(row, place, value=PAD))
         batch["attention_mask"].append(F.pad(torch.ones_like(row), place))
         batch["labels"].append(F.pad(labels, place, value=-100))
+        batch["token_mask"].append(F.pad(row % 2 == 0, place))
     return {name: torch.stack(items) for name, items in batch.items()}
 
 
@@ -41,6 +42,7 @@ def packed(seed: int = 3, prompt: int = PROMPT) -> dict[str, Any]:
         "input_ids": torch.cat(rows).unsqueeze(0),
         "labels": torch.cat(labels).unsqueeze(0),
         "position_ids": torch.cat(places).unsqueeze(0),
+        "token_mask": torch.cat(rows).unsqueeze(0) % 2 == 0,
     }
 
 

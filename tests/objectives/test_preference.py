@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from semu_peft.objectives import NPO, GradientAscent, SimNPO
+from semu_peft.objectives import DPO, NPO, TPO, FDivergence, GradientAscent, SimNPO, preference
 
 LOG2 = math.log(2)
 
@@ -41,6 +41,7 @@ def softplus(x: float) -> float:
 BY_HAND: dict[str, tuple[Any, float]] = {
     "npo": (NPO(beta=0.5, reference=uniform), 2 * (softplus(0.5 * LOG2) + softplus(-0.5 * LOG2))),
     "simnpo": (SimNPO(beta=2.0), (softplus(-2 * 1.5 * LOG2) + softplus(-2 * 3 * LOG2)) / 2),
+    "tpo": (TPO(beta=2.0, reference=uniform), (softplus(-3 * LOG2) + softplus(-6 * LOG2)) / 2),
     "simnpo, delta": (SimNPO(beta=2.0, delta=LOG2), (softplus(-2 * 0.5 * LOG2) + softplus(-2 * 2 * LOG2)) / 2),
 }
 
@@ -71,7 +72,97 @@ def test_at_the_original_npo_is_ascent(beta: float) -> None:
     torch.testing.assert_close(gradient[0], ascent[0] * 3 / 2 * 2 * torch.sigmoid(-beta * drop).item())
 
 
-@pytest.mark.parametrize("make", [NPO, SimNPO])
+# ---- with second answers ----
+
+
+class Pair(nn.Module):
+    """Two answers and two second answers of one token each, as logits that the batch asks for by name."""
+
+    def __init__(self, answers: list[float], seconds: list[float]) -> None:
+        super().__init__()
+        told = torch.tensor([answers, seconds])
+        self.logits = nn.Parameter(torch.stack([told, (1 - told)], -1).log())
+
+    def forward(self, which: int) -> Tensor:
+        return self.logits[which]
+
+
+PAIRS = {"which": 0, "labels": torch.zeros(2, dtype=torch.long)}
+PAIRS |= {f"alternate_{name}": value for name, value in {**PAIRS, "which": 1}.items()}
+
+
+def test_dpo_by_hand() -> None:
+    """The sum of how much less likely the answer is and how much likelier the second one, of each pair."""
+    before, after = Pair([0.8, 0.8], [0.1, 0.2]), Pair([0.4, 0.8], [0.2, 0.1])
+    margins = [math.log(2) + math.log(2), 0 - math.log(2)]
+    expected = 2 / 0.5 * sum(softplus(-0.5 * margin) for margin in margins) / 2
+    assert DPO(beta=0.5, reference=before)(after, PAIRS).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.001])
+def test_at_the_original_dpo_is_ascent_and_descent(beta: float) -> None:
+    """Its gradient is that of `log p(answer) − log p(second)`, for every β."""
+    model, start = Pair([0.8, 0.3], [0.1, 0.2]), Pair([0.8, 0.3], [0.1, 0.2])
+    (gradient,) = torch.autograd.grad(DPO(beta=beta, reference=start)(model, PAIRS), model.logits)
+    log_p = model.logits.log_softmax(-1)[..., 0].mean(1)
+    (expected,) = torch.autograd.grad(log_p[0] - log_p[1], model.logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # with probability 0.8 of the second answer and 0.3 of the answer
+        ("tv", -0.18636),
+        ("kl", -0.8 + math.exp(-0.7)),
+        ("reverse_kl", math.exp(-0.8) - 0.7),
+        ("pearson", -0.8 + 0.3 + 0.0225),
+        ("neyman", math.exp(-0.8) - 1 + 2 - 2 * math.exp(-0.15)),
+        ("hellinger", math.exp(-0.8) - 1 + math.exp(0.3) - 1),
+        ("js", math.log(1 + math.exp(-0.8)) + math.log(1 + math.exp(0.3)) - 2 * LOG2),
+        ("jeffrey", -0.8 + 0.3 + 0.0225 + 0.027 / 16),
+    ],
+)
+def test_divergences_by_hand(name: str, expected: float) -> None:
+    """To lower each of them makes the second answer likelier and the answer less likely, wherever they stand."""
+    assert FDivergence(name)(Pair([0.3, 0.3], [0.8, 0.8]), PAIRS).item() == pytest.approx(expected, abs=1e-5)
+    for answer, second in [(0.01, 0.01), (0.5, 0.5), (0.99, 0.01), (0.01, 0.99), (0.99, 0.99)]:
+        model, objective = Pair([answer] * 2, [second] * 2), FDivergence(name)
+        loss = objective(model, PAIRS)
+        (gradient,) = torch.autograd.grad(loss, model.logits)
+        assert (gradient[0, :, 0] > 0).all() and (gradient[1, :, 0] < 0).all()
+        assert objective.minimum is not None and loss > objective.minimum
+    perfect = FDivergence(name)(Pair([0.0, 0.0], [1.0, 1.0]), PAIRS)
+    assert perfect.item() == pytest.approx(FDivergence(name).minimum)
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "neyman"])
+def test_divergences_are_those_of_their_conjugate(name: str) -> None:
+    """`f*(g(v))` is the supremum of `t u − f(u)` at `t = g(v)`, found here on a grid."""
+    generators = {
+        "kl": lambda u: u * u.log(),
+        "neyman": lambda u: (u - 1) ** 2 / u,
+        "js": lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+    }
+    variational, conjugate = preference._DIVERGENCES[name]
+    u, v = torch.linspace(1e-3, 20, 400_000, dtype=torch.float64), torch.linspace(0, 1, 5, dtype=torch.float64)
+    supremum = torch.stack([(t * u - generators[name](u)).max() for t in variational(v)])
+    torch.testing.assert_close(conjugate(v), supremum, rtol=0, atol=1e-6)
+
+
+def test_second_answers_must_be_there() -> None:
+    """In the batch, one for each answer, of which a token counts; and a divergence must be one of those."""
+    for objective in (DPO(reference=Pair([0.5] * 2, [0.5] * 2)), FDivergence()):
+        with pytest.raises(TypeError, match="`alternate_labels`, got.*which"):
+            objective(Pair([0.5] * 2, [0.5] * 2), {name: PAIRS[name] for name in ("which", "labels")})
+    tokens = {"input": torch.zeros(2, 1, 3), "labels": torch.tensor([[1], [2]])}
+    fewer = {"alternate_input": torch.zeros(2, 1, 3), "alternate_labels": torch.tensor([[-100], [2]])}
+    with pytest.raises(ValueError, match="`alternate_labels` must leave a token .*, got 1 for 2"):
+        FDivergence(shift_labels=False)(nn.Identity(), {**tokens, **fewer})
+    with pytest.raises(ValueError, match="`name` must be one of .*'hellinger'.*got 'GLS'"):
+        FDivergence("GLS")
+
+
+@pytest.mark.parametrize("make", [NPO, SimNPO, DPO, TPO])
 def test_beta_must_be_positive(make: Any) -> None:
     """And a number."""
     for beta in (0, -1.0, float("nan")):

@@ -1,0 +1,164 @@
+"""Objectives made of another objective: on some of the tokens, or with a weight that follows its own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_number, check_switch
+
+from .base import Evaluation, LossFunction, Objective, as_objective
+from .batches import ALTERNATE, IGNORED, TOKEN_MASK, as_labels
+
+
+@dataclass
+class TokenSelective(Objective):
+    """An objective on the tokens that the batch's `token_mask` names, or on the others.
+
+    Which words of an answer carry what is to be forgotten is for the data to say (targeted forgetting, arXiv
+    2506.03142; by entropy, ALTER, arXiv 2603.01792); the rest of the answer can be kept by a second term:
+    `TokenSelective(InvertedHinge()) + TokenSelective(CrossEntropy(), selected=False)`. An answer without a token of the
+    kind is left out; a batch without any is an error.
+
+    A batch has `token_mask` `(N, L)` beside its labels, true at the tokens that are meant (`alternate_token_mask`
+    beside second answers).
+
+    Args:
+        objective: What is minimised on those tokens.
+        selected: Whether on the tokens that the mask names, or on the others.
+
+    Raises:
+        TypeError: A batch has no such mask.
+        ValueError: The mask is of another shape than the labels.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy, TokenSelective
+        >>> logits, labels = torch.zeros(1, 3, 2), torch.tensor([[0, 1, 0]])
+        >>> logits[0, 0, 0] = 50.0  # sure of the first token alone
+        >>> batch = {"input": logits, "labels": labels, "token_mask": torch.tensor([[False, True, True]])}
+        >>> ce = CrossEntropy(shift_labels=False)
+        >>> model = torch.nn.Identity()
+        >>> round(TokenSelective(ce)(model, batch).item(), 4), TokenSelective(ce, selected=False)(model, batch).item()
+        (0.6931, 0.0)
+    """
+
+    objective: LossFunction
+    selected: bool = True
+
+    def __post_init__(self) -> None:
+        check_switch("selected", self.selected)
+        self._inner = as_objective(self.objective)
+        self.distribution, self.minimum = self._inner.distribution, self._inner.minimum
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self._inner(model, self._select(batch))
+
+    def prepare(self, model: nn.Module, batch: Any) -> Any:
+        return self._inner.prepare(model, self._select(batch))
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        return self._inner.evaluate(model, self._select(batch), prepared)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
+    def _select(self, batch: Any) -> dict[str, Any]:
+        """The batch with the labels of the other tokens taken out."""
+        if not isinstance(batch, Mapping) or TOKEN_MASK not in batch:
+            found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise TypeError(
+                f"A batch must be a mapping with '{TOKEN_MASK}', got {found}. Add a mask of the tokens that are meant, "
+                "of the shape of `labels`."
+            )
+        chosen = dict(batch)
+        for prefix in ("", ALTERNATE):
+            if prefix + TOKEN_MASK in chosen:
+                labels, mask = as_labels(chosen[prefix + "labels"]), as_labels(chosen.pop(prefix + TOKEN_MASK)).bool()
+                if labels.shape != mask.shape:
+                    raise ValueError(
+                        f"`{prefix}{TOKEN_MASK}` must have the shape of `labels`, {tuple(labels.shape)}, got "
+                        f"{tuple(mask.shape)}. Pad both alike."
+                    )
+                chosen[prefix + "labels"] = labels.masked_fill(mask.to(labels.device) != self.selected, IGNORED)
+        return chosen
+
+
+@dataclass
+class PrimalDual(Objective):
+    """`λ (L − ε)`: keep a loss under a limit, with a multiplier that grows while it is over and falls while under.
+
+    After each step `λ ← max(0, λ + η (L − ε))`, the dual ascent of "minimise the forget loss subject to `L ≤ ε`" (PDU,
+    arXiv 2506.05314). It is made for retain data: `Retain(batches, PrimalDual(CrossEntropy(), limit=0.3))`. A weight
+    need not be found, the limit says what is meant. The multiplier is saved with the run; each process has its own.
+
+    Args:
+        objective: The loss `L` that is to stay under the limit.
+        limit: ε.
+        rate: η, how fast the multiplier follows.
+        multiplier: λ at the start.
+        warmup: How many steps the multiplier stays at its start.
+
+    Raises:
+        ValueError: One of the numbers is negative or not finite.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy, PrimalDual
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))  # a loss of log 2 = 0.69
+        >>> bounded = PrimalDual(CrossEntropy(), limit=0.5, rate=10.0)
+        >>> [round(bounded(model, batch).item(), 3) for _ in range(3)]  # 0.193 times 1, 2.93 and 4.86
+        [0.193, 0.566, 0.939]
+    """
+
+    objective: LossFunction
+    limit: float
+    rate: float = 1.0
+    multiplier: float = 1.0
+    warmup: int = 0
+    steps: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "rate", "multiplier"):
+            check_number(name, getattr(self, name), low=0)
+        check_count("warmup", self.warmup, least=0)
+        self._inner = as_objective(self.objective)
+        self.distribution = self._inner.distribution
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        multiplier, loss = self.multiplier, self._inner(model, batch)
+        if torch.is_grad_enabled():  # and not while somebody only looks
+            self._ascend(loss)
+        return multiplier * (loss - self.limit)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Any) -> tuple[float, Any]:
+        multiplier, prepared = self.multiplier, self._inner.prepare(model, batch)
+        self._ascend(self._inner.evaluate(model, batch, prepared).loss)
+        return multiplier, prepared
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        multiplier, inner = prepared
+        evaluation = self._inner.evaluate(model, batch, inner)
+        outputs = [replace(output, weight=multiplier * output.weight) for output in evaluation.outputs]
+        return Evaluation(multiplier * (evaluation.loss - self.limit), tuple(outputs))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"multiplier": self.multiplier, "steps": self.steps, "objective": self._inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.multiplier, self.steps = state["multiplier"], state["steps"]
+        self._inner.load_state_dict(state["objective"])
+
+    def _ascend(self, loss: Tensor) -> None:
+        """Move the multiplier by what the loss is over its limit at the beginning of this step."""
+        if self.steps >= self.warmup:
+            self.multiplier = max(0.0, self.multiplier + self.rate * (loss.item() - self.limit))
+        self.steps += 1
