@@ -95,8 +95,9 @@ def read_floors(contract: Path) -> list[list[str]]:
 
 
 def modules_of(room: Path) -> list[str]:
-    """Return the names of a room's modules, in order; none for a single file."""
-    return sorted(path.stem for path in room.glob("*.py") if path.stem != "__init__")
+    """Return the names of a room's modules and packages, in order; none for a single file."""
+    inside = [path.parent for path in room.glob("*/__init__.py")]
+    return sorted(path.stem for path in [*room.glob("*.py"), *inside] if path.stem != "__init__")
 
 
 def wrapped(words: list[str], width: int) -> list[str]:

@@ -19,7 +19,7 @@ from .subspace import (
 )
 from .training.callbacks import Callback, EarlyStopping
 from .training.natural import NaturalGradient
-from .training.rules import ClipGradientNorm, Rule
+from .training.rules import ClipGradientNorm, Mask, NormCap, RemoveLeading, RetainSafe, Rule
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
     NotInitializedError,
@@ -41,12 +41,16 @@ __all__ = [
     "Gathered",
     "GradientSum",
     "InputMoment",
+    "Mask",
     "NaturalGradient",
+    "NormCap",
     "NotInitializedError",
     "RankBudget",
+    "RemoveLeading",
     "RerankReport",
     "Retain",
     "RetainRule",
+    "RetainSafe",
     "Rule",
     "SemuConfig",
     "SemuLayer",

@@ -1,6 +1,7 @@
 """Gradients of chosen weights over some data: where they are caught, and what is kept of them."""
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
+from .covariance import LayerCovariance
 from .moments import FactoredFisher, InputMoment
 from .sketch import Sketch
 from .sources import GradientSource, LayerSource, WeightSource, register_source
@@ -15,6 +16,7 @@ __all__ = [
     "GradientSource",
     "GradientSum",
     "InputMoment",
+    "LayerCovariance",
     "LayerSource",
     "MatrixSum",
     "Sketch",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -34,8 +36,9 @@ from .fingerprint import Fingerprint, describe, describe_optimizer
 from .optimizers import SchedulerFactory, default_epochs, make_schedule, needs_closure
 from .parameters import trained_parameters
 from .progress import Position, Progress
-from .rules import Rule, Step
+from .rules.base import Rule, Step, StepData
 from .settings import Settings
+from .step_data import GradientsOfStep, examples_of
 
 _RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
 _NEXT_RETAIN_SEED = 2**20
@@ -228,7 +231,7 @@ class Loop:
 
     def _train_step(self, batches: list[Any]) -> None:
         together = [(batch, [next(stream) for stream in self.retained]) for batch in batches]
-        step = self._start_step()
+        step = self._start_step(self._data_of(together))
         losses = self._update_again_and_again(step, together) if self.evaluates_again else self._update(step, together)
         if not self.optimizer.step_was_skipped:
             self._apply(step, "update")
@@ -240,9 +243,43 @@ class Loop:
         self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
         self._record(losses)
 
-    def _start_step(self) -> Step:
+    def _start_step(self, data: StepData | None) -> Step:
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        return Step(self.progress.step, self.model, self.parameters, before)
+        return Step(self.progress.step, self.model, self.parameters, before, self.optimizer, data)
+
+    def _data_of(self, batches: list[tuple[Any, list[Any]]]) -> StepData | None:
+        """What rules may ask of these batches; nothing is worked out before they do."""
+        if not self.rules:
+            return None
+        count, first = len(batches), self.progress.forget.batch
+
+        def losses() -> Iterator[Tensor]:
+            for number, (batch, retained) in enumerate(batches):
+                yield torch.stack(list(self._losses(batch, retained, first + number).values())).sum() / count
+
+        def losses_of_term(index: int) -> Iterator[Tensor]:
+            for _, retained in batches:
+                loss = self.objectives[1 + index](self.prepared.model, retained[index])
+                yield _scalar(loss, "the retain data, for a rule") / count
+
+        def example_losses() -> Iterator[Tensor]:
+            if any(self.weights):
+                raise ValueError(
+                    "`retain` must weigh nothing beside a rule that takes the gradient of each forget example, got "
+                    f"weights {self.weights}. Set `weight=0`, or put these data among the forget batches."
+                )
+            for batch, _ in batches:
+                for example in examples_of(batch):
+                    yield _scalar(
+                        self.objectives[0](extract_model_from_parallel(self.prepared.model), example),
+                        "one example, for a rule",
+                    )
+
+        return GradientsOfStep(
+            self.parameters, self.objectives, [objective.state_dict() for objective in self.objectives], losses=losses,
+            retain_losses=[partial(losses_of_term, index) for index in range(len(self.weights))],
+            example_losses=example_losses, mean=lambda gradient: gradient,
+        )  # fmt: skip
 
     def _update(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
         losses = self._backward(step, batches)
@@ -300,8 +337,9 @@ class Loop:
             terms = [
                 weight * _scalar(objective(model, each), f"the retain data beside {where}")
                 for weight, objective, each in zip(self.weights, keep, retained, strict=True)
+                if weight  # what weighs nothing is there for rules alone
             ]
-            parts["retain_loss"] = torch.stack(terms).sum()
+            parts["retain_loss"] = torch.stack(terms).sum() if terms else torch.zeros_like(parts["forget_loss"])
         return parts
 
     def _checked(self, loss: Tensor, parts: dict[str, Tensor], number: int) -> Losses:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
-from .rules import Step
+from .rules.base import Step, StepData
+from .step_data import GradientsOfStep
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
@@ -203,7 +206,7 @@ class NaturalLoop(Loop):
 
     def _update_cores(self, terms: list[Term], here: Tried, *, keep_graph: bool) -> Tried:
         """Try steps from here until one is good, and go there; where none is, stay."""
-        step = self._start_step()
+        step = self._start_step(self._data_at(terms))
         start = self._flat()
         is_due = self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
         # FSDP's graph cannot be gone through twice.
@@ -278,6 +281,41 @@ class NaturalLoop(Loop):
     def _mean(self, gradient: Tensor) -> Tensor:
         """The mean of a gradient over all processes, which FSDP takes by itself."""
         return gradient if self.is_sharded else sum_over_processes(gradient) / self.processes
+
+    def _start_step(self, data: StepData | None) -> Step:
+        # The optimiser that Accelerate was given moves nothing here.
+        return replace(super()._start_step(data), optimizer=None, natural=self._natural)
+
+    def _natural(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        flat = torch.cat([whole(gradient[name]).flatten().float() for name in self.layers])
+        solved = self.curvature.solve(flat, self.damping)
+        return {
+            name: solved[slot.place].view(slot.shape)
+            for name, slot in zip(self.layers, self.curvature.slots, strict=True)
+        }
+
+    def _data_at(self, terms: list[Term]) -> StepData | None:
+        """What rules may ask of these terms, with what they have prepared."""
+        if not self.rules:
+            return None
+
+        def losses_of_retain_term(index: int) -> Iterator[Tensor]:
+            own = terms[1 + index :: len(self.objectives)]  # a batch of each objective after the other
+            for term in own:
+                yield term.objective.evaluate(self.runner, term.batch, term.prepared).loss / len(own)
+
+        def example_losses() -> Iterator[Tensor]:
+            raise ValueError(
+                "`rules` that need the gradient of each example keep what a single one does to the model within "
+                "bounds, and natural gradients look at the batch itself. Give `learning_rate` or another `optimizer`."
+            )
+
+        return GradientsOfStep(
+            self.parameters, self.objectives, [objective.state_dict() for objective in self.objectives],
+            losses=lambda: [self.trials.evaluate(terms, with_gradient=True).loss],
+            retain_losses=[partial(losses_of_retain_term, index) for index in range(len(self.weights))],
+            example_losses=example_losses, mean=self._mean,
+        )  # fmt: skip
 
     def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
         if not self.rules:

@@ -9,7 +9,18 @@ import pytest
 import torch
 from models import vector_batches
 from torch import Tensor, nn
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
+from training_runs import (
+    QUIET,
+    Interrupted,
+    Schedule,
+    assert_same_state,
+    constant,
+    loader,
+    semu,
+    sgd,
+    train,
+    trained_state,
+)
 
 from semu_peft import ClipGradientNorm, Rule
 from semu_peft.objectives import CrossEntropy, RandomLabel
@@ -32,14 +43,6 @@ class Momentum(Rule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean = dict(state["mean"])
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
-def constant(optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,32 @@
-"""Rules edit the steps of a run: gradients before the optimiser, and what the optimiser then made of them."""
+"""What a rule is, and what it sees of a step: gradients before the optimiser, and what the optimiser made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from semu_peft.objectives.base import finite_number
+
+
+class StepData(Protocol):
+    """What a rule may ask of the data of a step, with the parameters as they are at the moment; nothing is left behind.
+
+    The random draws are those of the step itself, and gradients are means over all processes.
+    """
+
+    def gradient(self) -> dict[str, Tensor]:
+        """The gradient of the step's whole loss."""
+
+    def retain_gradients(self) -> list[dict[str, Tensor]]:
+        """The gradient of each retain term, without its weight."""
+
+    def example_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """The gradients of the forget objective on the examples of this process's forget batches, one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +38,20 @@ class Step:
         model: The model.
         parameters: What is trained, by name, to be changed in place.
         before: The values before the optimiser, by name.
+        optimizer: The optimiser, whose `state` a rule may read and change; None with natural gradients, which have no
+            state by parameter.
+        data: What a rule may ask of the step's data.
+        natural: With natural gradients, `(F + λ I)⁻¹ g` of a gradient `g` by name, with the damping of the step that is
+            being tried; else None.
     """
 
     number: int
     model: nn.Module = field(repr=False)
     parameters: Mapping[str, nn.Parameter] = field(repr=False)
     before: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    optimizer: Optimizer | None = field(default=None, repr=False)
+    data: StepData | None = field(default=None, repr=False)
+    natural: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -37,6 +62,37 @@ class Step:
     def changes(self) -> dict[str, Tensor]:
         """What the optimiser (and the rules before) made of the step: the values now less those before, by name."""
         return {name: self.parameters[name].detach() - value for name, value in self.before.items()}
+
+    def state_of(self, name: str) -> dict[str, Any]:
+        """What the optimiser keeps of a parameter, such as its moments; empty where it keeps nothing."""
+        state: dict[str, Any] = {} if self.optimizer is None else self.optimizer.state.get(self.parameters[name], {})
+        return state
+
+    def needed_data(self, rule: Rule) -> StepData:
+        """`data`, for a rule that cannot do without.
+
+        Raises:
+            ValueError: The loop that runs the rule gives none.
+        """
+        if self.data is None:
+            raise ValueError(
+                f"`rules`: {type(rule).__name__} takes gradients of its own, which this loop does not give. Train by "
+                "`unlearn`, or make the `Step` with `data`."
+            )
+        return self.data
+
+    def needed_optimizer(self, rule: Rule, what: str) -> Optimizer:
+        """`optimizer`, for a rule that cannot do without.
+
+        Raises:
+            ValueError: The run has none, as it is one by natural gradients.
+        """
+        if self.optimizer is None:
+            raise ValueError(
+                f"`rules`: {type(rule).__name__} {what}, and natural gradients have no such optimiser. Give "
+                "`learning_rate` or another `optimizer`."
+            )
+        return self.optimizer
 
 
 class Rule:

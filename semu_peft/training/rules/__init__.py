@@ -1,0 +1,33 @@
+"""Rules edit the steps of a run: gradients before the optimiser, and what the optimiser then made of them."""
+
+from .base import ClipGradientNorm, Rule, Step, StepData, as_rules
+from .leading import RemoveDirections, RemoveLeading
+from .mask import Mask, gradients_of_parameters, top_fraction, wagle_scores
+from .precondition import Precondition
+from .private import PrivateGradient
+from .retain_safe import RetainSafe
+from .sharpness import SharpnessAware
+from .size import NormCap, RowScale
+from .soft_threshold import Ramp, SoftThreshold
+
+__all__ = [
+    "ClipGradientNorm",
+    "Mask",
+    "NormCap",
+    "Precondition",
+    "PrivateGradient",
+    "Ramp",
+    "RemoveDirections",
+    "RemoveLeading",
+    "RetainSafe",
+    "RowScale",
+    "Rule",
+    "SharpnessAware",
+    "SoftThreshold",
+    "Step",
+    "StepData",
+    "as_rules",
+    "gradients_of_parameters",
+    "top_fraction",
+    "wagle_scores",
+]

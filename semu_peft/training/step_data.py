@@ -1,0 +1,123 @@
+"""What rules may ask of the data of a step: its gradient again, those of the retain data, those of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.gradients.gather import count_examples
+from semu_peft.objectives.base import Objective
+
+Losses = Iterable[Tensor]
+
+
+class GradientsOfStep:
+    """Gradients of a step's losses, see [`StepData`][semu_peft.training.rules.base.StepData].
+
+    Args:
+        parameters: What is trained, by name.
+        objectives: Those of the run, whose random draws begin again at `drawn` for each question.
+        drawn: Their states as the step found them.
+        losses: The losses that add up to the step's.
+        retain_losses: For each retain term, the losses that add up to its own, without its weight.
+        example_losses: The forget objective on one example after the other.
+        mean: Takes the mean of a gradient over processes, where the backward pass has not.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        objectives: Sequence[Objective],
+        drawn: Sequence[Any],
+        *,
+        losses: Callable[[], Losses],
+        retain_losses: Sequence[Callable[[], Losses]],
+        example_losses: Callable[[], Losses],
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.parameters, self.objectives, self.drawn = parameters, objectives, drawn
+        self.losses, self.retain_losses, self.example_losses, self.mean = losses, retain_losses, example_losses, mean
+
+    def gradient(self) -> dict[str, Tensor]:
+        return self._of(self.losses)
+
+    def retain_gradients(self) -> list[dict[str, Tensor]]:
+        return [self._of(losses) for losses in self.retain_losses]
+
+    def example_gradients(self) -> Iterator[dict[str, Tensor]]:
+        with self._same_draws(), torch.enable_grad():
+            for loss in self.example_losses():
+                with self._own_gradients():
+                    loss.backward()
+                    found = self._found()
+                yield found
+
+    def _of(self, losses: Callable[[], Losses]) -> dict[str, Tensor]:
+        with self._same_draws(), self._own_gradients(), torch.enable_grad():
+            for loss in losses():
+                loss.backward()
+            return {name: self.mean(gradient) for name, gradient in self._found().items()}
+
+    def _found(self) -> dict[str, Tensor]:
+        each = self.parameters.items()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in each}
+
+    @contextmanager
+    def _own_gradients(self) -> Iterator[None]:
+        """The step's own gradients are put aside in the meantime."""
+        kept = [(parameter, parameter.grad) for parameter in self.parameters.values()]
+        try:
+            for parameter, _ in kept:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+
+    @contextmanager
+    def _same_draws(self) -> Iterator[None]:
+        now = [objective.state_dict() for objective in self.objectives]
+        _load(self.objectives, self.drawn)
+        try:
+            yield
+        finally:
+            _load(self.objectives, now)
+
+
+def _load(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
+    for objective, state in zip(objectives, states, strict=True):
+        objective.load_state_dict(state)
+
+
+def examples_of(batch: Any) -> Iterator[Any]:
+    """The examples of a batch as batches of one: every tensor whose first dimension is theirs is cut.
+
+    Raises:
+        ValueError: The batch holds no tensor, so that it does not say how many there are.
+
+    Examples:
+        >>> [inputs.shape for inputs, labels in examples_of((torch.zeros(2, 3), torch.zeros(2)))]
+        [torch.Size([1, 3]), torch.Size([1, 3])]
+    """
+    count = count_examples(batch)
+    if count is None:
+        raise ValueError(
+            "`forget`: a batch without a tensor has no examples that could be told apart. Put a tensor into it whose "
+            "first dimension is the examples."
+        )
+    return (_example(batch, index, count) for index in range(count))
+
+
+def _example(part: Any, index: int, count: int) -> Any:
+    if isinstance(part, Tensor):
+        return part[index : index + 1] if part.dim() and len(part) == count else part
+    if isinstance(part, Mapping):
+        return {key: _example(each, index, count) for key, each in part.items()}
+    if isinstance(part, (list, tuple)):
+        cut = [_example(each, index, count) for each in part]
+        return cut if isinstance(part, list) else tuple(cut)
+    return part
