@@ -1,7 +1,7 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
 from .adapter.hotswap import hotswap_adapter
-from .adapter.rerank import RerankReport, rerank
+from .adapter.rerank import RerankReport, prune, rerank
 from .adapter.scale import set_scale
 from .concept import unlearn_concept
 from .export.diffusers import save_as_diffusers_lora
@@ -64,6 +64,7 @@ __all__ = [
     "hotswap_adapter",
     "initialize_semu_weights",
     "objectives",
+    "prune",
     "rerank",
     "save_as_diffusers_lora",
     "save_as_lora",

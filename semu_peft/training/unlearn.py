@@ -107,7 +107,7 @@ def unlearn(
         objective: `(model, batch) -> scalar loss`, see [`semu_peft.objectives`].
         retain: What to keep: one [`Retain`][semu_peft.objectives.retain.Retain] or several. Each is gone through in a
             cycle, one batch a forget batch; its weighted loss is added to the objective's.
-        rules: [Rules][semu_peft.training.rules.Rule] that edit each step, applied in order.
+        rules: [Rules][semu_peft.training.rules.base.Rule] that edit each step, applied in order.
         callbacks: [Callbacks][semu_peft.training.callbacks.Callback] that look on and may stop the run, such as
             [`EarlyStopping`][semu_peft.training.callbacks.EarlyStopping].
         epochs: Passes over the forget set, at most. By default as many as it takes; with another optimiser than the
