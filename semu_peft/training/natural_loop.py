@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
 from .rules.base import Step, StepData
-from .step_data import GradientsOfStep
+from .step_data import gradients_of_terms
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
@@ -295,27 +294,7 @@ class NaturalLoop(Loop):
         }
 
     def _data_at(self, terms: list[Term]) -> StepData | None:
-        """What rules may ask of these terms, with what they have prepared."""
-        if not self.rules:
-            return None
-
-        def losses_of_retain_term(index: int) -> Iterator[Tensor]:
-            own = terms[1 + index :: len(self.objectives)]  # a batch of each objective after the other
-            for term in own:
-                yield term.objective.evaluate(self.runner, term.batch, term.prepared).loss / len(own)
-
-        def example_losses() -> Iterator[Tensor]:
-            raise ValueError(
-                "`rules` that need the gradient of each example keep what a single one does to the model within "
-                "bounds, and natural gradients look at the batch itself. Give `learning_rate` or another `optimizer`."
-            )
-
-        return GradientsOfStep(
-            self.parameters, self.objectives, [objective.state_dict() for objective in self.objectives],
-            losses=lambda: [self.trials.evaluate(terms, with_gradient=True).loss],
-            retain_losses=[partial(losses_of_retain_term, index) for index in range(len(self.weights))],
-            example_losses=example_losses, mean=self._mean,
-        )  # fmt: skip
+        return gradients_of_terms(self.parameters, self.trials, terms, self._mean) if self.rules else None
 
     def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
         if not self.rules:

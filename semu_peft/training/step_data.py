@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from semu_peft.gradients.gather import count_examples
 from semu_peft.objectives.base import Objective
+
+from .trials import Term, Trials
 
 Losses = Iterable[Tensor]
 
@@ -86,6 +89,37 @@ class GradientsOfStep:
             yield
         finally:
             _load(self.objectives, now)
+
+
+def gradients_of_terms(
+    parameters: Mapping[str, nn.Parameter], trials: Trials, terms: Sequence[Term], mean: Callable[[Tensor], Tensor]
+) -> GradientsOfStep:
+    """What rules may ask of the terms of a step by natural gradients, with what these have prepared.
+
+    Args:
+        parameters: The cores by name.
+        trials: It evaluates the terms.
+        terms: Those of the step, of each batch one for the forget objective and one for each retain term.
+        mean: The mean of a gradient over processes.
+    """
+
+    def losses_of_retain_term(index: int) -> Iterator[Tensor]:
+        own = terms[1 + index :: len(trials.objectives)]
+        for term in own:
+            yield term.objective.evaluate(trials.model, term.batch, term.prepared).loss / len(own)
+
+    def example_losses() -> Iterator[Tensor]:
+        raise ValueError(
+            "`rules` that take the gradient of each example bound what a single one does to the model, and natural "
+            "gradients look at the batch itself. Give `learning_rate` or another `optimizer`."
+        )
+
+    return GradientsOfStep(
+        parameters, trials.objectives, [objective.state_dict() for objective in trials.objectives],
+        losses=lambda: [trials.evaluate(terms, with_gradient=True).loss],
+        retain_losses=[partial(losses_of_retain_term, index) for index in range(len(trials.weights))],
+        example_losses=example_losses, mean=mean,
+    )  # fmt: skip
 
 
 def _load(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
