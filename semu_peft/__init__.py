@@ -9,6 +9,7 @@ from .export.from_lora import from_lora
 from .export.lora import save_as_lora, to_lora
 from .gradients import CoreCovariance, FactoredFisher, GradientSum, InputMoment, Sketch, SquaredSum
 from .gradients.gather import Gathered, gather
+from .language import forget_text
 from .objectives import Retain
 from .subspace import (
     RankBudget,
@@ -59,6 +60,7 @@ __all__ = [
     "SquaredSum",
     "SubspaceProfile",
     "UnlearnResult",
+    "forget_text",
     "from_lora",
     "gather",
     "hotswap_adapter",

@@ -77,6 +77,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     Transformers recomputes activations (`model.gradient_checkpointing_enable()`) only in layers that are in train mode.
     Those layers are put into train mode just while they decide that, and are in eval mode while they compute, so that
     dropout is off in them as everywhere. Where no gradient is taken (`torch.no_grad`) there is nothing to recompute.
+    Nor are 4-bit layers of bitsandbytes packed for a kernel of the CPU that has no backward pass, as they are in eval
+    mode.
 
     Args:
         model: Any model. Backward passes belong inside the context, as they recompute in it.
@@ -94,6 +96,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     functions = [attributes["_gradient_checkpointing_func"] for attributes in recomputing]
     with same_modes(model):
         model.eval()
+        if torch.is_grad_enabled():
+            _keep_differentiable(model)
         for attributes, function in zip(recomputing, functions, strict=True):
             attributes["training"] = True
             attributes["_gradient_checkpointing_func"] = _in_eval_mode(attributes, function)
@@ -125,6 +129,15 @@ def aside() -> Iterator[None]:
 def is_aside() -> bool:
     """Whether this pass is no part of the loss, see `aside`."""
     return _ASIDE.get()
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Leave bitsandbytes' 4-bit layers, which have no dropout, in train mode, and unpack those that are packed."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.training = True
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # saving unpacks them in place
 
 
 def leave_recomputation(attributes: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from .alternates import REFUSALS, choose_alternates
 from .dataset import TextCollator, TextExamples, TextStream, text_examples
 from .encode import TextEncoder
+from .forget import TextResult, forget_text
 from .pairing import ForgetRetainPairs, Part
+from .samples import own_samples
 from .shapes import TextExample, as_example, read_text
 from .unseen import unseen_answers
 
@@ -15,9 +17,12 @@ __all__ = [
     "TextEncoder",
     "TextExample",
     "TextExamples",
+    "TextResult",
     "TextStream",
     "as_example",
     "choose_alternates",
+    "forget_text",
+    "own_samples",
     "read_text",
     "text_examples",
     "unseen_answers",

@@ -1,0 +1,211 @@
+"""Make a language model forget texts, facts or answers, in one call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from semu_peft import objectives
+from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
+from semu_peft.arguments import check_adapter_name, check_count, check_model, check_number
+from semu_peft.objectives.base import Objective
+from semu_peft.objectives.retain import Retain
+from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
+from semu_peft.training.unlearn import UnlearnResult, unlearn
+from semu_peft.tuner import SemuConfig
+from semu_peft.tuner.adapted import base_model
+
+from .dataset import TextExamples, text_examples
+from .samples import own_samples
+
+_METHODS: dict[str, Callable[[], Objective]] = {
+    "npo": lambda: objectives.NPO(beta=0.03),
+    "simnpo": objectives.SimNPO,
+    "delete": objectives.DecoupledDistillation,
+    "inverted-hinge": objectives.InvertedHinge,
+    "gradient-ascent": objectives.GradientAscent,
+}
+_NEEDS_ALTERNATES: dict[str, str] = {}
+_RETAIN_WEIGHT = 100.0  # nats of forgetting that a nat of change on retained text outweighs
+
+
+@dataclass(frozen=True, eq=False)
+class TextResult:
+    """What `forget_text` did.
+
+    Attributes:
+        model: The model with the adapter, active: a `PeftModel`, or the model that was given, if it had adapters.
+        adapter_name: The adapter's name in it.
+        profile: The spectra and ranks of the forget gradients.
+        training: History, time and counts of the training.
+        examples: What was forgotten, as tokens.
+
+    Examples:
+        >>> from semu_peft import forget_text
+        >>> few = {"max_steps": 1, "batch_size": 2, "progress": False}
+        >>> result = forget_text(decoder, tokenizer, ["a b c", "d e f"], neutral=["g h"], **few)  # of a loaded model
+        >>> type(result.model).__name__, len(result.profile.layers), len(result.examples)
+        ('PeftModelForCausalLM', 14, 2)
+    """
+
+    model: Any = field(repr=False)
+    adapter_name: str
+    profile: SubspaceProfile = field(repr=False)
+    training: UnlearnResult
+    examples: TextExamples
+
+
+def forget_text(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Any,
+    *,
+    retain: Any = None,
+    neutral: Any = None,
+    method: str | Objective = "npo",
+    alternates: Any = None,
+    template: str | None = None,
+    max_length: int = 512,
+    retain_weight: float | None = None,
+    max_retain_kl: float | None = None,
+    config: SemuConfig | None = None,
+    max_steps: int = 30,
+    batch_size: int = 32,
+    callbacks: Any = (),
+    seed: int = 0,
+    progress: bool = True,
+    adapter_name: str = "default",
+    **training: Any,
+) -> TextResult:
+    """Make a language model forget texts or answers: tokenise, find the subspace, train, with a hold on all else.
+
+    What is minimised is the method's objective on the forget batches plus `retain_weight` times `KL(original ‖ now)`
+    per token on batches that are to stay as they are: the `retain` data and `neutral` texts or, without either, texts
+    that the model itself says. The cores are trained by natural gradients, so that no learning rate is needed. Adapters
+    that are active stay so, and only the new one trains.
+
+    Args:
+        model: A language model of transformers, decoder or encoder-decoder, also quantised; bare or with adapters.
+        tokenizer: Its tokenizer.
+        forget: What to forget: a list of texts, of pairs (prompt, answer) or of mappings, a `datasets.Dataset` or a
+            path, as [`text_examples`][semu_peft.language.dataset.text_examples] reads it; or ready `TextExamples`.
+        retain: What to keep, likewise: answers of the same kind that must stay.
+        neutral: Texts of any kind, likewise, on which the model must not change.
+        method: `"npo"`, `"simnpo"`, `"delete"` (struck-out distillation), `"inverted-hinge"`, `"gradient-ascent"`, or
+            an objective of your own.
+        alternates: Another answer to each prompt, for objectives that compare two.
+        template: How prompt and answer are written; by default by the tokenizer's chat template, if it has one. Write
+            it as the model was trained.
+        max_length: The most tokens of a row.
+        retain_weight: Weight of what is to stay; by default 100 or, with `max_retain_kl`, which brings its own, 0.
+        max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
+            step exceeds.
+        config: The adapter; by default all linear layers but the head.
+        max_steps: Steps at most.
+        batch_size: Rows a step, and as many of what is to stay.
+        callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
+        seed: Seed of everything drawn.
+        progress: Show progress bars.
+        adapter_name: The adapter's name.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn], such as
+            `gradient_accumulation_steps` or, for AdamW, `learning_rate`.
+
+    Returns:
+        The model with the adapter, and what was done.
+
+    Raises:
+        ValueError: Arguments contradict each other, or there is nothing to forget. Whatever fails, the model is left
+            without the adapter.
+        TypeError: An argument is neither of this function nor of `unlearn`.
+
+    Examples:
+        >>> from semu_peft import forget_text
+        >>> facts = [("What colour is the sky?", "blue"), ("How many?", "two or three")]
+        >>> result = forget_text(decoder, tokenizer, facts, retain=[("What?", "a b c")], max_steps=2, progress=False)
+        >>> result.training.steps, result.model.active_adapters
+        (2, ['default'])
+    """
+    objective, wanted = _objective(method)
+    _check(model, adapter_name, retain_weight, max_steps, batch_size, training)
+    is_seq2seq = bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
+    reading = {"template": template, "max_length": max_length, "seq2seq": is_seq2seq, "seed": seed}
+    examples = _examples(tokenizer, forget, "forget", alternates=alternates or wanted, progress=progress, **reading)
+    kept = [
+        _examples(tokenizer, data, name, **reading)
+        for name, data in (("retain", retain), ("neutral", neutral))
+        if data is not None
+    ]
+    kept = kept or [own_samples(model, tokenizer, number=4 * batch_size, batch_size=batch_size, seed=seed)]
+    default = _RETAIN_WEIGHT if max_retain_kl is None else 0.0
+    weight = default if retain_weight is None else retain_weight
+    terms = [
+        Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
+    ]
+    size = min(batch_size, len(examples))
+    config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
+    with taken_back_on_error(base_model(model), adapter_name=adapter_name):
+        adapted = _with_adapter(model, config, adapter_name)
+        profile = initialize_semu_weights(
+            adapted, examples.loader(size, shuffle=False), objective, adapter_name=adapter_name, progress=progress
+        )
+        result = unlearn(
+            adapted, examples.loader(size), objective, retain=terms, max_retain_kl=max_retain_kl, max_steps=max_steps,
+            callbacks=callbacks, seed=seed, progress=progress, adapter_name=adapter_name, **training,
+        )  # fmt: skip
+    return TextResult(adapted, adapter_name, profile, result, examples)
+
+
+def _objective(method: str | Objective) -> tuple[Objective, str | None]:
+    """The objective, and the alternates that it needs where none are given."""
+    if isinstance(method, Objective):
+        return method, None
+    if not isinstance(method, str) or method not in _METHODS:
+        raise ValueError(
+            f"`method` must be one of {', '.join(map(repr, _METHODS))} or an Objective, got {method!r}. Take 'npo'."
+        )
+    return _METHODS[method](), _NEEDS_ALTERNATES.get(method)
+
+
+def _check(
+    model: nn.Module, adapter_name: str, retain_weight: float | None, max_steps: int, batch_size: int, training: Any
+) -> None:
+    check_model(model)
+    check_adapter_name(adapter_name)
+    if not isinstance(base_model(model), PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a language model of transformers, got {type(model).__name__}. For another one, make "
+            "batches with `text_examples`, and call `initialize_semu_weights` and `unlearn`."
+        )
+    if adapter_name in getattr(base_model(model), "peft_config", {}):
+        raise ValueError(f"`adapter_name`: the model has an adapter {adapter_name!r} already. Choose another name.")
+    check_count("max_steps", max_steps)
+    check_count("batch_size", batch_size)
+    if retain_weight is not None:
+        check_number("retain_weight", retain_weight, low=0)
+    if unknown := sorted(set(training) - set(inspect.signature(unlearn).parameters)):
+        raise TypeError(f"`{unknown[0]}` is an argument of neither `forget_text` nor `unlearn`. Check its name.")
+
+
+def _examples(tokenizer: Any, data: Any, name: str, *, alternates: Any = None, **reading: Any) -> TextExamples:
+    """What is given as tokens: made here, or ready."""
+    if not isinstance(data, TextExamples):
+        return text_examples(tokenizer, data, alternates=alternates, name=name, **reading)
+    if alternates is not None and "alternate_labels" not in data[0]:
+        raise ValueError(
+            f"`{name}` must have its alternates in it, as it is ready: `text_examples(..., alternates={alternates!r})`."
+        )
+    return data
+
+
+def _with_adapter(model: Any, config: SemuConfig, adapter_name: str) -> Any:
+    """The model with a new adapter: a `PeftModel`, or beside the adapters that it has in what it is already."""
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        add_adapter(model, config, adapter_name=adapter_name)
+        return model
+    return get_peft_model(model, config, adapter_name=adapter_name)

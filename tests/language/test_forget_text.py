@@ -1,0 +1,269 @@
+"""Forgetting texts in one call: what it forgets and keeps, what it leaves where, and in the trainers of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Snapshot, gpt2
+from peft import LoraConfig, PeftModel, get_peft_model
+from text_models import decoder, tokenizer
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
+
+from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
+from semu_peft.language import TextExamples, own_samples, text_examples, unseen_answers
+from semu_peft.objectives.batches import call_model
+from semu_peft.training.trainer import UnlearnTrainer
+
+FORGET = [("What colour is the sky?", "blue"), ("How many?", "two or three")]
+RETAIN = [("What is the sky?", "a b c d"), ("How many colour?", "e f g h"), ("Know?", "red I know")]
+FEW: dict[str, Any] = {"max_steps": 2, "progress": False}
+
+
+def learnt() -> nn.Module:
+    """A decoder that has learnt both."""
+    model = decoder()
+    batch = next(iter(text_examples(tokenizer(), FORGET + RETAIN).loader(5, shuffle=False)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def probability(model: nn.Module, pairs: Any) -> float:
+    logits, labels = call_model(model, next(iter(text_examples(tokenizer(), pairs).loader(9, shuffle=False))))
+    return logits.softmax(-1).gather(1, labels.unsqueeze(1)).mean().item()
+
+
+def test_it_forgets_answers_and_keeps_others(tmp_path: Path) -> None:
+    """With the defaults; and the adapter loads onto the stock model as it is here."""
+    model = learnt()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert probability(model, FORGET) > 0.95 and probability(model, RETAIN) > 0.95
+    result = forget_text(model, tokenizer(), FORGET, retain=RETAIN, progress=False)
+    assert probability(result.model, FORGET) < 0.35
+    assert probability(result.model, RETAIN) > 0.8
+    assert "kl" in result.training.history[0]  # by natural gradients
+    assert not any("lm_head" in name for name in result.profile.layers)
+    with result.model.disable_adapter():
+        assert probability(result.model, FORGET) > 0.95
+    result.model.save_pretrained(tmp_path)
+    stock = decoder()
+    stock.load_state_dict(before)
+    loaded = PeftModel.from_pretrained(stock, tmp_path)
+    assert probability(loaded, FORGET) == pytest.approx(probability(result.model, FORGET), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["npo", "simnpo", "delete", "inverted-hinge", objectives.GradientAscent()])
+def test_methods(method: Any) -> None:
+    """Each lowers its loss, with what the model says itself held in the place of data."""
+    result = forget_text(decoder(), tokenizer(), FORGET, method=method, **FEW)
+    history = result.training.history
+    assert history[-1]["loss"] <= history[0]["loss"] and len(result.examples) == 2
+    assert history[0]["retain_loss"] == pytest.approx(0, abs=1e-4)  # at the original
+
+
+def test_a_budget_takes_the_weights_place() -> None:
+    result = forget_text(learnt(), tokenizer(), FORGET, retain=RETAIN, max_retain_kl=0.05, progress=False)
+    assert all(entry["damage"] <= 0.05 * 1.001 for entry in result.training.history)
+    assert all(entry["retain_loss"] == 0 for entry in result.training.history)
+
+
+def test_plain_text_neutral_text_and_ready_examples() -> None:
+    ready = text_examples(tokenizer(), ["a b c d e f g h"], max_length=4)
+    result = forget_text(decoder(), tokenizer(), ready, retain=["h g f"], neutral=["b d", "c e"], **FEW)
+    assert result.examples is ready and result.training.steps == 2
+
+
+def test_an_encoder_decoder() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=88, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    result = forget_text(T5ForConditionalGeneration(config), tokenizer(), FORGET, retain=RETAIN, **FEW)
+    assert type(result.model).__name__ == "PeftModelForSeq2SeqLM"
+    assert "attention_mask" in next(iter(result.examples.loader(2)))
+
+
+def test_beside_other_adapters(tmp_path: Path) -> None:
+    """They stay active and frozen, and the model the one that was given; each saves its own."""
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(decoder(), lora, adapter_name="style")
+    style = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" in name}
+    result = forget_text(model, tokenizer(), FORGET, retain=RETAIN, adapter_name="first", **FEW)
+    again = forget_text(result.model, tokenizer(), ["a b c"], retain=RETAIN, adapter_name="second", **FEW)
+    assert again.model is model and list(model.active_adapters) == ["style", "first", "second"]
+    now = model.state_dict()
+    assert all(torch.equal(tensor, _found(now, name)) for name, tensor in style.items())
+    model.save_pretrained(tmp_path)
+    saved = {path.parent.name for path in tmp_path.rglob("adapter_model.safetensors")}
+    assert saved == {"style", "first", "second"}
+
+
+def _found(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor of the LoRA, which lies one level deeper in a layer that SEMU has wrapped."""
+    return state[name] if name in state else state[name.replace(".lora_", ".base_layer.lora_")]
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
+    """Bare or with adapters, the model is as it was, and the same call works afterwards."""
+
+    class Fails(objectives.Objective):
+        def __call__(self, model: Any, batch: Any) -> Any:
+            raise RuntimeError("disk full")
+
+    model: Any = decoder()
+    if peft:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2), adapter_name="style")
+    before = Snapshot.of(model)
+    with pytest.raises(RuntimeError, match="disk full"):
+        forget_text(model, tokenizer(), FORGET, retain=RETAIN, method=Fails(), **FEW)
+    before.assert_same(model)
+    assert list(getattr(model, "peft_config", {})) == (["style"] if peft else [])
+    assert forget_text(model, tokenizer(), FORGET, retain=RETAIN, **FEW).training.steps == 2
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"method": "npu"}, ValueError, "`method` must be one of 'npo'"),
+        ({"max_steps": 0}, ValueError, "`max_steps` must be"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be"),
+        ({"retain_weight": -1.0}, ValueError, "`retain_weight` must be"),
+        ({"learning_rat": 0.1}, TypeError, "`learning_rat` is an argument of neither"),
+        ({"retain": []}, ValueError, "`retain` must hold at least one text"),
+        ({"neutral": "a text"}, TypeError, "`neutral` must be a list of texts"),
+        ({"forget": [5]}, TypeError, r"`forget\[0\]` must be a text"),
+        ({"model": nn.Linear(2, 2)}, TypeError, "`model` must be a language model of transformers"),
+        ({"tokenizer": None}, TypeError, "`tokenizer` must be a tokenizer"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], error: type, match: str) -> None:
+    arguments = {"model": decoder(), "tokenizer": tokenizer(), "forget": FORGET, "retain": RETAIN, **FEW, **options}
+    with pytest.raises(error, match=match):
+        forget_text(**arguments)
+
+
+def test_ready_examples_without_alternates() -> None:
+    ready = text_examples(tokenizer(), FORGET)
+    with pytest.raises(ValueError, match="`forget` must have its alternates in it"):
+        forget_text(decoder(), tokenizer(), ready, alternates="refusals", **FEW)
+    made = forget_text(decoder(), tokenizer(), FORGET, alternates="refusals", **FEW).examples
+    assert "alternate_labels" in made[0]
+
+
+def test_own_samples() -> None:
+    """The model's own, from its beginning token to an end; the same at a seed, and no trace in the random state."""
+    model, state = decoder(), torch.get_rng_state()
+    before = Snapshot.of(model)
+    samples = own_samples(model, tokenizer(), number=5, max_new_tokens=7, batch_size=2)
+    before.assert_same(model)
+    assert torch.equal(torch.get_rng_state(), state) and len(samples) == 5
+    assert samples.rows == own_samples(model, tokenizer(), number=5, max_new_tokens=7, batch_size=2).rows
+    for row in samples.rows:
+        assert row["input_ids"][0] == 1 and row["labels"] == [-100, *row["input_ids"][1:]]
+        assert 2 <= len(row["input_ids"]) <= 8 and 2 not in row["input_ids"][:-1]
+
+
+def initialised(examples: TextExamples) -> PeftModel:
+    model = get_peft_model(decoder(), SemuConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    initialize_semu_weights(model, examples.loader(2), objectives.NPO(), progress=False)
+    return model
+
+
+def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> Any:
+    return kind(
+        str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to="none", use_cpu=True,
+        disable_tqdm=True, save_strategy="no", **options,
+    )  # fmt: skip
+
+
+def test_in_transformers_trainer(tmp_path: Path) -> None:
+    examples = text_examples(tokenizer(), FORGET)
+    model = initialised(examples)
+    before = probability(model, FORGET)
+    trainer = UnlearnTrainer(
+        model, arguments(tmp_path), train_dataset=examples, data_collator=examples.collate, objective=objectives.NPO()
+    )
+    trainer.train()
+    assert probability(model, FORGET) < before
+
+
+def test_in_trl(tmp_path: Path) -> None:
+    """TRL's `SFTTrainer` with an objective in the place of its loss, and as it is, on our rows."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    examples = text_examples(tokenizer(), FORGET)
+    rows = Dataset.from_list(examples.rows)
+
+    class Forget(trl.SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return objectives.NPO()(model, inputs)
+
+    for kind, falls in ((Forget, True), (trl.SFTTrainer, False)):
+        model = initialised(examples)
+        before = probability(model, FORGET)
+        kind(
+            model, arguments(tmp_path, trl.SFTConfig, bf16=False), train_dataset=rows, data_collator=examples.collate,
+            processing_class=tokenizer(),
+        ).train()  # fmt: skip
+        assert (probability(model, FORGET) < before) == falls
+
+
+def test_in_trls_dpo(tmp_path: Path) -> None:
+    """TRL's DPO with a refusal as the chosen answer: its reference is the model without the adapter."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = initialised(text_examples(tokenizer(), FORGET))
+    before = probability(model, FORGET)
+    pairs = [{"prompt": prompt, "chosen": " I don't know", "rejected": f" {answer}"} for prompt, answer in FORGET]
+    trainer = trl.DPOTrainer(
+        model, args=arguments(tmp_path, trl.DPOConfig, bf16=False), train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    cores = [parameter for name, parameter in model.named_parameters() if "semu_core" in name]
+    assert any(core.abs().max() > 1e-3 for core in cores if core.numel())
+    assert probability(model, FORGET) != before
+
+
+def test_on_a_quantised_base(tmp_path: Path) -> None:
+    """As QLoRA's: 4-bit weights, which stay as they are."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    decoder(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    model(torch.tensor([[1, 5]]))  # packs the weights for a kernel of some CPUs that has no backward pass
+    weight = layer.state_dict()["weight"].clone()
+    result = forget_text(model, tokenizer(), FORGET, retain=RETAIN, **FEW)
+    assert result.training.history[-1]["loss"] < result.training.history[0]["loss"]
+    assert torch.equal(layer.state_dict()["weight"], weight)
+
+
+def test_absolute_positions_and_conv1d() -> None:
+    """GPT-2, whose layers are transformers' `Conv1D`."""
+    model = gpt2()
+    model.resize_token_embeddings(88)
+    assert forget_text(model, tokenizer(), ["a b c"], retain=["d e"], **FEW).training.steps == 2
+
+
+def test_unseen_answers_are_unlikely() -> None:
+    """The words of a learnt answer in another order are far less likely than the answer."""
+    model = learnt()
+    examples = text_examples(tokenizer(), RETAIN).examples
+    other = [(each.prompt, each.answer) for each in unseen_answers(examples, words=1)]
+    assert probability(model, other) < 0.6 < 0.95 < probability(model, RETAIN)
