@@ -265,7 +265,8 @@ def read_hidden_states(model: nn.Module, batch: Any, layer: int | str) -> Tensor
     """Run the model and return the output of one of its layers at the tokens that count, `(T, d)`, in float32.
 
     A token counts where its label is not −100 and it is no padding; in an encoder, where it is no padding; of a batch
-    with one label an example, everything counts.
+    with one label an example, everything counts. Where activations are computed again, it must be without reentry
+    (`use_reentrant=False`), or what happens inside has no gradient.
 
     Args:
         model: Any model; the layer's output is a tensor `(N, …, d)` or a tuple that begins with one.

@@ -33,7 +33,7 @@ class TokenSelective(Objective):
 
     Raises:
         TypeError: A batch has no such mask.
-        ValueError: The mask is of another shape than the labels.
+        ValueError: The mask is of another shape than the labels, or holds something else than 0 and 1.
 
     Examples:
         >>> import torch
@@ -81,13 +81,18 @@ class TokenSelective(Objective):
         chosen = dict(batch)
         for prefix in ("", ALTERNATE):
             if prefix + TOKEN_MASK in chosen:
-                labels, mask = as_labels(chosen[prefix + "labels"]), as_labels(chosen.pop(prefix + TOKEN_MASK)).bool()
+                labels, mask = as_labels(chosen[prefix + "labels"]), as_labels(chosen.pop(prefix + TOKEN_MASK))
+                if not ((mask == 0) | (mask == 1)).all():
+                    raise ValueError(
+                        f"`{prefix}{TOKEN_MASK}` must hold true or false, got numbers from {mask.min()} to "
+                        f"{mask.max()}. Say from where on a token is meant, such as `scores > 0.5`."
+                    )
                 if labels.shape != mask.shape:
                     raise ValueError(
                         f"`{prefix}{TOKEN_MASK}` must have the shape of `labels`, {tuple(labels.shape)}, got "
                         f"{tuple(mask.shape)}. Pad both alike."
                     )
-                chosen[prefix + "labels"] = labels.masked_fill(mask.to(labels.device) != self.selected, IGNORED)
+                chosen[prefix + "labels"] = labels.masked_fill(mask.bool().to(labels.device) != self.selected, IGNORED)
         return chosen
 
 

@@ -1,11 +1,11 @@
-"""One set of texts as batches of every form, for tests of what a form must not change."""
+"""One set of texts as batches of every form, for tests of what a form must not change; and answers known exactly."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 VOCABULARY, PAD, PROMPT = 32, 0, 2
@@ -70,3 +70,23 @@ def forms() -> dict[str, dict[str, Any]]:
         whole = {f"{prefix}attention_mask": torch.ones_like(made["packed"][f"{prefix}labels"])}
         made["packed, with a mask"] = {**made.get("packed, with a mask", made["packed"]), **whole}
     return made
+
+
+class Rows(nn.Module):
+    """Two answers of 2 and 1 tokens over four classes: probabilities ½ and ¼ of the first, ⅛ of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        told = [[1 / 2, 1 / 6, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 8, 7 / 24, 7 / 24, 7 / 24], [0.7, 0.1, 0.1, 0.1]]
+        self.logits = nn.Parameter(torch.tensor(told).log().view(2, 2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits
+
+
+ROWS = (torch.zeros(2, 2), torch.tensor([[0, 0], [0, -100]]))
+
+
+def uniform(x: Tensor) -> Tensor:
+    """An original of `Rows` that knows nothing."""
+    return torch.zeros(2, 2, 4)

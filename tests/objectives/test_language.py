@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from language_batches import LENGTHS, PROMPT, both, forms, packed, padded
+from language_batches import LENGTHS, PROMPT, ROWS, Rows, both, forms, packed, padded, uniform
 from models import llama, t5
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -185,24 +185,7 @@ def test_a_budget_is_measured_on_the_answers_alone() -> None:
 # ---- one equation after the other ----
 
 
-class Rows(nn.Module):
-    """Two answers of 2 and 1 tokens over four classes: probabilities ½ and ¼ of the first, ⅛ of the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        told = [[1 / 2, 1 / 6, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 8, 7 / 24, 7 / 24, 7 / 24], [0.7, 0.1, 0.1, 0.1]]
-        self.logits = nn.Parameter(torch.tensor(told).log().view(2, 2, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits
-
-
-ROWS = (torch.zeros(2, 2), torch.tensor([[0, 0], [0, -100]]))
 LOG2 = math.log(2)
-
-
-def uniform(x: Tensor) -> Tensor:
-    return torch.zeros(2, 2, 4)
 
 
 def divergence(q: list[float], p: list[float]) -> float:
@@ -372,6 +355,8 @@ def test_token_masks_that_cannot_be_used() -> None:
             TokenSelective(CrossEntropy())(adapted(), batch)
     with pytest.raises(ValueError, match=r"`token_mask` must have the shape of `labels`, \(3, 6\), got \(3, 5\)"):
         TokenSelective(CrossEntropy())(adapted(), {**plain, "token_mask": torch.ones(3, 5)})
+    with pytest.raises(ValueError, match="`token_mask` must hold true or false, got numbers from 0.5 to 0.5"):
+        TokenSelective(CrossEntropy())(adapted(), {**plain, "token_mask": torch.full((3, 6), 0.5)})
     with pytest.raises(TypeError, match="`selected` must be True or False"):
         TokenSelective(CrossEntropy(), selected="no")  # type: ignore[arg-type]
 
@@ -397,6 +382,7 @@ def test_primal_dual_follows_its_limit() -> None:
     assert again.multiplier == multiplier and again.steps == 2
 
 
+@pytest.mark.filterwarnings("ignore:The loss ended")  # at a higher multiplier
 def test_primal_dual_in_a_run() -> None:
     """PDU as a composition: the multiplier rises while the retain loss is over its limit."""
     model, keep = adapted(), PrimalDual(CrossEntropy(), limit=0.1)

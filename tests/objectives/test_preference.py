@@ -7,30 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from language_batches import ROWS, Rows, uniform
 from torch import Tensor, nn
 
 from semu_peft.objectives import DPO, NPO, TPO, FDivergence, GradientAscent, SimNPO, preference
 
 LOG2 = math.log(2)
-
-
-class Rows(nn.Module):
-    """Two answers of 2 and 1 tokens over four classes: probabilities ½ and ¼ of the first, ⅛ of the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        told = [[1 / 2, 1 / 6, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 8, 7 / 24, 7 / 24, 7 / 24], [1 / 4] * 4]
-        self.logits = nn.Parameter(torch.tensor(told).log().view(2, 2, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits
-
-
-BATCH = (torch.zeros(2, 2), torch.tensor([[0, 0], [0, -100]]))
-
-
-def uniform(x: Tensor) -> Tensor:
-    return torch.zeros(2, 2, 4)
 
 
 def softplus(x: float) -> float:
@@ -51,24 +33,24 @@ def test_two_answers_by_hand(name: str) -> None:
     """Sums of tokens for NPO, means for SimNPO, then the mean over the answers."""
     objective, expected = BY_HAND[name]
     objective.shift_labels = False
-    assert objective(Rows(), BATCH).item() == pytest.approx(expected, rel=1e-5)
+    assert objective(Rows(), ROWS).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, 0.001])
 def test_at_the_original_npo_is_ascent(beta: float) -> None:
     """`2/β log 2`, with the gradient of the mean answer's `log p`, for every β; below, it shrinks as `2σ(β Δ)`."""
     model, start = Rows(), Rows()
-    loss = NPO(beta=beta, reference=start, shift_labels=False)(model, BATCH)
+    loss = NPO(beta=beta, reference=start, shift_labels=False)(model, ROWS)
     assert loss.item() == pytest.approx(2 / beta * LOG2, rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, model.logits)
-    (ascent,) = torch.autograd.grad(GradientAscent(shift_labels=False)(model, BATCH), model.logits)
+    (ascent,) = torch.autograd.grad(GradientAscent(shift_labels=False)(model, ROWS), model.logits)
     torch.testing.assert_close(gradient, ascent * 3 / 2)  # a mean over two answers, not over three tokens
     with torch.no_grad():
         model.logits[:, :, 0] -= 1.0
     fell = Rows().logits.log_softmax(-1) - model.logits.log_softmax(-1)
     drop = fell[0, :, 0].sum()  # of the first answer
-    (gradient,) = torch.autograd.grad(NPO(beta=beta, reference=start, shift_labels=False)(model, BATCH), model.logits)
-    (ascent,) = torch.autograd.grad(GradientAscent(shift_labels=False)(model, BATCH), model.logits)
+    (gradient,) = torch.autograd.grad(NPO(beta=beta, reference=start, shift_labels=False)(model, ROWS), model.logits)
+    (ascent,) = torch.autograd.grad(GradientAscent(shift_labels=False)(model, ROWS), model.logits)
     torch.testing.assert_close(gradient[0], ascent[0] * 3 / 2 * 2 * torch.sigmoid(-beta * drop).item())
 
 
