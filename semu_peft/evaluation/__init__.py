@@ -19,7 +19,16 @@ from .diffusion import (
 )
 from .drift import Drift, fluency, neutral_kl, ngram_entropy
 from .generation import Rouge, generate_answers, rouge_l
+from .harness import harness
 from .language import LanguageMetrics, evaluate_language
+from .language_membership import (
+    Separation,
+    min_k,
+    privacy_leakage,
+    separation,
+    text_membership,
+    zlib_score,
+)
 from .membership import MembershipInference, attack_membership, membership_inference
 from .memorisation import (
     exact_memorisation,
@@ -28,6 +37,8 @@ from .memorisation import (
     model_utility,
     truth_ratio,
 )
+from .muse import knowledge_memorisation, verbatim_memorisation
+from .text_attacks import PromptAttacks, TextRelearning, prompt_attacks, relearn_text, rounded_weights
 from .token_scores import TokenScores, score_answers, score_texts
 
 __all__ = [
@@ -39,7 +50,10 @@ __all__ = [
     "LanguageMetrics",
     "MembershipInference",
     "Predictions",
+    "PromptAttacks",
     "Rouge",
+    "Separation",
+    "TextRelearning",
     "TokenScores",
     "UnlearnCanvasMetrics",
     "attack_membership",
@@ -54,15 +68,26 @@ __all__ = [
     "forget_quality",
     "frechet_distance",
     "generate_answers",
+    "harness",
     "kernel_distance",
+    "knowledge_memorisation",
     "membership_inference",
+    "min_k",
     "model_utility",
     "neutral_kl",
     "ngram_entropy",
     "predict",
+    "privacy_leakage",
+    "prompt_attacks",
+    "relearn_text",
     "rouge_l",
+    "rounded_weights",
     "score_answers",
     "score_texts",
+    "separation",
+    "text_membership",
     "truth_ratio",
     "unlearn_canvas",
+    "verbatim_memorisation",
+    "zlib_score",
 ]

@@ -18,7 +18,7 @@ from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model
 from semu_peft.objectives.original import original
 
-from .token_scores import encode_texts, supervised, text_batches
+from .token_scores import text_batches, text_windows
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def neutral_kl(
     Args:
         model: The unlearned model.
         tokenizer: Its tokenizer.
-        texts: Neutral texts, each cut to `max_length` tokens.
+        texts: Neutral texts, read in windows of `max_length` tokens.
         reference: The model before; by default the same model without its adapter.
-        max_length: Longest text.
+        max_length: Longest window.
         batch_size: Texts at a time.
         progress: Show a progress bar.
         adapter_name: The adapter to compare without; by default the trained or active ones.
@@ -75,12 +75,12 @@ def neutral_kl(
 
     Examples:
         >>> from semu_peft.evaluation import neutral_kl
-        >>> neutral_kl(model, tokenizer, ["The river is wide."], progress=False)  # doctest: +SKIP
-        Drift(KL 0.0041 nats per token, largest 0.02, 5 tokens)
+        >>> neutral_kl(decoder, tokenizer, ["the sky is blue"], reference=decoder, progress=False)
+        Drift(KL 0.0000 nats per token, largest 0.00, 4 tokens)
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    rows = [supervised(ids, 1) for ids in encode_texts(tokenizer, texts, max_length)]
+    rows = [row for windows in text_windows(tokenizer, texts, max_length) for row in windows]
     sums: list[tuple[float, float, int]] = []
 
     def read(places: list[int], batch: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from semu_peft.arguments import check_count, check_model, check_number
 from semu_peft.model_state import device_of, eval_mode
 
-from .prompts import encode_prompt
+from .prompts import encoder_for, is_encoder_decoder, prompt_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,12 +79,13 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
 def generate_answers(
     model: nn.Module,
     tokenizer: Any,
-    questions: Iterable[str],
+    questions: Iterable[Any],
     *,
     template: str | None = None,
     max_new_tokens: int = 200,
     samples: int | None = None,
     temperature: float = 1.0,
+    start: str = "",
     stop: Sequence[str] = (),
     batch_size: int = 32,
     seed: int = 0,
@@ -99,12 +100,13 @@ def generate_answers(
     Args:
         model: A causal language model of transformers, with any adapter or none.
         tokenizer: Its tokenizer.
-        questions: What is asked.
-        template: See [`encode_answer`][semu_peft.evaluation.prompts.encode_answer].
+        questions: What is asked: texts, or chats of several turns.
+        template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
         max_new_tokens: Longest answer; TOFU 200, MUSE verbatim 128 and knowledge 32, RWKU 30. Less where the model's
             positions end.
         samples: Draw this many answers to each question; by default one, greedily.
         temperature: Of the draws.
+        start: What each answer is made to begin with, such as `"Sure, here is the answer:"`; it is not returned.
         stop: Strings that an answer ends before.
         batch_size: Answers at a time.
         seed: Of the draws.
@@ -120,8 +122,8 @@ def generate_answers(
 
     Examples:
         >>> from semu_peft.evaluation import generate_answers
-        >>> generate_answers(model, tokenizer, ["Who wrote it?"], progress=False)  # doctest: +SKIP
-        ['Ada wrote it.']
+        >>> len(generate_answers(decoder, tokenizer, ["What colour?", "How many?"], max_new_tokens=4, progress=False))
+        2
     """
     check_model(model)
     for argument, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -133,7 +135,8 @@ def generate_answers(
             f"`model` must be one that generates, got {type(model).__name__}. Give a causal language model of "
             "transformers, or the PEFT model around it."
         )
-    prompts = [encode_prompt(tokenizer, question, template) for question in questions]
+    encoder = encoder_for(model, tokenizer, template)
+    prompts = [prompt_tokens(encoder, question, start) for question in questions]
     if not prompts:
         raise ValueError(f"`{name}` must hold at least one question, got none. Check the file it was read from.")
     settings = _settings(model, tokenizer, samples, temperature)
@@ -162,6 +165,7 @@ def _generate(
     seed: int, progress: bool, name: str,
 ) -> list[list[str]]:  # fmt: skip
     device, positions = device_of(model), getattr(model.config, "max_position_embeddings", None)
+    skip = not is_encoder_decoder(model)  # a decoder's output begins with the prompt
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     starts: Iterable[int] = range(0, len(order), batch_size)
     if progress:
@@ -176,9 +180,9 @@ def _generate(
             places = order[start : start + batch_size]
             batch = _left_padded([prompts[place] for place in places], _pad(tokenizer))
             length = batch["input_ids"].shape[1]
-            settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - length))
+            settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - skip * length))
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
-            written = model.generate(**inputs, generation_config=settings)[:, length:]
+            written = model.generate(**inputs, generation_config=settings)[:, skip * length :]
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
             each = len(decoded) // len(places)
             for number, place in enumerate(places):

@@ -1,7 +1,8 @@
 """Forgetting in language models, in one call: TOFU's measures and those beside them, cached and resumed by measurement.
 
-Rows are those of TOFU's files (Maini et al. 2024, arXiv 2401.06121): mappings with `question`, `answer`, the wrong
-answers `perturbed_answer` and, for the forget and retain sets, `paraphrased_answer`.
+Rows are those of TOFU's files (Maini et al. 2024, arXiv 2401.06121), or whatever
+[`read_text`][semu_peft.language.shapes.read_text] takes: `question`, `answer`, the wrong answers `perturbed_answer`
+and, for the forget and retain sets, `paraphrased_answer`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
+from semu_peft.language.shapes import TextExample
 
 from .cached import Measurements
 from .drift import fluency, neutral_kl
@@ -29,10 +31,8 @@ from .memorisation import (
     retain_truth_ratio,
     truth_ratio,
 )
-from .prompts import as_pairs
+from .prompts import read_questions
 from .token_scores import score_answers
-
-Rows = Iterable[Mapping[str, Any]]
 
 # What each metric is made from.
 _NEEDS = {
@@ -117,9 +117,9 @@ class LanguageMetrics:
 def evaluate_language(
     model: nn.Module,
     tokenizer: Any,
-    forget: Rows,
+    forget: Any,
     *,
-    utility: Mapping[str, Rows] | None = None,
+    utility: Mapping[str, Any] | None = None,
     neutral: Iterable[str] | None = None,
     gold: LanguageMetrics | None = None,
     reference: nn.Module | None = None,
@@ -147,7 +147,7 @@ def evaluate_language(
         reference: The model before unlearning, for the KL; by default the same model without its adapter.
         metrics: Names of [`LanguageMetrics`][semu_peft.evaluation.language.LanguageMetrics] to compute; by default all
             that the data allow.
-        template: See [`encode_answer`][semu_peft.evaluation.prompts.encode_answer].
+        template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
         max_new_tokens: Longest greedy answer.
         batch_size: Answers at a time.
         output_dir: Folder of the measurements, of this model alone.
@@ -160,16 +160,15 @@ def evaluate_language(
 
     Examples:
         >>> from semu_peft.evaluation import evaluate_language
-        >>> evaluate_language(model, tokenizer, rows, metrics=["probability"], progress=False)  # doctest: +SKIP
-        LanguageMetrics(probability 0.998)
+        >>> rows = [{"question": "What colour?", "answer": "blue", "perturbed_answer": ["red", "a"]}]
+        >>> evaluate_language(decoder, tokenizer, rows, metrics=["probability"], progress=False)
+        LanguageMetrics(probability 0.0...)
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    sets = {"forget": list(forget), **{name: list(rows) for name, rows in (utility or {}).items()}}
+    sets = {name: read_questions(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
     texts = None if neutral is None else list(neutral)
     wanted = _wanted(metrics, sets, texts)
-    for name, rows in sets.items():
-        as_pairs(rows, name)
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -190,10 +189,8 @@ def evaluate_language(
 
 def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: list[str] | None) -> list[str]:
     """The metrics to compute, in the order of the table; each must have its data."""
-    rows = {name: {key for row in part for key in row} if all(isinstance(row, Mapping) for row in part) else set()
-            for name, part in sets.items()}  # fmt: skip
     there = {
-        "truth": {"perturbed_answer"} <= rows["forget"],
+        "truth": all(row.perturbed_answers for row in sets["forget"]),
         "utility": len(sets) > 1,
         "neutral": neutral is not None,
     }
@@ -262,23 +259,23 @@ class _Suite:
         """Of a set's own answers: mean negative log likelihood, and what of them is known by heart."""
 
         def measure() -> Any:
-            scores = self._score(as_pairs(self.sets[name], name), f"{name}: answers")
+            scores = self._score(self._pairs(name), f"{name}: answers")
             return {
                 "nll": scores.nll.tolist(),
                 "extraction_strength": extraction_strength(scores).tolist(),
                 "exact_memorisation": exact_memorisation(scores).tolist(),
             }
 
-        return self._once(f"{name}_answers", {"pairs": as_pairs(self.sets[name])}, measure)
+        return self._once(f"{name}_answers", {"pairs": self._pairs(name)}, measure)
 
     def truth(self, name: str) -> Any:
         """Of a set's right answers (paraphrased, where all rows have that) and wrong ones: mean NLL per token."""
         rows = self.sets[name]
-        paraphrased = all(row.get("paraphrased_answer") for row in rows)
+        paraphrased = all(row.paraphrased_answer for row in rows)
         groups = [_options(row, paraphrased, name) for row in rows]
 
         def measure() -> Any:
-            pairs = [(row["question"], answer) for row, group in zip(rows, groups, strict=True) for answer in group]
+            pairs = [(row.prompt, answer) for row, group in zip(rows, groups, strict=True) for answer in group]
             parts = self._score(pairs, f"{name}: truth ratio").nll.split([len(group) for group in groups])
             return {
                 "paraphrased": paraphrased,
@@ -286,11 +283,11 @@ class _Suite:
                 "wrong": [part[1:].tolist() for part in parts],
             }
 
-        return self._once(f"{name}_truth", {"questions": [row["question"] for row in rows], "answers": groups}, measure)
+        return self._once(f"{name}_truth", {"questions": [row.prompt for row in rows], "answers": groups}, measure)
 
     def rouge(self, name: str) -> Any:
         """A set's greedy answers, and the ROUGE-L recall of each."""
-        pairs = as_pairs(self.sets[name])
+        pairs = self._pairs(name)
 
         def measure() -> Any:
             written = generate_answers(
@@ -316,6 +313,9 @@ class _Suite:
 
         return float(self._once("neutral_kl", {"texts": texts}, measure))
 
+    def _pairs(self, name: str) -> list[Any]:
+        return [(row.prompt, row.answer) for row in self.sets[name]]
+
     def _score(self, pairs: list[Any], name: str) -> Any:
         return score_answers(
             self.model, self.tokenizer, pairs, template=self.template, batch_size=self.batch_size,
@@ -328,12 +328,13 @@ class _Suite:
         return self.seen[name]
 
 
-def _options(row: Mapping[str, Any], paraphrased: bool, name: str) -> list[str]:
+def _options(row: TextExample, paraphrased: bool, name: str) -> list[str]:
     """The right answer and the wrong ones."""
-    wrong = row.get("perturbed_answer")
-    if not wrong:
-        raise ValueError(f"`{name}` must have wrong answers in each row, under `perturbed_answer`, got {sorted(row)}.")
-    return [row["paraphrased_answer" if paraphrased else "answer"], *([wrong] if isinstance(wrong, str) else wrong)]
+    if not row.perturbed_answers:
+        raise ValueError(
+            f"`{name}` must have wrong answers in each row, under `perturbed_answer`, got none to {row!r}."
+        )
+    return [str(row.paraphrased_answer) if paraphrased else row.answer, *row.perturbed_answers]
 
 
 def _mean(values: Sequence[float]) -> float:

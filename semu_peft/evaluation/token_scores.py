@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from semu_peft.arguments import check_count, check_model
+from semu_peft.language.encode import Row, TextEncoder
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import IGNORED, call_model
 
-from .prompts import as_pairs, encode_answer
+from .prompts import encoder_for, read_questions
 
 _LEAST_VARIANCE = 1e-6  # of Min-K++, as OpenUnlearning has it
 
@@ -74,7 +77,7 @@ class TokenScores:
 def score_answers(
     model: nn.Module,
     tokenizer: Any,
-    pairs: Iterable[Any],
+    pairs: Any,
     *,
     template: str | None = None,
     batch_size: int = 32,
@@ -90,8 +93,9 @@ def score_answers(
     Args:
         model: A causal or an encoder-decoder language model of transformers, with any adapter or none.
         tokenizer: Its tokenizer.
-        pairs: `(question, answer)`, or mappings with these keys.
-        template: See [`encode_answer`][semu_peft.evaluation.prompts.encode_answer].
+        pairs: `(question, answer)`, mappings with these keys, or what else
+            [`read_text`][semu_peft.language.shapes.read_text] takes.
+        template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
         batch_size: Answers at a time.
         device: Where batches are sent; by default the device of the model's first parameter.
         progress: Show a progress bar.
@@ -103,15 +107,15 @@ def score_answers(
 
     Examples:
         >>> from semu_peft.evaluation import score_answers
-        >>> score_answers(model, tokenizer, [("Who?", "Ada."), ("Where?", "Here.")], progress=False)  # doctest: +SKIP
-        TokenScores(2 answers, 5 tokens, mean probability 0.912)
+        >>> score_answers(decoder, tokenizer, [("What colour?", "blue"), ("How many?", "two or three")], progress=False)
+        TokenScores(2 answers, 6 tokens, mean probability 0.0...)
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    encoded = [encode_answer(tokenizer, *pair, template) for pair in as_pairs(pairs, name)]
-    rows = [supervised(ids, max(length, 1)) for ids, length in encoded]
+    encoder = encoder_for(model, tokenizer, template)
+    rows = [encoder.answer(example.prompt or "", example.answer) for example in read_questions(pairs, name)]
     scores = _score(model, tokenizer, rows, batch_size=batch_size, device=device, progress=progress, name=name)
-    return replace(scores, has_eos=tokenizer.eos_token_id is not None)
+    return replace(scores, has_eos=encoder.uses_chat or tokenizer.eos_token_id is not None)
 
 
 def score_texts(
@@ -125,52 +129,45 @@ def score_texts(
     progress: bool = True,
     name: str = "texts",
 ) -> TokenScores:
-    """Let a language model read plain texts: every token but the first counts, of the first `max_length`.
+    """Let a language model read plain texts: every token but the first counts, and the end of the sequence.
 
-    Special tokens are those that the tokenizer adds itself. The other arguments are those of
-    [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
+    Long texts are read in windows, each with the token before it. Special tokens are those that the tokenizer adds
+    itself. The other arguments are those of [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
+
+    Raises:
+        ValueError: There are no texts, or one has less than two tokens.
 
     Examples:
         >>> from semu_peft.evaluation import score_texts
-        >>> score_texts(model, tokenizer, ["Ada wrote the first program."], progress=False)  # doctest: +SKIP
-        TokenScores(1 answers, 5 tokens, mean probability 0.240)
+        >>> score_texts(decoder, tokenizer, ["the sky is blue", "a b c"], progress=False)
+        TokenScores(2 answers, 7 tokens, mean probability 0.0...)
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    rows = [supervised(ids, 1) for ids in encode_texts(tokenizer, texts, max_length, name)]
-    return _score(model, tokenizer, rows, batch_size=batch_size, device=device, progress=progress, name=name)
+    windows = text_windows(tokenizer, texts, max_length, name)
+    rows = [row for group in windows for row in group]
+    scores = _score(model, tokenizer, rows, batch_size=batch_size, device=device, progress=progress, name=name)
+    edges = [0, *accumulate(map(len, windows))]
+    log_probs, correct, standardized = (
+        [torch.cat(list(kind[start:end])) for start, end in pairwise(edges)]
+        for kind in (scores.log_probs, scores.correct, scores.standardized)
+    )
+    return TokenScores(log_probs, correct, standardized, has_eos=tokenizer.eos_token_id is not None)
 
 
-def encode_texts(tokenizer: Any, texts: Iterable[str], max_length: int, name: str = "texts") -> list[list[int]]:
-    """Token ids of plain texts, cut to a length; each must have two, as the first one is not predicted.
-
-    Examples:
-        >>> from semu_peft.evaluation.token_scores import encode_texts
-        >>> encode_texts(lambda text: {"input_ids": [ord(letter) for letter in text]}, ["ABC"], max_length=2)
-        [[65, 66]]
-    """
-    check_count("max_length", max_length, least=2)
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    rows = [list(tokenizer(text)["input_ids"])[:max_length] for text in texts]
-    short = [number for number, ids in enumerate(rows) if len(ids) < 2]
-    if not rows or short:
-        got = f"fewer in text {short[0]}" if short else "no text"
-        raise ValueError(f"`{name}` must be texts of at least two tokens, got {got}. Leave it out, or join short ones.")
-    return rows
-
-
-Row = dict[str, list[int]]
-
-
-def supervised(ids: list[int], prompt_length: int) -> Row:
-    """A row of a text batch, in which the tokens of the prompt do not count.
+def text_windows(tokenizer: Any, texts: Iterable[str], max_length: int, name: str = "texts") -> list[list[Row]]:
+    """Plain texts as rows of tokens, one list a text.
 
     Examples:
-        >>> from semu_peft.evaluation.token_scores import supervised
-        >>> supervised([7, 8, 9], prompt_length=1)
-        {'input_ids': [7, 8, 9], 'labels': [-100, 8, 9]}
+        >>> from semu_peft.evaluation.token_scores import text_windows
+        >>> [len(group) for group in text_windows(tokenizer, ["a b c d", "a"], max_length=3)]
+        [2, 1]
     """
-    return {"input_ids": ids, "labels": [IGNORED] * prompt_length + ids[prompt_length:]}
+    encoder = TextEncoder(tokenizer, max_length=max_length)
+    given = [texts] if isinstance(texts, str) else list(texts)
+    if not given:
+        raise ValueError(f"`{name}` must hold at least one text, got none. Give a list of strings.")
+    return [encoder.windows(text) for text in given]
 
 
 def text_batches(
@@ -216,13 +213,18 @@ def text_batches(
 
 
 def _padded(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """Rows filled up on the right; padding is told by the mask, as its token may be one that counts elsewhere."""
-    length = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
-    full = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    """Rows filled up on the right, where positions are the same with padding and without.
+
+    Padding is told by the mask, as its token may be one that counts elsewhere.
+    """
+    parts = {
+        "input_ids": ([row["input_ids"] for row in rows], pad),
+        "attention_mask": ([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": ([row["labels"] for row in rows], IGNORED),
+    }
     return {
-        key: torch.tensor([row[key] + [value] * (length - len(row[key])) for row in full])
-        for key, value in fill.items()
+        name: pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=value)
+        for name, (values, value) in parts.items()
     }
 
 

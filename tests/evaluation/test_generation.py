@@ -8,7 +8,7 @@ from answer_models import WORDS, decoder, word_tokenizer
 from torch import nn
 
 from semu_peft.evaluation import generate_answers, rouge_l
-from semu_peft.evaluation.prompts import encode_prompt
+from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
 
 QUESTIONS = ["who wrote it", "where lives Ada", "what", "who"]
 
@@ -18,7 +18,7 @@ def test_greedy_answers_are_those_of_each_question_alone() -> None:
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0  # left aside
     together = generate_answers(model, tokenizer, QUESTIONS, max_new_tokens=8, batch_size=3, progress=False)
     for question, written in zip(QUESTIONS, together, strict=True):
-        ids = encode_prompt(tokenizer, question)
+        ids = prompt_tokens(encoder_for(model, tokenizer), question)
         start = len(ids)
         while len(ids) < start + 8 and ids[-1] != WORDS.index("</s>"):
             with torch.no_grad():

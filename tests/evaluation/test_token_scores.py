@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from answer_models import FORGET, WORDS, alone, decoder, word_tokenizer
-from models import Snapshot
+from models import Snapshot, t5
 from torch import nn
 
-from semu_peft.evaluation import TokenScores, score_answers, score_texts
-from semu_peft.evaluation.prompts import encode_answer, encode_prompt
+from semu_peft.evaluation import TokenScores, generate_answers, score_answers, score_texts
+from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
 
 QUIET = {"progress": False}
 PAIRS = [(row["question"], row["answer"]) for row in FORGET]
@@ -49,7 +49,8 @@ def test_half_precision_is_summed_in_float32_and_the_model_left_as_it_was() -> N
     scores = score_answers(model, word_tokenizer(), PAIRS, **QUIET)
     before.assert_same(model)
     assert scores.log_probs[0].dtype == torch.float32
-    prompt, length = encode_answer(word_tokenizer(), *PAIRS[0])
+    row = encoder_for(model, word_tokenizer()).answer(*PAIRS[0])
+    prompt, length = row["input_ids"], row["labels"].count(-100)
     with torch.no_grad():
         logits = model.eval()(torch.tensor([prompt])).logits[0, length - 1 : -1].float()
     expected = -nn.functional.cross_entropy(logits, torch.tensor(prompt[length:]), reduction="none")
@@ -57,10 +58,13 @@ def test_half_precision_is_summed_in_float32_and_the_model_left_as_it_was() -> N
 
 
 def test_the_prompt_that_is_scored_is_the_one_that_is_generated_from() -> None:
-    tokenizer = word_tokenizer()
-    row, length = encode_answer(tokenizer, "who wrote it", "Ada wrote it")
-    assert row[:length] == encode_prompt(tokenizer, "who wrote it") == ids("Question : who wrote it Answer :")
-    assert row[length:] == ids("Ada wrote it </s>")
+    encoder = encoder_for(decoder(), word_tokenizer())
+    row = encoder.answer("who wrote it", "Ada wrote it")
+    length = row["labels"].count(-100)
+    assert (
+        row["input_ids"][:length] == prompt_tokens(encoder, "who wrote it") == ids("Question : who wrote it Answer :")
+    )
+    assert row["input_ids"][length:] == row["labels"][length:] == ids("Ada wrote it </s>")
 
 
 def test_a_chat_template_ends_the_answer_once() -> None:
@@ -69,20 +73,39 @@ def test_a_chat_template_ends_the_answer_once() -> None:
         "{% for m in messages %}{{ 'Question : ' if m.role == 'user' else 'Answer : ' }}{{ m.content }}"
         "{{ '</s> ' if m.role == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}Answer : {% endif %}"
     )
-    row, length = encode_answer(tokenizer, "who", "Ada")
-    assert row[length:] == ids("Ada </s>")
-    assert row[:length] == ids("Question : who Answer :")
+    encoder = encoder_for(decoder(), tokenizer)
+    row = encoder.answer("who", "Ada")
+    length = row["labels"].count(-100)
+    assert row["input_ids"][length:] == ids("Ada </s>")
+    assert row["input_ids"][:length] == prompt_tokens(encoder, "who") == ids("Question : who Answer :")
+    scores = score_answers(decoder(), tokenizer, [("who", "Ada")], **QUIET)
+    assert [len(part) for part in scores.without_eos().log_probs] == [1]
 
 
 def test_plain_text_counts_every_token_but_the_first() -> None:
     model = decoder()
-    scores = score_texts(model, word_tokenizer(), ["Ada lives in Rome", "the Rome of Ada"], max_length=3, **QUIET)
-    assert [len(part) for part in scores.log_probs] == [2, 2]
-    expected = alone(model, ids("Ada"), ids("lives in"))
-    assert scores.log_probs[0].tolist() == pytest.approx(
-        [expected[0, WORDS.index("lives")].item(), expected[1, WORDS.index("in")].item()], abs=1e-5
-    )
-    assert scores.without_eos() is scores
+    scores = score_texts(model, word_tokenizer(), ["Ada lives in Rome", "the Rome"], **QUIET)
+    assert [len(part) for part in scores.log_probs] == [4, 2]
+    following = ids("lives in Rome </s>")
+    expected = alone(model, ids("Ada"), following).gather(1, torch.tensor(following).unsqueeze(1)).squeeze(1)
+    assert torch.allclose(scores.log_probs[0], expected, atol=1e-5)
+    windows = score_texts(model, word_tokenizer(), ["Ada lives in Rome", "the Rome"], max_length=3, **QUIET)
+    assert [len(part) for part in windows.log_probs] == [4, 2]
+    assert torch.allclose(windows.log_probs[0][:2], expected[:2], atol=1e-5)
+    second = alone(model, ids("in"), ids("Rome </s>"))[0, WORDS.index("Rome")]
+    assert windows.log_probs[0][2].item() == pytest.approx(second.item(), abs=1e-5)
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_is_scored_on_the_answer() -> None:
+    model, tokenizer = t5(), word_tokenizer()
+    scores = score_answers(model, tokenizer, PAIRS, batch_size=2, **QUIET)
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor([ids("where lives Ada")]), labels=torch.tensor([ids("in Rome </s>")])
+        ).logits[0]
+    told = logits.log_softmax(-1).gather(1, torch.tensor(ids("in Rome </s>")).unsqueeze(1)).squeeze(1)
+    assert torch.allclose(scores.log_probs[1], told, atol=1e-4)
+    assert len(generate_answers(model, tokenizer, ["where lives Ada"], max_new_tokens=3, **QUIET)) == 1
 
 
 def test_an_end_of_sequence_that_is_not_there_is_not_taken_off() -> None:
@@ -95,8 +118,9 @@ def test_an_end_of_sequence_that_is_not_there_is_not_taken_off() -> None:
     ("pairs", "options", "kind", "words"),
     [
         ([], {}, ValueError, "`pairs` must hold at least one question"),
-        ([("who", "")], {}, ValueError, "`pairs` must have an answer to each question"),
-        ([{"q": "who"}], {}, TypeError, r"`pairs` must hold pairs of strings.*got \['q'\]"),
+        ([("who", "")], {}, ValueError, "An answer must have at least one token"),
+        ([{"q": "who"}], {}, ValueError, r"`pairs\[0\]` must have the columns"),
+        (["Ada"], {}, ValueError, "`pairs` must have a question to each answer, got plain text in row 0"),
         (PAIRS, {"template": "{question}"}, ValueError, "`template` must have"),
         (PAIRS, {"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1"),
     ],

@@ -1,0 +1,245 @@
+"""Was a text trained on? Scores of what a language model says of it, and how well they tell two sets of texts apart."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_share
+from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.batches import call_model
+
+from .prompts import encoder_for, read_questions
+from .token_scores import TokenScores, score_answers, text_batches
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well a score tells the forget texts from held-out ones.
+
+    Attributes:
+        auc: Chance that a held-out text has the larger score: 1 where the forget texts look like training data, 0.5
+            where nothing can be told.
+        interval: Between which values 95% of the AUCs of resampled texts lie.
+
+    Examples:
+        >>> from semu_peft.evaluation import Separation
+        >>> Separation(0.734, (0.68, 0.79))
+        Separation(AUC 0.734, 95% interval 0.680 to 0.790)
+    """
+
+    auc: float
+    interval: tuple[float, float]
+
+    def __repr__(self) -> str:
+        return f"Separation(AUC {self.auc:.3f}, 95% interval {self.interval[0]:.3f} to {self.interval[1]:.3f})"
+
+
+def separation(forget: Tensor, holdout: Tensor, *, resamples: int = 1000, seed: int = 0) -> Separation:
+    """AUC of a score by which training data are low, with a bootstrap interval.
+
+    `P(holdout > forget) + ½ P(holdout = forget)`, as OpenUnlearning (arXiv 2506.12618) has it: forget texts are the
+    class 0. Both sets are drawn again with replacement for the interval.
+
+    Args:
+        forget: The score of each forget text, `(N,)`.
+        holdout: That of each text that no model was trained on, `(M,)`.
+        resamples: How many draws the interval is of.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: A set is empty or has a NaN.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import separation
+        >>> separation(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4])).auc
+        0.75
+    """
+    check_count("resamples", resamples)
+    check_count("seed", seed, least=0)
+    for name, values in (("forget", forget), ("holdout", holdout)):
+        if not len(values) or values.isnan().any():
+            raise ValueError(
+                f"`{name}` must be scores without NaN, got {values.tolist()[:5]}. Score at least one text."
+            )
+    low, high = forget.double().cpu(), holdout.double().cpu()
+    wins = (high.unsqueeze(1) > low).double() + 0.5 * (high.unsqueeze(1) == low)
+    draw = torch.Generator().manual_seed(seed)
+    drawn = []
+    for _ in range(resamples):
+        rows = torch.randint(len(high), (len(high),), generator=draw)
+        columns = torch.randint(len(low), (len(low),), generator=draw)
+        times = [torch.bincount(rows, minlength=len(high)), torch.bincount(columns, minlength=len(low))]
+        drawn.append(times[0].double() @ wins @ times[1].double() / wins.numel())
+    bounds = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Separation(float(wins.mean()), (bounds[0], bounds[1]))
+
+
+def zlib_score(scores: TokenScores, texts: Sequence[str]) -> Tensor:
+    """Mean negative log likelihood over the bytes that zlib packs a text into (Carlini et al. 2021, arXiv 2012.07805).
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import TokenScores
+        >>> from semu_peft.evaluation.language_membership import zlib_score
+        >>> part = [torch.tensor([-3.0])]
+        >>> zlib_score(TokenScores(part, part, part), ["abc"]).item() == 3 / 11
+        True
+    """
+    packed = [len(zlib.compress(text.encode("utf-8"))) for text in texts]
+    return scores.nll / torch.tensor(packed, dtype=torch.float64)
+
+
+def min_k(scores: TokenScores, share: float = 0.4, *, standardized: bool = False) -> Tensor:
+    """Min-K%: minus the mean of the lowest share of a text's log probabilities (Shi et al. 2024, arXiv 2310.16789).
+
+    The end of the sequence does not count.
+
+    Args:
+        scores: What the model says of the texts.
+        share: Of the tokens; at least one is taken.
+        standardized: Min-K%++ (Zhang et al. 2025, arXiv 2404.02936): of `(log p(y_t) − μ_t) / σ_t`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import TokenScores
+        >>> from semu_peft.evaluation.language_membership import min_k
+        >>> part = [torch.tensor([-1.0, -5.0, -3.0, -0.5, -0.1])]
+        >>> min_k(TokenScores(part, part, part)).item()
+        4.0
+    """
+    check_share("share", share)
+    inner = scores.without_eos()
+    parts = inner.standardized if standardized else inner.log_probs
+    return torch.stack([-part.double().sort().values[: max(1, int(share * len(part)))].mean() for part in parts])
+
+
+def gradient_norm(
+    model: nn.Module, tokenizer: Any, pairs: Any, *, template: str | None = None, progress: bool = True
+) -> Tensor:
+    """Mean over the model's weights of the norm of the gradient of each answer's loss, `(N,)`.
+
+    The gradients are of all floating-point parameters, frozen ones too, so that adapters and merged models compare;
+    none is kept, and flags stay as they were.
+
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+        pairs: Questions with their answers.
+        template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
+        progress: Show a progress bar.
+
+    Examples:
+        >>> from semu_peft.evaluation.language_membership import gradient_norm
+        >>> gradient_norm(decoder, tokenizer, [("What colour?", "blue")], progress=False).shape
+        torch.Size([1])
+    """
+    encoder = encoder_for(model, tokenizer, template)
+    rows = [encoder.answer(example.prompt or "", example.answer) for example in read_questions(pairs)]
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    flags = [parameter.requires_grad for parameter in weights]
+    found = torch.zeros(len(rows), dtype=torch.float64)
+
+    def read(places: list[int], batch: dict[str, Tensor]) -> None:
+        loss = nn.functional.cross_entropy(*_in_float32(call_model(model, batch)))
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        norms = [gradient.double().norm() for gradient in gradients if gradient is not None]
+        found[places[0]] = float(torch.stack(norms).mean())
+
+    try:
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), eval_mode(model):
+            text_batches(tokenizer, rows, 1, read, progress=progress, name="gradient norms", device=device_of(model))
+    finally:
+        for parameter, flag in zip(weights, flags, strict=True):
+            parameter.requires_grad_(flag)
+    return found
+
+
+def _in_float32(read: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return read[0].float(), read[1]
+
+
+def text_membership(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Any,
+    holdout: Any,
+    *,
+    reference: nn.Module | None = None,
+    gradients: bool = False,
+    template: str | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Separation]:
+    """Membership attacks on answers: loss, zlib, Min-K%, Min-K%++, and against a reference or by gradient norms.
+
+    Each AUC means something beside that of a model which never saw the forget set: held-out answers are never quite
+    like the forgotten ones.
+
+    Args:
+        model: The unlearned model.
+        tokenizer: Its tokenizer.
+        forget: Questions with the answers that were to be forgotten.
+        holdout: Questions with answers alike that no model was trained on.
+        reference: Another model of the same tokenizer, for the difference of the losses.
+        gradients: Also by gradient norms, one backward pass an answer.
+        template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
+        batch_size: Answers at a time.
+        seed: Of the interval's draws.
+        progress: Show progress bars.
+
+    Returns:
+        A [`Separation`][semu_peft.evaluation.language_membership.Separation] by the attack's name.
+
+    Examples:
+        >>> from semu_peft.evaluation import text_membership
+        >>> found = text_membership(decoder, tokenizer, [("a", "b c")], [("a", "d e")], progress=False)
+        >>> list(found)
+        ['loss', 'zlib', 'min_k', 'min_k_plus_plus']
+    """
+    options: dict[str, Any] = {"template": template, "progress": progress}
+    found: list[Mapping[str, Tensor]] = []
+    for name, source in (("forget", forget), ("holdout", holdout)):
+        examples = read_questions(source, name)
+        scores = score_answers(model, tokenizer, examples, batch_size=batch_size, name=name, **options)
+        values = {
+            "loss": scores.nll,
+            "zlib": zlib_score(scores, [example.answer for example in examples]),
+            "min_k": min_k(scores),
+            "min_k_plus_plus": min_k(scores, standardized=True),
+        }
+        if reference is not None:
+            other = score_answers(reference, tokenizer, examples, batch_size=batch_size, name=name, **options)
+            values["reference"] = scores.nll - other.nll
+        if gradients:
+            values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
+        found.append(values)
+    return {attack: separation(found[0][attack], found[1][attack], seed=seed) for attack in found[0]}
+
+
+def privacy_leakage(auc: float, gold_auc: float) -> float:
+    """MUSE's PrivLeak in percent: `100 ((1 − AUC) − (1 − AUC_gold)) / (1 − AUC_gold)` (arXiv 2407.06460).
+
+    Near 0 is good; −100 is a model that is known to have been trained on the forget set, and far above 0 one that was
+    made too ignorant of it, which tells as well. The AUCs are of Min-40%, with forget texts as the low class.
+
+    Raises:
+        ValueError: Gold's AUC is 1.
+
+    Examples:
+        >>> from semu_peft.evaluation import privacy_leakage
+        >>> privacy_leakage(1.0, 0.5), privacy_leakage(0.5, 0.5)
+        (-100.0, 0.0)
+    """
+    if gold_auc >= 1:
+        raise ValueError(f"`gold_auc` must be below 1, got {gold_auc}. Gold never saw the forget set: check the sets.")
+    return 100 * ((1 - auc) - (1 - gold_auc)) / (1 - gold_auc)
