@@ -63,6 +63,25 @@ class SingularFactors:
             right=self.right[..., :rank].clone(memory_format=torch.contiguous_format),
         )
 
+    def beyond(self, rank: int) -> SingularFactors:
+        """What is left of the matrix without its first `rank` directions, and these of it that are known here.
+
+        Examples:
+            >>> import torch
+            >>> left = leading_factors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1.0).beyond(1)
+            >>> left.rank, left.singular_values.tolist(), float(left.energy)
+            (2, [2.0, 1.0], 5.0)
+        """
+        squares = self.singular_values.double().square()
+        known = squares[..., rank:].sum(-1)
+        return replace(
+            self,
+            left=self.left[..., rank:].clone(memory_format=torch.contiguous_format),
+            right=self.right[..., rank:].clone(memory_format=torch.contiguous_format),
+            singular_values=self.singular_values[..., rank:].clone(),
+            energy=torch.maximum(self.energy - squares[..., :rank].sum(-1), known),
+        )
+
     def reaching(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         """As many directions as explain the share of the energy, `max_rank` at the most; none for a matrix of zeros."""
         rank = rank_for_energy(self.singular_values, explained_variance, self.energy)

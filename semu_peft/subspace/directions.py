@@ -35,6 +35,7 @@ def find_directions(
     progress: bool,
     adapter_name: str,
     prepare: Callable[[MatrixSum], MatrixSum] | None = None,
+    skip: int = 0,
 ) -> tuple[dict[str, SingularFactors], dict[str, Overlap | None]]:
     """The leading directions of each layer's forget gradient, and how far they lay in the retain subspace.
 
@@ -47,6 +48,7 @@ def find_directions(
         progress: Show a progress bar.
         adapter_name: The adapter's name.
         prepare: What a start makes of a sum before it is factorised.
+        skip: How many of the first directions to leave out.
     """
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(sums[name]), name) for name in layers}
@@ -61,7 +63,10 @@ def find_directions(
         gamma, least, most = extents[names[0]]
         totals = [_prepared(sums.pop(name), layers[name], adapter_name) for name in names]
         totals = totals if prepare is None else [prepare(total) for total in totals]
-        each = type(totals[0]).factorize_each(totals, least, most)
+        if skip:
+            each = [_beyond(total, skip, least, most) for total in totals]
+        else:
+            each = type(totals[0]).factorize_each(totals, least, most)
         kept_ones = [retained.pop(name) for name in names] if retained is not None else []
         kept = (
             type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance) if kept_ones else [None] * len(each)
@@ -83,6 +88,17 @@ def own_directions(layer: SemuLayer, adapter_name: str) -> SingularFactors:
     matrix = layer.weight_to_matrix(whole_weight(layer).detach(), adapter_name)
     _, least, most = _extent(layer, layer.layer_name, False, None, adapter_name)
     return _agreed(leading_factors(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), least, most))
+
+
+def _beyond(total: MatrixSum, skip: int, explained_variance: float, max_rank: int | None) -> SingularFactors:
+    """The directions after the first `skip`, as many as explain that share of what these leave."""
+    first = total.factorize(1.0, skip)
+    if first.rank < skip:  # nothing is left
+        return first.beyond(first.rank)
+    held = first.singular_values[..., :skip].double().square().sum(-1)
+    share = float((held / first.energy.clamp_min(torch.finfo(torch.float64).tiny)).max().clamp(0.0, 1.0))
+    wanted = min(share + explained_variance * (1.0 - share), 1.0)
+    return total.factorize(wanted, None if max_rank is None else max_rank + skip).beyond(skip)
 
 
 def _prepared(total: MatrixSum, layer: SemuLayer, adapter_name: str) -> MatrixSum:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semu_peft.arguments import check_adapter_name, check_model, check_share, check_switch
+from semu_peft.arguments import check_adapter_name, check_count, check_model, check_share, check_switch
 from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.processes import sum_over_processes
 from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFactory
@@ -43,6 +43,7 @@ def initialize_semu_weights(
     retain_rule: RetainRule | Literal["project", "ratio"] = "project",
     statistic: StatisticFactory = GradientSum,
     start: Start | None = None,
+    skip_leading: int = 0,
     rank_budget: RankBudget | None = None,
     keep_explained_variance: float | None = None,
     overwrite: bool = False,
@@ -79,6 +80,10 @@ def initialize_semu_weights(
             fill. `GradientSum.on("cpu")` takes exact sums off the accelerator.
         start: What the training starts from, see [`starts`][semu_peft.subspace.starts.base]; by default the directions
             found and a core of zeros.
+        skip_leading: Leave out so many of each layer's first directions, and take those that follow: γ is then the
+            share of the energy that they leave. The first ones are what the forget data share with all other data,
+            which is what relearning brings back first (RepSelect, arXiv 2606.17168); a rule does the same to steps,
+            see [`RemoveLeading`][semu_peft.training.rules.leading.RemoveLeading].
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
         keep_explained_variance: Keep directions up to this larger γ in the profile, so that it can initialise the
@@ -108,11 +113,17 @@ def initialize_semu_weights(
     check_model(model)
     check_adapter_name(adapter_name)
     check_share("keep_explained_variance", keep_explained_variance, optional=True)
+    check_count("skip_leading", skip_leading, least=0)
     check_switch("overwrite", overwrite)
     check_switch("progress", progress)
     check_plan(rank_budget, start)
     layers = layers_to_fill(model, adapter_name, overwrite)
     rule, terms = as_rule(retain_rule), as_retain(retain)
+    if skip_leading and (forget is None or isinstance(forget, SubspaceProfile)):
+        raise ValueError(
+            f"`skip_leading` must be 0 without gradients, got {skip_leading}: it changes directions as they are found. "
+            "Initialise from batches or a `Gathered`."
+        )
     if forget is None:
         return _without_data(layers, start, terms, rank_budget, adapter_name)
     if isinstance(forget, SubspaceProfile):
@@ -126,8 +137,10 @@ def initialize_semu_weights(
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
-        prepare=getattr(start, "prepare", None),
+        prepare=getattr(start, "prepare", None), skip=skip_leading,
     )  # fmt: skip
+    if skip_leading and not any(factors.rank for factors in found.values()):
+        raise ValueError(f"`skip_leading` must leave a direction somewhere, got {skip_leading}. Skip fewer.")
     corrected = {name: factors.leading(0) if name in left_out.read_past else factors for name, factors in found.items()}
     ranks = plan_ranks(corrected, layers, budget=rank_budget, adapter_name=adapter_name)
     _check_ranks(ranks, corrected, left_out)

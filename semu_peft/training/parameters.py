@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,25 @@ def only_adapter_trains(model: nn.Module, adapter_name: str | None) -> Iterator[
     if adapter_name is None:
         yield
         return
-    chosen = _parameters_of(model, adapter_name)
+    with only_these_train(model, _parameters_of(model, adapter_name)):
+        yield
+
+
+@contextmanager
+def only_these_train(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let gradients reach these parameters alone, and give every parameter its own flag back.
+
+    Args:
+        model: The model.
+        parameters: Some of its parameters, or none.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> with only_these_train(model, [model.bias]):
+        ...     list(trained_parameters(model))
+        ['bias']
+    """
+    chosen = list(parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
