@@ -1,8 +1,10 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
+from . import localize
 from .adapter.hotswap import hotswap_adapter
 from .adapter.rerank import RerankReport, prune, rerank
 from .adapter.scale import set_scale
+from .adapter.search_scale import ScaleSearch, search_scale
 from .concept import unlearn_concept
 from .export.diffusers import save_as_diffusers_lora
 from .export.from_lora import from_lora
@@ -53,6 +55,7 @@ __all__ = [
     "RetainRule",
     "RetainSafe",
     "Rule",
+    "ScaleSearch",
     "SemuConfig",
     "SemuLayer",
     "SemuModel",
@@ -65,11 +68,13 @@ __all__ = [
     "gather",
     "hotswap_adapter",
     "initialize_semu_weights",
+    "localize",
     "objectives",
     "prune",
     "rerank",
     "save_as_diffusers_lora",
     "save_as_lora",
+    "search_scale",
     "set_scale",
     "starts",
     "to_lora",

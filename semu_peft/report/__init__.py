@@ -1,5 +1,6 @@
 """The evidence a person reads. Needs `pip install semu-peft[report]`; importing this package does not."""
 
+from .localization import plot_localization
 from .plots import plot_confusion, plot_spectra
 from .samples import (
     SampleGrids,
@@ -13,6 +14,7 @@ __all__ = [
     "SampleGrids",
     "plot_before_after",
     "plot_confusion",
+    "plot_localization",
     "plot_samples",
     "plot_scales",
     "plot_spectra",

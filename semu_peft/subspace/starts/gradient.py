@@ -98,7 +98,7 @@ class Ascent:
     """One step up the gradient of what is to be forgotten, and no training: SLUG, with `r=1` at one layer.
 
     With `U S Vᵀ` the leading singular triplets of the gradient `G` the core is `+λ S`. By default `λ = ‖W‖ / (10 ‖G‖)`,
-    a tenth of the weight's norm, from where `search_scale` looks for the
+    a tenth of the weight's norm, from where [`search_scale`][semu_peft.adapter.search_scale.search_scale] looks for the
     best multiple. Give the loss that rises as the data are forgotten, such as
     [`CrossEntropy`][semu_peft.objectives.classification.CrossEntropy]. One singular pair holds nearly all of a layer's
     gradient; `localize.pareto` shortlists layers.
