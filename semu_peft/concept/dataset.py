@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from semu_peft.files import load_tensors, save_tensors
 from semu_peft.model_state import dtype_of
 
-from .families import Family, family_of
+from .earlier import earlier_erasures, prompts_to_hold
+from .families import Family, denoiser_of, family_of
 from .sampling import seeded
 
 
@@ -26,8 +27,9 @@ from .sampling import seeded
 class ConceptExamples(Dataset[dict[str, Any]]):
     """Examples `{"latents", "condition", "anchor", "unconditional", "retain"}`, as the diffusion objectives take them.
 
-    Each prompt's encoding is stored once, however many examples share it. With the examples at hand neither the text
-    encoders nor the VAE are needed any more.
+    Where earlier erasures are to be held, each has one of their prompts as `"earlier"` beside these. Each prompt's
+    encoding is stored once, however many examples share it. With the examples at hand neither the text encoders nor the
+    VAE are needed any more.
 
     Attributes:
         latents: `(N, ...)`, float32, in the space the denoiser works in.
@@ -77,6 +79,17 @@ class ConceptExamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         conditions = {role: nested(self.rows(int(prompts[index]))) for role, prompts in self.roles.items()}
         return {"latents": self.latents[index], **conditions}
+
+    @property
+    def forgotten(self) -> dict[str, list[str]]:
+        """The prompts to forget, each with those that are to be answered in its place."""
+        given: dict[str, list[str]] = {}
+        anchors_of_all = self.roles.get("anchor", self.roles.get("unconditional", self.roles["condition"]))
+        for condition, anchor in zip(self.roles["condition"].tolist(), anchors_of_all.tolist(), strict=True):
+            anchors = given.setdefault(self.prompts[condition], [])
+            if self.prompts[anchor] not in anchors:
+                anchors.append(self.prompts[anchor])
+        return given
 
     def rows(self, prompt: int | Tensor) -> dict[str, Tensor]:
         """The encoding of one or several prompts, flat."""
@@ -148,7 +161,8 @@ def concept_examples(
         forget: The prompt, or prompts, to forget.
         anchor: What each is to give instead. As many anchors as forget prompts are taken in pairs; otherwise each
             example draws one of them. The empty prompt is the unconditional one.
-        retain: Prompts to hold; each example draws one. By default the empty one.
+        retain: Prompts to hold beside the anchors; the examples share them out evenly. By default the empty one. What
+            active erasures in the pipeline were made to forget, and their anchors, is held as well.
         images: Pictures of the concept: a tensor `(N, 3, height, width)` in [0, 1], or a list of PIL images. With
             several forget prompts, one prompt per image.
         samples_per_prompt: Without images, how many latents to sample for each forget prompt.
@@ -176,7 +190,11 @@ def concept_examples(
         ConceptExamples(2 of ['a cat'], latents (4, 8, 8))
     """
     prompts = {"forget": as_list(forget, "forget"), "anchor": as_list(anchor, "anchor")}
-    prompts["retain"] = as_list(retain, "retain")
+    retained = as_list(retain, "retain")
+    prompts["retain"] = [*retained, *(prompt for prompt in prompts["anchor"] if prompt not in retained)]
+    earlier = prompts_to_hold(earlier_erasures(denoiser_of(pipe)), prompts["forget"], prompts["retain"])
+    if earlier:
+        prompts["earlier"] = earlier
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     request: dict[str, Any] = {**prompts, "height": height, "width": width, "seed": seed}
     if images is not None:
@@ -186,7 +204,7 @@ def concept_examples(
     if cache is not None and Path(cache).is_file():
         return _cached(Path(cache), request)
     source = _Source(pipe, family_of(pipe), (height, width), batch_size, seed, progress, with_images=images is not None)
-    texts = list(dict.fromkeys([*prompts["forget"], *prompts["anchor"], "", *prompts["retain"]]))
+    texts = list(dict.fromkeys([*prompts["forget"], *prompts["anchor"], "", *prompts["retain"], *earlier]))
     with torch.no_grad(), _silent(source.sampler):
         encoded = source.encode(texts)
         if images is not None:
@@ -202,16 +220,20 @@ def concept_examples(
 
 
 def _roles(prompts: Mapping[str, list[str]], chosen: list[str], texts: list[str], seed: int) -> dict[str, Tensor]:
-    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or a draw."""
+    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or what it is dealt."""
     generator = torch.Generator().manual_seed(seed)
     roles = {"condition": torch.tensor([texts.index(prompt) for prompt in chosen])}
     paired = len(prompts["anchor"]) == len(prompts["forget"]) > 1
-    for role, options in (("anchor", prompts["anchor"]), ("unconditional", [""]), ("retain", prompts["retain"])):
+    for role, options in {**prompts, "unconditional": [""]}.items():
+        if role == "forget":
+            continue
         indices = torch.tensor([texts.index(prompt) for prompt in options])
         if role == "anchor" and paired:
             roles[role] = indices[torch.tensor([prompts["forget"].index(prompt) for prompt in chosen])]
         else:
-            roles[role] = indices[torch.randint(len(indices), (len(chosen),), generator=generator)]
+            rounds = -(-len(chosen) // len(indices))
+            dealt = torch.cat([torch.randperm(len(indices), generator=generator) for _ in range(rounds)])
+            roles[role] = indices[dealt[: len(chosen)]]
     return roles
 
 

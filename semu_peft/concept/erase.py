@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ from semu_peft.objectives.diffusion import (
 from semu_peft.objectives.noise_schedule import NoiseSchedule
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
 from semu_peft.training.callbacks import as_callbacks
+from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
 
 from .dataset import ConceptExamples, concept_examples
+from .earlier import earlier_erasures, warn_of_the_unheld
 from .families import denoiser_of, family_of
 from .preview import Preview
 from .targets import denoiser_targets
@@ -39,6 +40,7 @@ _METHODS: dict[str, type[DiffusionObjective]] = {
     "negative-guidance": NegativeGuidance,
     "gradient-ascent": DenoisingAscent,
 }
+_STEPS, _LEARNING_RATE = 200, 1e-2  # of AdamW
 _PARKED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "safety_checker")
 
 
@@ -81,12 +83,13 @@ def unlearn_concept(
     objective: str | Objective = "condition-matching",
     preserve: float = 1.0,
     config: SemuConfig | None = None,
-    max_steps: int = 200,
+    max_steps: int | None = None,
     batch_size: int = 4,
-    learning_rate: float = 1e-2,
+    learning_rate: float | None = None,
     gradient_checkpointing: bool = False,
     park: bool = True,
     callbacks: Any = (),
+    record: bool = True,
     seed: int = 0,
     progress: bool = True,
     adapter_name: str = "default",
@@ -94,7 +97,9 @@ def unlearn_concept(
 ) -> ConceptResult:
     """Teach a pipeline's denoiser to forget a concept: encode, find the subspace, train; no images are needed.
 
-    Adapters that are active stay so, an earlier erasure or a style, and only the new one trains.
+    Adapters that are active stay so, an earlier erasure or a style, and only the new one trains. What earlier erasures
+    made of their prompts is held: each adapter's configuration says what it was made to forget.
+
     The text encoders and the VAE are used once, at the beginning. While the denoiser trains they are parked on the CPU,
     and with ready examples the pipeline may have been loaded without them.
 
@@ -104,20 +109,24 @@ def unlearn_concept(
         forget: The prompt or prompts to forget; or ready examples, which
             [`concept_examples`][semu_peft.concept.dataset.concept_examples] makes with settings of all kinds.
         anchor: With prompts, what to give instead. By default what the pipeline gives without a prompt.
-        retain: With prompts, others to hold as they are. By default only the empty one.
+        retain: With prompts, others to hold as they are, beside the anchors. By default only the empty one.
         images: With prompts, pictures of the concept. Without, latents are sampled from the pipeline itself.
         objective: `"condition-matching"` (answer as for the anchor), `"negative-guidance"` (ESD), `"gradient-ascent"`,
             or an objective of your own.
         preserve: Weight of [`PreservePrediction`][semu_peft.objectives.diffusion.PreservePrediction] under the `retain`
-            prompts, at the forget examples' own noisy latents; 0 leaves it out.
+            prompts and the anchors, at the forget examples' own noisy latents; and, for each prompt that an earlier
+            erasure was made to forget, and its anchors, of holding that. 0 leaves both out.
         config: The adapter; by default keys and values of cross-attention.
-        max_steps: Optimiser steps.
+        max_steps: Optimiser steps. By default 200, and with natural gradients as many as it takes.
         batch_size: Examples a step.
-        learning_rate: Of AdamW, falling linearly to zero.
+        learning_rate: Of AdamW, falling linearly to zero. By default 1e-2, and none with natural gradients, which
+            `optimizer=NaturalGradient()` chooses.
         gradient_checkpointing: Compute activations twice rather than keep them.
         park: Keep text encoders and VAE on the CPU while training; not done where a
             [`Preview`][semu_peft.concept.preview.Preview] needs them.
         callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
+        record: Write the forgotten prompts and their anchors into the adapter's configuration, in clear, so that
+            further erasures hold them. Without it the adapter does not say what it is for, and their `retain` must.
         seed: Seed of everything drawn.
         progress: Show progress bars.
         adapter_name: The adapter's name.
@@ -147,11 +156,13 @@ def unlearn_concept(
     prompts = {name: value for name, value in (("anchor", anchor), ("retain", retain)) if value is not None}
     making = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
     examples = _ready(forget, prompts, images) or concept_examples(pipe, forget, **prompts, **making)  # type: ignore[arg-type]
-    if examples is not forget and retain is None:
-        _warn_of_earlier_erasures(denoiser)
-    forgetting, loss = _losses(pipe, objective, preserve, seed)
+    if preserve:
+        names_prompts = examples is forget or retain is not None
+        warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)
+    forgetting, loss = _losses(pipe, objective, preserve, examples, seed)
     config = config or SemuConfig(target_modules=denoiser_targets(denoiser))
     loader = examples.loader(min(batch_size, len(examples)))
+    length: Any = _length(len(loader), max_steps, learning_rate, training.get("optimizer"))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)
     needs_all = not park or any(isinstance(callback, Preview) for callback in callbacks)
     held = getattr(pipe, family_of(pipe).denoiser)
@@ -161,19 +172,35 @@ def unlearn_concept(
         taken_back_on_error(held, adapter_name=adapter_name),
     ):
         add_adapter(held, config, adapter_name=adapter_name)
+        denoiser.peft_config[adapter_name].forgotten = examples.forgotten if record else {}
         profile = initialize_semu_weights(denoiser, in_order, forgetting, adapter_name=adapter_name, progress=progress)
         result = unlearn(
-            denoiser, loader, loss, epochs=math.ceil(max_steps / len(loader)), max_steps=max_steps, seed=seed,
-            learning_rate=learning_rate, callbacks=callbacks, progress=progress, adapter_name=adapter_name, **training,
+            denoiser, loader, loss, **length, seed=seed, callbacks=callbacks, progress=progress,
+            adapter_name=adapter_name, **training,
         )  # fmt: skip
     return ConceptResult(pipe, adapter_name, profile, result, examples)
 
 
-def _check(denoiser: Any, adapter_name: str, max_steps: int, training: dict[str, Any]) -> None:
+def _length(
+    batches: int, max_steps: int | None, learning_rate: float | None, optimizer: Any
+) -> dict[str, int | float | None]:
+    """How long to train: so many steps at a rate, or until it is done by natural gradients.
+
+    These are not the default: on few examples with a timestep and noise each, AdamW reaches a lower loss
+    (`benchmarks/concept_training.py`).
+    """
+    if isinstance(optimizer, NaturalGradient) or optimizer is NaturalGradient:
+        return {"max_steps": max_steps, "learning_rate": learning_rate}
+    steps = _STEPS if max_steps is None else max_steps
+    rate = _LEARNING_RATE if learning_rate is None else learning_rate
+    return {"epochs": math.ceil(steps / batches), "max_steps": steps, "learning_rate": rate}
+
+
+def _check(denoiser: Any, adapter_name: str, max_steps: int | None, training: dict[str, Any]) -> None:
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"The denoiser has an adapter {adapter_name!r} already: choose another `adapter_name`.")
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-        raise ValueError(f"`max_steps` must be a positive integer, got {max_steps!r}. Give at least 1.")
+    if max_steps is not None and (not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1):
+        raise ValueError(f"`max_steps` must be a positive integer, got {max_steps!r}. Give at least 1, or None.")
     if "epochs" in training:
         raise ValueError("`epochs` follows from `max_steps` here: it cannot be given as well.")
     of_making = sorted(set(training) & set(inspect.signature(concept_examples).parameters))
@@ -184,17 +211,6 @@ def _check(denoiser: Any, adapter_name: str, max_steps: int, training: dict[str,
         )
     if unknown := sorted(set(training) - set(inspect.signature(unlearn).parameters)):
         raise TypeError(f"`{unknown[0]}` is an argument of neither `unlearn_concept` nor `unlearn`. Check its name.")
-
-
-def _warn_of_earlier_erasures(denoiser: Any) -> None:
-    """What earlier adapters were made to forget is in no file, so nothing here can hold it."""
-    earlier = [name for name, config in getattr(denoiser, "peft_config", {}).items() if isinstance(config, SemuConfig)]
-    if earlier:
-        warnings.warn(
-            f"The erasures {earlier} stay active, but nothing holds what they forgot while another one trains. Name "
-            "their prompts in `retain`, with a larger `preserve` such as 10.",
-            stacklevel=3,
-        )
 
 
 def _ready(forget: Any, prompts: dict[str, Any], images: Any) -> ConceptExamples | None:
@@ -210,13 +226,19 @@ def _ready(forget: Any, prompts: dict[str, Any], images: Any) -> ConceptExamples
     return forget
 
 
-def _losses(pipe: Any, objective: str | Objective, preserve: float, seed: int) -> tuple[Objective, Objective]:
+def _losses(
+    pipe: Any, objective: str | Objective, preserve: float, examples: ConceptExamples, seed: int
+) -> tuple[Objective, Objective]:
     """What forgetting is, which chooses the subspace; and what is trained, with the preservation added."""
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale)
     forgetting = _objective(objective, schedule, seed)
     if not preserve:
         return forgetting, forgetting
-    return forgetting, forgetting + preserve * PreservePrediction(schedule, under="retain", seed=seed + 1)
+    loss = forgetting + preserve * PreservePrediction(schedule, under="retain", seed=seed + 1)
+    if "earlier" in examples.roles:  # an example has one of them, and each is to count like what is forgotten now
+        count = len(examples.roles["earlier"].unique())
+        loss = loss + preserve * count * PreservePrediction(schedule, under="earlier", seed=seed + 2)
+    return forgetting, loss
 
 
 def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -> Objective:

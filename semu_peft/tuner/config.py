@@ -110,6 +110,10 @@ class SemuConfig(PeftConfig):
         save_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*):
             The dtype of the bases `U` and `V` in a saved file; the core keeps its own. Loading takes the orthonormal
             matrix nearest to the rounded one, in float32. `None` saves the bases as they are.
+        forgotten (`dict[str, list[str]]`):
+            Metadata, from which no layer is computed: the prompts that the adapter was made to forget, each with those
+            whose answer it gives instead. [`~semu_peft.unlearn_concept`] writes it, and holds these prompts when it
+            trains a further adapter. It is saved in clear in `adapter_config.json`.
         weights_sha256 (`str`, *optional*):
             The digest of the weights beside a saved configuration: written and checked, not given.
 
@@ -189,6 +193,10 @@ class SemuConfig(PeftConfig):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "The dtype of the bases in a saved file."}
     )
+    forgotten: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata={"help": "Prompts made to be forgotten, and what each gives; written, not given."},
+    )
     weights_sha256: str | None = field(
         default=None, metadata={"help": "Digest of the weights beside a saved configuration; written, not given."}
     )
@@ -224,6 +232,11 @@ class SemuConfig(PeftConfig):
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))
         _check_choice("bias", self.bias, ("none", "all", "semu_only"))
         _check_choice("save_dtype", self.save_dtype, (None, "float32", "bfloat16", "float16"))
+        if not _is_record(self.forgotten):
+            raise ValueError(
+                f"`forgotten` must map prompts to lists of prompts, got {self.forgotten!r}. Leave it out: it is "
+                "written by `unlearn_concept`."
+            )
         if self.init_weights is not True and self.r is None:
             raise ValueError(
                 f"`init_weights={self.init_weights!r}` looks at no forget data, so the rank must be given: set `r`, or "
@@ -375,6 +388,13 @@ def _are_indices(value: object) -> bool:
     if not isinstance(value, list) or not value or len(set(map(str, value))) < len(value):
         return False
     return all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(prompt, str) and isinstance(given, list) and all(isinstance(each, str) for each in given)
+        for prompt, given in value.items()
+    )
 
 
 def _as_set(names: Any) -> Any:

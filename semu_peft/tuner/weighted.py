@@ -156,6 +156,7 @@ def config_of_the_sum(configs: Sequence[Any], target_modules: list[str] | str, r
         rank_pattern={},
         ranks=ranks,
         offsets=[],
+        forgotten={prompt: given for config in configs for prompt, given in config.forgotten.items()},
         r=None,
         core="full",
         init_weights=True,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusion_models import quiet, sd_pipeline
 from models import Snapshot
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 
 from semu_peft import SemuConfig, objectives, save_as_diffusers_lora
 from semu_peft.adapter.whole_model import add_adapter
-from semu_peft.concept import unlearn_concept
-from semu_peft.concept.dataset import concept_examples
+from semu_peft.concept import ConceptExamples, concept_examples, unlearn_concept
+from semu_peft.concept.earlier import earlier_erasures
+from semu_peft.concept.families import denoiser_of
 from semu_peft.concept.sampling import sample_pipeline
+from semu_peft.export.diffusers import save_adapter
+from semu_peft.tuner.weighted import config_of_the_sum
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16}
 LAYERS = SemuConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], explained_variance=0.99)
@@ -26,8 +31,13 @@ def images(pipe: Any) -> Tensor:
     return sample_pipeline(quiet(pipe), ["a photo of a cat"] * 2, seeds=range(2), **settings)
 
 
+def made(pipe: Any, forget: str, anchor: str) -> ConceptExamples:
+    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return concept_examples(pipe, forget, anchor=anchor, images=pictures, progress=False, **SIZE)
+
+
 def erase(pipe: Any, forget: str, anchor: str, name: str, **options: Any) -> Any:
-    examples = concept_examples(pipe, forget, anchor=anchor, images=torch.rand(4, 3, 16, 16), progress=False, **SIZE)
+    examples = made(pipe, forget, anchor)
     settings = {"max_steps": 40, "learning_rate": 0.01, **options}
     return unlearn_concept(pipe, examples, adapter_name=name, progress=False, **settings)
 
@@ -47,12 +57,11 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
 
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items() if ".first." in name}
     assert before
-    erased, learning = distance(), {"learning_rate": 0.003, "preserve": 10.0}
-    examples = concept_examples(
-        pipe, "monet", anchor="car", retain=["", "a photo of a cat"], images=torch.rand(4, 3, 16, 16), progress=False,
-        **SIZE,
-    )  # fmt: skip
-    unlearn_concept(pipe, examples, adapter_name="second", max_steps=20, progress=False, **learning)
+    erased = distance()
+    second = erase(pipe, "monet", "car", "second", learning_rate=0.003, max_steps=20)
+    assert {second.examples.prompts[int(at)] for at in second.examples.roles["earlier"]} == {
+        "a photo of a cat", "a photo of a dog"
+    }  # fmt: skip
     assert pipe.unet.active_adapters() == ["first", "second"] and trained(pipe.unet) == {"second"}
     assert all(torch.equal(pipe.unet.state_dict()[name], tensor) for name, tensor in before.items())
     both = distance()
@@ -60,14 +69,58 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
     assert both < 3 * erased and both < 0.5 * distance()
 
 
-def test_that_nothing_holds_an_earlier_erasure_is_said() -> None:
+def test_an_adapter_says_what_it_was_made_to_forget(tmp_path: Path) -> None:
     pipe = quiet(sd_pipeline())
-    erase(pipe, "a photo of a cat", "a photo of a dog", "first", config=LAYERS, max_steps=1)
-    pictures = torch.rand(2, 3, 16, 16)
-    with pytest.warns(UserWarning, match=r"The erasures \['first'\] stay active, but nothing holds what they forgot"):
-        unlearn_concept(
-            pipe, "monet", anchor="photo", images=pictures, adapter_name="second", max_steps=1, progress=False
-        )
+    erase(pipe, "a photo of a cat", "a photo of a dog", "first", max_steps=1)
+    record = {"first": {"a photo of a cat": ["a photo of a dog"]}}
+    assert earlier_erasures(pipe.unet) == record
+    save_adapter(pipe.unet, tmp_path, adapter_name="first")
+    fresh = quiet(sd_pipeline())
+    fresh.unet = PeftModel.from_pretrained(fresh.unet, tmp_path, adapter_name="first")
+    assert earlier_erasures(denoiser_of(fresh)) == record
+    examples = made(fresh, "monet", "photo")
+    assert {examples.prompts[int(at)] for at in examples.roles["earlier"]} == {"a photo of a cat", "a photo of a dog"}
+    pipe.unet.disable_adapters()
+    assert earlier_erasures(pipe.unet) == {} and "earlier" not in made(pipe, "monet", "photo").roles
+
+
+def test_a_sum_of_erasures_says_what_all_forgot() -> None:
+    pipe = quiet(sd_pipeline())
+    for name, prompt in (("first", "cat"), ("second", "car")):
+        erase(pipe, prompt, "dog", name, max_steps=1)
+    model = pipe.unet
+    configs = [model.peft_config[name] for name in ("first", "second")]
+    assert config_of_the_sum(configs, ["to_k"], {}).forgotten == {"cat": ["dog"], "car": ["dog"]}
+
+
+def test_what_nothing_holds_is_said() -> None:
+    pipe = quiet(sd_pipeline())
+    before = made(pipe, "monet", "photo")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The erasures")
+        erase(pipe, "a photo of a cat", "a photo of a dog", "first", record=False, max_steps=1)
+    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.01, "progress": False}
+    prompts: dict[str, Any] = {"images": torch.rand(2, 3, 16, 16), **options}
+    assert earlier_erasures(pipe.unet) == {"first": {}}
+    with pytest.warns(UserWarning, match=r"The erasures \['first'\] stay active, but do not say what they forgot"):
+        unlearn_concept(pipe, "monet", anchor="photo", adapter_name="second", **prompts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The erasures")
+        unlearn_concept(pipe, "car", retain=["a photo of a cat"], adapter_name="third", **prompts)
+    with pytest.warns(UserWarning, match=r"The erasures \['second', 'third'\] .* the examples hold nothing of what"):
+        unlearn_concept(pipe, made(sd_pipeline(), "dog", "photo"), adapter_name="fourth", **options)
+    with pytest.warns(
+        UserWarning, match=r"'second' gives 'photo' for 'monet', and goes on to .* `forget=\['photo', 'mo"
+    ):
+        examples = made(pipe, "photo", "")
+    assert {examples.prompts[int(at)] for at in examples.roles["earlier"]} == {"monet", "car", "dog"}
+    assert "earlier" not in before.roles
+
+
+@pytest.mark.parametrize("value", [["cat"], {"cat": "dog"}, {"cat": [1]}])
+def test_a_record_of_another_form_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="`forgotten` must map prompts to lists of prompts"):
+        SemuConfig(target_modules=["to_k"], forgotten=value)
 
 
 @pytest.mark.parametrize("disabled", [False, True])
