@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="output folder of examples/diffusion_digits")
     parser.add_argument("--train-steps", type=int, default=400, help="steps of training the pipeline, else")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 32])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
     parser.add_argument("--steps", type=int, default=200, help="steps of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "concept_training.json")
