@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,7 @@ class Drift:
 def neutral_kl(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Any,
     *,
     reference: nn.Module | None = None,
     max_length: int = 512,
@@ -63,7 +63,7 @@ def neutral_kl(
     Args:
         model: The unlearned model.
         tokenizer: Its tokenizer.
-        texts: Neutral texts, read in windows of `max_length` tokens.
+        texts: Neutral texts: strings, mappings with `text`, or a path of these; read in windows of `max_length`.
         reference: The model before; by default the same model without its adapter.
         max_length: Longest window.
         batch_size: Texts at a time.

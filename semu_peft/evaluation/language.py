@@ -8,8 +8,8 @@ and, for the forget and retain sets, `paraphrased_answer`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from semu_peft.language.shapes import TextExample
 from .cached import Measurements
 from .drift import fluency, neutral_kl
 from .generation import generate_answers, rouge_l
+from .language_membership import privacy_leakage, text_membership
 from .memorisation import (
     exact_memorisation,
     extraction_strength,
@@ -31,7 +32,7 @@ from .memorisation import (
     retain_truth_ratio,
     truth_ratio,
 )
-from .prompts import read_questions
+from .prompts import read_plain, read_questions
 from .token_scores import score_answers
 
 # What each metric is made from.
@@ -45,6 +46,7 @@ _NEEDS = {
     "fluency": "rouge",
     "model_utility": "utility",
     "neutral_kl": "neutral",
+    "membership": "holdout",
 }
 
 
@@ -64,6 +66,8 @@ class LanguageMetrics:
         neutral_kl: `KL(original ‖ now)` on neutral text, in nats per token.
         fluency: Entropy of the n-grams of the greedy forget answers, in bits.
         utility: Probability, ROUGE-L recall and truth ratio of each set that is to be kept, by "set metric".
+        membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
+        privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
 
     Examples:
@@ -84,6 +88,8 @@ class LanguageMetrics:
     neutral_kl: float | None = None
     fluency: float | None = None
     utility: Mapping[str, float] = field(default_factory=dict)
+    membership: Mapping[str, float] = field(default_factory=dict)
+    privacy_leakage: float | None = None
     truth_ratios: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
@@ -91,7 +97,7 @@ class LanguageMetrics:
 
     def row(self) -> dict[str, str]:
         """The numbers that were measured as text, by the head of their column."""
-        forms = {"forget_quality": ".2g", "neutral_kl": ".4f", "fluency": ".2f"}
+        forms = {"forget_quality": ".2g", "neutral_kl": ".4f", "fluency": ".2f", "privacy_leakage": ".1f"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {
             name.replace("_", " "): format(value, forms.get(name, ".3f"))
@@ -100,7 +106,7 @@ class LanguageMetrics:
         }
 
     def against(self, gold: LanguageMetrics) -> LanguageMetrics:
-        """The same with the forget quality beside a gold model's metrics.
+        """The same with the forget quality beside a gold model's metrics, and where both have it the privacy leakage.
 
         Raises:
             ValueError: One of the two has no truth ratios, or they are of different rows.
@@ -110,8 +116,12 @@ class LanguageMetrics:
                 "`gold` must have been measured on the same forget rows, truth ratio included, got "
                 f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
             )
-        known = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return LanguageMetrics(**{**known, "forget_quality": forget_quality(self.truth_ratios, gold.truth_ratios)})
+        own, theirs = self.membership.get("min_k"), gold.membership.get("min_k")
+        return replace(
+            self,
+            forget_quality=forget_quality(self.truth_ratios, gold.truth_ratios),
+            privacy_leakage=None if own is None or theirs is None else privacy_leakage(own, theirs),
+        )
 
 
 def evaluate_language(
@@ -120,7 +130,8 @@ def evaluate_language(
     forget: Any,
     *,
     utility: Mapping[str, Any] | None = None,
-    neutral: Iterable[str] | None = None,
+    neutral: Any = None,
+    holdout: Any = None,
     gold: LanguageMetrics | None = None,
     reference: nn.Module | None = None,
     metrics: Sequence[str] | None = None,
@@ -142,7 +153,8 @@ def evaluate_language(
             `paraphrased_answer`.
         utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
             all three measures of each. In sets without `paraphrased_answer`, the probability is that among the options.
-        neutral: Texts for the KL to the original model.
+        neutral: Plain texts for the KL to the original model.
+        holdout: Questions with answers like the forgotten ones that no model was trained on, for membership.
         gold: Metrics of the model that never saw the forget set, for the forget quality.
         reference: The model before unlearning, for the KL; by default the same model without its adapter.
         metrics: Names of [`LanguageMetrics`][semu_peft.evaluation.language.LanguageMetrics] to compute; by default all
@@ -167,8 +179,9 @@ def evaluate_language(
     check_model(model)
     check_count("batch_size", batch_size)
     sets = {name: read_questions(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
-    texts = None if neutral is None else list(neutral)
-    wanted = _wanted(metrics, sets, texts)
+    texts = None if neutral is None else read_plain(neutral, "neutral")
+    others = None if holdout is None else read_questions(holdout, "holdout")
+    wanted = _wanted(metrics, sets, texts, others)
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -176,25 +189,31 @@ def evaluate_language(
     for metric in wanted:
         if metric == "neutral_kl":
             found[metric] = suite.neutral_kl(texts or [], reference)
+        elif metric == "membership":
+            found[metric] = suite.membership(others or [])
         elif metric == "model_utility":
             found["utility"] = suite.utility()
             found[metric] = model_utility(found["utility"])
         else:
             found[metric] = suite.forget(metric)
-    if {"truth_ratio"} & set(wanted):
+    if "truth_ratio" in wanted:
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
     return measured if gold is None else measured.against(gold)
 
 
-def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: list[str] | None) -> list[str]:
+def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any, holdout: Any) -> list[str]:
     """The metrics to compute, in the order of the table; each must have its data."""
     there = {
         "truth": all(row.perturbed_answers for row in sets["forget"]),
         "utility": len(sets) > 1,
         "neutral": neutral is not None,
+        "holdout": holdout is not None,
     }
-    lacking = {"truth": "`perturbed_answer` in the rows of `forget`", "utility": "`utility`", "neutral": "`neutral`"}
+    lacking = {
+        "truth": "`perturbed_answer` in the rows of `forget`",
+        **{need: f"`{need}`" for need in ("utility", "neutral", "holdout")},
+    }
     if metrics is None:
         return [name for name, need in _NEEDS.items() if there.get(need, True)]
     asked = [metrics] if isinstance(metrics, str) else list(metrics)
@@ -312,6 +331,19 @@ class _Suite:
             return drift.kl
 
         return float(self._once("neutral_kl", {"texts": texts}, measure))
+
+    def membership(self, holdout: list[TextExample]) -> dict[str, float]:
+        """The AUC of each attack, forget set against held-out answers."""
+        others = [(row.prompt, row.answer) for row in holdout]
+
+        def measure() -> dict[str, float]:
+            found = text_membership(
+                self.model, self.tokenizer, self._pairs("forget"), others, template=self.template,
+                batch_size=self.batch_size, progress=self.progress,
+            )  # fmt: skip
+            return {attack: result.auc for attack, result in found.items()}
+
+        return dict(self._once("membership", {"pairs": self._pairs("forget"), "holdout": others}, measure))
 
     def _pairs(self, name: str) -> list[Any]:
         return [(row.prompt, row.answer) for row in self.sets[name]]

@@ -38,6 +38,26 @@ def read_questions(source: Any, name: str = "pairs") -> list[TextExample]:
     return examples
 
 
+def read_plain(source: Any, name: str = "texts") -> list[str]:
+    """Plain texts, from strings, mappings with `text`, or what else `read_text` takes.
+
+    Raises:
+        TypeError: It is of no such kind.
+        ValueError: There are none, or a row is an answer to a question.
+
+    Examples:
+        >>> from semu_peft.evaluation.prompts import read_plain
+        >>> read_plain(["one", {"text": "another"}])
+        ['one', 'another']
+    """
+    examples = list(read_text(source, name=name))
+    answers = [number for number, example in enumerate(examples) if not example.is_plain]
+    if not examples or answers:
+        got = f"an answer to a question in row {answers[0]}" if answers else "none"
+        raise ValueError(f"`{name}` must hold at least one text, and plain texts alone, got {got}. Give strings.")
+    return [example.answer for example in examples]
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the prompt goes to an encoder, and what is generated is the answer alone.
 

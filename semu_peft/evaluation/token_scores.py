@@ -16,7 +16,7 @@ from semu_peft.language.encode import Row, TextEncoder
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import IGNORED, call_model
 
-from .prompts import encoder_for, read_questions
+from .prompts import encoder_for, read_plain, read_questions
 
 _LEAST_VARIANCE = 1e-6  # of Min-K++, as OpenUnlearning has it
 
@@ -121,7 +121,7 @@ def score_answers(
 def score_texts(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Any,
     *,
     max_length: int = 512,
     batch_size: int = 16,
@@ -131,8 +131,9 @@ def score_texts(
 ) -> TokenScores:
     """Let a language model read plain texts: every token but the first counts, and the end of the sequence.
 
-    Long texts are read in windows, each with the token before it. Special tokens are those that the tokenizer adds
-    itself. The other arguments are those of [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
+    Texts are strings, mappings with `text`, or a path of these. Long ones are read in windows, each with the token
+    before it. Special tokens are those that the tokenizer adds itself. The other arguments are those of
+    [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
 
     Raises:
         ValueError: There are no texts, or one has less than two tokens.
@@ -155,7 +156,7 @@ def score_texts(
     return TokenScores(log_probs, correct, standardized, has_eos=tokenizer.eos_token_id is not None)
 
 
-def text_windows(tokenizer: Any, texts: Iterable[str], max_length: int, name: str = "texts") -> list[list[Row]]:
+def text_windows(tokenizer: Any, texts: Any, max_length: int, name: str = "texts") -> list[list[Row]]:
     """Plain texts as rows of tokens, one list a text.
 
     Examples:
@@ -164,10 +165,7 @@ def text_windows(tokenizer: Any, texts: Iterable[str], max_length: int, name: st
         [2, 1]
     """
     encoder = TextEncoder(tokenizer, max_length=max_length)
-    given = [texts] if isinstance(texts, str) else list(texts)
-    if not given:
-        raise ValueError(f"`{name}` must hold at least one text, got none. Give a list of strings.")
-    return [encoder.windows(text) for text in given]
+    return [encoder.windows(text) for text in read_plain(texts, name)]
 
 
 def text_batches(

@@ -16,8 +16,11 @@ from semu_peft.evaluation import (
     evaluate_language,
     forget_quality,
     generate_answers,
+    neutral_kl,
+    privacy_leakage,
     rouge_l,
     score_answers,
+    text_membership,
     truth_ratio,
 )
 
@@ -55,6 +58,10 @@ def test_every_number_is_made_of_its_parts() -> None:
     plain = sum(math.exp(-nll(row, row["answer"])) for row in FORGET[:2]) / 2
     assert found.utility["retain probability"] == pytest.approx(plain, rel=1e-4)
     assert len(found.utility) == 6 and found.neutral_kl > 0
+    drift = neutral_kl(
+        model, tokenizer, [{"text": text} for text in NEUTRAL], reference=decoder(seed=1), progress=False
+    )
+    assert found.neutral_kl == pytest.approx(drift.kl)
 
 
 def test_gold_gives_the_forget_quality() -> None:
@@ -62,10 +69,20 @@ def test_gold_gives_the_forget_quality() -> None:
     gold = evaluate_language(decoder(seed=1), tokenizer, FORGET, metrics=names, **QUIET)
     found = evaluate_language(decoder(), tokenizer, FORGET, metrics=["forget_quality"], gold=gold, **QUIET)
     assert found.forget_quality == forget_quality(found.truth_ratios, gold.truth_ratios)
-    assert gold.against(gold).forget_quality == 1.0
+    assert gold.against(gold).forget_quality == 1.0 and found.privacy_leakage is None
     assert repr(found).startswith("LanguageMetrics(truth ratio 0.") and "forget quality" in repr(found)
     with pytest.raises(ValueError, match="`gold` must have been measured on the same forget rows"):
         found.against(LanguageMetrics(probability=0.1))
+
+
+def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> None:
+    tokenizer, options = word_tokenizer(), {"metrics": ["truth_ratio", "membership"], "holdout": FACTS, **QUIET}
+    gold = evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
+    found = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, output_dir=tmp_path, **options)
+    direct = text_membership(decoder(), tokenizer, FORGET, FACTS, progress=False)
+    assert found.membership == {attack: result.auc for attack, result in direct.items()}
+    assert found.privacy_leakage == privacy_leakage(found.membership["min_k"], gold.membership["min_k"])
+    assert json.loads((tmp_path / "membership.json").read_text())["value"] == found.membership
 
 
 def test_measurements_are_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +153,8 @@ def test_diverged_models_have_numbers_that_say_so() -> None:
         ({"metrics": ["bleu"]}, "`metrics` must be among"),
         ({"metrics": ["model_utility"]}, "`metrics` has 'model_utility', which needs `utility`"),
         ({"metrics": ["neutral_kl"]}, "needs `neutral`"),
+        ({"metrics": ["membership"]}, "needs `holdout`"),
+        ({"neutral": [("who", "Ada")]}, "`neutral` must hold at least one text, and plain texts alone"),
         ({"forget": [("who", "Ada")], "metrics": ["truth_ratio"]}, "needs `perturbed_answer`"),
         ({"forget": []}, "`forget` must hold at least one question"),
     ],
