@@ -24,8 +24,10 @@ from semu_peft import (
     gather,
     hotswap_adapter,
     initialize_semu_weights,
+    localize,
     rerank,
     save_as_lora,
+    search_scale,
     set_scale,
     starts,
     to_lora,
@@ -35,6 +37,7 @@ from semu_peft.evaluation import Predictions, evaluate_forgetting, membership_in
 from semu_peft.objectives import CrossEntropy, RandomLabel, UnseenConfidence
 
 NAN = float("nan")
+X = torch.ones(6)
 
 
 def fresh(**options: Any) -> Any:
@@ -163,6 +166,23 @@ MISTAKES: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
     }),
     (lambda **given: set_scale(**{"model": ready(), "scale": 0.5, **given}), {
         "model": [None], "scale": [NAN, "x", None], "adapter_name": ["nope", 5],
+    }),
+    (lambda **given: search_scale(**{"model": ready(), "score": lambda m: 0.0, **given}), {
+        "model": [None], "score": [None, 5, lambda m: NAN], "highest": [0, -1, NAN, "x"], "halvings": [-1, 0.5, "x"],
+        "adapter_name": ["nope", 3, ""],
+    }),
+    (lambda **given: starts.FirstStep(**{"learning_rate": 0.1, **given}), {
+        "learning_rate": [-1, NAN, "x", None], "transform": ["adam", None],
+    }),
+    (lambda **given: starts.Ascent(**given), {"scale": [NAN, "x"]}),
+    (lambda **given: starts.WeightSplit(**given), {"basis": ["svd", None], "drop": ["no", 1]}),
+    (lambda **given: starts.RankOneWrite(**{"keys": {"fc1": X}, "values": {"fc1": X}, **given}), {
+        "keys": [{}, None], "values": [{}, None], "rule": ["x"], "damping": [-1, NAN], "explained_variance": [0, 2],
+    }),
+    (lambda **given: starts.Projection(**given), {"directions": [{}, None, {"fc1": 5}]}),
+    (lambda **given: localize.decode_neurons(**{"model": ready(), **given}), {"model": [None], "topk": [0, 0.5, "x"]}),
+    (lambda **given: localize.expert_affinity(**{"model": ready(), "batches": [], **given}), {
+        "model": [None], "batches": [None, 5],
     }),
     (lambda **given: to_lora(**{"model": ready(), **given}), {"model": [None], "uniform_rank": ["no"]}),
     (lambda **given: save_as_lora(ready(), **given), {"path": [None, 5]}),

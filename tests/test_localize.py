@@ -349,6 +349,33 @@ def test_one_expert_is_unlearned_and_the_others_stay(kind: str) -> None:
         localize.expert_targets(model, f"{owner}.9")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2"])
+def test_the_anchor_holds_a_router_that_is_trained_too(kind: str) -> None:
+    """SEUF trains the expert and its layer's router: with the anchor the forget data stay with that expert."""
+    base = mixture(kind)
+    plant(base, layer=1, expert=2)
+    before = copy.deepcopy(base.state_dict())
+    batches: Any = [{"input_ids": IDS, "labels": IDS}]
+    best = localize.expert_affinity(base, batches, progress=False)[0]
+    owner = best.rpartition(".")[0]
+    anchor = objectives.RouterAnchor({owner: 2})
+    model = get_peft_model(base, SemuConfig(**localize.expert_targets(base, best, router=True), r=2))
+    initialize_semu_weights(model, batches, LOSS + anchor, progress=False)
+    start = float(anchor(model, batches[0]))
+    objective = objectives.DecoupledDistillation() + anchor
+    options: dict[str, Any] = {"optimizer": lambda cores: torch.optim.AdamW(cores, lr=0.05), "max_steps": 8}
+    unlearn(model, batches, objective, progress=False, **options)
+    assert float(anchor(model, batches[0])) < start
+    assert localize.expert_affinity(model, batches, progress=False)[0] == best
+    after, router = model.merge_and_unload().state_dict(), find_mixtures(base)[owner].router_name
+    for name, value in after.items():
+        if name.startswith(owner) and value.dim() == 3:
+            assert torch.equal(value[[0, 1, 3]], before[name][[0, 1, 3]])
+        elif not name.startswith((f"{owner}.2.", router)):
+            assert torch.equal(value, before[name])
+    assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(router))
+
+
 def test_listed_experts_are_layers() -> None:
     """As before transformers 5: a list of experts, a linear router, and a block that says how many are chosen."""
 

@@ -52,7 +52,7 @@ def importance(
     for name, weight in _weights(model, forget, retain, GradientSum, adapter_name):
         gradient = _total(forget, name)
         size = float(torch.linalg.vector_norm(gradient))
-        norm = float(torch.linalg.vector_norm(weight))
+        norm = float(torch.linalg.vector_norm(weight, dtype=gradient.dtype))
         rows[name] = {"importance": size / norm if norm > 0 else 0.0}
         if retain is not None:
             other = _total(retain, name)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from semu_peft.arguments import check_count, check_number
+from semu_peft.arguments import check_count, check_number, check_switch
 from semu_peft.gradients.gather import Gathered
 from semu_peft.gradients.moments import FactoredFisher, InputMoment
 from semu_peft.gradients.statistics import SquaredSum
@@ -74,6 +74,7 @@ class WeightSplit:
             raise ValueError(f"`basis` must be 'first', 'last' or 'lu', got {self.basis!r}. Use one of these.")
         if self.row_weights and self.basis != "first":
             raise ValueError(f"`row_weights` are for `basis='first'`, got {self.basis!r}. Leave one of them out.")
+        check_switch("drop", self.drop)
 
     def __call__(self, layer: SemuLayer, directions: SingularFactors, adapter_name: str) -> LayerStart:
         matrix = layer.weight_to_matrix(whole_weight(layer).detach(), adapter_name).double()

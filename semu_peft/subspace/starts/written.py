@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from semu_peft.arguments import check_number
+from semu_peft.arguments import check_kind, check_number
 from semu_peft.gradients.moments import InputMoment
 from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
 from semu_peft.linalg.factorize import SingularFactors
@@ -74,6 +74,8 @@ class RankOneWrite:
         check_number("damping", self.damping, low=0.0)
         if self.rule not in ("project", "inverse"):
             raise ValueError(f"`rule` must be 'project' or 'inverse', got {self.rule!r}. Use one of these.")
+        for name, given in (("keys", self.keys), ("values", self.values), ("retain", self.retain)):
+            check_kind(name, given, Mapping, "a mapping by layer name", "Write `{'fc1': ...}`.")
         if self.keys.keys() != self.values.keys() or not self.keys:
             raise ValueError(
                 f"`keys` and `values` must name the same layers, got {sorted(self.keys)[:3]} and "
@@ -161,6 +163,9 @@ class Projection:
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_kind("directions", self.directions, Mapping, "a mapping by layer name", "Write `{'fc1': Q}`.")
+        for name, given in self.directions.items():
+            check_kind("directions", given, Tensor, f"tensors, as for layer {name!r}", "Give `Q`, `(m, q)`.")
         if not self.directions:
             raise ValueError("`directions` must name at least one layer, got none. Give `Q`, `(m, q)`, by layer name.")
 
