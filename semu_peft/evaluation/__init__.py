@@ -4,6 +4,7 @@ Functions take models and loaders and return plain dataclasses. A metric that fi
 `pip install semu-peft[evaluation]`; importing this package does not.
 """
 
+from .attacks import AttackReport, NotRun, attack
 from .classification import Predictions, evaluate_forgetting, predict
 from .comparison import ForgettingComparison, ForgettingMetrics
 from .diffusion import (
@@ -38,24 +39,41 @@ from .memorisation import (
     truth_ratio,
 )
 from .muse import knowledge_memorisation, verbatim_memorisation
+from .perturbation import InputAttack, Stripping, flipped_inputs, noisy_inputs, stripping
+from .probing import Probes, linear_probes, logit_lens
+from .prompt_search import PromptSearch, search_prompt
+from .quantization import LayerRounding, QuantizationAttack, quantization, round_to_nearest
+from .relearning import RelearningCurve, relearning, usual_attackers
+from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 from .text_attacks import PromptAttacks, TextRelearning, prompt_attacks, relearn_text, rounded_weights
 from .token_scores import TokenScores, score_answers, score_texts
 
 __all__ = [
+    "AttackReport",
     "Drift",
     "ErasureMetrics",
     "ForgettingComparison",
     "ForgettingMetrics",
+    "InputAttack",
     "LabelledPrompt",
     "LanguageMetrics",
+    "LayerRounding",
     "MembershipInference",
+    "NotRun",
     "Predictions",
+    "Probes",
     "PromptAttacks",
+    "PromptSearch",
+    "QuantizationAttack",
+    "RelearningCurve",
     "Rouge",
     "Separation",
+    "ShadowMembership",
+    "Stripping",
     "TextRelearning",
     "TokenScores",
     "UnlearnCanvasMetrics",
+    "attack",
     "attack_membership",
     "classify_samples",
     "clip_score",
@@ -64,6 +82,7 @@ __all__ = [
     "evaluate_language",
     "exact_memorisation",
     "extraction_strength",
+    "flipped_inputs",
     "fluency",
     "forget_quality",
     "frechet_distance",
@@ -71,23 +90,35 @@ __all__ = [
     "harness",
     "kernel_distance",
     "knowledge_memorisation",
+    "linear_probes",
+    "lira_scores",
+    "logit_lens",
     "membership_inference",
     "min_k",
     "model_utility",
     "neutral_kl",
     "ngram_entropy",
+    "noisy_inputs",
     "predict",
     "privacy_leakage",
     "prompt_attacks",
+    "quantization",
     "relearn_text",
+    "relearning",
+    "rmia_scores",
     "rouge_l",
+    "round_to_nearest",
     "rounded_weights",
     "score_answers",
+    "score_attack",
     "score_texts",
+    "search_prompt",
     "separation",
+    "stripping",
     "text_membership",
     "truth_ratio",
     "unlearn_canvas",
+    "usual_attackers",
     "verbatim_memorisation",
     "zlib_score",
 ]

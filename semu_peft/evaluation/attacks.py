@@ -1,0 +1,435 @@
+"""All attacks that fit a model, in one call: what was tried, what it brought back, and what was not tried and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_switch
+from semu_peft.objectives.attackers import Attacker
+from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.original import original
+from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.keys import without_wrappers
+
+from .classification import Predictions, predict
+from .knowledge import LossOfOriginal, Measure, Task, accuracy, answer_probability, task_of
+from .membership import attack_membership
+from .perturbation import flipped_inputs, noisy_inputs, stripping
+from .probing import linear_probes, logit_lens
+from .prompt_search import search_prompt
+from .quantization import quantization
+from .relearning import relearning, usual_attackers
+from .shadow_membership import lira_scores, rmia_scores, score_attack
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """An attack that was not tried.
+
+    Attributes:
+        attack: Its name.
+        reason: Why, and what it would need.
+
+    Examples:
+        >>> NotRun("membership: LiRA", "no shadow models were given")
+        NotRun(attack='membership: LiRA', reason='no shadow models were given')
+    """
+
+    attack: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an attack says of a model, beside what it says of the reference.
+
+    Attributes:
+        attack: Its name.
+        found: Of the model.
+        reference: Of the reference.
+
+    Examples:
+        >>> Compared("membership", 97.0, 96.5).row
+        ('membership', '97.0', '96.5')
+    """
+
+    attack: str
+    found: Any
+    reference: Any = None
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The attack, what it found, and what it found of the reference."""
+        return self.attack, str(self.found), "" if self.reference is None else str(self.reference)
+
+
+@dataclass(frozen=True, eq=False)
+class AttackReport:
+    """What a model stood, and what nobody asked it.
+
+    Attributes:
+        task: What the model is for.
+        results: One result an attack, each with a `row`.
+        not_run: The attacks that were left out.
+        seconds: How long it took.
+        has_reference: Whether there was a retrained model to compare with.
+
+    Examples:
+        >>> report = AttackReport("classification", (), (NotRun("stripping", "the time limit"),), 1.0, False)
+        >>> report
+        AttackReport(classification: 0 attacks, 1 not run, without a reference, 1.0 s)
+    """
+
+    task: Task
+    results: tuple[Any, ...] = field(repr=False)
+    not_run: tuple[NotRun, ...]
+    seconds: float
+    has_reference: bool
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Of each attack its name, what it found, and what it found of the reference."""
+        return [result.row for result in self.results]
+
+    def to_markdown(self) -> str:
+        """A table of the attacks, and a list of those that were not run."""
+        lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
+        if not self.has_reference:
+            lines += ["", "No retrained model was given: what an attack finds may be what any model would give."]
+        if self.not_run:
+            lines += ["", "Not run:", "", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __repr__(self) -> str:
+        beside = "with" if self.has_reference else "without"
+        return (
+            f"AttackReport({self.task}: {len(self.results)} attacks, {len(self.not_run)} not run, {beside} a "
+            f"reference, {self.seconds:.1f} s)"
+        )
+
+
+def attack(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    *,
+    reference: nn.Module | None = None,
+    related: Iterable[Any] | None = None,
+    forget_test: Iterable[Any] | None = None,
+    learn: LossFunction | None = None,
+    attackers: Sequence[Attacker] | None = None,
+    shadow: Sequence[tuple[Predictions, Predictions]] = (),
+    further: Mapping[str, Callable[[nn.Module], Any]] | None = None,
+    measure: Measure | None = None,
+    prompt_steps: int = 100,
+    time_limit: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> AttackReport:
+    """Try on a model what somebody would who wants the forgotten back, as far as the data given allow.
+
+    The model is not written. Stripping, quantisation to 8 and 4 bits and relearning fit every model; probes layer by
+    layer classifiers and language models, changed inputs classifiers of floating-point inputs, the logit lens language
+    models, searched prompts text-to-image denoisers, membership classifiers. Attacks on the text that a language model
+    writes are not among them: give them as `further`.
+
+    Args:
+        model: The unlearned model as it is to be given away.
+        forget: Batches of what was forgotten.
+        retain: Batches of the rest.
+        test: Batches that no model was trained on, for membership.
+        reference: The model retrained without the forget set, or another that never knew it. Without one, what is found
+            may be what every model gives.
+        related: Batches of related data: relearning from them alone is tried as well.
+        forget_test: Examples of what was forgotten that relearning is measured on; by default the forget examples that
+            the attacker does not have.
+        learn: What relearning minimises: by default cross entropy. Denoisers need it: `DenoisingLoss(scheduler)`.
+        attackers: Who relearns; by default
+            [`usual_attackers`][semu_peft.evaluation.relearning.usual_attackers], with smaller rates for language models
+            and denoisers.
+        shadow: Of each shadow model, trained without the forget set, its predictions on `forget` and on `test`, in the
+            order of these batches.
+        further: Attacks of your own by name, `(model) -> result`.
+        measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the answer probability of
+            language models, and of denoisers the original's loss as a share of the model's.
+        prompt_steps: Steps of each search for a prompt.
+        time_limit: Begin no attack after so many seconds; what is left is named in the report.
+        seed: Seed of all draws.
+        progress: Show a progress bar.
+
+    Returns:
+        All results, and what was not run and why.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: A number is out of range, or there is no batch.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import attack
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> forget, retain = ([(torch.randn(30, 2) + at, torch.full((30,), at // 4))] for at in (0, 4))
+        >>> report = attack(model, forget, retain, attackers=[], progress=False)
+        >>> [name for name, _, _ in report.rows][:2]
+        ['stripping: the adapter switched off', 'quantisation: 8 bits a row']
+        >>> report.not_run[-1].attack
+        'membership: confidence and threshold'
+    """
+    check_model(model)
+    if reference is not None:
+        check_model(reference, "reference")
+    if time_limit is not None:
+        check_number("time_limit", time_limit, low=0)
+    check_count("seed", seed, least=0)
+    check_count("prompt_steps", prompt_steps)
+    check_switch("progress", progress)
+    data = _Data.read(forget=forget, retain=retain, test=test, related=related, forget_test=forget_test)
+    if further is not None:
+        check_kind("further", further, Mapping, "a mapping of functions", "Write `{'name': lambda model: ...}`.")
+    plan = _Plan(model, data, reference, learn, attackers, tuple(shadow), measure, seed, prompt_steps)
+    planned = plan.attacks()
+    planned.update({name: _call(run, model) for name, run in (further or {}).items()})
+    return _carry_out(planned, plan.task, reference is not None, time_limit, progress)
+
+
+def _call(function: Callable[[nn.Module], Any], model: nn.Module) -> Run:
+    return lambda: function(model)
+
+
+def _carry_out(
+    planned: Mapping[str, Run | str], task: Task, has_reference: bool, time_limit: float | None, progress: bool
+) -> AttackReport:
+    from tqdm.auto import tqdm
+
+    started, results, not_run = time.perf_counter(), [], []
+    bar = tqdm(planned.items(), desc="attacks", disable=not progress)
+    for name, run in bar:
+        bar.set_postfix_str(name)
+        if isinstance(run, str):
+            not_run.append(NotRun(name, run))
+        elif time_limit is not None and time.perf_counter() - started >= time_limit:
+            not_run.append(NotRun(name, f"the time limit of {time_limit:g} s was reached"))
+        else:
+            result = run()
+            results.append(result if hasattr(result, "row") else Compared(name, result))
+    return AttackReport(task, tuple(results), tuple(not_run), time.perf_counter() - started, has_reference)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The batches, each kind gone through once."""
+
+    forget: list[Any]
+    retain: list[Any] | None
+    test: list[Any] | None
+    related: list[Any] | None
+    forget_test: list[Any] | None
+
+    @classmethod
+    def read(cls, **given: Iterable[Any] | None) -> _Data:
+        lists: dict[str, Any] = {}
+        for name, batches in given.items():
+            if batches is not None or name == "forget":
+                check_batches(batches, name)
+            lists[name] = None if batches is None else list(batches)
+            if lists[name] == []:
+                raise ValueError(f"`{name}` must give at least one batch, got none. Give a list of batches.")
+        return cls(**lists)
+
+
+@dataclass
+class _Plan:
+    """Which attacks fit; each as what runs it, or the reason why it is not run."""
+
+    model: nn.Module
+    data: _Data
+    reference: nn.Module | None
+    learn: LossFunction | None
+    attackers: Sequence[Attacker] | None
+    shadow: tuple[tuple[Predictions, Predictions], ...]
+    measured_by: Measure | None
+    seed: int
+    prompt_steps: int
+
+    def __post_init__(self) -> None:
+        self.task = task_of(self.model, self.data.forget[0], self.learn)
+        self.measure = self.measured_by or self._usual_measure()
+
+    def _usual_measure(self) -> Measure | None:
+        if self.task == "classification":
+            return accuracy
+        if self.task == "language":
+            return answer_probability
+        if self.learn is None:
+            return None
+        before = self._original()
+        return None if before is None else LossOfOriginal(self.learn, before)
+
+    def _original(self) -> nn.Module | None:
+        """The model before it forgot, where its adapter is still beside the weights."""
+        try:
+            with original(self.model) as before:
+                return before if before is not self.model else None
+        except ValueError:
+            return None
+
+    def attacks(self) -> dict[str, Run | str]:
+        """All attacks by name."""
+        planned: dict[str, Run | str] = {}
+        if self.measure is None:
+            planned["stripping, quantisation, relearning"] = (
+                "a denoiser is measured by its training loss beside the original's: give `learn=DenoisingLoss(...)`, "
+                "and the model with its adapter, or `measure`"
+            )
+        else:
+            planned.update(self._on_weights(self.measure))
+            planned.update(self._on_inputs(self.measure))
+        planned.update(self._inside())
+        planned.update(self._prompts())
+        planned.update(self._membership())
+        return planned
+
+    def _on_weights(self, measure: Measure) -> dict[str, Run | str]:
+        data, beside = self.data, self.reference
+        planned: dict[str, Run | str] = {"stripping": lambda: stripping(self.model, data.forget, measure=measure)}
+        for bits in (8, 4):
+            planned[f"quantisation: {bits} bits"] = lambda bits=bits: quantization(  # type: ignore[misc]
+                self.model, data.forget, data.retain, bits=bits, reference=beside, measure=measure
+            )
+        for attacker in self._attackers():
+            planned[f"relearning: {attacker.label}"] = self._relearning(attacker, data.forget, data.forget_test)
+            if data.related is not None:
+                planned[f"relearning from related data: {attacker.label}"] = self._relearning(
+                    attacker, data.related, data.forget_test or data.forget
+                )
+        if data.related is None:
+            planned["relearning from related data"] = "no `related` batches were given"
+        return planned
+
+    def _attackers(self) -> Sequence[Attacker]:
+        if self.attackers is not None:
+            return self.attackers
+        if self.task != "classification":
+            return [Attacker("adam", rate, steps=50, batch_size=8) for rate in (1e-4, 1e-3)]
+        return usual_attackers(_head(self.model), images=_holds(self.data.forget[0], dims=4))
+
+    def _relearning(self, attacker: Attacker, forget: list[Any], measured_on: list[Any] | None) -> Run:
+        return lambda: relearning(
+            self.model, forget, self.data.retain, attacker=attacker, reference=self.reference, learn=self.learn,
+            measure=self.measure or accuracy, forget_test=measured_on, seed=self.seed, progress=False,
+        )  # fmt: skip
+
+    def _on_inputs(self, measure: Measure) -> dict[str, Run | str]:
+        data, beside = self.data, self.reference
+        if self.task != "classification":
+            return {"inputs: noise, flips": f"they are for classifiers, and this is a {self.task} model"}
+        planned: dict[str, Run | str] = {}
+        for scale in (0.1, 0.3):
+            planned[f"inputs: noise of {scale}"] = lambda scale=scale: noisy_inputs(  # type: ignore[misc]
+                self.model, data.forget, scale=scale, seeds=range(self.seed, self.seed + 3), reference=beside,
+                measure=measure,
+            )  # fmt: skip
+        if not _holds(data.forget[0]):
+            return {"inputs: noise, flips": "the inputs are no floating-point numbers"}
+        planned["inputs: flipped"] = (
+            (lambda: flipped_inputs(self.model, data.forget, reference=beside, measure=measure))
+            if _holds(data.forget[0], dims=4)
+            else "the inputs are no images (N, C, H, W)"
+        )
+        return planned
+
+    def _inside(self) -> dict[str, Run | str]:
+        data = self.data
+        planned: dict[str, Run | str] = {}
+        if self.task == "diffusion":
+            planned["linear probes"] = "a denoiser's activations are of noise: none was built"
+        elif data.retain is None:
+            planned["linear probes"] = "no `retain` batches were given"
+        else:
+            kept = data.retain
+            planned["linear probes"] = lambda: linear_probes(
+                self.model, data.forget, kept, reference=self.reference, seed=self.seed
+            )
+        lens: Run = lambda: logit_lens(self.model, data.forget, reference=self.reference)  # noqa: E731
+        planned["logit lens"] = lens if self.task == "language" else "it reads language models"
+        return planned
+
+    def _prompts(self) -> dict[str, Run | str]:
+        name, learn = "adversarial prompts", self.learn
+        if self.task != "diffusion":
+            return {name: "they are searched for text-to-image denoisers"}
+        condition = self.data.forget[0].get("condition", {}) if isinstance(self.data.forget[0], Mapping) else {}
+        if learn is None or "encoder_hidden_states" not in condition:
+            return {name: "the batches have no text embedding (`encoder_hidden_states`), or no `learn` was given"}
+        seeds = range(self.seed, self.seed + 3)
+        return {
+            name: lambda: search_prompt(
+                self.model, self.data.forget, learn, original=self._original(), reference=self.reference, seeds=seeds,
+                steps=self.prompt_steps, progress=False,
+            )
+        }  # fmt: skip
+
+    def _membership(self) -> dict[str, Run | str]:
+        plain, with_shadows = "membership: confidence and threshold", "membership: LiRA and RMIA"
+        if self.task != "classification":
+            return {plain: f"these see one answer an example, and this is a {self.task} model"}
+        if self.data.retain is None or self.data.test is None:
+            return {with_shadows: "no `test` batches were given", plain: "it needs `retain` and `test` batches"}
+        planned: dict[str, Run | str] = {plain: self._confidence}
+        if not self.shadow:
+            return {with_shadows: "no predictions of shadow models were given", **planned}
+        return {**planned, "membership: LiRA": self._lira, "membership: RMIA": self._rmia}
+
+    def _confidence(self) -> Compared:
+        def of(model: nn.Module) -> Any:
+            sides = [predict(model, each or [], progress=False) for each in (self.data.retain, self.data.test)]
+            forget = predict(model, self.data.forget, progress=False)
+            return attack_membership(sides[0].confidence, sides[1].confidence, forget.confidence, seed=self.seed)
+
+        name = "membership: confidence and threshold, taken for never trained on"
+        return Compared(name, of(self.model), None if self.reference is None else of(self.reference))
+
+    def _said(self, value: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """On forget and test: what the model says, and what the shadow models say."""
+        import torch
+
+        forget, test = (predict(self.model, each or [], progress=False) for each in (self.data.forget, self.data.test))
+        shadows = [torch.stack([getattr(pair[side], value) for pair in self.shadow]) for side in (0, 1)]
+        return getattr(forget, value), getattr(test, value), shadows[0], shadows[1]
+
+    def _lira(self) -> Any:
+        forget, test, forget_out, test_out = self._said("log_odds")
+        return score_attack(lira_scores(forget, forget_out), lira_scores(test, test_out), attack="LiRA", seed=self.seed)
+
+    def _rmia(self) -> Any:
+        """Half of the test examples are the population, the others the non-members."""
+        forget, test, forget_out, test_out = self._said("confidence")
+        half = (test[1::2], test_out[:, 1::2])
+        member = rmia_scores(forget, forget_out, *half)
+        return score_attack(member, rmia_scores(test[::2], test_out[:, ::2], *half), attack="RMIA", seed=self.seed)
+
+
+def _head(model: nn.Module) -> str | None:
+    """The name of the last linear layer."""
+    names = [name for name, module in base_model(model).named_modules() if isinstance(module, nn.Linear)]
+    return without_wrappers(names[-1]) if names else None
+
+
+def _holds(batch: Any, dims: int | None = None) -> bool:
+    """Whether a batch has floating-point inputs, of so many dimensions."""
+    values = batch.values() if isinstance(batch, Mapping) else batch[:-1]
+    floating = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return any(dims is None or value.dim() == dims for value in floating)

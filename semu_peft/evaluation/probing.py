@@ -1,0 +1,302 @@
+"""Probes: is it still inside, layer by layer, where the output no longer says it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_model
+from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.batches import call_model, split_batch
+from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.keys import without_wrappers
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What can be read from each layer, in percent, beside the same layers of a reference.
+
+    Attributes:
+        kind: What reads.
+        layers: The layers, from the input on.
+        found: What is read from each.
+        reference: The same of the reference.
+        chance: What a reader without anything to read gets.
+
+    Examples:
+        >>> Probes("linear probe", ("blocks.0", "blocks.1"), (80.0, 94.0), (79.0, 89.0))
+        Probes(linear probe: best 94.0% at 'blocks.1', last 94.0%; reference 89.0%, 89.0%; chance 50.0%)
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    found: tuple[float, ...]
+    reference: tuple[float, ...] = field(default=(), repr=False)
+    chance: float = 50.0
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The attack, what it found, and what it found of the reference."""
+        other = "" if not self.reference else f"best {max(self.reference):.1f}%, last {self.reference[-1]:.1f}%"
+        return self.kind, self._found(), other
+
+    def _found(self) -> str:
+        best = max(self.found)
+        return f"best {best:.1f}% at {self.layers[self.found.index(best)]!r}, last {self.found[-1]:.1f}%"
+
+    def __repr__(self) -> str:
+        other = "" if not self.reference else f"; reference {max(self.reference):.1f}%, {self.reference[-1]:.1f}%"
+        return f"Probes({self.kind}: {self._found()}{other}; chance {self.chance:.1f}%)"
+
+
+def linear_probes(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    reference: nn.Module | None = None,
+    max_examples: int = 500,
+    seed: int = 0,
+) -> Probes:
+    """Tell forget from retain inputs by a logistic regression on each layer's pooled activations.
+
+    Half of the examples fit it and the other half are asked, with the two sides balanced: 50% is chance. A retrained
+    model's features tell most classes apart as well, as they are unlike each other: what counts is the distance to the
+    `reference`, not to chance.
+
+    Args:
+        model: The unlearned model.
+        forget: Batches of what was forgotten.
+        retain: Batches of the rest.
+        layers: Names of the layers; by default the model's blocks, and the layers in a sequence.
+        reference: The retrained model, with layers of the same names.
+        max_examples: Most examples a side.
+        seed: Seed of the halves.
+
+    Returns:
+        The balanced accuracy by layer.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: A layer is not there, or there are fewer than four examples a side.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import linear_probes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+        >>> forget, retain = ([(torch.randn(20, 2) + at, torch.zeros(20))] for at in (5, -5))
+        >>> linear_probes(model, forget, retain).found[0]
+        100.0
+    """
+    check_model(model)
+    check_count("max_examples", max_examples, least=4)
+    names = _blocks(model) if layers is None else list(layers)
+    batches = list(forget), list(retain)
+    found = _probed(model, names, batches, max_examples, seed)
+    other = None if reference is None else _probed(reference, names, batches, max_examples, seed)
+    return Probes("linear probe", tuple(names), tuple(found), () if other is None else tuple(other))
+
+
+def logit_lens(
+    model: nn.Module, batches: Iterable[Any], *, reference: nn.Module | None = None, kind: str = "logit lens"
+) -> Probes:
+    """Read a language model's answer from every layer: hidden states through the last norm and the head.
+
+    The mean probability of the labels, token by token (nostalgebraist 2020): an answer that stands in the middle of
+    the model and is only blocked at its end is seen here.
+
+    Args:
+        model: A causal language model of transformers, with an adapter or without.
+        batches: Mappings with `input_ids` and `labels`.
+        reference: The retrained model.
+        kind: What to call it.
+
+    Returns:
+        The mean probability by layer, in percent, from the embeddings on.
+
+    Raises:
+        ValueError: The model has no head that hidden states could be read by.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from semu_peft.evaluation import logit_lens
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> ids = torch.tensor([[3, 4, 5]])
+        >>> len(logit_lens(model, [{"input_ids": ids, "labels": ids}]).found)
+        3
+    """
+    check_model(model)
+    data = list(batches)
+    found = _lens(model, data)
+    other = () if reference is None else tuple(_lens(reference, data))
+    layers = ("embeddings", *(f"layer {number}" for number in range(1, len(found))))
+    vocabulary: Any = base_model(model)
+    return Probes(kind, layers, tuple(found), other, 100 / vocabulary.get_output_embeddings().weight.shape[0])
+
+
+# ---- linear probes ----
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The members of the outermost lists and sequences of modules, else the children that have weights."""
+    root = base_model(model)
+    found: list[str] = []
+    for name, module in root.named_modules():
+        inside = any(name == each or name.startswith(f"{each}.") for each in found)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and "base_layer" not in name:
+            found += [f"{name}.{key}" if name else key for key, _ in module.named_children()]
+    names = found or [name for name, child in root.named_children() if next(child.parameters(), None) is not None]
+    return [without_wrappers(name) for name in names]
+
+
+def _probed(
+    model: nn.Module, names: Sequence[str], sides: tuple[list[Any], list[Any]], most: int, seed: int
+) -> list[float]:
+    activations = [_activations(model, names, batches, most) for batches in sides]
+    return [_balanced_accuracy(activations[0][name], activations[1][name], seed) for name in names]
+
+
+@torch.no_grad()
+def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], most: int) -> dict[str, Tensor]:
+    """The pooled outputs `(N, D)` of each layer."""
+    modules = {without_wrappers(name): module for name, module in base_model(model).named_modules()}
+    if missing := [name for name in names if name not in modules]:
+        raise ValueError(f"`layers` must be layers of the model, got {missing[0]!r}. It has {list(modules)[1:6]} …")
+    modules = {name: _outermost(base_model(model), name) for name in names}
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
+            if isinstance(first, Tensor):
+                seen[name].append(_pooled(first.float(), mask).cpu())
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    count = 0
+    try:
+        with eval_mode(model):
+            for batch in batches:
+                args, kwargs, _ = split_batch(send_to_device(batch, device_of(model)))
+                mask = kwargs.get("attention_mask")
+                model(*args, **kwargs)
+                count += len(args[0] if args else next(iter(kwargs.values())))
+                if count >= most:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts)[:most] for name, parts in seen.items() if parts}
+
+
+def _outermost(root: nn.Module, name: str) -> nn.Module:
+    """The module of this name with the adapters around it, so that their correction is seen."""
+    return next(module for path, module in root.named_modules() if without_wrappers(path) == name)
+
+
+def _pooled(output: Tensor, mask: Tensor | None) -> Tensor:
+    if output.dim() <= 2:
+        return output.reshape(len(output), -1)
+    if output.dim() == 3:  # tokens
+        if mask is None or mask.shape != output.shape[:2]:
+            return output.mean(1)
+        weights = mask.to(output).unsqueeze(2)
+        return (output * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return output.flatten(2).mean(2)
+
+
+def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("linear_probes needs scikit-learn: run `pip install semu-peft[evaluation]`.") from error
+    generator = torch.Generator().manual_seed(seed)
+    halves: list[list[Tensor]] = [[], []]
+    labels: list[list[int]] = [[], []]
+    for label, side in enumerate((retain, forget)):
+        if len(side) < 4:
+            raise ValueError(
+                f"`forget` and `retain` must have at least four examples each, got {len(side)}. Give more: half of "
+                "them fit the probe."
+            )
+        order = torch.randperm(len(side), generator=generator)
+        for half, rows in enumerate(order.chunk(2)):
+            halves[half].append(side[rows].double())
+            labels[half] += [label] * len(rows)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
+    probe.fit(torch.cat(halves[0]).numpy(), labels[0])
+    right = torch.tensor(probe.predict(torch.cat(halves[1]).numpy())) == torch.tensor(labels[1])
+    told = torch.tensor(labels[1]) == 1
+    return float(50 * (right[told].double().mean() + right[~told].double().mean()))
+
+
+# ---- the logit lens ----
+
+
+@torch.no_grad()
+def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
+    root: Any = base_model(model)
+    head = getattr(root, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ValueError(
+            f"`model` must be a language model with a head, as transformers has them, got {type(root).__name__}. "
+            "`get_output_embeddings` gives none."
+        )
+    totals: list[float] = []
+    count = 0
+    with eval_mode(model):
+        for batch in batches:
+            batch = send_to_device(batch, device_of(model))
+            states, norm = _hidden_states(model, root, batch)
+            for number, state in enumerate(states):
+                logits = head(state if norm is None or number == len(states) - 1 else norm(state))
+                answers, labels = call_model(_Says(logits), batch, shift_labels=True)
+                told = answers.float().softmax(-1).gather(1, labels.unsqueeze(1))
+                if number == len(totals):
+                    totals.append(0.0)
+                totals[number] += float(told.double().sum())
+            count += len(labels)
+    return [100 * total / max(count, 1) for total in totals]
+
+
+class _Says(nn.Module):
+    """Answers whatever it is asked with the same logits, so that labels are read as for the model itself."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.logits
+
+
+def _hidden_states(model: nn.Module, root: nn.Module, batch: Any) -> tuple[Sequence[Tensor], nn.Module | None]:
+    """The states after each layer, and the norm that the last of them has come through."""
+    outputs: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((module, output))
+
+    handles = [module.register_forward_hook(note) for module in root.modules() if "Norm" in type(module).__name__]
+    try:
+        args, kwargs, _ = split_batch(batch)
+        inputs: Mapping[str, Any] = {**kwargs, "output_hidden_states": True, "return_dict": True}
+        states = model(*args, **inputs).hidden_states
+    finally:
+        for handle in handles:
+            handle.remove()
+    same = (module for module, output in reversed(outputs) if output.data_ptr() == states[-1].data_ptr())
+    return states, next(same, None)

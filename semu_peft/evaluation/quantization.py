@@ -1,0 +1,235 @@
+"""Quantisation: does the correction outlive the rounding of the merged weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_model
+from semu_peft.objectives.adapter_parts import all_parts
+from semu_peft.objectives.attackers import weights_of
+from semu_peft.objectives.original import with_values, without_adapter
+from semu_peft.tuner.keys import without_wrappers
+
+from .knowledge import Measure, accuracy
+
+_SURVIVES = 0.5
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What rounding leaves of one layer's correction.
+
+    Attributes:
+        layer: The layer's name.
+        norm: `‖ΔW‖`, of all its entries.
+        survived: `⟨Q(W + ΔW) − Q(W), ΔW⟩ / ‖ΔW‖²`: 1 where it is all there, 0 where it vanishes.
+        moved: The share of the entries that are rounded to another level for it.
+
+    Examples:
+        >>> LayerRounding("fc1", norm=0.5, survived=0.9, moved=0.2)
+        LayerRounding(layer='fc1', norm=0.5, survived=0.9, moved=0.2)
+    """
+
+    layer: str
+    norm: float
+    survived: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class QuantizationAttack:
+    """A model before and after its merged weights are rounded to few bits.
+
+    Attributes:
+        bits: Bits a weight.
+        group_size: How many weights of a row share a scale; None for the whole row.
+        forget: How much of what was forgotten is known, before and after, in percent.
+        retain: The same of the rest, where there is any.
+        reference: Of the retrained model, on the forget data.
+        layers: What became of each layer's correction, where the model has an adapter.
+
+    Examples:
+        >>> QuantizationAttack(4, None, (0.0, 83.0), (95.0, 94.0), layers=(LayerRounding("fc1", 0.1, 0.0, 0.0),))
+        QuantizationAttack(4 bits a row: forgotten 0.0 → 83.0, retained 95.0 → 94.0, 1 of 1 corrections vanish)
+    """
+
+    bits: int
+    group_size: int | None
+    forget: tuple[float, float]
+    retain: tuple[float, float] | None = None
+    reference: tuple[float, float] | None = None
+    layers: tuple[LayerRounding, ...] = field(default=(), repr=False)
+
+    @property
+    def vanished(self) -> tuple[str, ...]:
+        """The layers of whose correction less than half is left."""
+        return tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
+
+    @property
+    def smallest_surviving_norm(self) -> float | None:
+        """The smallest norm of a layer's correction of which at least half is left; None where all vanish."""
+        return min((layer.norm for layer in self.layers if layer.survived >= _SURVIVES), default=None)
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The attack, what it found, and what it found of the reference."""
+        other = "" if self.reference is None else f"forgotten {self.reference[0]:.1f} → {self.reference[1]:.1f}"
+        return f"quantisation: {self._how()}", self._found(), other
+
+    def _how(self) -> str:
+        return f"{self.bits} bits a {'row' if self.group_size is None else f'group of {self.group_size}'}"
+
+    def _found(self) -> str:
+        kept = "" if self.retain is None else f", retained {self.retain[0]:.1f} → {self.retain[1]:.1f}"
+        lost = f", {len(self.vanished)} of {len(self.layers)} corrections vanish" if self.layers else ""
+        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}"
+
+    def __repr__(self) -> str:
+        return f"QuantizationAttack({self._how()}: {self._found()})"
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """Symmetric round-to-nearest, `s · round(W / s)` with `s = max|W| / (2^(bits − 1) − 1)` of each row or group.
+
+    Args:
+        weight: Any weight; a row is what leads to one output.
+        bits: At least 2.
+        group_size: Weights of a row that share a scale; the last group of a row may be smaller.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import round_to_nearest
+        >>> round_to_nearest(torch.tensor([[0.2, -1.4, 7.0]]), bits=4)
+        tensor([[ 0., -1.,  7.]])
+    """
+    rows = _as_rows(weight)
+    step = _steps(rows, bits, group_size)
+    levels = 2 ** (bits - 1) - 1
+    return ((rows / step).round().clamp(-levels, levels) * step).view(weight.shape).to(weight.dtype)
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    weight = weight.detach().float()
+    return weight.flatten(1) if weight.dim() > 1 else weight.view(1, -1)
+
+
+def _steps(rows: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """The distance of two levels, for each entry."""
+    pieces = [rows] if group_size is None else rows.split(group_size, dim=1)
+    steps = [piece.abs().amax(1, keepdim=True).expand_as(piece) / (2 ** (bits - 1) - 1) for piece in pieces]
+    step = torch.cat(steps, 1)
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+def quantization(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any] | None = None,
+    *,
+    bits: int = 4,
+    group_size: int | None = None,
+    reference: nn.Module | None = None,
+    measure: Measure = accuracy,
+) -> QuantizationAttack:
+    """Round all matrices of the merged model to nearest, and see if what was forgotten comes back.
+
+    Corrections that are small beside a weight's step are rounded away (Zhang et al. 2024, arXiv 2410.16454): models
+    that had forgotten with a utility constraint gave back most of it at four bits. Embeddings, convolutions and linear
+    layers are rounded, vectors (biases, norms) are not. The model itself is not written.
+
+    Args:
+        model: The unlearned model, with its adapter or merged.
+        forget: Batches of what was forgotten.
+        retain: Batches of the rest.
+        bits: Bits a weight, at least 2.
+        group_size: Weights of a row that share a scale; by default the whole row.
+        reference: The retrained model, rounded alike.
+        measure: `(model, batches) -> percent`; by default the accuracy.
+
+    Returns:
+        Before and after, and what is left of each correction.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        ValueError: `bits` is below 2, or an adapter's correction cannot be told.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation import quantization
+        >>> model, data = torch.nn.Linear(2, 2), [(torch.eye(2), torch.tensor([1, 0]))]
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[0.0, 9.5], [0.4, 9.0]])), model.bias.zero_()
+        >>> quantization(model, data, bits=4).forget  # 0.4 is lost beside 9, and with it what tells the first
+        (100.0, 50.0)
+    """
+    check_model(model)
+    check_count("bits", bits, least=2)
+    check_count("group_size", group_size, optional=True)
+    data = [list(forget), [] if retain is None else list(retain)]
+    rounded, layers = _rounded(model, bits, group_size)
+    pairs = [(measure(model, each), measure(rounded, each)) if each else None for each in data]
+    assert pairs[0] is not None
+    beside = None
+    if reference is not None:
+        check_model(reference, "reference")
+        beside = measure(reference, data[0]), measure(_rounded(reference, bits, group_size)[0], data[0])
+    return QuantizationAttack(bits, group_size, pairs[0], pairs[1], beside, tuple(layers))
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Module, list[LayerRounding]]:
+    """The merged model with rounded matrices, and what that left of the corrections."""
+    corrections = _corrections(model)
+    if corrections and any(part.beside for part in all_parts(model)):
+        raise ValueError(
+            "`model` has modules or tokens that are trained in full beside its adapter, so the correction is not "
+            "all of it. Merge the adapter first: `model.merge_and_unload()`."
+        )
+    values, layers = {}, []
+    for name, weight in weights_of(model).items():
+        if weight.dim() < 2:
+            continue
+        delta = corrections.pop(id(weight), None)
+        merged = weight.detach() if delta is None else (weight.float() + delta.float()).to(weight.dtype)
+        values[id(weight)] = rounded = round_to_nearest(merged, bits, group_size)
+        if delta is not None:
+            layer = without_wrappers(name).removesuffix(".weight").removeprefix("base_model.model.")
+            before = round_to_nearest(weight, bits, group_size)
+            step = _steps(_as_rows(merged), bits, group_size)
+            layers.append(_left(layer, before, rounded, delta, step.view(weight.shape)))
+    if corrections:
+        raise ValueError(
+            f"`model`: the corrections of {len(corrections)} layers are not those of floating-point weights in memory, "
+            "so they cannot be merged and rounded. Merge the adapter first: `model.merge_and_unload()`."
+        )
+    for name in {part.adapter_name for part in all_parts(model)} if layers else ():
+        model = without_adapter(model, name)
+    return with_values(model, values), layers
+
+
+def _corrections(model: nn.Module) -> dict[int, Tensor]:
+    """By the `id` of a weight, the sum of what active adapters add to it."""
+    found: dict[int, Tensor] = {}
+    for part in all_parts(model):
+        layer = part.layer
+        if part.beside or not isinstance(layer, BaseTunerLayer) or part.is_merged or layer.disable_adapters:
+            continue
+        if part.adapter_name in layer.active_adapters:
+            weight: Any = getattr(layer.get_base_layer(), "weight", None)
+            delta = part.layer.get_delta_weight(part.adapter_name)
+            found[id(weight)] = found.get(id(weight), 0) + delta.view(getattr(weight, "shape", delta.shape))
+    return found
+
+
+def _left(layer: str, before: Tensor, after: Tensor, delta: Tensor, step: Tensor) -> LayerRounding:
+    change, delta = (after - before).double(), delta.double()
+    energy = float((delta**2).sum())
+    survived = float((change * delta).sum()) / energy if energy else 1.0
+    # A row's largest entry moves its levels a little; another level is half a step away at least.
+    return LayerRounding(layer, energy**0.5, survived, float((change.abs() > step / 2).double().mean()))

@@ -1,0 +1,168 @@
+"""All attacks in one call: what fits is run, what does not is named, and the model is what it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusion_models import text_unet
+from models import CLASSES, Mlp, Snapshot, image_batches, llama, vector_batches
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft.evaluation import Predictions, attack, flipped_inputs, noisy_inputs, predict, search_prompt, stripping
+from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
+from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
+
+FORGET, RETAIN, TEST = (vector_batches(2, 10, seed=seed) for seed in (1, 2, 3))
+SHORT = [Attacker("sgd", 0.05, steps=3, forget_examples=5)]
+SCHEDULE = NoiseSchedule(torch.linspace(1, 0.1, 10), torch.linspace(0, 1, 10), torch.arange(10))
+
+
+def adapted(net: nn.Module | None = None, targets: Any = Mlp.targets, batches: Any = FORGET) -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp() if net is None else net, SemuConfig(target_modules=targets, r=2))
+    initialize_semu_weights(model, batches, CrossEntropy(), progress=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    return model
+
+
+def text(seed: int = 0) -> list[dict[str, Tensor]]:
+    ids = torch.randint(3, 32, (6, 7), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+
+
+def concept(seed: int = 0) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(seed)
+    condition = {"encoder_hidden_states": torch.randn(1, 6, 8, generator=draw).expand(4, 6, 8)}
+    return [{"latents": torch.randn(4, 4, 8, 8, generator=draw), "condition": condition}]
+
+
+def test_a_classifier() -> None:
+    model, gold = adapted(), Mlp()
+    before = Snapshot.of(model), Snapshot.of(gold)
+    shadow = [tuple(predict(Mlp(), data, progress=False) for data in (FORGET, TEST)) for _ in range(3)]
+    report = attack(
+        model, FORGET, RETAIN, TEST, reference=gold, related=RETAIN, attackers=SHORT, shadow=shadow,
+        further={"of my own": lambda given: 42}, progress=False,
+    )  # fmt: skip
+    for snapshot, attacked in zip(before, (model, gold), strict=True):
+        snapshot.assert_same(attacked)
+    names = [name for name, _, _ in report.rows]
+    assert [name.partition(":")[0] for name in names] == [
+        "stripping", "quantisation", "quantisation", "relearning", "relearning", "inputs", "inputs", "linear probe",
+        "membership", "membership", "membership", "of my own",
+    ]  # fmt: skip
+    assert all(other for name, _, other in report.rows if name != "of my own")
+    reasons = {each.attack: each.reason for each in report.not_run}
+    assert reasons.keys() == {"inputs: flipped", "logit lens", "adversarial prompts"}
+    assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
+
+
+def test_language_models_and_denoisers() -> None:
+    model = adapted(llama(), ["q_proj", "down_proj"], text())
+    report = attack(model, text(), text(1), attackers=SHORT, progress=False)
+    assert report.task == "language"
+    assert [type(result).__name__ for result in report.results] == [
+        "Stripping", "QuantizationAttack", "QuantizationAttack", "RelearningCurve", "Probes", "Probes",
+    ]  # fmt: skip
+    assert "No retrained model was given" in report.to_markdown()
+
+    unet = text_unet()
+    wrapped = get_peft_model(unet, SemuConfig(target_modules=["to_k", "to_v"], r=2))
+    loss = DenoisingLoss(SCHEDULE)
+    initialize_semu_weights(wrapped, concept(), loss, progress=False)
+    report = attack(wrapped, concept(), learn=loss, attackers=SHORT, prompt_steps=2, progress=False)
+    assert report.task == "diffusion"
+    kinds = [type(result).__name__ for result in report.results]
+    assert kinds[-1] == "PromptSearch" and "RelearningCurve" in kinds
+    assert report.results[0].forget == (100.0, 100.0), "nothing was trained: it knows as much as the original"
+    missing = attack(wrapped, concept(), attackers=SHORT, progress=False)
+    assert not missing.results and "DenoisingLoss" in missing.not_run[0].reason
+
+
+def test_when_the_time_is_over_the_rest_is_named() -> None:
+    report = attack(adapted(), FORGET, RETAIN, attackers=SHORT, time_limit=0.0, progress=False)
+    assert not report.results
+    assert sum("the time limit of 0 s" in each.reason for each in report.not_run) == 7
+
+
+def test_stripping_says_what_switching_off_gives() -> None:
+    net = Mlp().eval()
+    known = predict(net, FORGET, progress=False).accuracy
+    model = adapted(copy.deepcopy(net))
+    found = stripping(model, FORGET)
+    assert found.adapters == ("default",) and found.forget[1] == known and "merge" in repr(found)
+    merged = stripping(model.merge_and_unload(), FORGET)
+    assert merged.is_removal and merged.forget[0] == pytest.approx(found.forget[0])
+
+
+def test_inputs_are_changed_and_labels_are_not() -> None:
+    class Leftmost(nn.Module):
+        """Takes the brighter half for the class."""
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return pixel_values.mean((1, 2)).unflatten(1, (2, -1)).mean(2)
+
+    images = torch.zeros(6, 3, 8, 8)
+    images[..., :4] = 1.0
+    batch = [{"pixel_values": images, "labels": torch.ones(6).long()}]
+    assert flipped_inputs(Leftmost(), batch).forget == (0.0, 100.0)
+    quiet, loud = (noisy_inputs(Leftmost(), batch, scale=scale).forget for scale in (0.01, 30.0))
+    assert quiet == (0.0, 0.0) and loud[1] > 0
+    with pytest.raises(ValueError, match="floating-point inputs"):
+        noisy_inputs(llama(), text())
+    with pytest.raises(ValueError, match="forget"):
+        flipped_inputs(Mlp(), FORGET)
+
+
+def test_a_searched_prompt_beats_the_concepts_own_and_repeats() -> None:
+    unet, loss = text_unet(), DenoisingLoss(SCHEDULE, seed=4)
+    before, state = Snapshot.of(unet), loss.state_dict()
+    found = search_prompt(
+        unet, concept(), loss, steps=15, learning_rate=0.1, seeds=(0, 1), original=unet, progress=False
+    )
+    before.assert_same(unet)
+    assert torch.equal(loss.state_dict()["generator"], state["generator"])
+    assert min(found.found) < found.prompted == found.known and found.back is None
+    again = search_prompt(unet, concept(), loss, steps=15, learning_rate=0.1, seeds=(0, 1), progress=False)
+    assert again.found == found.found
+    assert found.embedding.shape == (1, 6, 8)
+    with pytest.raises(ValueError, match="text embedding"):
+        search_prompt(unet, [{"latents": torch.zeros(1, 4, 8, 8), "condition": {}}], loss)
+
+
+def test_what_a_denoiser_knows_is_measured_with_the_same_draws() -> None:
+    loss = DenoisingLoss(SCHEDULE)
+    unet = text_unet()
+    assert LossOfOriginal(loss, unet)(copy.deepcopy(unet), concept()) == 100.0
+    assert LossOfOriginal(loss, unet)(text_unet(seed=5), concept()) != 100.0
+
+
+def test_the_task_is_told_by_batches_model_and_loss() -> None:
+    assert task_of(Mlp(), FORGET[0]) == "classification"
+    assert task_of(llama(), text()[0]) == "language"
+    assert task_of(nn.Identity(), image_batches()[0], DenoisingLoss(SCHEDULE)) == "diffusion"
+
+
+def _said(labels: Tensor) -> Predictions:
+    return Predictions(labels, labels, torch.full(labels.shape, 0.5), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("model", None), ("reference", 5), ("forget", []), ("forget", 5), ("retain", "x"), ("time_limit", -1.0),
+        ("seed", "x"), ("progress", 1), ("further", [1]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(argument: str, value: Any) -> None:
+    arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
+    with pytest.raises((ValueError, TypeError), match=argument):
+        attack(**arguments)

@@ -1,0 +1,190 @@
+"""Quantisation, probes, the logit lens, and membership with shadow models: against computations by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import CLASSES, Cnn, Mlp, gpt2, image_batches, llama, vector_batches
+from peft import get_peft_model
+from torch import nn
+from torch.distributions import Normal
+
+from semu_peft import SemuConfig
+from semu_peft.evaluation import (
+    linear_probes,
+    lira_scores,
+    logit_lens,
+    predict,
+    quantization,
+    rmia_scores,
+    round_to_nearest,
+    score_attack,
+)
+from semu_peft.evaluation.shadow_membership import auc
+from semu_peft.objectives.batches import call_model
+
+FORGET, RETAIN = vector_batches(2, 12, seed=1), vector_batches(2, 12, seed=2)
+
+
+# ---- quantisation ----
+
+
+def test_rounding_is_to_the_nearest_level_of_a_row_or_group() -> None:
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    for bits, group in ((8, None), (4, None), (4, 5)):
+        rounded = round_to_nearest(weight, bits, group)
+        pieces = weight.split(group or 12, dim=1)
+        for piece, after in zip(pieces, rounded.split(group or 12, dim=1), strict=True):
+            step = piece.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+            assert ((after - piece).abs() <= step / 2 + 1e-6).all()
+            assert torch.allclose(after / step, (after / step).round(), atol=1e-4)
+    assert torch.equal(round_to_nearest(torch.zeros(2, 3), 4), torch.zeros(2, 3))
+    kernel = torch.randn(4, 3, 2, 2)
+    assert torch.equal(round_to_nearest(kernel, 4), round_to_nearest(kernel.flatten(1), 4).view_as(kernel))
+
+
+@pytest.mark.parametrize("kind", [Mlp, Cnn])
+def test_it_is_the_merged_model_that_is_rounded(kind: Any) -> None:
+    torch.manual_seed(0)
+    data = FORGET if kind is Mlp else image_batches(2, 12)
+    model = get_peft_model(kind(), SemuConfig(target_modules=kind.targets, r=2, init_weights=False))
+    found = quantization(model, data, data, bits=3)
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(round_to_nearest(parameter, 3))
+    assert found.forget == (
+        predict(model, data, progress=False).accuracy,
+        predict(merged, data, progress=False).accuracy,
+    )
+    assert found.retain == found.forget and {layer.layer for layer in found.layers} == set(kind.targets)
+
+
+def test_a_small_correction_vanishes_and_a_large_one_does_not() -> None:
+    def after(size: float) -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=1, init_weights=False))
+        with torch.no_grad():
+            for name, core in model.named_parameters():
+                if "semu_core" in name:
+                    core.fill_(size)
+        return quantization(model, FORGET, bits=4)
+
+    small, large = after(1e-6), after(5.0)
+    assert small.vanished == ("fc1", "fc2") and small.smallest_surviving_norm is None
+    assert all(layer.moved == 0 for layer in small.layers)
+    assert large.vanished == () and large.smallest_surviving_norm == pytest.approx(5.0, rel=1e-4)
+    assert "2 of 2 corrections vanish" in repr(small)
+
+
+# ---- probes ----
+
+
+class Hides(nn.Module):
+    """Knows the sign of its input in the middle and says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        nn.init.zeros_(self.blocks[1].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x[:, :CLASSES]
+
+
+def test_a_probe_finds_what_the_output_does_not_say() -> None:
+    forget, retain = ([(torch.randn(40, 6) + at, torch.zeros(40).long())] for at in (3, -3))
+    found = linear_probes(Hides(), forget, retain, reference=Hides())
+    assert found.layers == ("blocks.0", "blocks.1")
+    assert found.found[0] == 100.0 and found.found[1] == pytest.approx(50.0, abs=1)
+    assert len(found.reference) == 2 and "best 100.0% at 'blocks.0'" in repr(found)
+    with pytest.raises(ValueError, match="layers"):
+        linear_probes(Hides(), forget, retain, layers=["nope"])
+
+
+def test_probes_see_the_correction_of_an_adapter() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False))
+    forget, retain = ([(torch.randn(30, 6) + at, torch.zeros(30).long())] for at in (0.3, -0.3))
+    merged = copy.deepcopy(model).merge_and_unload()
+    names = ["fc1", "head"]
+    both = (linear_probes(net, forget, retain, layers=names).found for net in (model, merged))
+    assert next(both) == pytest.approx(next(both), abs=5)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_the_lens_ends_with_what_the_model_says(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build()
+    ids = torch.randint(3, 32, (4, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    found = logit_lens(model, [batch])
+    logits, labels = call_model(model, batch)
+    said = 100 * logits.softmax(-1).gather(1, labels[:, None]).mean().item()
+    assert found.layers == ("embeddings", "layer 1", "layer 2")
+    assert found.found[-1] == pytest.approx(said, rel=1e-5) and found.chance == pytest.approx(100 / 32)
+    states = model(**{**batch, "output_hidden_states": True}).hidden_states
+    norm = model.model.norm if build is llama else model.transformer.ln_f
+    middle = model.lm_head(norm(states[1]))[:, :-1].softmax(-1).gather(2, ids[:, 1:, None]).mean().item()
+    assert found.found[1] == pytest.approx(100 * middle, rel=1e-5)
+    with pytest.raises(ValueError, match="model"):
+        logit_lens(Mlp(), [batch])
+
+
+# ---- membership with shadow models ----
+
+
+def test_the_auc_is_that_of_all_pairs() -> None:
+    member, other = torch.randint(6, (20,)).float(), torch.randint(5, (15,)).float()
+    pairs = (member[:, None] > other).double() + 0.5 * (member[:, None] == other).double()
+    assert auc(member, other) == pytest.approx(100 * pairs.mean().item())
+    attack = score_attack(member, other, attack="mine")
+    assert attack.interval[0] <= attack.auc <= attack.interval[1] and "mine" in repr(attack)
+
+
+def test_lira_is_a_likelihood_ratio() -> None:
+    draw = np.random.default_rng(0)
+    outside, inside = torch.tensor(draw.normal(0, 1, (80, 3))), torch.tensor(draw.normal(2, 1.5, (70, 3)))
+    x = torch.tensor([0.3, 1.9, -0.5], dtype=torch.float64)
+    densities = [Normal(s.mean(0), s.std(0, correction=0)).log_prob(x) for s in (inside, outside)]
+    assert torch.allclose(lira_scores(x, outside, inside), densities[0] - densities[1])
+    few = lira_scores(x, outside[:4])
+    assert torch.allclose(few, (x - outside[:4].mean(0)) / (outside[:4] - outside[:4].mean(0)).pow(2).mean().sqrt())
+    left_out = torch.cat([outside, torch.full((1, 3), float("nan"))])
+    assert torch.allclose(lira_scores(x, left_out), lira_scores(x, outside))
+
+
+def test_rmia_counts_whom_an_example_dominates() -> None:
+    x, z = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([0.2, 0.4, 0.8, 0.9]).double()
+    by_shadow, by_shadow_z = torch.rand(3, 3).double(), torch.rand(3, 4).double() + 0.1
+    marginal = 0.5 * (1.3 * by_shadow.mean(0) + 0.7)
+    ratios, others = x / marginal, z / by_shadow_z.mean(0)
+    expected = (ratios[:, None] / others >= 1.2).double().mean(1)
+    assert torch.equal(rmia_scores(x, by_shadow, z, by_shadow_z, gamma=1.2), expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("bits", lambda: quantization(Mlp(), FORGET, bits=1)),
+        ("group_size", lambda: quantization(Mlp(), FORGET, group_size=0)),
+        ("model", lambda: quantization(None, FORGET)),
+        ("max_examples", lambda: linear_probes(Mlp(), FORGET, RETAIN, max_examples=1)),
+        ("target", lambda: lira_scores([0.5], torch.zeros(2, 1))),
+        ("shadow_out", lambda: lira_scores(torch.zeros(2), torch.zeros(2, 3))),
+        ("shadow_out", lambda: lira_scores(torch.zeros(1), torch.full((2, 1), float("nan")))),
+        ("population", lambda: rmia_scores(torch.zeros(1), torch.zeros(2, 1), torch.zeros(0), torch.zeros(2, 0))),
+        ("forget", lambda: score_attack(torch.zeros(0), torch.zeros(2))),
+        ("seed", lambda: score_attack(torch.zeros(1), torch.zeros(2), seed=-1)),
+    ],
+)
+def test_mistakes_are_named(argument: str, call: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=argument):
+        call()

@@ -1,0 +1,121 @@
+"""Relearning: the curve against torch alone, the same attack on the reference, and what counts as back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import Mlp, Snapshot, vector_batches
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from semu_peft import SemuConfig
+from semu_peft.evaluation import RelearningCurve, predict, relearning, usual_attackers
+from semu_peft.objectives import Attacker, CrossEntropy
+from semu_peft.objectives.attackers import weights_of
+
+FORGET, RETAIN = vector_batches(3, 10, seed=1), vector_batches(3, 10, seed=2)
+ATTACKER = Attacker("sgd", 0.1, steps=6, forget_examples=8, retain_examples=5)
+
+
+def by_torch(model: nn.Module, seed: int) -> tuple[list[float], list[float]]:
+    """Accuracies at steps 0, 2 and 6 on the forget examples that are left, and on the retained ones."""
+    net = copy.deepcopy(model).eval().requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    data = [tuple(map(torch.cat, zip(*side, strict=True))) for side in (FORGET, RETAIN)]
+    orders = [torch.randperm(30, generator=generator)[:count] for count in (8, 5)]
+    x, y = (torch.cat([side[part][order] for side, order in zip(data, orders, strict=True)]) for part in (0, 1))
+    left = torch.ones(30, dtype=torch.bool)
+    left[orders[0]] = False
+    held = (data[0][0][left], data[0][1][left])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    seen: tuple[list[float], list[float]] = ([], [])
+    for step in range(7):
+        if step:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        if step in (0, 2, 6):
+            for found, (inputs, labels) in zip(seen, (held, data[1]), strict=True):
+                found.append(100 * (net(inputs).argmax(1) == labels).double().mean().item())
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["plain", "semu", "lora"])
+def test_the_curve_is_that_of_fine_tuning_by_torch(kind: str) -> None:
+    torch.manual_seed(1)
+    net: Any = Mlp()
+    merged = net
+    if kind != "plain":
+        config = (
+            SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False)
+            if kind == "semu"
+            else LoraConfig(target_modules=Mlp.targets, r=2, init_lora_weights=False)
+        )
+        net = get_peft_model(net, config)
+        merged = copy.deepcopy(net).merge_and_unload()
+    before = Snapshot.of(net)
+    curve = relearning(net, FORGET, RETAIN, attacker=ATTACKER, steps=[0, 2, 6], seed=3, progress=False)
+    before.assert_same(net)
+    forget, retain = by_torch(merged, seed=3)
+    assert curve.steps == (0, 2, 6)
+    assert curve.forget == pytest.approx(forget) and curve.retain == pytest.approx(retain)
+
+
+def test_the_reference_stands_the_same_attack() -> None:
+    torch.manual_seed(1)
+    net, gold = Mlp(), Mlp()
+    both = relearning(net, FORGET, RETAIN, attacker=ATTACKER, reference=gold, progress=False)
+    alone = relearning(gold, FORGET, RETAIN, attacker=ATTACKER, progress=False)
+    assert both.reference is not None and both.reference.forget == alone.forget
+    assert both.row[2] == alone.row[1].partition("; retained")[0]
+
+
+def test_related_data_is_learnt_and_the_forgotten_measured() -> None:
+    net = Mlp()
+    curve = relearning(net, RETAIN, attacker=ATTACKER, forget_test=FORGET, progress=False)
+    assert curve.forget[0] == predict(net, FORGET, progress=False).accuracy and curve.retain == ()
+
+
+def test_area_and_steps_to_half() -> None:
+    curve = RelearningCurve("x", (0, 10, 30), (0.0, 40.0, 80.0), (90.0, 90.0, 90.0))
+    assert curve.area == pytest.approx((10 * 20 + 20 * 60) / 30)
+    assert curve.steps_to_half == 30
+    destroyed = RelearningCurve("x", (0, 10, 30), (0.0, 100.0, 100.0), (90.0, 10.0, 10.0))
+    assert destroyed.steps_to_half is None, "every model answers the class for everything when nothing else is left"
+
+
+def test_one_layer_alone_and_batches_and_draws() -> None:
+    torch.manual_seed(2)
+    net = Mlp()
+    assert list(weights_of(net, "head")) == ["head.weight", "head.bias"]
+    head = Attacker("adam", 0.01, steps=3, layers="head", batch_size=4)
+    first, second = (relearning(net, FORGET, RETAIN, attacker=head, seed=seed, progress=False) for seed in (0, 0))
+    assert first.forget == second.forget
+    factory = Attacker(lambda parameters: torch.optim.AdamW(parameters, 0.05), steps=3)
+    assert relearning(net, FORGET, attacker=factory, progress=False).steps == (0, 3)
+    labels = [attacker.label for attacker in usual_attackers("head")]
+    assert len(labels) == 5 and any("head" in label for label in labels) and any("flip" in label for label in labels)
+
+
+def test_what_shares_no_weights_is_refused() -> None:
+    class Frozen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="layers"):
+        relearning(Frozen(), FORGET, attacker=ATTACKER, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("model", 5), ("forget", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1), ("half", "x"),
+     ("progress", "no"), ("learn", CrossEntropy)],
+)  # fmt: skip
+def test_mistakes_are_named(argument: str, value: Any) -> None:
+    arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
+    with pytest.raises((ValueError, TypeError), match="objective" if argument == "learn" else argument):
+        relearning(**arguments)
