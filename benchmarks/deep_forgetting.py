@@ -33,6 +33,7 @@ from semu_peft.objectives import Attacker, DecoupledDistillation, KLToOriginal, 
 from semu_peft.objectives.attackers import flip
 
 KL_WEIGHTS, MARGINS = (3.0, 10.0, 30.0), (0.0, 3.0)
+SHOWN = (0, 5, 10, 20, 50, 100, 200)
 SIMULATION_SEED, ATTACK_SEED = 0, 1_000
 
 
@@ -202,7 +203,7 @@ def told(curve: RelearningCurve) -> dict[str, Any]:
         "of steps": curve.steps[-1],
         "area": curve.area,
         "retained at the end": curve.retain[-1],
-        "curve": dict(zip(curve.steps, curve.forget, strict=True)),
+        "curve": {step: known for step, known in zip(curve.steps, curve.forget, strict=True) if step in SHOWN},
     }
 
 
