@@ -212,6 +212,29 @@ def test_without_siblings_a_contrast_takes_them_too() -> None:
         initialize_semu_weights(model, start=starts.Projection({"0": same}), overwrite=True)
 
 
+def test_contrasts_of_the_data_are_taken_out() -> None:
+    """The means come from gathered inputs; of three contrasts of two directions two are kept; the target's is gone."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3))
+    weight = base[0].weight.detach().double().clone()
+    shared, own = torch.randn(2, 4)
+    batches = {"target": shared + own + 0.01 * torch.randn(8, 4), "sibling": shared + 0.01 * torch.randn(8, 4)}
+    labels, means = torch.arange(8) % 3, {}
+    for name, x in batches.items():
+        moment: Any = gather(base, [(x, labels)], LOSS, targets=["0"], statistic=InputMoment, progress=False)["0"]
+        means[name] = moment.mean_output(base[0].weight)  # type: ignore[arg-type]
+        torch.testing.assert_close(means[name], (x.double() @ weight.T).mean(0), rtol=1e-5, atol=1e-6)
+    directions = starts.contrast_directions(means["target"][None], means["sibling"][None])
+    model = get_peft_model(base, SemuConfig(target_modules=["0"]))
+    initialize_semu_weights(model, start=starts.Projection({"0": directions}))
+    assert (model.base_model.model[0](own) @ directions.float()).abs() < 0.05 * (weight.float() @ own).norm()  # type: ignore[operator, union-attr]
+    several = torch.stack([means["target"], 2 * means["target"] - means["sibling"], means["sibling"].flip(0)])
+    assert starts.contrast_directions(several, means["sibling"].expand(3, -1), explained_variance=1.0).shape == (6, 2)
+    for bad, message in ((several[:2], "of one shape"), (means["sibling"].expand(3, -1), "a pair that does not")):
+        with pytest.raises(ValueError, match=message):
+            starts.contrast_directions(bad, means["sibling"].expand(3, -1))
+
+
 class Padded(nn.Module):
     """A linear layer over tokens, the mean of those that are there, and a head."""
 

@@ -8,7 +8,7 @@ method means the model to change at once.
 from .base import LayerStart, Start
 from .gradient import Ascent, FirstStep, Zero
 from .weight import FeatureDifference, WeightSplit, fila_row_weights
-from .written import Projection, RankOneWrite
+from .written import Projection, RankOneWrite, contrast_directions
 
 __all__ = [
     "Ascent",
@@ -20,5 +20,6 @@ __all__ = [
     "Start",
     "WeightSplit",
     "Zero",
+    "contrast_directions",
     "fila_row_weights",
 ]

@@ -140,8 +140,9 @@ class Projection:
     have no part in `Q` give what they gave. A bias is not corrected: where it has a part in `Q`, that stays, with a
     warning.
 
-    Source: CHIP in MedForget, arXiv 2512.09867. Their `Q` spans differences of mean outputs, of what is to be forgotten
-    and what is like it: without the latter that goes as well.
+    Source: CHIP in MedForget, arXiv 2512.09867, whose `Q` is
+    [`contrast_directions`][semu_peft.subspace.starts.written.contrast_directions]. They project a tenth of the output
+    neurons alone; here all of a layer's.
 
     Args:
         directions: `Q` by layer name, `(m, q)`; any columns that span it. Layers that are not named stay as they are.
@@ -188,3 +189,40 @@ class Projection:
                 stacklevel=2,
             )
         return LayerStart(left, right, core=as_core(-values, layer, adapter_name))
+
+
+def contrast_directions(targets: Tensor, siblings: Tensor, *, explained_variance: float = 0.95) -> Tensor:
+    """The directions in which what is to be forgotten differs from what is like it: CHIP's `Q` for a projection.
+
+    Each row is the difference of two mean outputs, of length 1; of all of them the fewest singular directions that hold
+    the share. Without siblings to take off, what these share with the targets would be taken out as well.
+
+    Source: CHIP in MedForget, arXiv 2512.09867.
+
+    Args:
+        targets: Mean outputs of what is to be forgotten, `(k, m)`, see
+            [`InputMoment.mean_output`][semu_peft.gradients.moments.InputMoment.mean_output].
+        siblings: Those of what is like each of them and is to stay, `(k, m)`.
+        explained_variance: The share to keep.
+
+    Returns:
+        `(m, q)`, orthonormal columns, in float64.
+
+    Raises:
+        ValueError: The shapes differ, a pair does not differ, or the share is out of range.
+
+    Examples:
+        >>> contrast_directions(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])).abs().T
+        tensor([[1., 0., 0.]], dtype=torch.float64)
+    """
+    if targets.dim() != 2 or targets.shape != siblings.shape:
+        raise ValueError(
+            f"`targets` and `siblings` must be means `(k, m)` of one shape, got {tuple(targets.shape)} and "
+            f"{tuple(siblings.shape)}. Give each target its sibling."
+        )
+    contrasts = targets.double() - siblings.double()
+    lengths = torch.linalg.vector_norm(contrasts, dim=1, keepdim=True)
+    if not (lengths > 0).all():
+        raise ValueError("`targets` must differ from `siblings`, got a pair that does not. Leave it out.")
+    _, values, right = torch.linalg.svd(contrasts / lengths, full_matrices=False)
+    return right.mT[:, : rank_for_energy(values, explained_variance)]
