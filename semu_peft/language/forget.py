@@ -23,15 +23,25 @@ from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
 from .samples import own_samples
+from .unseen import unseen_answers
 
 _METHODS: dict[str, Callable[[], Objective]] = {
     "npo": lambda: objectives.NPO(beta=0.03),
     "simnpo": objectives.SimNPO,
+    "dpo": objectives.DPO,
+    "idk": objectives.DPO,
+    "altpo": objectives.DPO,
+    "flat": objectives.FDivergence,
     "delete": objectives.DecoupledDistillation,
+    "undial": objectives.UNDIAL,
+    "ce-u": objectives.CEU,
+    "wga": objectives.WGA,
+    "satimp": objectives.SatImp,
     "inverted-hinge": objectives.InvertedHinge,
     "gradient-ascent": objectives.GradientAscent,
 }
-_NEEDS_ALTERNATES: dict[str, str] = {}
+_UNSEEN = "unseen-answers"
+_ALTERNATES = {"dpo": "refusals", "idk": "refusals", "flat": "refusals", "altpo": "perturbed"}
 _RETAIN_WEIGHT = 100.0  # nats of forgetting that a nat of change on retained text outweighs
 
 
@@ -97,9 +107,14 @@ def forget_text(
             path, as [`text_examples`][semu_peft.language.dataset.text_examples] reads it; or ready `TextExamples`.
         retain: What to keep, likewise: answers of the same kind that must stay.
         neutral: Texts of any kind, likewise, on which the model must not change.
-        method: `"npo"`, `"simnpo"`, `"delete"` (struck-out distillation), `"inverted-hinge"`, `"gradient-ascent"`, or
-            an objective of your own.
-        alternates: Another answer to each prompt, for objectives that compare two.
+        method: `"npo"` (β 0.03), `"simnpo"`, `"unseen-answers"`
+            ([`UnseenAnswer`][semu_peft.objectives.language.UnseenAnswer], against
+            [`unseen_answers`][semu_peft.language.unseen.unseen_answers]), `"delete"` (struck-out distillation),
+            `"undial"`, `"ce-u"`, `"wga"`, `"satimp"`, `"inverted-hinge"`, `"gradient-ascent"`; `"idk"` (the same as
+            `"dpo"`), `"altpo"` and `"flat"`, which compare two answers; or an objective of your own.
+        alternates: Another answer to each prompt, see
+            [`choose_alternates`][semu_peft.language.alternates.choose_alternates]; by default refusals where the method
+            needs them, and for `"altpo"` the wrong answers that the data bring.
         template: How prompt and answer are written; by default by the tokenizer's chat template, if it has one. Write
             it as the model was trained.
         max_length: The most tokens of a row.
@@ -131,11 +146,12 @@ def forget_text(
         >>> result.training.steps, result.model.active_adapters
         (2, ['default'])
     """
-    objective, wanted = _objective(method)
+    _check_method(method)
     _check(model, adapter_name, retain_weight, max_steps, batch_size, training)
     is_seq2seq = bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
     reading = {"template": template, "max_length": max_length, "seq2seq": is_seq2seq, "seed": seed}
-    examples = _examples(tokenizer, forget, "forget", alternates=alternates or wanted, progress=progress, **reading)
+    wanted = _ALTERNATES.get(method) if isinstance(method, str) and alternates is None else alternates
+    examples = _examples(tokenizer, forget, "forget", alternates=wanted, progress=progress, **reading)
     kept = [
         _examples(tokenizer, data, name, **reading)
         for name, data in (("retain", retain), ("neutral", neutral))
@@ -148,6 +164,7 @@ def forget_text(
         Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
     ]
     size = min(batch_size, len(examples))
+    objective = _objective(method, model, tokenizer, examples, size, reading)
     config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)
@@ -161,15 +178,31 @@ def forget_text(
     return TextResult(adapted, adapter_name, profile, result, examples)
 
 
-def _objective(method: str | Objective) -> tuple[Objective, str | None]:
-    """The objective, and the alternates that it needs where none are given."""
-    if isinstance(method, Objective):
-        return method, None
-    if not isinstance(method, str) or method not in _METHODS:
+def _check_method(method: Any) -> None:
+    names = [*_METHODS, _UNSEEN]
+    if not isinstance(method, Objective) and method not in names:
         raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, _METHODS))} or an Objective, got {method!r}. Take 'npo'."
+            f"`method` must be one of {', '.join(map(repr, names))} or an Objective, got {method!r}. Take 'npo'."
         )
-    return _METHODS[method](), _NEEDS_ALTERNATES.get(method)
+
+
+def _objective(
+    method: str | Objective,
+    model: nn.Module,
+    tokenizer: Any,
+    examples: TextExamples,
+    batch_size: int,
+    reading: dict[str, Any],
+) -> Objective:
+    if isinstance(method, Objective):
+        return method
+    if method != _UNSEEN:
+        return _METHODS[method]()
+    if not examples.examples:
+        raise ValueError("`forget` must know its texts for 'unseen-answers'. Make it with `text_examples`.")
+    unseen = text_examples(tokenizer, unseen_answers(examples.examples, seed=reading["seed"]), **reading)
+    loader = unseen.loader(batch_size, shuffle=False)
+    return objectives.UnseenAnswer(objectives.sequence_nll(model, loader, progress=False))
 
 
 def _check(

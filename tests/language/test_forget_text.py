@@ -60,13 +60,31 @@ def test_it_forgets_answers_and_keeps_others(tmp_path: Path) -> None:
     assert probability(loaded, FORGET) == pytest.approx(probability(result.model, FORGET), abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["npo", "simnpo", "delete", "inverted-hinge", objectives.GradientAscent()])
+@pytest.mark.parametrize("method", ["npo", "idk", "flat", "delete", "undial", "wga", objectives.GradientAscent()])
 def test_methods(method: Any) -> None:
     """Each lowers its loss, with what the model says itself held in the place of data."""
     result = forget_text(decoder(), tokenizer(), FORGET, method=method, **FEW)
     history = result.training.history
     assert history[-1]["loss"] <= history[0]["loss"] and len(result.examples) == 2
     assert history[0]["retain_loss"] == pytest.approx(0, abs=1e-4)  # at the original
+
+
+def test_unseen_answers_say_where_to_stop() -> None:
+    """Each answer ends at least as unlikely, by rank, as the answers' words in another order were before."""
+    model, words = learnt(), tokenizer()
+    other = text_examples(words, unseen_answers(text_examples(words, FORGET + RETAIN).examples))
+    aim = objectives.sequence_nll(model, other.loader(5, shuffle=False), progress=False)
+    answers = text_examples(words, FORGET + RETAIN)
+    result = forget_text(
+        model, words, answers, neutral=["h g f"], retain_weight=0, method="unseen-answers", progress=False
+    )
+    reached = objectives.sequence_nll(result.model, answers.loader(5, shuffle=False), progress=False)
+    aims = torch.quantile(aim, (torch.arange(5) + 0.5) / 5)
+    assert (reached.sort().values > aims - 0.3).all() and aims.max() > 1
+    altered = forget_text(
+        decoder(), words, [{"prompt": "a", "answer": "b", "perturbed_answer": "c"}], method="altpo", **FEW
+    )
+    assert "alternate_labels" in altered.examples[0]
 
 
 def test_a_budget_takes_the_weights_place() -> None:
