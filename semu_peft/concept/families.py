@@ -113,6 +113,19 @@ class Family:
         embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
         return {"encoder_hidden_states": embeds}
 
+    def last_words(self, pipe: Any, prompts: Sequence[str]) -> list[int]:
+        """The position of each prompt's last word among the tokens that it is encoded to; of its end, without a word.
+
+        A family that writes prompts in a way of its own says here where their last words come to stand.
+        """
+        tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) is not None else pipe.tokenizer_2
+        positions = []
+        for prompt in prompts:
+            tokens = tokenizer(prompt, truncation=True, return_special_tokens_mask=True)
+            words = [place for place, special in enumerate(tokens["special_tokens_mask"]) if not special]
+            positions.append(words[-1] if words else max(0, len(tokens["input_ids"]) - 1))
+        return positions
+
     def sampling_arguments(self, rows: dict[str, Tensor], unconditional: dict[str, Tensor]) -> dict[str, Any]:
         """The pipeline's keyword arguments to sample with, for rows of conditions `(N, ...)`."""
         return {

@@ -316,8 +316,8 @@ class Edit:
             Edit(hand(): 1 numbers of 1 parameters)
         """
         check_path("path", path)
-        tensors = {
-            f"{name}|{part}": tensor.detach().cpu().contiguous()
+        tensors = {  # each in memory of its own, as the format wants it: layers may share a factor
+            f"{name}|{part}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, delta in self.deltas.items()
             for part, tensor in delta.tensors().items()
         }
