@@ -182,12 +182,11 @@ def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -
     on_forget, on_retain = batches(subject.forget_test), batches(subject.retain_test)
     curves = [
         relearning(
-            model.requires_grad_(True), forget, retain, attacker=attacker, forget_test=on_forget, retain_test=on_retain,
+            model, forget, retain, attacker=attacker, forget_test=on_forget, retain_test=on_retain,
             steps=[*range(0, 20), *range(20, 400, 5)], seed=ATTACK_SEED, progress=False,
         )
         for attacker in subject.attackers
     ]  # fmt: skip
-    model.requires_grad_(False)
     return {
         "unlearning accuracy": 100 - predict(model, on_forget, progress=False).accuracy,
         "test accuracy": predict(model, on_retain, progress=False).accuracy,

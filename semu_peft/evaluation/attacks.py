@@ -310,9 +310,11 @@ class _Plan:
                 self.model, data.forget, data.retain, bits=bits, reference=beside, measure=measure
             )
         for attacker in self._attackers():
-            planned[f"relearning: {attacker.label}"] = self._relearning(attacker, data.forget, data.forget_test)
+            planned[f"relearning: {attacker.label}, {attacker.steps} steps"] = self._relearning(
+                attacker, data.forget, data.forget_test
+            )
             if data.related is not None:
-                planned[f"relearning from related data: {attacker.label}"] = self._relearning(
+                planned[f"relearning from related data: {attacker.label}, {attacker.steps} steps"] = self._relearning(
                     attacker, data.related, data.forget_test or data.forget
                 )
         if data.related is None:
