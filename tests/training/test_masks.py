@@ -10,7 +10,7 @@ from models import Mlp, vector_batches
 from torch import Tensor, nn
 from training_runs import QUIET, assert_same_state, semu, train, trained_state
 
-from semu_peft import Mask, unlearn
+from semu_peft import Mask, Retain, unlearn
 from semu_peft.objectives import CrossEntropy, RandomLabel, UniformDistribution
 from semu_peft.training.rules import gradients_of_parameters, top_fraction, wagle_scores
 
@@ -108,3 +108,34 @@ def test_mistakes_are_named() -> None:
         top_fraction({"w": torch.tensor([float("nan")])}, 0.5)
     with pytest.raises(ValueError, match="`mu`"):
         wagle_scores({}, {}, {}, mu=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The loss ended")
+def test_salun_forgets_a_digit() -> None:
+    """Random labels, cross entropy on retain data (five times its weight), half of the weights held: FA 0, RA 96 up."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    digits = load_digits()
+    images, labels = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    chosen = labels == 3
+    forget = list(zip(images[chosen].split(64), labels[chosen].split(64), strict=True))
+    order = torch.randperm(int((~chosen).sum()))
+    kept = list(zip(images[~chosen][order].split(256), labels[~chosen][order].split(256), strict=True))
+    found = gradients_of_parameters(model, forget, CrossEntropy(), progress=False)
+    masks, before = top_fraction({name: each.abs() for name, each in found.items()}, 0.5), trained_state(model)
+    unlearn(
+        model, forget, RandomLabel(), retain=Retain(kept, CrossEntropy(), weight=5.0), rules=Mask(masks), max_steps=300,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=5e-4), **QUIET,
+    )  # fmt: skip
+    right = model(images).argmax(1) == labels
+    assert right[chosen].float().mean() == 0.0 and right[~chosen].float().mean() >= 0.96
+    assert all(
+        torch.equal(value[~masks[name]], before[name][~masks[name]]) for name, value in trained_state(model).items()
+    )
