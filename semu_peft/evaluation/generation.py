@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,14 +147,21 @@ def generate_answers(
     return cut if samples is not None else [group[0] for group in cut]
 
 
+_STARTS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
 def _settings(model: nn.Module, tokenizer: Any, samples: int | None, temperature: float) -> GenerationConfig:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    """Greedy decoding, or draws; of the model's own settings, only where a sequence starts and ends."""
+    own = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
     known = [*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id]
     eos = sorted({token for token in known if token is not None})
+    starts = {name: getattr(own, name, None) for name in _STARTS}
     drawn = {} if samples is None else {"temperature": temperature, "top_k": 0, "num_return_sequences": samples}
     return GenerationConfig(
-        do_sample=samples is not None, num_beams=1, eos_token_id=eos or None, pad_token_id=_pad(tokenizer), **drawn
-    )
+        do_sample=samples is not None, num_beams=1, eos_token_id=eos or None, pad_token_id=_pad(tokenizer), **starts,
+        **drawn,
+    )  # fmt: skip
 
 
 def _pad(tokenizer: Any) -> int:
@@ -174,7 +182,7 @@ def _generate(
         starts = tqdm(starts, desc=name, unit="batch", leave=False)
     texts: list[list[str]] = [[] for _ in prompts]
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices), _only(settings, model):
         torch.manual_seed(seed)
         for start in starts:
             places = order[start : start + batch_size]
@@ -188,6 +196,20 @@ def _generate(
             for number, place in enumerate(places):
                 texts[place] = decoded[number * each : (number + 1) * each]
     return texts
+
+
+@contextmanager
+def _only(settings: GenerationConfig, model: nn.Module) -> Iterator[None]:
+    """Put settings in place of the model's own, which `generate` fills in for whatever is left at its default."""
+    before = [(module, vars(module)["generation_config"]) for module in model.modules()
+              if "generation_config" in vars(module)]  # fmt: skip
+    try:
+        for module, _ in before:
+            vars(module)["generation_config"] = settings
+        yield
+    finally:
+        for module, own in before:
+            vars(module)["generation_config"] = own
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_model
 from semu_peft.language.shapes import TextExample
 
-from .cached import Measurements
+from .cached import Measurements, model_digest
 from .drift import fluency, neutral_kl
 from .generation import generate_answers, rouge_l
 from .language_membership import privacy_leakage, text_membership
@@ -109,19 +109,18 @@ class LanguageMetrics:
         """The same with the forget quality beside a gold model's metrics, and where both have it the privacy leakage.
 
         Raises:
-            ValueError: One of the two has no truth ratios, or they are of different rows.
+            ValueError: The truth ratios of the two are of different rows, or there is nothing to compare.
         """
-        if not self.truth_ratios or len(self.truth_ratios) != len(gold.truth_ratios):
+        own, theirs = self.membership.get("min_k"), gold.membership.get("min_k")
+        leakage = None if own is None or theirs is None else privacy_leakage(own, theirs)
+        alike = len(self.truth_ratios) == len(gold.truth_ratios) if self.truth_ratios else leakage is not None
+        if not alike:
             raise ValueError(
-                "`gold` must have been measured on the same forget rows, truth ratio included, got "
+                "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
                 f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
             )
-        own, theirs = self.membership.get("min_k"), gold.membership.get("min_k")
-        return replace(
-            self,
-            forget_quality=forget_quality(self.truth_ratios, gold.truth_ratios),
-            privacy_leakage=None if own is None or theirs is None else privacy_leakage(own, theirs),
-        )
+        quality = forget_quality(self.truth_ratios, gold.truth_ratios) if self.truth_ratios else None
+        return replace(self, forget_quality=quality, privacy_leakage=leakage)
 
 
 def evaluate_language(
@@ -155,7 +154,7 @@ def evaluate_language(
             all three measures of each. In sets without `paraphrased_answer`, the probability is that among the options.
         neutral: Plain texts for the KL to the original model.
         holdout: Questions with answers like the forgotten ones that no model was trained on, for membership.
-        gold: Metrics of the model that never saw the forget set, for the forget quality.
+        gold: Metrics of the model that never saw the forget set, for the forget quality and the privacy leakage.
         reference: The model before unlearning, for the KL; by default the same model without its adapter.
         metrics: Names of [`LanguageMetrics`][semu_peft.evaluation.language.LanguageMetrics] to compute; by default all
             that the data allow.
@@ -199,7 +198,7 @@ def evaluate_language(
     if "truth_ratio" in wanted:
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
-    return measured if gold is None else measured.against(gold)
+    return measured if gold is None or not {"truth_ratio", "membership"} & set(wanted) else measured.against(gold)
 
 
 def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any, holdout: Any) -> list[str]:
@@ -330,7 +329,8 @@ class _Suite:
             )
             return drift.kl
 
-        return float(self._once("neutral_kl", {"texts": texts}, measure))
+        to = None if reference is None or self.kept.folder is None else model_digest(reference)
+        return float(self._once("neutral_kl", {"texts": texts, "reference": to}, measure))
 
     def membership(self, holdout: list[TextExample]) -> dict[str, float]:
         """The AUC of each attack, forget set against held-out answers."""

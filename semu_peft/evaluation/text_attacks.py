@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -292,19 +293,24 @@ def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None =
         raise ValueError("`model` must have linear layers with floating-point weights, got none. Load it unquantised.")
     everything = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in everything]
-    merge: Any = getattr(model, "merge_adapter", None)
+    apart = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and not layer.merged and not layer.disable_adapters
+    ]
     try:
-        if merge is not None:
-            merge()
+        for layer in apart:
+            layer.merge()
         with torch.no_grad():
             for weight, transposed in weights:
                 rows = weight.T if transposed else weight
                 rows.copy_(_round(rows, bits, group_size))
         yield model
     finally:
-        if merge is not None:
-            model.unmerge_adapter()  # type: ignore[operator]
-        with torch.no_grad():
+        for layer in apart:
+            if layer.merged:
+                layer.unmerge()
+        with torch.no_grad():  # unmerging rounds
             for tensor, value in zip(everything, saved, strict=True):
                 tensor.copy_(value)
 
@@ -314,9 +320,10 @@ def _linear_weights(model: nn.Module) -> list[tuple[Tensor, bool]]:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     left_out = {id(getattr(head, "weight", None))}
+    adapted = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
     found = {}
     for name, module in model.named_modules():
-        is_adapter = any(part.startswith(("semu_", "lora_")) for part in name.split("."))
+        is_adapter = name.startswith(adapted) and "base_layer" not in name.split(".")
         if isinstance(module, (nn.Linear, Conv1D)) and not is_adapter and module.weight.is_floating_point():
             found[id(module.weight)] = (module.weight, isinstance(module, Conv1D))
     return [pair for key, pair in found.items() if key not in left_out]

@@ -73,6 +73,8 @@ def test_gold_gives_the_forget_quality() -> None:
     assert repr(found).startswith("LanguageMetrics(truth ratio 0.") and "forget quality" in repr(found)
     with pytest.raises(ValueError, match="`gold` must have been measured on the same forget rows"):
         found.against(LanguageMetrics(probability=0.1))
+    alone = evaluate_language(decoder(), tokenizer, FORGET, metrics=["probability"], gold=gold, **QUIET)
+    assert alone.forget_quality is None  # it was not asked for
 
 
 def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> None:
@@ -82,6 +84,9 @@ def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> Non
     direct = text_membership(decoder(), tokenizer, FORGET, FACTS, progress=False)
     assert found.membership == {attack: result.auc for attack, result in direct.items()}
     assert found.privacy_leakage == privacy_leakage(found.membership["min_k"], gold.membership["min_k"])
+    options["metrics"] = ["membership"]
+    only = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, **options)
+    assert (only.privacy_leakage, only.forget_quality) == (found.privacy_leakage, None)
     assert json.loads((tmp_path / "membership.json").read_text())["value"] == found.membership
 
 
@@ -120,6 +125,15 @@ def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Pat
         evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
     saved = json.loads((tmp_path / "forget_answers.json").read_text())
     assert saved["format"] == "semu_peft.measurement" and len(saved["value"]["nll"]) == 3
+
+
+def test_the_kl_to_another_reference_is_measured_anew(tmp_path: Path) -> None:
+    options = {"metrics": ["neutral_kl"], "neutral": NEUTRAL, "output_dir": tmp_path, **QUIET}
+    found = [
+        evaluate_language(decoder(), word_tokenizer(), FORGET, reference=decoder(seed=seed), **options).neutral_kl
+        for seed in (1, 2, 0)
+    ]
+    assert len({*found}) == 3 and found[2] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_damaged_file_is_measured_again(tmp_path: Path) -> None:

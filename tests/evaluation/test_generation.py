@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from answer_models import WORDS, decoder, word_tokenizer
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import GenerationConfig
 
 from semu_peft.evaluation import generate_answers, rouge_l
 from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
@@ -13,9 +15,13 @@ from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
 QUESTIONS = ["who wrote it", "where lives Ada", "what", "who"]
 
 
-def test_greedy_answers_are_those_of_each_question_alone() -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_greedy_answers_are_those_of_each_question_alone(adapted: bool) -> None:
     model, tokenizer = decoder(seed=3), word_tokenizer()
-    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0  # left aside
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, no_repeat_ngram_size=1)
+    model.generation_config = own  # left aside
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     together = generate_answers(model, tokenizer, QUESTIONS, max_new_tokens=8, batch_size=3, progress=False)
     for question, written in zip(QUESTIONS, together, strict=True):
         ids = prompt_tokens(encoder_for(model, tokenizer), question)
@@ -24,6 +30,7 @@ def test_greedy_answers_are_those_of_each_question_alone() -> None:
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert written == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert model.generation_config is own and own.repetition_penalty == 9.0
 
 
 def test_draws_are_repeatable_and_leave_the_generators_alone() -> None:

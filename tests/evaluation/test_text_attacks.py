@@ -133,6 +133,23 @@ def test_rounding_leaves_the_head_and_embeddings() -> None:
         assert len(model.model.layers[0].mlp.up_proj.weight[0].unique()) <= 3
 
 
+def test_what_was_merged_or_switched_off_stays_so() -> None:
+    model = adapted("lora")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    model.merge_adapter()
+    merged = layer.get_base_layer().weight.detach().clone()
+    with rounded_weights(model):
+        assert not torch.equal(layer.get_base_layer().weight, merged)
+    assert layer.merged and torch.equal(layer.get_base_layer().weight, merged)
+    model.unmerge_adapter()
+    plain = layer.get_base_layer().weight.detach().clone()
+    with model.disable_adapter(), rounded_weights(model, bits=8) as rounded:
+        assert torch.allclose(
+            rounded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").weight, plain, atol=0.05
+        )
+    assert not layer.merged and torch.equal(layer.get_base_layer().weight, plain)
+
+
 def test_an_error_inside_brings_the_weights_back() -> None:
     model = adapted("lora")
     before = Snapshot.of(model)
