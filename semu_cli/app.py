@@ -1,0 +1,50 @@
+"""The program `semu`: its verbs, put together."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from .adapters import compare, export, inspect, merge
+from .catalogue import methods
+from .judge import attack, evaluate
+from .unlearn import concept, images, text
+from .verbs import verb
+
+app = typer.Typer(
+    name="semu",
+    help="Make a trained model forget, as a small adapter: a class of images, texts and facts, or a concept.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+forgetting = typer.Typer(help="Train an adapter that makes a model forget.", no_args_is_help=True)
+app.add_typer(forgetting, name="unlearn")
+
+verb(forgetting, "unlearn images")(images)
+verb(forgetting, "unlearn text")(text)
+verb(forgetting, "unlearn concept")(concept)
+for _command in (evaluate, attack, merge, export, inspect, compare, methods):
+    verb(app, _command.__name__)(_command)
+
+
+def main() -> None:
+    """Run `semu` with the arguments of the process.
+
+    Examples:
+        >>> import sys
+        >>> from semu_cli import main
+        >>> sys.argv = ["semu", "methods", "--json"]  # what a shell gives
+        >>> try:
+        ...     main()
+        ... except SystemExit as ended:
+        ...     print("exit code", ended.code)
+        {
+        ...
+        }
+        exit code 0
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

@@ -1,0 +1,155 @@
+"""Base models by folder or name, with and without an adapter; and results put into a folder as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from .catalogue import Job
+from .verbs import plain
+
+RECORD = "unlearning.json"
+"""What was done, beside the adapter."""
+
+
+def job_of(model: str) -> Job:
+    """What a model is for, by its configuration: nothing is loaded yet.
+
+    Raises:
+        typer.BadParameter: There is none, or it is of another kind.
+    """
+    if Path(model, "model_index.json").is_file():
+        return "concept"
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():
+        raise typer.BadParameter(
+            f"`--model`: {model} is no model folder. Give one with a config.json (transformers' `save_pretrained`) or "
+            "a model_index.json (a pipeline of diffusers)."
+        )
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        if not Path(model).exists() and _is_pipeline(model):
+            return "concept"
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(
+            f"`--model`: {model!r} cannot be read ({reason}) Give a model's folder, or its name on the Hub."
+        ) from None
+    names = config.architectures or []
+    if any(name.endswith("ForImageClassification") for name in names):
+        return "images"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
+        return "text"
+    raise typer.BadParameter(
+        f"`--model` must be an image classifier or language model of transformers or a pipeline of diffusers, got "
+        f"{', '.join(names) or 'a configuration without an architecture'}. From Python any model works: `unlearn`."
+    )
+
+
+def _is_pipeline(model: str) -> bool:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return bool(DiffusionPipeline.load_config(model))
+    except (OSError, ValueError):
+        return False
+
+
+def check_job(model: str, job: Job) -> None:
+    """Raise a usage error unless the model is of the kind that a verb is for."""
+    if (found := job_of(model)) != job:
+        raise typer.BadParameter(f"`--model`: {model!r} is for {found}, not for {job}. Write `semu unlearn {found}`.")
+
+
+def device() -> str:
+    """Where to work: the first GPU there is (`CUDA_VISIBLE_DEVICES` chooses), or the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def classifier(model: str, adapter: Path | None = None) -> Any:
+    """An image classifier of transformers."""
+    from transformers import AutoModelForImageClassification
+
+    return _adapted(AutoModelForImageClassification.from_pretrained(model).to(device()).eval(), adapter)
+
+
+def language_model(model: str, adapter: Path | None = None) -> tuple[Any, Any]:
+    """A language model of transformers, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"`--model`: {model!r} has no tokenizer ({str(error).splitlines()[0]}). Save one beside the model."
+        ) from None
+    is_seq2seq = AutoConfig.from_pretrained(model).is_encoder_decoder
+    kind: Any = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    return _adapted(kind.from_pretrained(model).to(device()).eval(), adapter), tokenizer
+
+
+def pipeline(model: str, adapter: Path | None = None) -> Any:
+    """A text-to-image pipeline of diffusers; the adapter goes into its denoiser."""
+    from diffusers import DiffusionPipeline
+
+    from semu_peft.concept.families import denoiser_of
+
+    pipe = DiffusionPipeline.from_pretrained(model).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    _adapted(denoiser_of(pipe), adapter)
+    return pipe
+
+
+def _adapted(model: Any, adapter: Path | None) -> Any:
+    if adapter is None:
+        return model
+    if not (adapter / "adapter_config.json").is_file():
+        raise typer.BadParameter(
+            f"`--adapter`: there is no adapter_config.json in {adapter}. Give the folder that `semu unlearn` wrote."
+        )
+    from peft import PeftModel
+
+    import semu_peft  # noqa: F401  registers the method
+
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+def check_output(folder: Path) -> None:
+    """Raise a usage error unless results can go there: an adapter's folder may be written over, no other."""
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"`--output-dir` must be a folder, got {folder}, a file. Choose another path.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file():
+        raise typer.BadParameter(f"`--output-dir`: {folder} has other files in it. Choose a new folder.")
+
+
+def check_new(folder: Path) -> None:
+    """Raise a usage error unless the folder is a new or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise typer.BadParameter(f"`--output-dir`: {folder} exists and is not empty. Choose a new folder.")
+
+
+def write_adapter(folder: Path, save: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
+    """Save an adapter and what was done: the whole of both, or neither."""
+    from semu_peft.files import folder_written_whole
+
+    with folder_written_whole(folder, ["adapter_config.json", "adapter_model.safetensors", RECORD]) as temporary:
+        save(temporary)
+        text = json.dumps(cast(Any, plain(record)), indent=2, ensure_ascii=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def write_model(folder: Path, save: Callable[[Path], Any]) -> None:
+    """Save a model into a new folder: the whole of it, or nothing."""
+    from semu_peft.files import folder_written_whole
+
+    if folder.is_dir():
+        folder.rmdir()  # it is empty; then one rename puts the finished one there
+    with folder_written_whole(folder, ["config.json"]) as temporary:
+        save(temporary)

@@ -1,0 +1,130 @@
+"""What a run will take, before it is made."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .verbs import Told
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and time of a run that was not made.
+
+    Attributes:
+        parameters: Numbers in the model.
+        target_layers: Layers that would be corrected.
+        examples: Examples to forget.
+        batches: Batches of them.
+        steps: Training steps, None where training ends by itself.
+        weight_bytes: The model's weights.
+        gradient_bytes: Sums of gradients while the subspace is sought: 4 bytes for each weight of the target layers.
+        step_seconds: One pass forward and backward, tried on this machine or given.
+        seconds: The pass that finds the subspace and the steps, or of these one where their number is not known.
+
+    Examples:
+        >>> Estimate(1000, 2, 64, 2, 10, 4000, 2000, 0.5, 6.0).seconds
+        6.0
+    """
+
+    parameters: int
+    target_layers: int
+    examples: int
+    batches: int
+    steps: int | None
+    weight_bytes: int
+    gradient_bytes: int
+    step_seconds: float | None
+    seconds: float | None
+
+    def told(self) -> Told:
+        """The estimate in words, with what it leaves out."""
+        memory = f"{_size(self.weight_bytes)} weights + {_size(self.gradient_bytes)} sums of gradients"
+        lines = [
+            f"Would correct {self.target_layers} layers of a model of {self.parameters:,} parameters.",
+            f"Data: {self.examples} examples in {self.batches} batches.",
+            f"Memory: {memory}; activations come on top and were not estimated.",
+        ]
+        if self.seconds is None:
+            lines.append("Time: unknown. Give --step-seconds.")
+        else:
+            steps = "1 step (it stops by itself)" if self.steps is None else f"{self.steps} steps"
+            lines.append(
+                f"Time: at least {self.seconds:.1f} s, for {self.batches} batches and {steps}, a pass of "
+                f"{self.step_seconds:.2f} s each; natural gradients and data to keep take more."
+            )
+        return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
+
+
+def estimate(
+    model: Any,
+    target_modules: str | list[str],
+    *,
+    examples: int,
+    batches: int,
+    steps: int | None,
+    step_seconds: float | None,
+    trial: Callable[[], Any] | None = None,
+) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        model: The bare model.
+        target_modules: As `SemuConfig` takes them.
+        examples: How many to forget.
+        batches: Of them.
+        steps: Training steps, if known.
+        step_seconds: What a step takes; by default `trial` is tried, twice, and the second time counts.
+        trial: A pass forward and backward.
+    """
+    names = target_names(model, target_modules)
+    sizes = [model.get_submodule(name).weight.numel() for name in names]
+    if step_seconds is None and trial is not None:
+        for _ in range(2):
+            started = time.perf_counter()
+            trial()
+            step_seconds = time.perf_counter() - started
+        model.zero_grad(set_to_none=True)
+    seconds = None if step_seconds is None else step_seconds * (batches + (1 if steps is None else steps))
+    parameters = list(model.parameters())
+    weights = sum(each.numel() * each.element_size() for each in parameters)
+    return Estimate(
+        sum(each.numel() for each in parameters), len(names), examples, batches, steps, weights, 4 * sum(sizes),
+        step_seconds, seconds,
+    )  # fmt: skip
+
+
+def target_names(model: Any, target_modules: str | Iterable[str]) -> list[str]:
+    """The layers that an adapter would correct: it is put in for a moment, without values, and taken out."""
+    from semu_peft import SemuConfig
+    from semu_peft.adapter.whole_model import add_adapter, remove_adapter
+    from semu_peft.tuner.adapted import semu_layers
+
+    name, flags = "estimate", [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    add_adapter(model, SemuConfig(target_modules=target_modules), adapter_name=name)  # type: ignore[arg-type]
+    try:
+        return list(semu_layers(model, name))
+    finally:
+        remove_adapter(model, adapter_name=name)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def last_third(model: Any) -> list[str]:
+    """The last third of the linear and convolutional layers; what earlier ones compute, all classes need."""
+    from torch import nn
+
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return names[-math.ceil(len(names) / 3) :]
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

@@ -1,0 +1,199 @@
+"""`semu evaluate` and `semu attack`: is it forgotten, what was kept, and what brings it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bases import classifier, job_of, language_model
+from .image_folder import others_of, read_images
+from .options import (
+    Adapter,
+    BatchSize,
+    Data,
+    ForgetClass,
+    Model,
+    Neutral,
+    Progress,
+    Reference,
+    Retain,
+    Seed,
+    Template,
+    Test,
+    TimeLimit,
+)
+from .verbs import Told
+
+
+def evaluate(
+    model: Model,
+    forget: Data,
+    adapter: Adapter = None,
+    forget_class: ForgetClass = None,
+    retain: Retain = None,
+    test: Test = None,
+    neutral: Neutral = None,
+    reference: Reference = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metrics", help="Of language models: only this metric; again for more.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    template: Template = None,
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> Told:
+    """Measure what a classifier or a language model still knows, beside the original and a retrained model."""
+    job = _job(model)
+    if job == "images":
+        return _evaluate_images(model, adapter, forget, forget_class, retain, test, reference, batch_size, seed)
+    from semu_peft.evaluation import evaluate_language
+
+    template = None if template is None else template.replace("\\n", "\n")
+    options: dict[str, Any] = {
+        "utility": None if retain is None else {"retain": _file(retain, "retain")},
+        "neutral": None if neutral is None else _file(neutral, "neutral"),
+        "metrics": metrics, "template": template, "batch_size": batch_size, "progress": progress,
+    }  # fmt: skip
+    rows = {}
+    for name, place, own in _models(model, adapter, reference):
+        measured, tokenizer = language_model(place, own)
+        rows[name] = evaluate_language(measured, tokenizer, _file(forget, "forget"), **options)
+    shown = {name: row.row() for name, row in rows.items()}
+    return Told({"job": "text", "models": rows}, [_table(shown)])
+
+
+def attack(
+    model: Model,
+    forget: Data,
+    adapter: Adapter = None,
+    forget_class: ForgetClass = None,
+    retain: Retain = None,
+    test: Test = None,
+    reference: Reference = None,
+    batch_size: BatchSize = 32,
+    template: Template = None,
+    time_limit: TimeLimit = None,
+    seed: Seed = 0,
+    progress: Progress = True,
+) -> Told:
+    """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions."""
+    job = _job(model)
+    from semu_peft import evaluation
+
+    further = {}
+    if job == "images":
+        base = classifier(model, adapter)
+        batches = _image_batches(base, forget, forget_class, retain, test, batch_size)
+        other = None if reference is None else classifier(reference)
+    else:
+        base, tokenizer = language_model(model, adapter)
+        template = None if template is None else template.replace("\\n", "\n")
+        batches, has_questions = _text_batches(tokenizer, forget, retain, test, template, batch_size)
+        other = None if reference is None else language_model(reference)[0]
+        asking: dict[str, Any] = {"gold": other, "template": template, "batch_size": batch_size, "seed": seed}
+        if has_questions:
+            further["prompts"] = lambda attacked: evaluation.prompt_attacks(
+                attacked, tokenizer, forget, progress=False, **asking
+            )
+    report = evaluation.attack(
+        base, **batches, reference=other, further=further, time_limit=time_limit, seed=seed, progress=progress
+    )
+    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
+    missing = [dataclasses.asdict(each) for each in report.not_run]
+    data_out = {"job": job, "has_reference": report.has_reference, "attacks": rows, "not_run": missing}
+    return Told({**data_out, "seconds": report.seconds}, [str(report)])
+
+
+def _image_batches(
+    base: Any, forget: str, forget_class: str | None, retain: str | None, test: str | None, batch_size: int
+) -> dict[str, Any]:
+    data = {
+        "forget": read_images(forget, base, only=forget_class),
+        "retain": _kept(retain, forget, forget_class, base),
+        "test": None if test is None else read_images(test, base, "test"),
+    }
+    return {name: None if part is None else list(part.loader(batch_size)) for name, part in data.items()}
+
+
+def _text_batches(
+    tokenizer: Any, forget: str, retain: str | None, test: str | None, template: str | None, batch_size: int
+) -> tuple[dict[str, Any], bool]:
+    """The batches of each set, and whether what was forgotten are answers to questions."""
+    from semu_peft.language import read_text, text_examples
+
+    batches: dict[str, Any] = {"forget": None, "retain": None, "test": None}
+    for name, path in (("forget", forget), ("retain", retain), ("test", test)):
+        if path is not None:
+            rows = text_examples(tokenizer, _file(path, name), template=template, name=name)
+            batches[name] = list(rows.loader(min(batch_size, len(rows)), shuffle=False))
+    return batches, not any(row.is_plain for row in read_text(forget))
+
+
+def _job(model: str) -> str:
+    job = job_of(model)
+    if job == "concept":
+        raise typer.BadParameter(
+            "`--model` is a pipeline, whose pictures are judged by a classifier of yours. Sample them with equal seeds "
+            "with and without the adapter, and call `semu_peft.evaluation.evaluate_erasure`."
+        )
+    return job
+
+
+def _models(model: str, adapter: Path | None, reference: str | None) -> list[tuple[str, str, Path | None]]:
+    """The models to set beside each other: a name, a place and an adapter of each."""
+    rows: list[tuple[str, str, Path | None]] = [("original" if adapter else "model", model, None)]
+    if adapter is not None:
+        rows.append(("unlearned", model, adapter))
+    return rows if reference is None else [*rows, ("reference", reference, None)]
+
+
+def _file(path: str, flag: str) -> str:
+    if not Path(path).exists():
+        raise typer.BadParameter(f"`--{flag}`: there is no file {path}. Give one with texts or questions.")
+    return path
+
+
+def _kept(retain: str | None, forget: str, forget_class: str | None, base: Any) -> Any:
+    """What was kept: the folder that is named, or the other classes of the one with the class to forget."""
+    if retain is not None:
+        return read_images(retain, base, "retain")
+    return None if forget_class is None else others_of(forget, base, forget_class)
+
+
+def _evaluate_images(
+    model: str, adapter: Path | None, forget: str, forget_class: str | None, retain: str | None, test: str | None,
+    reference: str | None, batch_size: int, seed: int,
+) -> Told:  # fmt: skip
+    from semu_peft.evaluation import evaluate_forgetting, predict
+
+    shown, rows = {}, {}
+    for name, place, own in _models(model, adapter, reference):
+        base = classifier(place, own)
+        parts = {"forget": read_images(forget, base, only=forget_class)}
+        kept = _kept(retain, forget, forget_class, base)
+        parts |= {} if kept is None else {"retain": kept}
+        parts |= {} if test is None else {"test": read_images(test, base, "test")}
+        said: dict[str, Any] = {
+            part: predict(base, data.loader(batch_size), progress=False) for part, data in parts.items()
+        }
+        row: dict[str, Any] = {f"{part}_accuracy": each.accuracy for part, each in said.items()}
+        if len(said) == 3:
+            judged = evaluate_forgetting(base, **said, seed=seed, progress=False)
+            row["membership_inference"] = judged.membership_inference
+        rows[name] = row
+        shown[name] = {key.replace("_", " "): f"{value:.1f}%" for key, value in row.items()}
+    return Told({"job": "images", "models": rows}, [_table(shown)])
+
+
+def _table(rows: dict[str, dict[str, str]]) -> Any:
+    """One row a model, one column a number."""
+    from rich.table import Table
+
+    heads = list(dict.fromkeys(head for row in rows.values() for head in row))
+    table = Table("", *heads)
+    for name, row in rows.items():
+        table.add_row(name, *(row.get(head, "–") for head in heads))
+    return table

@@ -1,0 +1,61 @@
+"""The flags, each declared once, so that it is called and explained alike in every verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", help="Folder of the model, or its name on the Hub.", show_default=False)]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter. Without: the bare model.")]
+RequiredAdapter = Annotated[Path, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)]
+OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder to write to.", show_default=False)]
+Data = Annotated[str, typer.Option("--forget", help="What to forget.", show_default=False)]
+ImageData = Annotated[
+    Path,
+    typer.Option(
+        "--forget", help="Folder of images, flat or with a subfolder a class; what to forget.", show_default=False
+    ),
+]
+Prompts = Annotated[list[str], typer.Option("--forget", help="A prompt to forget; again for more.", show_default=False)]
+Texts = Annotated[
+    str,
+    typer.Option(
+        "--forget", show_default=False,
+        help="File of what to forget: .jsonl with question and answer or text in each line, .txt, .json or .parquet.",
+    ),
+]  # fmt: skip
+ForgetClass = Annotated[
+    str | None, typer.Option("--forget-class", help="Only this class of --forget; the others are kept, if measured.")
+]
+Retain = Annotated[str | None, typer.Option("--retain", help="What to keep, in the form of --forget.")]
+RetainPrompts = Annotated[list[str] | None, typer.Option("--retain", help="A prompt to hold as it is; again for more.")]
+Test = Annotated[str | None, typer.Option("--test", help="Data that no model was trained on, in the form of --forget.")]
+Neutral = Annotated[str | None, typer.Option("--neutral", help="File of texts of any kind, which must not change.")]
+Reference = Annotated[
+    str | None, typer.Option("--reference", help="A model retrained without what was forgotten, to compare with.")
+]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Training steps at most.", min=1)]
+MaxRetainKl = Annotated[
+    float | None,
+    typer.Option("--max-retain-kl", help="Damage that no step exceeds, in nats, on what is to be kept.", min=0),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Examples a step.", min=1)]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", help="How question and answer are written, such as 'Q: {prompt}\\nA: {answer}'."),
+]
+TargetModules = Annotated[
+    str | None, typer.Option("--target-modules", help="Layers to correct: all-linear or a regular expression.")
+]
+TimeLimit = Annotated[float | None, typer.Option("--time-limit", help="Begin no attack after so many seconds.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.", min=0)]
+AdapterName = Annotated[str, typer.Option("--adapter-name", help="The adapter's name.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Load model and data, estimate memory and time, write nothing.")
+]
+StepSeconds = Annotated[
+    float | None, typer.Option("--step-seconds", help="With --dry-run: what a step takes, instead of trying one.")
+]

@@ -1,0 +1,222 @@
+"""What all verbs share: a configuration file, output for people or for machines, errors in one sentence, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FAILED, STOPPED = 1, 130
+VERSION = 1
+"""Of what `--json` writes; a key that goes away or changes its meaning raises it."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a verb has to say.
+
+    Attributes:
+        data: For machines.
+        words: For people: lines, and what rich can print.
+        code: The exit code.
+
+    Examples:
+        >>> Told({"steps": 3}, ["3 steps."]).code
+        0
+    """
+
+    data: Mapping[str, Any]
+    words: list[Any] = field(default_factory=list)
+    code: int = 0
+
+
+def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
+    """Enter a function in a program as a verb, with `--config`, `--json` and `--traceback`.
+
+    Args:
+        app: The program.
+        name: The verb as a user writes it; its last word is the command in `app`.
+
+    Examples:
+        >>> import typer
+        >>> from typer.testing import CliRunner
+        >>> from semu_cli.verbs import Told, verb
+        >>> def double(number: int) -> Told:
+        ...     return Told({"twice": 2 * number})
+        >>> app = typer.Typer()
+        >>> verb(app, "double")(double)
+        >>> print(CliRunner().invoke(app, ["4", "--json"]).stdout)
+        {
+          "command": "double",
+          "version": 1,
+          "status": "done",
+          "twice": 8
+        }
+    """
+
+    def enter(function: Callable[..., Told]) -> None:
+        own = inspect.signature(function, eval_str=True).parameters
+        common = {
+            "config": inspect.Parameter(
+                "config",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    Path | None,
+                    typer.Option(
+                        "--config", help="YAML, TOML or JSON file with the other flags by name; flags go before it.",
+                        callback=_reader(set(own)), is_eager=True, rich_help_panel="Every command",
+                    ),
+                ],
+            ),
+            "as_json": _switch("as_json", "--json", "Write the result as JSON to stdout, and words to stderr."),
+            "traceback": _switch("traceback", "--traceback", "On an error, show where it happened."),
+        }  # fmt: skip
+
+        def run(*, config: Path | None, as_json: bool, traceback: bool, **arguments: Any) -> None:
+            _run(name, lambda: function(**arguments), as_json, traceback)
+
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
+        run.__signature__ = inspect.Signature([*parameters, *common.values()])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*parameters, *common.values())}
+        run.__doc__ = function.__doc__
+        app.command(name.split()[-1])(run)
+
+    return enter
+
+
+def _switch(name: str, flag: str, words: str) -> inspect.Parameter:
+    option = typer.Option(flag, help=words, rich_help_panel="Every command")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+
+
+def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool) -> None:
+    from rich.console import Console
+
+    words = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def failed(code: int, kind: str, message: str) -> typer.Exit:
+        if as_json:
+            _write(name, "failed", {"error": {"kind": kind, "message": message}})
+        words.print(f"[bold red]semu {name}:[/] ", end="")
+        words.print(message, markup=False)
+        return typer.Exit(code)
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            told = function()
+    except typer.BadParameter as error:
+        if as_json:
+            _write(name, "failed", {"error": {"kind": "usage", "message": error.message}})
+        raise
+    except KeyboardInterrupt:
+        raise failed(STOPPED, "stopped", "Stopped. No file is half-written.") from None
+    except Exception as error:
+        if traceback:
+            raise
+        message = f"{error or type(error).__name__}"
+        raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
+    if as_json:
+        _write(name, "failed" if told.code else "done", told.data)
+    printed = words if as_json else Console(highlight=False, soft_wrap=True)
+    for line in told.words:
+        printed.print(line, markup=not isinstance(line, str))
+    if told.code:
+        raise typer.Exit(told.code)
+
+
+def _write(name: str, status: str, data: Mapping[str, Any]) -> None:
+    content = {"command": name, "version": VERSION, "status": status, **plain(data)}
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can have it: dataclasses as mappings, numbers that are not finite as null.
+
+    Examples:
+        >>> from semu_cli.verbs import plain
+        >>> plain({"loss": float("nan"), "where": Path("a")})
+        {'loss': None, 'where': 'a'}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(each) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _reader(names: set[str]) -> Callable[[typer.Context, Path | None], Path | None]:
+    """Of a verb with parameters of these names, what reads its configuration file."""
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            context.default_map = {**(context.default_map or {}), **read_settings(path, names)}
+        return path
+
+    return read
+
+
+def read_settings(path: Path, names: set[str]) -> dict[str, Any]:
+    """Read flags from a YAML, TOML or JSON file; they are written with `-` or `_`, without the leading dashes.
+
+    Args:
+        path: The file.
+        names: The flags there are, with `_`.
+
+    Raises:
+        typer.BadParameter: It cannot be read, or has another flag or a nested value.
+
+    Examples:
+        >>> import tempfile
+        >>> from semu_cli.verbs import read_settings
+        >>> path = Path(tempfile.mkdtemp(), "semu.toml")
+        >>> _ = path.write_text('model = "gpt2"\\nmax-steps = 3')
+        >>> read_settings(path, {"model", "max_steps"})
+        {'model': 'gpt2', 'max_steps': 3}
+    """
+    readers: dict[str, Callable[[str], Any]] = {
+        ".json": json.loads, ".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml
+    }  # fmt: skip
+    if path.suffix not in readers:
+        raise typer.BadParameter(f"`--config` must be a .yaml, .toml or .json file, got {path.name!r}. Rename it.")
+    try:
+        content = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"`--config`: {path} cannot be read ({error.strerror}). Check the path.") from None
+    except ValueError as error:
+        raise typer.BadParameter(f"`--config`: {path} is damaged: {error}. Correct it.") from None
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"`--config`: {path} must hold flags by name, got {type(content).__name__}.")
+    found = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for name, value in found.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in names:
+            known = ", ".join(sorted(each.replace("_", "-") for each in names))
+            raise typer.BadParameter(f"`--config`: {path} has {name!r}, which is no flag here. There are: {known}.")
+        parts = value if isinstance(value, list) else [value]
+        if any(not isinstance(part, (str, int, float, bool)) for part in parts):
+            raise typer.BadParameter(f"`--config`: `{flag}` in {path} must be a value or a list of values.")
+    return found
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # comes with huggingface_hub
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None

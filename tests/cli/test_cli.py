@@ -1,0 +1,279 @@
+"""`semu`: the three jobs end to end as a new user runs them, what is done with the result, and what machines read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cli_models
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from semu_cli import app
+from semu_cli.catalogue import METHODS
+from semu_peft import objectives
+
+
+def semu(*arguments: object, code: int = 0) -> Any:
+    """Run a verb with `--json`; returns what it wrote to stdout."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == code, (result.output, result.exception)
+    return json.loads(result.stdout) if result.stdout else {}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("images")
+    data = cli_models.image_folder(folder / "data")
+    return {"model": cli_models.classifier(folder / "model", data), "data": data, "adapter": folder / "no-cats"}
+
+
+@pytest.fixture(scope="module")
+def no_cats(images: dict[str, Path]) -> Any:
+    """What `semu unlearn images` says."""
+    return semu(
+        "unlearn", "images", "--model", images["model"], "--forget", images["data"], "--forget-class", "cat",
+        "--output-dir", images["adapter"], "--no-progress",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("text")
+    return {
+        "model": cli_models.language_model(folder / "model"),
+        "forget": cli_models.facts(folder / "forget.jsonl", cli_models.FACTS[:1]),
+        "retain": cli_models.facts(folder / "retain.jsonl", cli_models.FACTS[1:]),
+        "folder": folder,
+    }
+
+
+def test_a_class_of_an_image_folder(images: dict[str, Path], no_cats: Any) -> None:
+    assert no_cats["command"] == "unlearn images" and no_cats["status"] == "done" and no_cats["version"] == 1
+    assert no_cats["forget_accuracy"] == {"before": 100.0, "after": 0.0}
+    assert no_cats["examples"] == 6 and no_cats["training"]["trainable_parameters"] > 0
+    measured = semu(*no_cats["next"].split()[1:])["models"]  # the command that it says comes next
+    assert measured["original"]["forget_accuracy"] == 100 and measured["unlearned"]["forget_accuracy"] == 0
+    assert measured["original"]["retain_accuracy"] == 100
+    record = json.loads((images["adapter"] / "unlearning.json").read_text())
+    assert record["settings"]["forget_class"] == "cat" and record["training"]["steps"] == no_cats["training"]["steps"]
+
+
+def test_merge_and_export_give_the_adapters_outputs(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    how = ("--model", images["model"], "--adapter", images["adapter"])
+    semu("merge", *how, "--output-dir", tmp_path / "merged")
+    semu("export", *how, "--to", "lora", "--output-dir", tmp_path / "lora")
+
+    def base(folder: Path) -> Any:
+        return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+    pixels = torch.rand(3, 3, 8, 8)
+    expected = PeftModel.from_pretrained(base(images["model"]), images["adapter"])(pixel_values=pixels).logits
+    lora = PeftModel.from_pretrained(base(images["model"]), tmp_path / "lora")
+    for shipped in (base(tmp_path / "merged"), lora):
+        torch.testing.assert_close(shipped(pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inspect_tells_what_is_in_the_folder(images: dict[str, Path], no_cats: Any) -> None:
+    found = semu("inspect", "--adapter", images["adapter"])
+    assert found["digest"] == "ok" and found["base_model"] == str(images["model"])
+    assert {name: layer["rank"] for name, layer in found["layers"].items()} == no_cats["ranks"]
+    assert sum(layer["energy"] for layer in found["layers"].values()) == pytest.approx(1)
+
+
+def test_inspect_fails_on_weights_that_were_changed(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "adapter_model.safetensors"
+    weights = {key: 2 * tensor for key, tensor in load_file(images["adapter"] / name).items()}
+    save_file(weights, tmp_path / name, metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_bytes((images["adapter"] / "adapter_config.json").read_bytes())
+    assert "SHA-256" in semu("inspect", "--adapter", tmp_path, code=1)["digest"]
+
+
+def test_attack_names_what_was_tried_and_what_was_not(images: dict[str, Path], no_cats: Any) -> None:
+    how = ("--model", images["model"], "--adapter", images["adapter"], "--forget", images["data"])
+    found = semu("attack", *how, "--forget-class", "cat", "--time-limit", 0, "--no-progress")
+    assert not found["has_reference"] and found["attacks"] == []
+    assert "stripping" in found["not_run"][0]["attack"]
+
+
+def test_a_fact_of_a_language_model(text: dict[str, Path]) -> None:
+    settings = text["folder"] / "semu.yaml"
+    settings.write_text(f"model: {text['model']}\nforget: {text['forget']}\nretain: {text['retain']}\nmax-steps: 3\n")
+    output = text["folder"] / "no-sky"
+    done = semu("unlearn", "text", "--config", settings, "--max-steps", 30, "--output-dir", output, "--no-progress")
+    assert 3 < done["training"]["steps"] <= 30  # the flag goes before the file
+    assert done["token_probability"]["after"] < 0.5 * done["token_probability"]["before"]
+    how = ("--model", text["model"], "--adapter", output, "--forget", text["forget"], "--metrics", "probability")
+    measured = semu("evaluate", *how, "--no-progress")["models"]
+    assert measured["unlearned"]["probability"] < 0.5 * measured["original"]["probability"]
+
+
+def test_a_concept_of_a_pipeline(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    model, output = cli_models.pipeline(tmp_path / "model"), tmp_path / "no-cats"
+    few = ("--max-steps", 2, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress")
+    prompts = ("--forget", "a photo of a cat", "--anchor", "a photo of a dog")
+    done = semu("unlearn", "concept", "--model", model, *prompts, "--output-dir", output, *few)
+    assert done["training"]["steps"] == 2
+    assert "a photo of a cat" in semu("inspect", "--adapter", output)["forgotten"]
+    semu(*done["next"].split()[1:])
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(f"{output}-lora")
+    semu("merge", "--model", model, "--adapter", output, "--output-dir", tmp_path / "merged")
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").unet
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for (name, weight), (_, other) in zip(
+        merged.named_parameters(), pipe.unet.named_parameters(), strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(images: dict[str, Path], text: dict[str, Path]) -> None:
+    how = ("--dry-run", "--max-steps", 10, "--output-dir", images["data"].parent / "nothing")
+    of_images = semu("unlearn", "images", "--model", images["model"], "--forget", images["data"], *how)["estimate"]
+    of_text = semu(
+        "unlearn", "text", "--model", text["model"], "--forget", text["forget"], *how, "--step-seconds", 2.0
+    )["estimate"]  # fmt: skip
+    assert of_images["examples"] == 24 and of_images["batches"] == 1 and of_images["step_seconds"] > 0
+    assert of_text["seconds"] == pytest.approx(2.0 * 11) and of_text["weight_bytes"] == 4 * of_text["parameters"]
+    assert not (images["data"].parent / "nothing").exists()
+
+
+def test_the_list_of_methods_is_what_the_verbs_take() -> None:
+    from semu_peft.concept import erase
+    from semu_peft.language import forget
+
+    names = {job: {each.name for each in METHODS if each.job == job} for job in ("text", "concept")}
+    assert names["text"] == {*forget._METHODS, forget._UNSEEN}
+    assert names["concept"] == set(erase._METHODS)
+    for method in METHODS:
+        made = getattr(objectives, method.objective, None)
+        assert made is not None, method
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["unlearn", "images"], "--model"),
+        (["unlearn", "text", "--model", "m", "--forget", "absent.txt", "--output-dir", "o"], "absent.txt"),
+        (["unlearn", "text", "--model", "m", "--forget", ".", "--method", "magic", "--output-dir", "o"], "npo"),
+        (["unlearn", "images", "--model", ".", "--forget", ".", "--output-dir", "absent"], "config.json"),
+        (["merge", "--model", "m", "--adapter", "a", "--output-dir", "."], "not empty"),
+        (["export", "--model", "m", "--adapter", "a", "--output-dir", "o", "--to", "onnx"], "kohya"),
+        (["unlearn", "images", "--config", "absent.yaml"], "absent.yaml"),
+        (["methods", "--job", "music"], "concept"),
+        (["forget"], "No such command"),
+    ],
+)
+def test_wrong_usage_has_its_exit_code_and_says_the_mend(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("not empty")
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert words in result.output and "Traceback" not in result.output
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.toml", "max-steps = 3\ncolour = 1", "colour"),
+        ("b.json", "[1]", "by name"),
+        ("c.json", "{", "damaged"),
+        ("d.yaml", "model: {a: 1}", "--model"),
+        ("e.ini", "", ".toml"),
+    ],
+)
+def test_a_configuration_file_with_a_mistake(name: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    result = CliRunner().invoke(app, ["unlearn", "text", "--config", str(tmp_path / name)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and words in result.output
+
+
+def test_an_unknown_class_is_told_with_those_there_are(images: dict[str, Path], tmp_path: Path) -> None:
+    how = ("--model", images["model"], "--forget", images["data"], "--forget-class", "cow")
+    found = semu("unlearn", "images", *how, "--output-dir", tmp_path / "out", code=2)
+    assert found["status"] == "failed" and found["error"]["kind"] == "usage"
+    assert "horse" in found["error"]["message"]
+
+
+def test_a_failure_is_one_sentence_and_with_traceback_the_error(tmp_path: Path) -> None:
+    found = semu("inspect", "--adapter", tmp_path, code=1)
+    assert found["status"] == "failed" and found["error"]["kind"] == "FileNotFoundError"
+    result = CliRunner().invoke(app, ["inspect", "--adapter", str(tmp_path), "--traceback"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_help_and_completion_do_not_wait_for_torch() -> None:
+    env = {**os.environ, "_SEMU_COMPLETE": "complete_bash", "COMP_WORDS": "semu unlearn i", "COMP_CWORD": "2"}
+    program = "import sys; sys.argv = ['semu']; from semu_cli import main; main()"
+    completed = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert completed.stdout.split() == ["images"]
+    program = (
+        "import sys; sys.argv = ['semu', 'unlearn', 'text', '--help']; from semu_cli import main\n"
+        "try: main()\nfinally: assert not {'torch', 'peft', 'semu_peft'} & set(sys.modules)"
+    )
+    helped = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--max-retain-kl" in helped.stdout, helped.stderr
+
+
+def test_ctrl_c_has_its_exit_code(images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("semu_peft.unlearn", stop)
+    how = ("--model", images["model"], "--forget", images["data"], "--forget-class", "cat", "--no-progress")
+    found = semu("unlearn", "images", *how, "--output-dir", tmp_path / "no-cats", code=130)
+    assert found["error"]["kind"] == "stopped" and not (tmp_path / "no-cats").exists()
+
+
+KILLED_WHILE_SAVING = """
+import os
+import peft.peft_model as module
+save = module.safe_save_file
+def kill(*given, **named):
+    save(*given, **named)
+    os.kill(os.getpid(), 9)
+module.safe_save_file = kill
+"""
+KILLED_BEFORE_RENAMING = """
+import os
+from pathlib import Path
+Path.rename = lambda *_: os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_leaves_whole_files(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
+    from semu_peft.adapter.saved import inspect_adapter
+
+    def run(command: list[object], before: str = "") -> int:
+        program = [sys.executable, "-c", f"{before}\nfrom semu_cli import main\nmain()"]
+        return subprocess.run([*program, *map(str, command), "--json"], capture_output=True).returncode
+
+    output = tmp_path / "no-cats"
+    data = ["--forget", images["data"], "--forget-class", "cat", "--no-progress"]
+    forgets: list[object] = ["unlearn", "images", "--model", images["model"], *data, "--output-dir", output]
+    assert run(forgets, KILLED_WHILE_SAVING) == -9 and not output.exists()
+    assert run(forgets) == 0
+    before = inspect_adapter(output)
+    assert run(forgets, KILLED_WHILE_SAVING) == -9
+    assert inspect_adapter(output) == before  # the older one, whole
+    for name in ("merge", "export"):
+        writes = [name, "--model", images["model"], "--adapter", output, "--output-dir", tmp_path / name]
+        assert run(writes, KILLED_BEFORE_RENAMING) == -9 and not (tmp_path / name).exists()
+        assert run(writes) == 0 and any((tmp_path / name).iterdir())

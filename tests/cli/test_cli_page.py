@@ -1,0 +1,57 @@
+"""The commands of the page on the command line, run one after the other as a new user would who copies them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import cli_models
+import pytest
+from typer.testing import CliRunner
+
+from semu_cli import app
+
+ROOT = Path(__file__).parents[2]
+# A tiny pipeline learns nothing in two steps; that it runs is what is asked here.
+FEW = ["--max-steps", "2", "--samples-per-prompt", "2", "--num-inference-steps", "1"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The page's lines that begin with `semu` and a verb."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if re.match(r"semu [a-z]", line)]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_the_page_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = cli_models.image_folder(Path("photos"))
+    cli_models.classifier(Path("my-classifier"), photos)
+    cli_models.language_model(Path("my-llm"))
+    cli_models.facts(Path("facts.jsonl"), cli_models.FACTS[:1])
+    cli_models.pipeline(Path("my-pipeline"))
+    lines = commands("docs/cli.md")
+    assert [line[:2] for line in lines if line[0] == "unlearn"] == [
+        ["unlearn", "images"], ["unlearn", "text"], ["unlearn", "concept"]
+    ]  # fmt: skip
+    for line in lines:
+        result = CliRunner().invoke(app, [*line, *(FEW if line[:2] == ["unlearn", "concept"] else [])])
+        assert result.exit_code == 0, (line, result.output, result.exception)
+    for folder in ("my-classifier-without-cats", "no-sky-lora", "no-cat-lora"):
+        assert any(Path(folder).iterdir())
+
+
+def test_the_readme_writes_flags_as_they_are() -> None:
+    for line in commands("README.md"):
+        flags = [word for word in line if word.startswith("--")]
+        words = [word for word in line[:2] if not word.startswith("--")]
+        shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"}).output
+        assert flags and all(flag in shown for flag in flags), line
+
+
+def test_the_table_names_every_verb() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for command in app.registered_commands:
+        assert f"| `semu {command.name}` |" in page
