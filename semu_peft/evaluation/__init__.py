@@ -21,6 +21,7 @@ from .diffusion import (
 from .drift import Drift, fluency, neutral_kl, ngram_entropy
 from .generation import Rouge, generate_answers, rouge_l
 from .harness import harness
+from .klom import Klom, klom
 from .language import LanguageMetrics, evaluate_language
 from .language_membership import (
     Separation,
@@ -47,6 +48,7 @@ from .relearning import RelearningCurve, relearning, usual_attackers
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 from .text_attacks import PromptAttacks, TextRelearning, prompt_attacks, relearn_text, rounded_weights
 from .token_scores import TokenScores, score_answers, score_texts
+from .worst_case import worst_case_forget_set
 
 __all__ = [
     "AttackReport",
@@ -55,6 +57,7 @@ __all__ = [
     "ForgettingComparison",
     "ForgettingMetrics",
     "InputAttack",
+    "Klom",
     "LabelledPrompt",
     "LanguageMetrics",
     "LayerRounding",
@@ -89,6 +92,7 @@ __all__ = [
     "generate_answers",
     "harness",
     "kernel_distance",
+    "klom",
     "knowledge_memorisation",
     "linear_probes",
     "lira_scores",
@@ -118,6 +122,7 @@ __all__ = [
     "text_membership",
     "truth_ratio",
     "unlearn_canvas",
+    "worst_case_forget_set",
     "usual_attackers",
     "verbatim_memorisation",
     "zlib_score",

@@ -3,6 +3,7 @@
 from .adversarial import AdversarialUnlearning, adversarial_examples
 from .attackers import Attacker
 from .base import Evaluation, LossFunction, Objective, Outputs, WeightedSum, as_objective
+from .boundary import BoundaryShrink, error_maximizing_noise
 from .classification import (
     CrossEntropy,
     DecoupledDistillation,
@@ -32,17 +33,20 @@ from .language import (
     WeightedAscent,
     sequence_nll,
 )
+from .matching import OracleMatching, pair_with_logits, without_influence
 from .noise_schedule import NoiseSchedule
 from .preference import DPO, NPO, TPO, FDivergence, SimNPO
 from .representation import RMU, AdaptiveRMU, PreserveHiddenStates, RouterAnchor
 from .retain import Retain, as_retain
 from .simulation import SimulatedRelearning
-from .wrappers import PrimalDual, TokenSelective
+from .teachers import untrained
+from .wrappers import InTurns, PrimalDual, TokenSelective
 
 __all__ = [
     "AdaptiveRMU",
     "AdversarialUnlearning",
     "Attacker",
+    "BoundaryShrink",
     "CEU",
     "ConditionMatching",
     "CrossEntropy",
@@ -55,6 +59,7 @@ __all__ = [
     "FDivergence",
     "FlatLogits",
     "GradientAscent",
+    "InTurns",
     "InvertedHinge",
     "KLToOriginal",
     "LossFunction",
@@ -62,6 +67,7 @@ __all__ = [
     "NegativeGuidance",
     "NoiseSchedule",
     "Objective",
+    "OracleMatching",
     "Outputs",
     "PreserveHiddenStates",
     "PreservePrediction",
@@ -86,5 +92,9 @@ __all__ = [
     "adversarial_examples",
     "as_objective",
     "as_retain",
+    "error_maximizing_noise",
+    "pair_with_logits",
     "sequence_nll",
+    "untrained",
+    "without_influence",
 ]

@@ -123,17 +123,17 @@ def adversarial_examples(
 
 def _attack(model: nn.Module, batch: Any, radius: float, steps: int, max_radii: int, number: int) -> tuple[Any, Any]:
     """The batch and its nearest adversarial one within the radii."""
-    place, start = _input_of(batch)
+    place, start = floating_input(batch)
     with torch.no_grad():
         answers, labels = _answers(model, batch)
     inputs, wrong = start.clone(), answers
     for _ in range(max_radii):
         found = wrong != labels
         if found.all():
-            return batch, _with(batch, place, inputs, wrong)
+            return batch, with_input(batch, place, inputs, wrong)
         tried = _descend(model, batch, place, start, radius, steps)
         with torch.no_grad():
-            answers, _ = _answers(model, _with(batch, place, tried, labels))
+            answers, _ = _answers(model, with_input(batch, place, tried, labels))
         inputs = torch.where(_for_each(found, start), inputs, tried)
         wrong, radius = torch.where(found, wrong, answers), radius * _GROWTH
     missing = int((wrong == labels).sum())
@@ -143,7 +143,7 @@ def _attack(model: nn.Module, batch: Any, radius: float, steps: int, max_radii: 
             f"without one for {missing} of {len(labels)} in batch {number}. Begin with a larger `radius`, or leave "
             "those examples out."
         )
-    return batch, _with(batch, place, inputs, wrong)
+    return batch, with_input(batch, place, inputs, wrong)
 
 
 def _descend(model: nn.Module, batch: Any, place: Any, start: Tensor, radius: float, steps: int) -> Tensor:
@@ -151,7 +151,7 @@ def _descend(model: nn.Module, batch: Any, place: Any, start: Tensor, radius: fl
     moved = start
     for _ in range(steps):
         leaf = moved.detach().requires_grad_()
-        logits, labels = call_model(model, _with(batch, place, leaf, split_batch(batch)[2]))
+        logits, labels = call_model(model, with_input(batch, place, leaf, split_batch(batch)[2]))
         own = labels.unsqueeze(1)
         others = logits.float().scatter(1, own, float("-inf")).logsumexp(1)
         margin = logits.float().gather(1, own).squeeze(1) - others
@@ -167,8 +167,18 @@ def _answers(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return logits.argmax(1), labels
 
 
-def _input_of(batch: Any) -> tuple[Any, Tensor]:
-    """Where the floating-point input of a batch is, and its values."""
+def floating_input(batch: Any) -> tuple[Any, Tensor]:
+    """Where the floating-point input of a batch is, and its values.
+
+    Raises:
+        TypeError: There is none, or several.
+        ValueError: There are several labels an example.
+
+    Examples:
+        >>> import torch
+        >>> floating_input({"labels": torch.tensor([1]), "pixel_values": torch.zeros(1, 2)})
+        ('pixel_values', tensor([[0., 0.]]))
+    """
     args, kwargs, labels = split_batch(batch)
     floating = [
         (place, value)
@@ -190,8 +200,14 @@ def _input_of(batch: Any) -> tuple[Any, Tensor]:
     return place, inputs
 
 
-def _with(batch: Any, place: Any, inputs: Tensor, labels: Tensor) -> Any:
-    """The batch with another input and other labels, in the same form."""
+def with_input(batch: Any, place: Any, inputs: Tensor, labels: Tensor) -> Any:
+    """The batch with another input and other labels, in the same form.
+
+    Examples:
+        >>> import torch
+        >>> with_input((torch.zeros(1), torch.tensor([0])), 0, torch.ones(1), torch.tensor([2]))
+        (tensor([1.]), tensor([2]))
+    """
     if isinstance(batch, Mapping):
         key = next(key for key in ("labels", "label") if key in batch)
         return {**batch, place: inputs, key: labels}

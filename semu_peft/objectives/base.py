@@ -74,6 +74,7 @@ class Objective(ABC):
             None where it is neither or unknown. With [`outputs`][semu_peft.objectives.base.Objective.outputs] it is
             what natural gradients and bounds on the damage need to know of an objective.
         minimum: The value that the loss cannot fall below and reaches when all is forgotten; None where there is none.
+        is_steady: Whether its values at different steps can be compared, so that a rise over the run means something.
 
     Examples:
         >>> import torch
@@ -88,6 +89,7 @@ class Objective(ABC):
 
     distribution: Distribution | None = None
     minimum: float | None = None
+    is_steady: bool = True
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -179,6 +181,7 @@ class WeightedSum(Objective):
     terms: tuple[tuple[float, Objective], ...]
     distribution: Distribution | None = field(init=False, repr=False, compare=False, default=None)
     minimum: float | None = field(init=False, repr=False, compare=False, default=None)
+    is_steady: bool = field(init=False, repr=False, compare=False, default=True)
 
     def __post_init__(self) -> None:
         terms = tuple((finite_number(weight, "weight"), as_objective(objective)) for weight, objective in self.terms)
@@ -187,6 +190,7 @@ class WeightedSum(Objective):
         agreed = {objective.distribution for _, objective in terms}
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
+        object.__setattr__(self, "is_steady", all(objective.is_steady for _, objective in terms))
         if all(weight >= 0 and objective.minimum is not None for weight, objective in terms):
             object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 

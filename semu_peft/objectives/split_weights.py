@@ -29,6 +29,25 @@ def splits_weight(config: Any) -> bool:
     return isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
+def starts_elsewhere(config: Any) -> str | None:
+    """How to have an adapter of this configuration start at the original model, where it would not; else None.
+
+    So do PEFT's FourierFT and C3A by default, and Uni-LoRA always.
+
+    Examples:
+        >>> from peft import FourierFTConfig, LoraConfig
+        >>> from semu_peft.objectives.split_weights import starts_elsewhere
+        >>> starts_elsewhere(FourierFTConfig()), starts_elsewhere(LoraConfig())
+        ('Give its configuration `init_weights=True`.', None)
+    """
+    method, start = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, "init_weights", True)
+    if method in ("FOURIERFT", "C3A") and start is not True:
+        return "Give its configuration `init_weights=True`."
+    if method == "UNILORA":
+        return "It has no other start: make `init_theta_d_bound` small, or take `VeraConfig`."
+    return None
+
+
 class AtStart(NamedTuple):
     """What of an adapter stays on in the original, as `at_start` finds it."""
 

@@ -1,4 +1,4 @@
-"""Objectives made of another objective: on some of the tokens, or with a weight that follows its own loss."""
+"""Objectives made of another objective: on some of the tokens, at some of the steps, or with a weight that moves."""
 
 from __future__ import annotations
 
@@ -167,3 +167,69 @@ class PrimalDual(Objective):
         if self.steps >= self.warmup:
             self.multiplier = max(0.0, self.multiplier + self.rate * (loss.item() - self.limit))
         self.steps += 1
+
+
+@dataclass
+class InTurns(Objective):
+    """An objective at some of the steps, and nothing at the others: `steps` of every `period`, from step `first` on.
+
+    So that two losses are not added but alternate, as where one is raised and another lowered (SCRUB, Kurmanji et al.
+    2023, arXiv 2302.09880; see [`methods.scrub`][semu_peft.methods.classification.scrub]), give the forget objective
+    and that of the retain data turns which do not meet. At its other steps the model is not run for it. Steps are
+    counted in batches; the count is saved with the run. Natural gradients are not for losses that come and go: such a
+    run takes AdamW.
+
+    Args:
+        objective: The loss.
+        steps: How many steps its turn has.
+        period: After how many steps its turn comes again.
+        first: In which step of the period its turn begins.
+        until: After this many steps it stays away; None never.
+
+    Raises:
+        ValueError: The turn is longer than the period, or a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy, InTurns
+        >>> model, batch = torch.nn.Linear(2, 2), (torch.zeros(1, 2), torch.tensor([0]))
+        >>> every_third = InTurns(CrossEntropy(), steps=1, period=3, first=1)
+        >>> [bool(every_third(model, batch) > 0) for _ in range(6)]
+        [False, True, False, False, True, False]
+    """
+
+    objective: LossFunction
+    steps: int = 1
+    period: int = 2
+    first: int = 0
+    until: int | None = None
+    calls: int = field(default=0, init=False, repr=False)
+    is_steady = False
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("period", self.period)
+        check_count("first", self.first, least=0)
+        check_count("until", self.until, optional=True)
+        if self.first + self.steps > self.period:
+            raise ValueError(
+                f"`steps` must fit into `period` from `first` on, got {self.steps} steps from {self.first} on in "
+                f"{self.period}. Make the period longer."
+            )
+        self._inner = as_objective(self.objective)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        number, is_over = self.calls % self.period, self.until is not None and self.calls >= self.until
+        if torch.is_grad_enabled():  # and not while somebody only looks
+            self.calls += 1
+        if self.first <= number < self.first + self.steps and not is_over:
+            return self._inner(model, batch)
+        # Nothing, with a gradient: what a loop differentiates must depend on something.
+        return 0.0 * next(parameter for parameter in model.parameters() if parameter.requires_grad).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls, "objective": self._inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+        self._inner.load_state_dict(state["objective"])

@@ -190,7 +190,8 @@ class Loop:
         losses = [entry["loss"] for entry in self.progress.history]
         few = max(1, len(losses) // 10)
         start, end = sum(losses[:few]) / few, sum(losses[-few:]) / few
-        if len(losses) > 1 and end > start + _RISE_THAT_COUNTS * abs(start):
+        steady = all(objective.is_steady for objective in self.objectives)
+        if steady and len(losses) > 1 and end > start + _RISE_THAT_COUNTS * abs(start):
             warnings.warn(
                 f"The loss ended at {end:.4g}, above its start of {start:.4g}. Lower `learning_rate`, or leave it out "
                 "to train cores by natural gradients, which keep no step that raises the loss.",

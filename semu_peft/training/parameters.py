@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semu_peft.objectives.adapter_parts import adapter_parts
+from semu_peft.objectives.adapter_parts import adapter_configs, adapter_parts
+from semu_peft.objectives.split_weights import starts_elsewhere
 from semu_peft.tuner.layer import NotInitializedError, SemuLayer
 
 
@@ -49,6 +50,20 @@ def check_trainable(model: nn.Module) -> None:
             "`model` has no trainable parameter. An adapter loaded for inference is frozen: load it with "
             "`is_trainable=True`, activate it with `set_adapter`, or name it in `adapter_name`."
         )
+    _warn_of_starts(model)
+
+
+def _warn_of_starts(model: nn.Module) -> None:
+    """Say so where a method changes the model by being added, before anything is forgotten."""
+    mends = {name: (config, starts_elsewhere(config)) for name, config in adapter_configs(model).items()}
+    for name, (config, mend) in mends.items():
+        if mend is not None and any(part.is_trained for part in adapter_parts(model, name)):
+            method = getattr(config.peft_type, "value", config.peft_type)
+            warnings.warn(
+                f"The adapter {name!r} of {method} did not start at the original model, so that the model's answers "
+                f"changed before the first step. {mend}",
+                stacklevel=4,
+            )
 
 
 def _trains(layer: SemuLayer, adapter_name: str) -> bool:

@@ -1,5 +1,6 @@
 """Rules edit the steps of a run: gradients before the optimiser, and what the optimiser then made of them."""
 
+from .allocate import AllocateRanks
 from .base import ClipGradientNorm, Rule, Step, StepData, as_rules
 from .leading import RemoveDirections, RemoveLeading
 from .mask import Mask, gradients_of_parameters, top_fraction, wagle_scores
@@ -11,6 +12,7 @@ from .size import NormCap, RowScale
 from .soft_threshold import Ramp, SoftThreshold
 
 __all__ = [
+    "AllocateRanks",
     "ClipGradientNorm",
     "Mask",
     "NormCap",
