@@ -47,7 +47,7 @@ def untrained(model: nn.Module, *, seed: int = 0) -> nn.Module:
             reset = getattr(type(module), "reset_parameters", None)
             own = {id(parameter) for parameter in module.parameters(recurse=False)}
             if callable(reset) and not (own and own <= drawn):
-                module.reset_parameters()
+                reset(module)
                 drawn |= own
         for parameter in teacher.parameters():
             if id(parameter) not in drawn:

@@ -243,9 +243,8 @@ def test_influences_on_a_ridge_predict_retraining(removed: int, limit: float) ->
     assert error <= limit
 
 
-def test_scrub_and_bad_teacher_are_their_sentences() -> None:
-    """At the original the divergence is zero, and its distillation from itself is nothing to do."""
+def test_the_divergence_from_the_original_is_zero_at_the_original_and_not_from_another_teacher() -> None:
     model = with_lora(Mlp())
     batch = vector_batches(1)[0]
     assert abs(KLToOriginal()(model, batch).item()) < 1e-6
-    assert KLToOriginal(reference=untrained(model))(model, batch) > 0
+    assert KLToOriginal(reference=untrained(model, seed=5))(model, batch) > 1e-3
