@@ -12,7 +12,7 @@ installed = $(VENV)/.semu-installed-$(1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-lowest lint format docs pictures
+.PHONY: help demo test test-lowest lint format docs pictures package
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: $(call installed,dev) ## rewrite the code in the house style
 
 docs: $(call installed,docs) ## build the documentation into site/
 	$(PY) -m mkdocs build --strict
+
+package: $(call installed,dev) ## build sdist and wheel, check and install them, and use them from elsewhere
+	$(PY) .ci/package.py
 
 pictures: $(call installed,dev) ## draw the documentation's pictures again
 	$(PY) docs/pictures.py
