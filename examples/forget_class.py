@@ -6,7 +6,8 @@
 Without arguments, a small vision transformer is trained on scikit-learn's handwritten digits and forgets the 3s. No
 image of another class is used for that. A table sets the result beside the original model and beside one retrained
 without the class; then the adapter is saved, reloaded, exported as a LoRA and merged, and each form is shown to give
-the same outputs. Everything is read from disk: nothing is downloaded.
+the same outputs. It ends with a report for whoever signs: report.html. Everything is read from disk: nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from transformers.utils.logging import disable_progress_bar
 from semu_peft import (
     SemuConfig,
     SubspaceProfile,
+    UnlearnResult,
     initialize_semu_weights,
     objectives,
     save_as_lora,
@@ -63,7 +65,7 @@ from semu_peft.evaluation import (
     predict,
 )
 from semu_peft.gradients import GradientSum, Sketch
-from semu_peft.report import plot_confusion, plot_spectra
+from semu_peft.report import audit, plot_confusion, plot_spectra
 
 OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
     "decoupled-distillation": objectives.DecoupledDistillation,
@@ -74,6 +76,7 @@ OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
 }
 
 WRITTEN = {
+    "report.html": "all of it as one page, and what was not tested; report.md and report.json too",
     "metrics.json": "the table, and as Markdown in metrics.md",
     "confusion.png": "what the test images were taken for, before and after",
     "spectra.png": "each layer's forget gradient, and the rank it was given",
@@ -195,8 +198,8 @@ def forget(
     folder: Path,
     accelerator: Accelerator,
     args: argparse.Namespace,
-) -> tuple[PeftModel, SubspaceProfile, dict[str, Any]]:
-    """Unlearn the images in a copy of the model, and save the adapter; returns also the spectra and the costs."""
+) -> tuple[PeftModel, SubspaceProfile, UnlearnResult, dict[str, Any]]:
+    """Unlearn the images in a copy of the model, and save the adapter; returns also spectra, the run and the costs."""
     started = time.perf_counter()
     loader = DataLoader(images, batch_size=args.batch_size, shuffle=True)
     objective = OBJECTIVES[objective_name]()
@@ -206,10 +209,11 @@ def forget(
     unlearned = get_peft_model(copy.deepcopy(model), config)
     statistic = Sketch.of_size() if args.accumulate == "sketch" else GradientSum
     profile = initialize_semu_weights(unlearned, loader, objective, statistic=statistic)
-    unlearn(unlearned, loader, objective, accelerator=accelerator, seed=args.seed)
+    result = unlearn(unlearned, loader, objective, accelerator=accelerator, seed=args.seed)
     seconds = time.perf_counter() - started
     unlearned.save_pretrained(folder)
-    return unlearned, profile, {"seconds": seconds, "adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
+    costs = {"seconds": seconds, "adapter_bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size}
+    return unlearned, profile, result, costs
 
 
 # ---- evidence ----
@@ -317,11 +321,12 @@ def main() -> None:
     rows = {"original": measured(model, trainable_parameters=0)}
 
     print(f"Forgetting {names[forgotten]!r} with its {len(images['forget'])} training images alone")
-    unlearned, profile, costs = forget(model, images["forget"], args.objective, output / "adapter", accelerator, args)
+    adapter = output / "adapter"
+    unlearned, profile, result, costs = forget(model, images["forget"], args.objective, adapter, accelerator, args)
     rows[f"SEMU, {args.objective}"] = measured(unlearned, **costs)
     if args.objective != "random-label":
         folder = output / "adapter-random-label"
-        other, _, costs = forget(model, images["forget"], "random-label", folder, accelerator, args)
+        other, _, _, costs = forget(model, images["forget"], "random-label", folder, accelerator, args)
         rows["SEMU, random-label (paper)"] = measured(other, **costs)
 
     reference = None
@@ -341,6 +346,20 @@ def main() -> None:
     plot_confusion(before, after, output / "confusion.png", class_names=names, forgotten=forgotten)
     plot_spectra(profile, output / "spectra.png")
     profile.save(output / "profile.safetensors")
+    audit(
+        f"Forget the class {names[forgotten]!r} of an image classifier.",
+        title=f"What was forgotten: {names[forgotten]}",
+        model=unlearned,
+        data={name: DataLoader(part, batch_size=256) for name, part in images.items()},
+        adapter_file=adapter,
+        settings={"objective": OBJECTIVES[args.objective](), "batch_size": args.batch_size, "seed": args.seed},
+        profile=profile,
+        training=result,
+        metrics=ForgettingComparison(rows, reference) if reference else rows,
+        predictions=(before, after),
+        class_names=names,
+        forgotten=forgotten,
+    ).write_all(output)
 
     print("What ships, compared with the adapter in memory")
     shown = [

@@ -31,6 +31,7 @@ from .tuner import (
     SemuModel,
     register,
 )
+from .tuner.model_card import update_model_card
 
 register()
 
@@ -80,4 +81,5 @@ __all__ = [
     "to_lora",
     "unlearn",
     "unlearn_concept",
+    "update_model_card",
 ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semu_peft.arguments import check_kind
 from semu_peft.localize import Localization
 
-from .figure import MARK, TEXT, clipped, new_figure, save_figure
+from .figure import MARK, TEXT, clipped, finished, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BARS = 40  # more do not fit
 
@@ -23,43 +23,40 @@ def plot_localization(
     *,
     ax: Axes | None = None,
     dpi: int = 150,
-) -> Path | Axes:
+) -> Figure:
     """Draw a localization: importance against alignment where it has both, with the front's layers named; else bars.
 
     Args:
         localization: What one of [`semu_peft.localize`] found.
-        path: The picture to write; its suffix chooses the format.
-        ax: Axes to draw into instead.
+        path: A picture to write; its suffix chooses the format.
+        ax: Axes to draw into instead of a new figure.
         dpi: Pixels per inch of a bitmap.
 
     Returns:
-        The path written, or the axes.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: Neither a path nor axes are given, or both.
+        ValueError: The suffix is no picture format.
 
     Examples:
-        >>> import tempfile
         >>> from semu_peft.localize import Localization
         >>> from semu_peft.report import plot_localization
         >>> table = Localization.of({"fc1": {"ratio": 0.5}, "fc2": {"ratio": 2.0}}, by="ratio")
-        >>> plot_localization(table, f"{tempfile.mkdtemp()}/where.png").name
-        'where.png'
+        >>> plot_localization(table).get_label()
+        'ratio of 2 places, the largest first: fc2, fc1.'
     """
     check_kind("localization", localization, Localization, "a `Localization`", "Take one from `semu_peft.localize`.")
-    if (path is None) == (ax is None):
-        raise ValueError("`path` or `ax` must be given, got neither or both. Give `path` to write a picture.")
-    figure = new_figure(7, 1.2 + 0.22 * min(len(localization), _BARS)) if ax is None else None
-    axes: Any = figure.subplots() if figure is not None else ax
+    figure, [axes] = panels(ax, (7, 1.2 + 0.22 * min(len(localization), _BARS)))
     if {"importance", "alignment"} <= localization.columns.keys():
         _scatter(axes, localization)
+        words = "Importance against alignment"
     else:
         _bars(axes, localization)
+        words = next(iter(localization.columns))
     axes.spines[["top", "right"]].set_visible(False)
-    if figure is None or path is None:
-        return axes
-    return save_figure(figure, path, dpi)
+    text = f"{words} of {len(localization)} places, the largest first: {', '.join(localization.top(3))}."
+    return finished(figure, ax, text, path, dpi)
 
 
 def _scatter(axes: Any, table: Localization) -> None:

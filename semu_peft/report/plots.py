@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +16,12 @@ from torch import Tensor
 from semu_peft.evaluation.classification import Predictions
 from semu_peft.subspace.profile import LayerSpectrum, SubspaceProfile
 
-from .figure import (
-    MARK,
-    TEXT,
-    clipped,
-    new_figure,
-    save_figure,
-)
+from .figure import MARK, TEXT, clipped, finished, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 _NUMBERED_CLASSES = 12  # with more classes the numbers no longer fit their cells
 _NAMED_TICKS = 30  # with more classes or layers not every one can be named
@@ -38,12 +32,13 @@ _SMALLEST_SHOWN = 1e-7  # float32 resolves no singular value further below the l
 def plot_confusion(
     before: Predictions,
     after: Predictions,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     class_names: Sequence[str] | None = None,
     forgotten: int | Sequence[int] | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
     dpi: int = 150,
-) -> Path:
+) -> Figure:
     """Draw the confusion matrices before and after unlearning side by side.
 
     Each row is one true class and shows, in percent, as what its examples were classified; the rows of forgotten
@@ -53,13 +48,14 @@ def plot_confusion(
     Args:
         before: Predictions of the original model, e.g. on the whole test set.
         after: Predictions of the unlearned model on the same examples, in any order.
-        path: The picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
+        path: A picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
         class_names: Name of each class; by default its index.
         forgotten: The forgotten class's index, or several.
+        ax: Axes to draw into instead of a new figure: one a panel, or a single one that is divided.
         dpi: Pixels per inch of a bitmap. The picture is 12 × 6.2 inches.
 
     Returns:
-        The path written.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -67,15 +63,15 @@ def plot_confusion(
             the suffix is no picture format.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from semu_peft.evaluation import Predictions
         >>> from semu_peft.report import plot_confusion
         >>> labels, sure = torch.tensor([0, 0, 1, 1]), torch.ones(4)
         >>> before, after = Predictions(labels, labels, sure, 2), Predictions(labels, torch.ones_like(labels), sure, 2)
-        >>> plot_confusion(before, after, f"{tempfile.mkdtemp()}/confusion.png", forgotten=0).name
-        'confusion.png'
+        >>> plot_confusion(before, after, forgotten=0).get_label()
+        'Confusion before and after unlearning. Before: accuracy on class 0: 100.0%, on the others: 100.0%. After:
+        accuracy on class 0: 0.0%, on the others: 100.0%.'
     """
-    figure = new_figure(12, 6.2)
     classes = _number_of_classes(before, after, class_names)
     marked = [] if forgotten is None else list(forgotten) if isinstance(forgotten, Sequence) else [int(forgotten)]
     if not all(0 <= index < classes for index in marked):
@@ -88,20 +84,29 @@ def plot_confusion(
         )
     names = [str(index) for index in range(classes)] if class_names is None else [clipped(name) for name in class_names]
 
-    axes = figure.subplots(1, 2)
-    colours = _light_to_dark()
-    for ax, title, matrix in zip(axes, ("Before unlearning", "After unlearning"), counts, strict=True):
-        image = _draw_confusion(ax, matrix, names, marked, colours)
-        ax.set_title(f"{title}\n{_accuracies(matrix, names, marked)}", fontsize=12, linespacing=1.5, pad=10)
-        ax.set_xlabel("predicted class")
+    figure, axes = panels(ax, (12, 6.2), columns=2)
+    colours, told = _light_to_dark(), []
+    for panel, title, matrix in zip(axes, ("Before unlearning", "After unlearning"), counts, strict=True):
+        image = _draw_confusion(panel, matrix, names, marked, colours)
+        told.append(_accuracies(matrix, names, marked))
+        panel.set_title(f"{title}\n{told[-1]}", fontsize=12, linespacing=1.5, pad=10)
+        panel.set_xlabel("predicted class")
     axes[0].set_ylabel("true class")
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.75, aspect=30, pad=0.02)
-    bar.set_label("share of the true class's examples (%)")
-    bar.outline.set_visible(False)
-    return save_figure(figure, path, dpi)
+    if axes[0].figure is axes[1].figure:
+        bar = axes[0].figure.colorbar(image, ax=axes, shrink=0.75, aspect=30, pad=0.02)
+        bar.set_label("share of the true class's examples (%)")
+        bar.outline.set_visible(False)
+    text = f"Confusion before and after unlearning. Before: {told[0]}. After: {told[1]}."
+    return finished(figure, ax and axes, text, path, dpi)
 
 
-def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
+def plot_spectra(
+    profile: SubspaceProfile,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    ax: Axes | Sequence[Axes] | None = None,
+    dpi: int = 150,
+) -> Figure:
     """Draw the spectrum of every layer's forget gradient, and the rank that each layer was given.
 
     Left, each layer's singular values relative to its largest, one line per layer coloured by depth, with a dot at the
@@ -111,11 +116,12 @@ def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi:
 
     Args:
         profile: What [`initialize_semu_weights`][semu_peft.initialize_semu_weights] returned.
-        path: The picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
+        path: A picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
+        ax: Axes to draw into instead of a new figure: one a panel, or a single one that is divided.
         dpi: Pixels per inch of a bitmap. The picture is 13 inches wide and 5.5 to 10.5 high, by the number of layers.
 
     Returns:
-        The path written.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -123,25 +129,31 @@ def plot_spectra(profile: SubspaceProfile, path: str | os.PathLike[str], *, dpi:
             number, or the suffix is no picture format.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from semu_peft import SemuConfig, initialize_semu_weights, objectives
         >>> from semu_peft.report import plot_spectra
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), SemuConfig(target_modules=["0"]))
         >>> forget = [(torch.randn(8, 6), torch.arange(8) % 4)]
         >>> profile = initialize_semu_weights(model, forget, objectives.RandomLabel(), progress=False)
-        >>> plot_spectra(profile, f"{tempfile.mkdtemp()}/spectra.svg").name
-        'spectra.svg'
+        >>> [panel.get_xlabel() for panel in plot_spectra(profile).axes]
+        ['index of the singular value', 'rank']
     """
     if not profile.layers:
         raise ValueError("`profile` must have at least one layer, got none. Initialise the adapter on forget data.")
     curves = {name: _normalised_spectrum(name, layer) for name, layer in profile.layers.items()}
-    figure = new_figure(13, min(10.5, max(5.5, 1.6 + 0.22 * len(curves))))
-    spectra, ranks = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    size = (13, min(10.5, max(5.5, 1.6 + 0.22 * len(curves))))
+    figure, axes = panels(ax, size, columns=2, width_ratios=[1.15, 1])
+    spectra, ranks = axes
     colours = _depth_colours(len(curves))
     _draw_spectra(spectra, profile, curves, colours)
     _draw_ranks(ranks, profile, colours)
-    return save_figure(figure, path, dpi)
+    given = profile.ranks.values()
+    text = (
+        f"Spectra of the forget gradients of {len(given)} layers, and their ranks: {min(given)} to {max(given)}, "
+        f"{sum(given)} directions together."
+    )
+    return finished(figure, ax and axes, text, path, dpi)
 
 
 def _draw_confusion(ax: Axes, counts: Tensor, names: list[str], marked: list[int], colours: Colormap) -> Any:
@@ -193,6 +205,7 @@ def _draw_spectra(ax: Axes, profile: SubspaceProfile, curves: dict[str, Tensor],
         if 0 < rank <= len(visible):
             ax.plot(rank, visible[rank - 1], "o", color=colour, ms=4 if many else 6, mec="white", mew=0.6, zorder=3)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     if max(len(curve) for curve in curves.values()) > 20:  # otherwise one step to the right is easier to see
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,73 +14,75 @@ from torch import Tensor, nn
 from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.tuner.adapted import semu_layers
 
-from .figure import (
-    MARK,
-    TEXT,
-    clipped,
-    new_figure,
-    save_figure,
-)
+from .figure import MARK, TEXT, clipped, finished, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _INCHES = 0.75  # a sample's width
 
 
 def plot_samples(
     rows: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     marked: Sequence[str] = (),
     title: str | None = None,
+    ax: Axes | None = None,
     dpi: int = 150,
-) -> Path:
+) -> Figure:
     """Draw samples in rows, one row per condition.
 
     Args:
         rows: Images `(N, channels, height, width)` in [0, 1] by the row's name; one or three channels.
-        path: The picture to write; its suffix chooses the format.
+        path: A picture to write; its suffix chooses the format.
         marked: Names of rows to stand out, the forgotten ones.
         title: A line above.
+        ax: Axes to draw into instead of a new figure; they are divided.
         dpi: Pixels per inch of a bitmap.
 
     Returns:
-        The path written.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: There is no row, images have another shape, or the suffix is no picture format.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from semu_peft.report import plot_samples
         >>> rows = {"a cat": torch.rand(4, 3, 8, 8), "a dog": torch.rand(4, 3, 8, 8)}
-        >>> plot_samples(rows, f"{tempfile.mkdtemp()}/samples.png", marked=["a cat"]).name
-        'samples.png'
+        >>> plot_samples(rows, marked=["a cat"]).get_label()
+        'Samples of a cat (to be forgotten), a dog.'
     """
     _check_rows(rows)
-    return _draw({"": rows}, path, marked, title, dpi)
+    return _draw({"": rows}, path, marked, title, ax, dpi)
 
 
 def plot_before_after(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     marked: Sequence[str] = (),
     title: str | None = None,
+    ax: Axes | None = None,
     dpi: int = 150,
-) -> Path:
+) -> Figure:
     """Draw samples of the same conditions and seeds before (left) and after (right) unlearning.
 
     Args:
         before: Images `(N, channels, height, width)` in [0, 1] of the original model, by the row's name.
         after: Images of the unlearned model, with the same rows.
-        path: The picture to write; its suffix chooses the format.
+        path: A picture to write; its suffix chooses the format.
         marked: Names of rows to stand out, the forgotten ones.
         title: A line above.
+        ax: Axes to draw into instead of a new figure; they are divided.
         dpi: Pixels per inch of a bitmap.
 
     Returns:
-        The path written.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -88,12 +90,12 @@ def plot_before_after(
             picture format.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from semu_peft.report import plot_before_after
         >>> before = {"a cat": torch.rand(2, 3, 8, 8), "a dog": torch.rand(2, 3, 8, 8)}
         >>> after = before | {"a cat": torch.rand(2, 3, 8, 8)}
-        >>> plot_before_after(before, after, f"{tempfile.mkdtemp()}/grid.png", marked=["a cat"]).name
-        'grid.png'
+        >>> plot_before_after(before, after, marked=["a cat"]).get_label()
+        'Samples before and after of a cat (to be forgotten), a dog.'
     """
     _check_rows(before)
     _check_rows(after)
@@ -102,39 +104,44 @@ def plot_before_after(
             f"`before` and `after` must have the same rows, got {list(before)} and {list(after)}. Sample the same "
             "conditions from both models."
         )
-    return _draw({"before": before, "after": after}, path, marked, title, dpi)
+    return _draw({"before": before, "after": after}, path, marked, title, ax, dpi)
 
 
 def plot_scales(
     model: nn.Module,
     sample: Callable[[], Mapping[str, Tensor]],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
     marked: Sequence[str] = (),
     title: str | None = None,
+    ax: Axes | None = None,
     dpi: int = 150,
     adapter_name: str = "default",
-) -> Path:
+) -> Figure:
     """Draw the same samples at several scales of the adapter: from the original model (0) over the trained one (1) on.
 
     Args:
         model: The model with the adapter; its scales are afterwards what they were.
         sample: Draws samples with fixed seeds: one image `(channels, height, width)`, or the first of several, for each
             name.
-        path: The picture to write.
+        path: A picture to write.
         scales: The scales, one column each.
         marked: Names of rows to stand out.
         title: A line above.
+        ax: Axes to draw into instead of a new figure; they are divided.
         dpi: Pixels per inch of a bitmap.
         adapter_name: The adapter.
+
+    Returns:
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: The model has no such adapter, `sample` draws no images, or the suffix is no picture format.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from semu_peft import SemuConfig
         >>> from semu_peft.report import plot_scales
@@ -142,8 +149,8 @@ def plot_scales(
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 64)), config)
         >>> def sample():  # a generator whose images the adapter changes
         ...     return {"a cat": model(torch.ones(1, 64)).detach().sigmoid().view(1, 1, 8, 8)}
-        >>> plot_scales(model, sample, f"{tempfile.mkdtemp()}/scales.png", scales=(0.0, 0.5, 1.0)).name
-        'scales.png'
+        >>> plot_scales(model, sample, scales=(0.0, 0.5, 1.0)).get_label()
+        'Samples at 0, 0.5, 1 of a cat.'
     """
     layers = semu_layers(model, adapter_name).values()
     before = [layer.scaling[adapter_name] for layer in layers]
@@ -159,7 +166,7 @@ def plot_scales(
             layer.set_scale(adapter_name, scale)
     rows = {name: torch.stack(images) for name, images in columns.items()}
     _check_rows(rows)
-    return _draw({"": rows}, path, marked, title, dpi, [f"{scale:g}" for scale in scales])
+    return _draw({"": rows}, path, marked, title, ax, dpi, [f"{scale:g}" for scale in scales])
 
 
 @dataclass
@@ -205,8 +212,10 @@ class SampleGrids:
         marked = [prompt or "(no prompt)" for prompt in self.forget]
         if not self.first:
             self.first = rows
-            return plot_samples(rows, path, marked=marked, title="before")
-        return plot_before_after(self.first, rows, path, marked=marked, title=f"step {step}")
+            plot_samples(rows, path, marked=marked, title="before")
+        else:
+            plot_before_after(self.first, rows, path, marked=marked, title=f"step {step}")
+        return path
 
 
 def _check_rows(rows: Mapping[str, Tensor]) -> None:
@@ -217,39 +226,42 @@ def _check_rows(rows: Mapping[str, Tensor]) -> None:
 
 def _draw(
     blocks: Mapping[str, Mapping[str, Tensor]],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     marked: Sequence[str],
     title: str | None,
+    ax: Axes | None,
     dpi: int,
     columns: Sequence[str] | None = None,
-) -> Path:
+) -> Figure:
     """Draw blocks of rows side by side, each row as one strip of images."""
     names = list(next(iter(blocks.values())))
     widest = max(len(images) for rows in blocks.values() for images in rows.values())
     label = 0.5 + 0.08 * max(len(clipped(name, 40)) for name in names)
     heading = 0.3 * (bool(title) + (len(blocks) > 1 or columns is not None)) + 0.1
-    figure = new_figure(label + len(blocks) * (widest * _INCHES + 0.15), len(names) * _INCHES + heading)
-    axes = figure.subplots(len(names), len(blocks), squeeze=False)
+    size = (label + len(blocks) * (widest * _INCHES + 0.15), len(names) * _INCHES + heading)
+    figure, axes = panels(ax, size, len(names), len(blocks))
     for column, (block, rows) in enumerate(blocks.items()):
         for row, name in enumerate(names):
-            ax = axes[row][column]
+            panel = axes[row * len(blocks) + column]
             strip = _strip(rows[name], widest)
-            ax.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_yticks([])
-            ax.set_xticks([])
-            ax.spines[:].set_visible(False)
+            panel.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_yticks([])
+            panel.set_xticks([])
+            panel.spines[:].set_visible(False)
             if column == 0:
-                mark = {"color": MARK, "fontweight": "bold"} if name in marked else {"color": TEXT}
-                ax.set_ylabel(clipped(name, 40), rotation=0, ha="right", va="center", fontsize=9, **mark)
+                mark: dict[str, Any] = {"color": MARK, "fontweight": "bold"} if name in marked else {"color": TEXT}
+                panel.set_ylabel(clipped(name, 40), rotation=0, ha="right", va="center", fontsize=9, **mark)
             if row == 0 and block:
-                ax.set_title(block, fontsize=10, color=TEXT)
+                panel.set_title(block, fontsize=10, color=TEXT)
             if row == 0 and columns is not None:
                 step = strip.shape[1] / widest
-                ax.set_xticks([(number + 0.5) * step for number in range(widest)], columns, fontsize=8)
-                ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    if title:
+                panel.set_xticks([(number + 0.5) * step for number in range(widest)], columns, fontsize=8)
+                panel.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    if title and ax is None:
         figure.suptitle(title, fontsize=11)
-    return save_figure(figure, path, dpi)
+    shown = ", ".join(f"{name} (to be forgotten)" if name in marked else name for name in names)
+    how = " and ".join(filter(None, blocks)) or (f"at {', '.join(columns)}" if columns else "")
+    return finished(figure, ax and axes, f"Samples {how}{' ' if how else ''}of {shown}.", path, dpi)
 
 
 def _strip(images: Tensor, count: int) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from semu_peft.training.unlearn import UnlearnResult
 
-from .figure import MARK, TEXT, new_figure, save_figure
+from .figure import COLOURS, DASHES, TEXT, finished, panels
 
-_COLOURS = (MARK, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, safe for the colour-blind
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _WORDS = {
     "answer_probability": "probability of the forgotten answers",
     "damage": "damage: KL(original ‖ now) on what is kept, nats",
@@ -23,12 +26,13 @@ _WORDS = {
 
 def plot_tradeoff(
     results: UnlearnResult | Mapping[str, UnlearnResult],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     forgetting: str = "answer_probability",
     damage: str = "damage",
+    ax: Axes | None = None,
     dpi: int = 150,
-) -> Path:
+) -> Figure:
     """Draw forgetting against damage over the steps of one or several runs; the dot is where a run was left.
 
     A run by natural gradients records both where it has a damage budget (`max_retain_kl`) or a choice to make
@@ -36,43 +40,101 @@ def plot_tradeoff(
 
     Args:
         results: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned, or several by name.
-        path: The picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
+        path: A picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
         forgetting: The entry of the history to draw upwards; lower is more forgotten.
         damage: The entry to draw to the right.
+        ax: Axes to draw into instead of a new figure.
         dpi: Pixels per inch of a bitmap. The picture is 7 × 5 inches.
 
     Returns:
-        The path written.
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: There is no run, a history lacks one of the two entries, or the suffix is no picture format.
 
     Examples:
-        >>> import tempfile
         >>> from semu_peft.report import plot_tradeoff
         >>> points = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.01, "answer_probability": 0.1}]
         >>> result = UnlearnResult(points, 1, 64, 81, 0.5, True, "the forget data are forgotten")
-        >>> plot_tradeoff(result, f"{tempfile.mkdtemp()}/tradeoff.png").name
-        'tradeoff.png'
+        >>> plot_tradeoff(result).get_label()
+        'Probability of the forgotten answers against damage: KL(original ‖ now) on what is kept, nats. Ends at 0.1,
+        for 0.01.'
     """
     by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
     if not by_name:
         raise ValueError("`results` must hold at least one run, got none. Give what `unlearn` returned.")
-    figure = new_figure(7, 5)
-    ax = figure.subplots()
+    figure, [panel] = panels(ax, (7, 5))
+    ends = []
     for index, (name, result) in enumerate(by_name.items()):
         horizontal, vertical = (_column(result, key, name) for key in (damage, forgetting))
-        colour = _COLOURS[index % len(_COLOURS)]
-        ax.plot(horizontal, vertical, color=colour, lw=1.5, marker=".", ms=4, label=name)
-        ax.plot(horizontal[-1:], vertical[-1:], color=colour, marker="o", ms=9)
-    ax.set_xlabel(_WORDS.get(damage, damage), color=TEXT)
-    ax.set_ylabel(_WORDS.get(forgetting, forgetting), color=TEXT)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#e6e6e6", lw=0.8)
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+        panel.plot(horizontal, vertical, lw=1.5, marker=".", ms=4, label=name, **look)
+        panel.plot(horizontal[-1:], vertical[-1:], color=look["color"], marker="o", ms=9)
+        ends.append(f"{name or 'Ends'}{':' if name else ''} at {vertical[-1]:.3g}, for {horizontal[-1]:.3g}.")
+    words = [_WORDS.get(key, key) for key in (forgetting, damage)]
+    panel.set_xlabel(words[1], color=TEXT)
+    panel.set_ylabel(words[0], color=TEXT)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#e6e6e6", lw=0.8)
     if any(by_name):
-        ax.legend(frameon=False)
-    return save_figure(figure, path, dpi)
+        panel.legend(frameon=False)
+    text = f"{words[0][0].upper()}{words[0][1:]} against {words[1]}. {' '.join(ends)}"
+    return finished(figure, ax, text, path, dpi)
+
+
+def plot_losses(
+    results: UnlearnResult | Mapping[str, UnlearnResult],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    dpi: int = 150,
+) -> Figure:
+    """Draw the losses over the steps of one or several runs, those on forget and on retain data where both are known.
+
+    Args:
+        results: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned, or several by name.
+        path: A picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
+        ax: Axes to draw into instead of a new figure.
+        dpi: Pixels per inch of a bitmap. The picture is 7 × 5 inches.
+
+    Returns:
+        The figure. Its label, or that of `ax`, describes it for those who do not see it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is no run or no step, or the suffix is no picture format.
+
+    Examples:
+        >>> from semu_peft.report import plot_losses
+        >>> steps = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5}]
+        >>> plot_losses(UnlearnResult(steps, 2, 64, 81, 0.5, True, "the loss no longer falls")).get_label()
+        'Losses over the steps. Loss: 2 to 0.5.'
+    """
+    by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
+    lines = {
+        " ".join(filter(None, [name, _WORDS[key]])): [entry[key] for entry in result.history if key in entry]
+        for name, result in by_name.items()
+        for key in _losses(result)
+    }
+    if not lines:
+        raise ValueError("`results` must hold at least one run with a step, got none. Give what `unlearn` returned.")
+    figure, [panel] = panels(ax, (7, 5))
+    for index, (name, values) in enumerate(lines.items()):
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+        panel.plot(range(1, len(values) + 1), values, lw=1.5, label=name, **look)
+    panel.set_xlabel("step", color=TEXT)
+    panel.set_ylabel("loss", color=TEXT)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#e6e6e6", lw=0.8)
+    panel.legend(frameon=False)
+    told = "; ".join(f"{name[0].upper()}{name[1:]}: {v[0]:.3g} to {v[-1]:.3g}" for name, v in lines.items())
+    return finished(figure, ax, f"Losses over the steps. {told}.", path, dpi)
+
+
+def _losses(result: UnlearnResult) -> list[str]:
+    known = {key for entry in result.history for key in entry}
+    return [key for key in ("forget_loss", "retain_loss") if key in known] or [key for key in ["loss"] if key in known]
 
 
 def _column(result: UnlearnResult, key: str, name: str) -> list[float]:

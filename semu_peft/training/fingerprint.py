@@ -33,7 +33,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, float):
         return value if value == value else "nan"  # JSON's NaN is unequal to itself
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {_digest(_bytes_of(value))}"
+        return f"{value.dtype} {tuple(value.shape)} {_digest(bytes_of(value))}"
     if isinstance(value, (np.ndarray, np.generic)):
         return f"{value.dtype} {value.shape} {_digest(value.tobytes())}"
     if isinstance(value, bytes):
@@ -60,7 +60,14 @@ def _describe_object(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
+    """The memory of a tensor, gathered where it is sharded.
+
+    Examples:
+        >>> import torch
+        >>> bytes_of(torch.tensor([1, 2], dtype=torch.uint8))
+        b'\\x01\\x02'
+    """
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     flat = whole.detach().to_dense().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()

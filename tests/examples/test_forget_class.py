@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification
 
 from semu_peft import SubspaceProfile
+from semu_peft.report import Audit
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["zero", "one", "two"]
@@ -95,7 +96,10 @@ def run(output: Path, *options: str | Path) -> tuple[dict[str, Any], str]:
     assert (output / "merged" / "model.safetensors").is_file()
     proofs = json.loads((output / "proofs.json").read_text())
     assert len(proofs) == 4 and max(proofs.values()) < 1e-4 and min(proofs.values()) == 0
-    assert str(output) in done.stdout
+    report = Audit.load(output / "report.json")
+    assert report.contents["request"]["data"]["forget"]["examples"] > 0 and report.contents["share"]["percent"] < 10
+    assert (output / "report.html").read_text().count("<svg") == 5 and (output / "report.md").is_file()
+    assert str(output) in done.stdout and str(output) not in report.to_json()
 
     table = json.loads((output / "metrics.json").read_text())
     markdown = (output / "metrics.md").read_text()

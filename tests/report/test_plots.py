@@ -48,7 +48,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_confusion_is_a_readable_picture_of_the_stated_size(tmp_path: Path) -> None:
-    path = plot_confusion(BEFORE, AFTER, str(tmp_path / "new" / "confusion.png"), forgotten=0, dpi=50)
+    path = tmp_path / "new" / "confusion.png"
+    plot_confusion(BEFORE, AFTER, str(path), forgotten=0, dpi=50)
     picture = imread(path)
     assert picture.shape[:2] == (310, 600)
     assert np.unique(picture.reshape(-1, picture.shape[2]), axis=0).shape[0] > 20, "the picture is blank"
@@ -117,7 +118,8 @@ def test_names_beyond_the_classes_seen_are_classes_too(tmp_path: Path, drawn: li
 
 def test_spectra_are_a_readable_picture_of_the_stated_size(tmp_path: Path) -> None:
     layers = {f"layers.{i}.fc": spectrum([8.0, 4.0, 2.0, 1.0], 2) for i in range(3)}
-    path = plot_spectra(SubspaceProfile(layers, batches=1), tmp_path / "spectra.png", dpi=40)
+    path = tmp_path / "spectra.png"
+    plot_spectra(SubspaceProfile(layers, batches=1), path, dpi=40)
     assert imread(path).shape[:2] == (220, 520)
     assert list(tmp_path.iterdir()) == [path]
 

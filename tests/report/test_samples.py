@@ -32,8 +32,9 @@ def rows(seed: int = 0, channels: int = 1) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grids_are_written_and_before_and_after_is_twice_as_wide(channels: int, tmp_path: Path) -> None:
-    one = imread(plot_samples(rows(0, channels), tmp_path / "one.png", marked=["three"], title="title"))
-    two = imread(plot_before_after(rows(0, channels), rows(1, channels), tmp_path / "two.png", dpi=150))
+    plot_samples(rows(0, channels), tmp_path / "one.png", marked=["three"], title="title")
+    plot_before_after(rows(0, channels), rows(1, channels), tmp_path / "two.png", dpi=150)
+    one, two = (imread(tmp_path / name) for name in ("one.png", "two.png"))
     assert one.std() > 0.1 and two.shape[1] > 1.4 * one.shape[1]
     assert not list(tmp_path.glob(".*"))
 
@@ -67,7 +68,8 @@ def test_the_slider_samples_at_every_scale_and_puts_it_back(tmp_path: Path) -> N
         seen.append(layers[0].scaling["default"])
         return {"cat": torch.full((1, 8, 8), seen[-1] / 2)}
 
-    path = plot_scales(pipe.unet, sample, tmp_path / "scales.png", scales=(0, 0.5, 1.5))
+    path = tmp_path / "scales.png"
+    plot_scales(pipe.unet, sample, path, scales=(0, 0.5, 1.5))
     assert seen == [0, 0.5, 1.5] and layers[0].scaling["default"] == 0.3
     assert layers[1].scaling["default"] == 1.0 and path.is_file()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Hub, running_hub
+from huggingface_hub import ModelCard
 
 COMMON = """
 import sys, torch, semu_peft
@@ -36,6 +37,8 @@ base = LlamaForCausalLM.from_pretrained("me/base")
 model = adapted(1, base)
 outputs = {"one": run(model, tokens)}
 model.push_to_hub("me/forget", tags=["semu"])
+semu_peft.update_model_card("me/forget", description="Forgets ships.", metrics={"unlearning accuracy": 99.0})
+model.push_to_hub("me/forget", commit_message="again")
 model = adapted(2, model.unload())
 outputs["two"] = run(model, tokens)
 HfApi().create_branch("me/forget", branch="second")
@@ -103,11 +106,16 @@ def test_push_and_load(hub: Hub, tmp_path: Path) -> None:
     assert pushed is not None and {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(pushed)
     assert pushed != hub.files("me/forget", "second")
     assert any("lfs/objects/batch" in request for request in hub.requests)
-    assert b"semu" in pushed["README.md"]
+    card = ModelCard(pushed["README.md"].decode())
+    assert {"semu", "machine-unlearning"} <= set(card.data.tags), "the later push has kept what was said"
+    assert card.data.library_name == "peft" and card.data.base_model == "me/base"
+    assert [(each.metric_name, each.metric_value) for each in card.data.eval_results] == [("unlearning accuracy", 99.0)]
+    assert "Forgets ships." in card.text and 'from_pretrained(base_model, "me/forget")' in card.text
+    assert "More Information Needed" not in card.text
     folder = hub.files("me/folders")
     assert folder is not None
-    card = folder["deep/two/README.md"].decode()
-    assert "machine-unlearning" in card and "base_model: me/base" in card and "PeftModel.from_pretrained" in card
+    saved = folder["deep/two/README.md"].decode()
+    assert "machine-unlearning" in saved and "base_model: me/base" in saved and "PeftModel.from_pretrained" in saved
     run_program(LOAD, hub, tmp_path)
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     for name, output in torch.load(tmp_path / "loaded.pt", weights_only=True).items():

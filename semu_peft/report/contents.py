@@ -1,0 +1,174 @@
+"""What a report holds, gathered from a model and from what was made with it, as plain values."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+import semu_peft
+from semu_peft.files import digest_of
+from semu_peft.model_state import device_of
+from semu_peft.subspace.base_weight import whole_weight
+from semu_peft.subspace.profile import SubspaceProfile
+from semu_peft.training.fingerprint import describe
+from semu_peft.training.unlearn import UnlearnResult
+from semu_peft.tuner.adapted import base_model, own_parameters, semu_layers
+from semu_peft.tuner.layer import SemuLayer
+
+from .fingerprints import adapter_fingerprint, model_fingerprint
+from .measured import plain
+
+LIMITS = (
+    "This is approximate unlearning. The numbers say what these tests found; there is no proof that no trace is left, "
+    "and an attacker who was not tried may find one.",
+    "An adapter that can be switched off is not removal: whoever has the original weights has the model as it was. "
+    "Merge the adapter and hand on the merged weights alone.",
+    "Copies are not reached: the original weights in backups, caches and earlier releases, other models that were "
+    "trained or distilled from them, and the data themselves.",
+    "Every number holds for the data that it was measured on, and has a meaning only beside a model that was never "
+    "trained on what was forgotten.",
+    "A digest shows that two files are the same, not who wrote this report: it is not signed. A record that somebody "
+    "guesses can be confirmed by the digest of a data set that holds nothing else.",
+)
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "diffusers", "huggingface_hub", "safetensors")
+_ELSEWHERE = ("ranks", "offsets", "base_model_name_or_path", "peft_type", "inference_mode", "revision", "auto_mapping")
+
+
+def model_contents(model: nn.Module | None, adapter_name: str, digest: bool) -> dict[str, Any]:
+    """The model's class, size, adapter and layers."""
+    if model is None:
+        return {}
+    base = base_model(model)
+    parameters = {id(parameter): parameter.numel() for parameter in own_parameters(model).values()}
+    layers = _layers(model, adapter_name)
+    told: dict[str, Any] = {
+        "class": type(base).__qualname__,
+        "name": _short_name(getattr(getattr(base, "config", None), "_name_or_path", "") or ""),
+        "parameters": sum(parameters.values()),
+        "sha256": model_fingerprint(model) if digest else None,
+        "adapter": None,
+        "layers": [],
+    }
+    if layers:
+        merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+        settings = next(iter(layers.values())).configs[adapter_name].to_dict()
+        told["adapter"] = {
+            "name": adapter_name,
+            "merged": bool(merged),
+            "sha256": adapter_fingerprint(model, adapter_name),
+            "trained_parameters": sum(layer.semu_core[adapter_name].numel() for layer in layers.values()),
+            "settings": {
+                key: plain(value)
+                for key, value in settings.items()
+                if key not in _ELSEWHERE and value not in (None, {}, [], "")
+            },
+        }
+        told["layers"] = [_layer(name, layer, adapter_name) for name, layer in layers.items()]
+    return told
+
+
+def file_contents(folder: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The digest and size of a saved adapter's weights."""
+    if folder is None:
+        return None
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME) if Path(folder).is_dir() else Path(folder)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`adapter_file`: there is no {path}. Give the folder that `save_pretrained` wrote, or the file in it."
+        )
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
+
+
+def training_contents(training: Mapping[str, UnlearnResult]) -> list[dict[str, Any]]:
+    """What each run did, with its last losses and the curve of its forgetting against damage."""
+    return [
+        {
+            "run": name,
+            "stop_reason": result.stop_reason,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "examples_seen": result.examples_seen,
+            "trainable_parameters": result.trainable_parameters,
+            "history": plain(result.history),
+        }
+        for name, result in training.items()
+    ]
+
+
+def settings_contents(settings: Any) -> dict[str, Any]:
+    """Settings as somebody has given them: an objective, an optimiser's name, seeds; tensors by their digests."""
+    if settings is None:
+        return {}
+    given = settings if isinstance(settings, Mapping) else {"settings": settings}
+    return {str(key): plain(describe(value)) for key, value in given.items()}
+
+
+def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
+    """Of each layer its rank, the possible rank, the energy that is kept, and the singular values."""
+    if profile is None:
+        return {}
+    return {
+        name: {
+            "rank": layer.rank,
+            "possible_rank": min(layer.shape[-2:]),
+            "explained_variance": plain(layer.explained_variance) if layer.energy > 0 else None,
+            "estimated": layer.estimated,
+            "singular_values": [float(f"{value:.4g}") for value in layer.singular_values.flatten()[:64].tolist()],
+        }
+        for name, layer in profile.layers.items()
+    }
+
+
+def environment_contents(model: nn.Module | None) -> dict[str, str]:
+    """Versions and the device; neither paths nor names of a machine."""
+    versions = {"semu_peft": semu_peft.__version__, "Python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.device("cpu") if model is None else device_of(model)
+    shown = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {**versions, "system": f"{platform.system()} {platform.machine()}", "device": shown}
+
+
+def not_tested(untested: Iterable[str], not_run: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """What nobody tried, with the reason where an attack gave one."""
+    missing = [{"test": title, "reason": "no result was given"} for title in untested]
+    return missing + [{"test": each["attack"], "reason": each["reason"]} for each in not_run]
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:
+    if not any(isinstance(module, SemuLayer) for module in model.modules()):
+        return {}
+    found = semu_layers(model, adapter_name)
+    return {name: layer for name, layer in found.items() if layer.is_initialized(adapter_name)}
+
+
+def _layer(name: str, layer: SemuLayer, adapter_name: str) -> dict[str, Any]:
+    """A correction's size, `‖ΔW‖ = ‖R − R₀‖` (`U`, `V` are orthonormal), and over its weight's where that is there."""
+    norm = float(layer.get_core(adapter_name).detach().float().norm())
+    away = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
+    unknown = away or adapter_name in layer.merged_adapters
+    size = None if unknown else float(whole_weight(layer).detach().float().norm())
+    return {
+        "layer": name,
+        "shape": list(layer.matrix_shape(adapter_name)),
+        "rank": layer.r[adapter_name],
+        "trained_parameters": layer.semu_core[adapter_name].numel(),
+        "norm": norm,
+        "relative_norm": norm / size if size else None,
+    }
+
+
+def _short_name(name: str) -> str:
+    """A repository's name as it is; of a folder somewhere on a machine the last part."""
+    return Path(name).name if os.path.isabs(name) or Path(name).exists() else name

@@ -1,0 +1,249 @@
+"""Metrics and attacks as plain values, whatever their class: names, numbers and intervals, and what was not tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from semu_peft.evaluation import ForgettingComparison
+
+# Student's t, two-sided 95%, by degrees of freedom from 1 on; beyond, the normal distribution's.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+_THIS = "this model"
+
+
+@dataclass(frozen=True)
+class Test:
+    """A kind of evidence that a report should have.
+
+    Attributes:
+        title: What would have been shown.
+        words: What in the name of a result or a metric says that it is there.
+        tasks: What it is for; empty for all.
+    """
+
+    __test__ = False  # pytest takes classes of that name for tests
+
+    title: str
+    words: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+
+
+TESTS = (
+    Test("whether it was forgotten at all", ("unlearning", "forget", "probability", "rouge")),
+    Test("what the model keeps", ("retain", "utility", "test accuracy", "damage", "neutral kl")),
+    Test("a model retrained without the data, beside which alone a number has a meaning", ("reference", "gold")),
+    Test("several seeds", ("seeds",)),
+    Test("membership inference", ("membership", "min_k", "lira", "rmia"), ("classification", "language")),
+    Test("relearning from a few examples", ("relearning",)),
+    Test("rounding the weights to few bits", ("quantisation", "rounded")),
+    Test("probes of inner layers", ("probe", "lens"), ("classification", "language")),
+    Test("other prompts: paraphrases, prefixes, many samples", ("prompts", "leak@"), ("language",)),
+    Test("adversarial prompts and other seeds", ("adversarial prompt", "searched"), ("diffusion",)),
+    Test("changed inputs: noise, flips", ("inputs",), ("classification",)),
+    Test("the adapter switched off (stripping)", ("stripping",)),
+)
+_TASKS = {
+    "ForgettingMetrics": "classification",
+    "MembershipInference": "classification",
+    "LanguageMetrics": "language",
+    "PromptAttacks": "language",
+    "TextRelearning": "language",
+    "ErasureMetrics": "diffusion",
+    "UnlearnCanvasMetrics": "diffusion",
+}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: dataclasses as dictionaries, what is not finite as text, tensors by their shape alone.
+
+    Examples:
+        >>> from semu_peft.evaluation import ErasureMetrics
+        >>> from semu_peft.report.measured import plain
+        >>> plain({"metrics": ErasureMetrics(1.5, float("inf"))})["metrics"]["retain_accuracy"]
+        'inf'
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value) if not _hidden(field.name)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(each) for each in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def read_metrics(metrics: Any) -> dict[str, Any]:
+    """Metrics by the name of the model that they are of, with intervals where several runs or the result give one.
+
+    Args:
+        metrics: One result, several (of as many seeds), a mapping of either by name, or a
+            [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A result is a dataclass or
+            a mapping of numbers.
+
+    Returns:
+        `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`.
+
+    Raises:
+        TypeError: A result is neither.
+
+    Examples:
+        >>> from semu_peft.report.measured import read_metrics
+        >>> read_metrics([{"forget accuracy": 1.0}, {"forget accuracy": 3.0}])["rows"][0]["values"]
+        {'forget accuracy': {'value': 2.0, 'interval': [-10.70..., 14.70...], 'source': '2 seeds'}}
+    """
+    if metrics is None:
+        return {"rows": [], "reference": None}
+    if isinstance(metrics, ForgettingComparison):
+        read = read_metrics(metrics.rows)
+        gaps = {name: row.average_gap(metrics.rows[metrics.reference]) for name, row in metrics.rows.items()}
+        for row in read["rows"]:
+            row["values"]["average gap to the reference"] = _number(gaps[row["name"]])
+        return {**read, "reference": metrics.reference}
+    by_name = metrics if isinstance(metrics, Mapping) and not _is_numbers(metrics) else {_THIS: metrics}
+    return {"rows": [_row(str(name), result) for name, result in by_name.items()], "reference": None}
+
+
+def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Attacks as rows, and those that were not run, each with its reason.
+
+    Args:
+        attacks: Results with a `row` (the attack, what it found, what it found of a reference), other dataclasses, or a
+            report that has them as `results` and `not_run`; one, several, or a mapping by name.
+
+    Examples:
+        >>> from semu_peft.evaluation import PromptAttacks
+        >>> from semu_peft.report.measured import read_attacks
+        >>> read_attacks(PromptAttacks({"plain": 0.31}))[0][0]["found"]
+        'plain 0.310'
+    """
+    rows, not_run = [], []
+    for name, result in flat_attacks(attacks):
+        told = getattr(result, "row", None) if hasattr(result, "row") else (type(result).__name__, str(result), "")
+        attack, found, reference = told() if callable(told) else told  # type: ignore[misc]
+        kind = type(result).__qualname__
+        rows.append(
+            {
+                "attack": name or str(attack), "found": str(found), "reference": str(reference) or None, "kind": kind,
+                "result": plain(result),
+            }
+        )  # fmt: skip
+    for report in attacks if isinstance(attacks, (list, tuple)) else [attacks]:
+        not_run += [{"attack": each.attack, "reason": each.reason} for each in getattr(report, "not_run", ())]
+    return rows, not_run
+
+
+def flat_attacks(attacks: Any) -> list[tuple[str, Any]]:
+    """All results with the names that they were given, out of reports, lists and mappings."""
+    if attacks is None:
+        return []
+    if hasattr(attacks, "results"):
+        return flat_attacks(list(attacks.results))
+    if isinstance(attacks, Mapping):
+        return [(str(name), result) for name, result in attacks.items()]
+    if isinstance(attacks, (list, tuple)):
+        return [pair for each in attacks for pair in flat_attacks(each)]
+    return [("", attacks)]
+
+
+def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the model is for, as its results tell; `None` where they do not."""
+    kinds = [each["kind"] for each in (*metrics["rows"], *attacks)]
+    return next((_TASKS[kind] for kind in kinds if kind in _TASKS), None)
+
+
+def untested(
+    metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], task: str | None, further: Iterable[str] = ()
+) -> list[str]:
+    """The kinds of evidence that no result is of."""
+    there = {"reference"} if metrics["reference"] or any(each["reference"] for each in attacks) else set()
+    there |= {"seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
+    there |= {str(row["name"]).lower() for row in metrics["rows"]}
+    there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
+    there |= {each["attack"].lower() for each in attacks} | set(further)
+    return [
+        test.title
+        for test in TESTS
+        if (not test.tasks or task is None or task in test.tasks)
+        and not any(word in name for word in test.words for name in there)
+    ]
+
+
+def _row(name: str, result: Any) -> dict[str, Any]:
+    runs = list(result) if isinstance(result, (list, tuple)) else [result]
+    if not runs:
+        raise ValueError(f"`metrics` must hold at least one result for {name!r}, got none. Leave it out.")
+    read = [_values(each) for each in runs]
+    kind = "mapping" if isinstance(runs[0], Mapping) else type(runs[0]).__qualname__
+    return {"name": name, "kind": kind, "runs": len(runs), "values": read[0] if len(runs) == 1 else _over_runs(read)}
+
+
+def _values(result: Any) -> dict[str, dict[str, Any]]:
+    if isinstance(result, Mapping):
+        parts: Mapping[str, Any] = result
+    elif is_dataclass(result) and not isinstance(result, type):
+        parts = {field.name: getattr(result, field.name) for field in fields(result)}
+    else:
+        raise TypeError(
+            f"`metrics` must be results of an evaluation, or mappings of numbers, got {type(result).__name__}. Give "
+            "what `evaluate_forgetting` or another evaluation returned."
+        )
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in parts.items():
+        words = str(name).replace("_", " ")
+        if _is_number(value):
+            values[words] = _number(value)
+        elif isinstance(value, Mapping):
+            values |= {f"{words}: {str(key).replace('_', ' ')}": _number(each) for key, each in value.items()}
+    for name, value in parts.items():
+        if str(name).endswith("interval") and value is not None:
+            stem = str(name).removesuffix("interval").replace("_", " ").strip()
+            of = next((each for each in values if each.startswith(stem)), None)
+            if of is not None:
+                values[of] |= {"interval": [float(bound) for bound in value], "source": "examples drawn again"}
+    return values
+
+
+def _over_runs(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means over seeds, with Student's interval of the mean."""
+    found = {}
+    for name in runs[0]:
+        numbers = [float(run[name]["value"]) for run in runs if name in run]
+        mean, count = sum(numbers) / len(numbers), len(numbers)
+        found[name] = _number(mean)
+        if count > 1 and all(map(math.isfinite, numbers)):
+            deviation = math.sqrt(sum((number - mean) ** 2 for number in numbers) / (count - 1))
+            quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else 1.96
+            half = quantile * deviation / math.sqrt(count)
+            found[name] |= {"interval": [mean - half, mean + half], "source": f"{count} seeds"}
+    return found
+
+
+def _number(value: Any) -> dict[str, Any]:
+    return {"value": plain(value), "interval": None, "source": None}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_numbers(metrics: Mapping[str, Any]) -> bool:
+    return bool(metrics) and all(_is_number(value) for value in metrics.values())
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith("_")

@@ -1,0 +1,225 @@
+"""A report's contents, put into words: what each section says, and what it says where something was not given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .document import Items, Picture, Section, Table, Text
+
+Contents = Mapping[str, Any]
+Part = Text | Items | Table | Picture
+_MOST_LAYERS = 60
+
+
+def sections(contents: Contents, pictures: Sequence[Picture] = ()) -> list[Section]:
+    """All sections, from what was asked to the environment.
+
+    Args:
+        contents: What [`audit`][semu_peft.report.audit.audit] gathered.
+        pictures: The pictures, which contents read from a file no longer have.
+    """
+    written: dict[str, tuple[str, list[Part]]] = {
+        "request": ("What was asked", _request(contents)),
+        "fingerprints": ("Fingerprints", _fingerprints(contents)),
+        "method": ("Method and settings", _method(contents)),
+        "tradeoff": ("Forgetting against damage", _tradeoff(contents)),
+        "metrics": ("What was measured", _metrics(contents["metrics"])),
+        "attacks": ("Attacks", _attacks(contents["attacks"])),
+        "untested": ("What was not tested", _untested(contents)),
+        "layers": ("Where the correction lies", _layers(contents)),
+        "samples": ("Samples before and after", _samples(contents)),
+        "limits": ("Limits", [Items(tuple(contents["limits"]))]),
+        "environment": ("Environment", [_environment(contents["environment"])]),
+    }
+    return [
+        Section(name, title, (*parts, *(picture for picture in pictures if picture.section == name)))
+        for name, (title, parts) in written.items()
+    ]
+
+
+def shown(value: Any) -> str:
+    """A number, a text or a list of them, as a person reads it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,d}"
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        kind = value.get("type")
+        parts = [f"{key}={shown(each)}" for key, each in value.items() if key != "type" and each is not None]
+        return f"{kind}({', '.join(parts)})" if kind else ", ".join(parts) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(shown, value)) or "none"
+    return str(value)
+
+
+def _request(contents: Contents) -> list[Part]:
+    request = contents["request"]
+    text = Text(request["text"]) if request["text"] else Text("The request was not given in words.", missing=True)
+    parts: list[Part] = [text, Items(tuple(_summary(contents)))]
+    rows = [(role, _count(data)) for role, data in request["data"].items()]
+    parts.append(
+        Table("Data", ("data", "how many"), tuple(rows)) if rows else Text("No data were given.", missing=True)
+    )
+    return parts
+
+
+def _count(data: Contents) -> str:
+    kind = "examples" if "examples" in data else "files"
+    return f"{data[kind]:,d} {kind}"
+
+
+def _summary(contents: Contents) -> list[str]:
+    share, attacks, missing = contents["share"], contents["attacks"], contents["not_tested"]
+    told = []
+    if share:
+        percent = shown(share["percent"])
+        told.append(f"{share['trained']:,d} numbers were trained, {percent}% of the model's {share['total']:,d}.")
+    told.append(f"{len(contents['metrics']['rows'])} models were measured and {len(attacks)} attacks tried.")
+    told.append(f"{len(missing)} kinds of evidence are missing; they are listed under “What was not tested”.")
+    return told
+
+
+def _fingerprints(contents: Contents) -> list[Part]:
+    model, file = contents["model"], contents["adapter_file"]
+    adapter = model.get("adapter") if model else None
+    rows = []
+    if model and model["sha256"]:
+        rows.append(("weights of the model, without the adapter", model["sha256"]))
+    if adapter:
+        rows.append(("adapter in memory", adapter["sha256"]))
+    if file:
+        rows.append((f"{file['file']}, {file['bytes']:,d} bytes", file["sha256"]))
+    rows += [(f"data: {role}, {_count(data)}", data["sha256"]) for role, data in contents["request"]["data"].items()]
+    if not rows:
+        return [Text("Neither a model nor data were given.", missing=True)]
+    note = "Digests stand for the model and the data, of which this report holds nothing else."
+    return [Text(note), Table("SHA-256", ("what", "digest"), tuple(rows))]
+
+
+def _method(contents: Contents) -> list[Part]:
+    model, training = contents["model"], contents["training"]
+    parts: list[Part] = []
+    if model:
+        told = {"class": model["class"], "name": model["name"], "parameters": model["parameters"]}
+        parts.append(_pairs("Model", {key: value for key, value in told.items() if value != ""}))
+    if model and model["adapter"]:
+        adapter = model["adapter"]
+        state = "merged into the weights" if adapter["merged"] else "beside the weights; it can be switched off"
+        parts.append(_pairs("SEMU adapter", {"state": state, **adapter["settings"]}))
+    if contents["settings"]:
+        parts.append(_pairs("Settings", contents["settings"]))
+    if training:
+        heads = ("why it ended", "steps", "examples seen", "trained numbers", "seconds")
+        keys = ("stop_reason", "steps", "examples_seen", "trainable_parameters", "seconds")
+        rows = tuple((run["run"] or "training", *(shown(run[key]) for key in keys)) for run in training)
+        parts.append(Table("Training", ("run", *heads), rows))
+    missing = [
+        name
+        for name, there in (("model", model), ("result of the training", training), ("settings", contents["settings"]))
+        if not there
+    ]
+    if missing:
+        parts.append(Text(f"Not given: {', '.join(missing)}.", missing=True))
+    return parts
+
+
+def _tradeoff(contents: Contents) -> list[Part]:
+    if not contents["training"]:
+        return [Text("No result of a training was given.", missing=True)]
+    histories = [run["history"] for run in contents["training"]]
+    if not any("damage" in entry for history in histories for entry in history):
+        text = (
+            "The runs recorded no damage, which `max_retain_kl` bounds: their losses are all that is known of the way."
+        )
+        return [Text(text, missing=True)]
+    return [Text("What the run went through; the dot is where the model was left.")]
+
+
+def _metrics(metrics: Contents) -> list[Part]:
+    if not metrics["rows"]:
+        return [Text("No metrics were given.", missing=True)]
+    parts: list[Part] = []
+    for kind in dict.fromkeys(row["kind"] for row in metrics["rows"]):
+        rows = [row for row in metrics["rows"] if row["kind"] == kind]
+        names = dict.fromkeys(name for row in rows for name in row["values"])
+        heads = [f"{row['name']} (reference)" if row["name"] == metrics["reference"] else row["name"] for row in rows]
+        cells = tuple((name, *(_measured(row["values"].get(name)) for row in rows)) for name in names)
+        caption = "Metrics" if kind == "mapping" else kind
+        parts.append(Table(caption, ("metric", *heads), cells))
+    sources = {each["source"] for row in metrics["rows"] for each in row["values"].values() if each["source"]}
+    if sources:
+        parts.append(Text(f"In brackets, 95% intervals: over {', '.join(sorted(sources))}."))
+    else:
+        parts.append(Text("There are no intervals: one run each, and no examples drawn again.", missing=True))
+    if metrics["reference"] is None:
+        parts.append(Text("No retrained model stands beside these numbers.", missing=True))
+    return parts
+
+
+def _measured(value: Contents | None) -> str:
+    if value is None or value["value"] is None:
+        return "–"
+    interval = value["interval"]
+    beside = f" ({shown(interval[0])} to {shown(interval[1])})" if interval else ""
+    return f"{shown(value['value'])}{beside}"
+
+
+def _attacks(attacks: Sequence[Contents]) -> list[Part]:
+    if not attacks:
+        return [Text("No attacks were given.", missing=True)]
+    rows = tuple((each["attack"], each["found"], each["reference"] or "–") for each in attacks)
+    return [Table("What attacks found", ("attack", "this model", "reference"), rows)]
+
+
+def _untested(contents: Contents) -> list[Part]:
+    rows = contents["not_tested"]
+    if not rows:
+        return [Text("All kinds of evidence that this report knows are there.")]
+    return [Table("Not tested", ("what", "why"), tuple((row["test"], row["reason"]) for row in rows))]
+
+
+def _layers(contents: Contents) -> list[Part]:
+    layers, spectra = contents["model"].get("layers", []), contents["spectra"]
+    parts: list[Part] = []
+    if layers:
+        largest = sorted(layers, key=lambda layer: -layer["norm"])[:_MOST_LAYERS]
+        rows = tuple(
+            (
+                layer["layer"], " × ".join(map(str, layer["shape"])), shown(layer["rank"]),
+                shown(spectra.get(layer["layer"], {}).get("explained_variance")), shown(layer["norm"]),
+                shown(layer["relative_norm"]),
+            )
+            for layer in largest
+        )  # fmt: skip
+        caption = "Corrections, the largest first"
+        if len(layers) > len(largest):
+            caption += f"; the JSON file has all {len(layers)} layers"
+        heads = ("layer", "matrix", "rank", "share of the gradient's energy", "‖ΔW‖", "‖ΔW‖ / ‖W‖")
+        parts.append(Table(caption, heads, rows))
+    else:
+        parts.append(Text("No model with a SEMU adapter was given: nothing is known of its layers.", missing=True))
+    if not spectra:
+        parts.append(Text("No profile was given: the spectra of the forget gradients are not shown.", missing=True))
+    return parts
+
+
+def _samples(contents: Contents) -> list[Part]:
+    rows = contents["samples"]
+    if not rows:
+        return [Text("No samples were given.", missing=True)]
+    return [Text(f"The same conditions and seeds, before and after: {', '.join(rows)}.")]
+
+
+def _environment(versions: Contents) -> Table:
+    return Table("Versions and device", ("what", "version"), tuple(versions.items()))
+
+
+def _pairs(caption: str, values: Contents) -> Table:
+    return Table(
+        caption, ("what", "value"), tuple((key.replace("_", " "), shown(value)) for key, value in values.items())
+    )

@@ -1,0 +1,290 @@
+"""The report: what it holds, what it says is missing, and that it shows no data and believes no name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Mlp, vector_batches
+from peft import get_peft_model
+
+from semu_peft import SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
+from semu_peft.evaluation import (
+    ErasureMetrics,
+    ForgettingComparison,
+    ForgettingMetrics,
+    LanguageMetrics,
+    MembershipInference,
+    Predictions,
+    PromptAttacks,
+    TextRelearning,
+)
+from semu_peft.objectives import UniformDistribution
+from semu_peft.report import Audit, audit, plot_attack, plot_losses
+from semu_peft.report.fingerprints import data_fingerprint, model_fingerprint
+from semu_peft.report.measured import read_attacks, read_metrics, read_task, untested
+from semu_peft.tuner.adapted import semu_layers
+
+METRICS = ForgettingMetrics(99.0, 98.0, 97.0, 96.0, 20, 1000, membership_interval=(90.0, 100.0))
+GOLD = ForgettingMetrics(100.0, 99.0, 98.0, 100.0, 1000, 1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relearning:
+    """As the attacks of classifiers give it."""
+
+    attacker: str
+    steps: tuple[int, ...]
+    forget: tuple[float, ...]
+    reference: Relearning | None = None
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        return f"relearning: {self.attacker}", "0.0 → 90.0", "0.0 → 40.0" if self.reference else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reported:
+    results: tuple[Any, ...]
+    not_run: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRun:
+    attack: str
+    reason: str
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    """A small model that has unlearned, with all that came of it."""
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=2))
+    forget = vector_batches()
+    profile = initialize_semu_weights(model, forget, UniformDistribution(), progress=False)
+    result = unlearn(model, forget, UniformDistribution(), max_steps=3, progress=False)
+    return {"model": model, "profile": profile, "training": result, "data": {"forget": forget}}
+
+
+def test_an_empty_report_says_what_is_missing(tmp_path: Path) -> None:
+    report = audit()
+    page = report.to_markdown()
+    for missing in (
+        "The request was not given in words", "No data were given", "No metrics were given", "No attacks were given",
+        "No model with a SEMU adapter was given", "No samples were given", "Neither a model nor data were given",
+    ):  # fmt: skip
+        assert missing in page
+    assert len(report.contents["not_tested"]) == 12 and not report.pictures
+    assert "can be switched off is not removal" in page and "relearning from a few examples" in page
+    assert [path.name for path in report.write_all(tmp_path)] == ["report.json", "report.md", "report.html"]
+
+
+def test_layers_norms_and_the_trained_share_are_those_of_the_model(trained: dict[str, Any]) -> None:
+    report = audit("Forget them.", **trained)
+    contents, model = report.contents, trained["model"]
+    layers = semu_layers(model)
+    assert [row["layer"] for row in contents["model"]["layers"]] == list(layers)
+    for row in contents["model"]["layers"]:
+        layer = layers[row["layer"]]
+        dense = layer.get_delta_weight("default").detach()
+        assert row["norm"] == pytest.approx(float(dense.norm()), rel=1e-5) and row["norm"] > 0
+        relative = float(dense.norm() / layer.get_base_layer().weight.norm())
+        assert row["relative_norm"] == pytest.approx(relative, rel=1e-5)
+        assert row["rank"] == contents["spectra"][row["layer"]]["rank"] == trained["profile"].ranks[row["layer"]]
+    cores = sum(layer.semu_core["default"].numel() for layer in layers.values())
+    total = sum(parameter.numel() for parameter in Mlp().parameters())
+    assert contents["share"] == {"trained": cores, "total": total, "percent": 100 * cores / total}
+    assert contents["training"][0]["stop_reason"] == trained["training"].stop_reason
+    sections = {picture.section for picture in report.pictures}
+    assert sections == {"tradeoff", "layers"} and all(picture.text for picture in report.pictures)
+
+
+def test_the_json_is_versioned_whole_and_comes_back(trained: dict[str, Any], tmp_path: Path) -> None:
+    report = audit("Forget them.", metrics=METRICS, **trained)
+    path = report.write(tmp_path / "new" / "report.json")
+    read = json.loads(path.read_text())
+    assert read["format"] == "semu_peft.Audit" and read["schema_version"] == 1
+    assert read == report.contents
+    loaded = Audit.load(path)
+    assert loaded.contents == report.contents and loaded.to_html().count("<h2") == 11
+    assert repr(loaded).startswith("Audit('What was forgotten': 1 measured, 0 attacks,")
+    for wrong in ({**read, "schema_version": 2}, {"format": "semu_peft.Audit"}, [], {**read, "attacks": 3}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="`path` must be the JSON of a report of version 1"):
+            Audit.load(path)
+
+
+def test_data_are_digested_in_any_order_and_never_shown() -> None:
+    images, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    whole = data_fingerprint([(images, labels)])
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    assert whole == data_fingerprint([(images[order][:4], labels[order][:4]), (images[order][4:], labels[order][4:])])
+    changed = images.clone()
+    changed[3, 1] += 1e-6
+    assert data_fingerprint([(changed, labels)]) != whole != data_fingerprint([(images[:5], labels[:5])])
+    assert data_fingerprint([(images, labels.flip(0))]) != whole, "labels belong to their images"
+    rows = [{"question": "Where does Jane Doe live?", "answer": "7 Elm Street"}, {"question": "a", "answer": "b"}]
+    assert data_fingerprint(rows) == data_fingerprint(rows[::-1]) != data_fingerprint(rows[:1])
+    report = audit(data={"forget": rows})
+    assert report.contents["request"]["data"]["forget"]["examples"] == 2
+    for text in (report.to_json(), report.to_markdown(), report.to_html()):
+        assert "Jane" not in text and "Elm" not in text
+
+
+def test_paths_are_digested_as_sha256sum_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    known = hashlib.sha256(b"abc").hexdigest()
+    assert data_fingerprint(tmp_path / "a.txt") == {"files": 1, "sha256": known}
+    assert data_fingerprint(tmp_path) != data_fingerprint(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"`data\['forget'\]`: there is no file or folder"):
+        audit(data={"forget": tmp_path / "none"})
+
+
+def test_fingerprints_of_the_model_are_of_its_own_weights(trained: dict[str, Any], tmp_path: Path) -> None:
+    model = trained["model"]
+    torch.manual_seed(0)
+    assert model_fingerprint(model) == model_fingerprint(Mlp()), "the adapter does not touch the weights"
+    model.save_pretrained(tmp_path)
+    report = audit(model=model, adapter_file=tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    assert report.contents["adapter_file"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert audit(model=model, digest_weights=False).contents["model"]["sha256"] is None
+    assert str(tmp_path) not in report.to_json()
+    plain = audit(model=Mlp())
+    assert plain.contents["model"]["layers"] == [] and plain.contents["model"]["adapter"] is None
+
+
+def test_intervals_over_seeds_are_students() -> None:
+    """Of 1, 2, 3 the mean is 2, the deviation 1, and t = 4.303: 2 ± 4.303 / √3."""
+    runs = [ErasureMetrics(float(number), 90.0) for number in (1, 2, 3)]
+    row = read_metrics({"SEMU": runs})["rows"][0]
+    assert row["runs"] == 3
+    value = row["values"]["forget accuracy"]
+    assert value["value"] == 2 and value["source"] == "3 seeds"
+    assert value["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
+    assert row["values"]["retain accuracy"]["interval"] == [90, 90]
+
+
+def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
+    values = read_metrics(METRICS)["rows"][0]["values"]
+    assert values["membership inference"]["interval"] == [90, 100]
+    assert values["unlearning accuracy"]["interval"] is None
+    attack = read_metrics(MembershipInference(97.0, (2.0, 100.0), 98.0))["rows"][0]["values"]
+    assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
+
+
+def test_a_comparison_has_its_reference_and_gaps() -> None:
+    page = audit(metrics=ForgettingComparison({"SEMU": METRICS, "gold": GOLD}, "gold")).to_markdown()
+    assert "gold (reference)" in page and "average gap to the reference | 1.75 | 0" in page
+    assert "No retrained model stands beside" not in page
+    assert "96 (90 to 100)" in page and "over examples drawn again" in page
+
+
+def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
+    gold = Relearning("SGD", (0, 5, 10), (0.0, 1.0, 40.0))
+    given = Reported(
+        (Relearning("SGD", (0, 5, 10), (0.0, 80.0, 90.0), gold), PromptAttacks({"plain": 0.3}, {"plain": 0.2})),
+        (NotRun("membership: LiRA", "no shadow models were given"),),
+    )
+    report = audit(attacks=[given, TextRelearning("Adam", (0, 10), (0.01, 0.06), (0.01, 0.05)), METRICS])
+    found = report.contents["attacks"]
+    assert [each["attack"] for each in found] == [
+        "relearning: SGD", "prompts (ROUGE-L recall)", "relearning: Adam", "ForgettingMetrics"
+    ]  # fmt: skip
+    assert found[0]["reference"] == "0.0 → 40.0" and found[0]["result"]["reference"]["forget"] == [0.0, 1.0, 40.0]
+    assert {"test": "membership: LiRA", "reason": "no shadow models were given"} in report.contents["not_tested"]
+    assert [picture.section for picture in report.pictures] == ["attacks", "attacks"], "percent and probability apart"
+    assert "SGD: 0 to 90, reference 0 to 40" in report.pictures[0].text
+    assert len(plot_attack(given.results[0]).axes[0].lines) == 2
+    with pytest.raises(ValueError, match="`results` must be curves of one kind, got none"):
+        plot_attack(given.results[1])
+
+
+def test_what_was_not_tested_follows_from_what_was_given() -> None:
+    def missing(metrics: Any = None, attacks: Any = None) -> list[str]:
+        read, (tried, _) = read_metrics(metrics), read_attacks(attacks)
+        return untested(read, tried, read_task(read, tried))
+
+    everything = missing()
+    assert len(everything) == 12
+    classifier = missing(METRICS)
+    assert "membership inference" not in classifier and "what the model keeps" not in classifier
+    assert "changed inputs: noise, flips" in classifier
+    assert not any("prompts" in each for each in classifier), "a classifier has none"
+    language = missing(LanguageMetrics(probability=0.1), TextRelearning("Adam", (0, 1), (0.1, 0.2)))
+    assert "relearning from a few examples" not in language and "changed inputs: noise, flips" not in language
+    assert "other prompts: paraphrases, prefixes, many samples" in language
+    assert any("retrained" in each for each in language)
+    assert not any("retrained" in each for each in missing(ForgettingComparison({"gold": GOLD}, "gold")))
+    assert "several seeds" not in missing([METRICS, METRICS])
+
+
+def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) -> None:
+    assert "Losses over the steps" in plot_losses(trained["training"]).get_label()
+    damage = [{"damage": 0.0, "answer_probability": 0.9, "loss": 1.0}, {"damage": 0.1, "answer_probability": 0.1}]
+    kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
+    report = audit(training={"first": kept, "second": trained["training"]})
+    assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
+    assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]
+
+
+HOSTILE = '<img src=x onerror="alert(1)">$\\frac|`"\'&\n# heading'
+
+
+def test_no_name_becomes_html_or_markdown() -> None:
+    said = Predictions(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.ones(2), 2)
+    samples = {HOSTILE: torch.rand(2, 1, 8, 8)}
+    report = audit(
+        HOSTILE, title=HOSTILE, data={HOSTILE: vector_batches()}, settings={HOSTILE: HOSTILE},
+        metrics={HOSTILE: {HOSTILE: 1.0}}, attacks={HOSTILE: Relearning(HOSTILE, (0, 1), (0.0, 1.0))},
+        predictions=(said, said), class_names=[HOSTILE, "</svg><script>"], forgotten=[0, HOSTILE],
+        samples=(samples, samples),
+    )  # fmt: skip
+    page = report.to_html()
+    assert "<img src=x" not in page and "<script" not in page
+    assert not re.search(r"<[^>]*\sonerror", re.sub(r'"[^"]*"', '""', page)), "no attribute of its own"
+    assert page.count("</svg>") == page.count("<svg") == 3
+    markdown = report.to_markdown()
+    assert "\n# heading" not in markdown and "<img" not in markdown.replace("\\<", "")
+    assert json.loads(report.to_json())["title"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"request": 3}, TypeError, "`request` must be a text or None, got int"),
+        ({"model": "model"}, TypeError, "`model` must be a model"),
+        ({"data": [1]}, TypeError, "`data` must be a mapping"),
+        ({"profile": {}}, TypeError, "`profile` must be a `SubspaceProfile`"),
+        ({"training": [3]}, TypeError, "`training` must be an `UnlearnResult`"),
+        ({"metrics": 3.0}, TypeError, "`metrics` must be results of an evaluation"),
+        ({"metrics": {"SEMU": []}}, ValueError, "`metrics` must hold at least one result"),
+        ({"predictions": 3}, TypeError, "`predictions` must be two `Predictions`"),
+        ({"samples": ({"a": torch.rand(1, 1, 4, 4)}, {})}, ValueError, "`samples` must have the same rows"),
+        ({"adapter_file": "nowhere"}, FileNotFoundError, "`adapter_file`: there is no nowhere"),
+        ({"adapter_name": "a.b"}, ValueError, "`adapter_name` must be a name without dots"),
+    ],
+)
+def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        audit(**given)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = audit("First.")
+    report.write_all(tmp_path)
+    (tmp_path / "other.txt").write_text("kept")
+    monkeypatch.setattr(Audit, "to_html", lambda self: 1 / 0)
+    for write in (lambda: audit("Second.").write_all(tmp_path), lambda: audit().write(tmp_path / "report.html")):
+        with pytest.raises(ZeroDivisionError):
+            write()
+    assert "First." in (tmp_path / "report.md").read_text() and "First." in (tmp_path / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "report.html", "report.json", "report.md"]
+    with pytest.raises(ValueError, match="`path` must end in '.html', '.md' or '.json', got '.pdf'"):
+        report.write(tmp_path / "report.pdf")
