@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import typer
 
@@ -47,4 +48,6 @@ def main() -> None:
         exit code 0
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("transformers", "diffusers", "peft"):  # what they are to drop some day is no affair of a user here
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     app()

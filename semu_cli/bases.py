@@ -69,6 +69,9 @@ def check_job(model: str, job: Job) -> None:
 def device() -> str:
     """Where to work: the first GPU there is (`CUDA_VISIBLE_DEVICES` chooses), or the CPU."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and saving; those of the work stay
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 

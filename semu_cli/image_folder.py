@@ -84,12 +84,13 @@ def read_images(path: str | Path, model: Any, name: str = "forget", only: str | 
     return ImageFolder([file for file, _ in chosen], [label for _, label in chosen], prepare)
 
 
-def others_of(path: str | Path, model: Any, only: str) -> ImageFolder | None:
-    """The images of all other classes of a folder with a subfolder a class; None where there are none."""
-    folder = Path(path)
-    if not any(place.is_dir() for place in folder.iterdir()):
-        return None
-    every = read_images(folder, model)
+def read_others(path: str | Path, model: Any, only: str | None, name: str = "retain") -> ImageFolder | None:
+    """Read a folder of images without one class; None where there is no other."""
+    folder, every = Path(path), read_images(path, model, name)
+    if only is None:
+        return every
+    if all(file.parent == folder for file in every.files):
+        return every if name == "retain" else None  # flat: of the forgotten class, unless it is said to be kept
     kept = [index for index, file in enumerate(every.files) if file.relative_to(folder).parts[0] != only]
     return ImageFolder([every.files[i] for i in kept], [every.labels[i] for i in kept], every.prepare) if kept else None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .bases import classifier, job_of, language_model
-from .image_folder import others_of, read_images
+from .image_folder import read_images, read_others
 from .options import (
     Adapter,
     BatchSize,
@@ -159,8 +159,8 @@ def _file(path: str, flag: str) -> str:
 def _kept(retain: str | None, forget: str, forget_class: str | None, base: Any) -> Any:
     """What was kept: the folder that is named, or the other classes of the one with the class to forget."""
     if retain is not None:
-        return read_images(retain, base, "retain")
-    return None if forget_class is None else others_of(forget, base, forget_class)
+        return read_others(retain, base, forget_class)
+    return None if forget_class is None else read_others(forget, base, forget_class, "forget")
 
 
 def _evaluate_images(

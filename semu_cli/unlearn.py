@@ -12,7 +12,7 @@ import typer
 from .bases import check_job, check_output, classifier, language_model, pipeline, write_adapter
 from .catalogue import method_of
 from .estimate import estimate, last_third
-from .image_folder import read_images
+from .image_folder import read_images, read_others
 from .options import (
     AdapterName,
     BatchSize,
@@ -79,9 +79,16 @@ def images(
     objective = getattr(objectives, way.objective)()
     kept = None
     if retain is not None:
-        images_kept = read_images(retain, base, "retain").loader(batch_size, shuffle=True)
-        kept = Keep(images_kept, objectives.KLToOriginal(), 0.0 if max_retain_kl is not None else 1.0)
-    before = predict(base, data.loader(batch_size), progress=False).accuracy
+        held = _others(retain, base, forget_class).loader(batch_size, shuffle=True)
+        kept = Keep(held, objectives.KLToOriginal(), 0.0 if max_retain_kl is not None else 1.0)
+    others = None if forget_class is None else read_others(forget, base, forget_class, "forget")
+
+    def recognised(model: Any) -> dict[str, float]:
+        parts = {"forget": data} if others is None else {"forget": data, "retain": others}
+        said = {name: predict(model, part.loader(batch_size), progress=False) for name, part in parts.items()}
+        return {name: each.accuracy for name, each in said.items()}
+
+    before = recognised(base)
     adapted = get_peft_model(base, SemuConfig(target_modules=targets), adapter_name=adapter_name)
     profile = initialize_semu_weights(
         adapted, data.loader(batch_size), objective, adapter_name=adapter_name, progress=progress
@@ -90,11 +97,15 @@ def images(
         adapted, data.loader(batch_size, shuffle=True), objective, retain=kept, max_retain_kl=max_retain_kl,
         max_steps=max_steps, seed=seed, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
-    after = predict(adapted, data.loader(batch_size), progress=False).accuracy
-    found = {"forget_accuracy": {"before": before, "after": after}, "examples": len(data)}
-    record = _record("images", settings, profile, result, found)
+    after = recognised(adapted)
+    found = {f"{name}_accuracy": {"before": before[name], "after": after[name]} for name in before}
+    record = _record("images", settings, profile, result, {**found, "examples": len(data)})
     write_adapter(output_dir, _saver(adapted, adapter_name), record)
-    words = [f"{len(data)} images: {before:.1f}% were recognised before, {after:.1f}% are now."]
+    words = [f"{len(data)} images: {before['forget']:.1f}% were recognised before, {after['forget']:.1f}% are now."]
+    if "retain" in before:
+        words.append(f"Images of the other classes: {before['retain']:.1f}% before, {after['retain']:.1f}% now.")
+    if before.get("retain", 0.0) - after.get("retain", 0.0) > 1 and retain is None:
+        words.append(f"To hold the others better, give them: --retain {forget}")
     then = f"semu evaluate --model {model} --adapter {output_dir} --forget {forget}"
     return _told(record, words, output_dir, then + (f" --forget-class {forget_class}" if forget_class else ""))
 
@@ -213,6 +224,13 @@ def concept(
     words = [f"{', '.join(map(repr, forget))}: the loss went from {losses['before']:.4f} to {losses['after']:.4f}."]
     then = f"semu export --model {model} --adapter {output_dir} --to diffusers --output-dir {output_dir}-lora"
     return _told(record, words, output_dir, then)
+
+
+def _others(retain: str, base: Any, forget_class: str | None) -> Any:
+    kept = read_others(retain, base, forget_class)
+    if kept is None:
+        raise typer.BadParameter(f"`--retain`: {retain} has no class but {forget_class!r}. Add images of others.")
+    return kept
 
 
 def _trial(model: Any, loader: Any) -> Any:

@@ -56,6 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_class_of_an_image_folder(images: dict[str, Path], no_cats: Any) -> None:
     assert no_cats["command"] == "unlearn images" and no_cats["status"] == "done" and no_cats["version"] == 1
     assert no_cats["forget_accuracy"] == {"before": 100.0, "after": 0.0}
+    assert no_cats["retain_accuracy"]["before"] == 100
     assert no_cats["examples"] == 6 and no_cats["training"]["trainable_parameters"] > 0
     measured = semu(*no_cats["next"].split()[1:])["models"]  # the command that it says comes next
     assert measured["original"]["forget_accuracy"] == 100 and measured["unlearned"]["forget_accuracy"] == 0
@@ -104,6 +105,26 @@ def test_attack_names_what_was_tried_and_what_was_not(images: dict[str, Path], n
     found = semu("attack", *how, "--forget-class", "cat", "--time-limit", 0, "--no-progress")
     assert not found["has_reference"] and found["attacks"] == []
     assert "stripping" in found["not_run"][0]["attack"]
+
+
+def test_retained_images_hold_the_other_classes(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
+    how = ("--model", images["model"], "--forget", images["data"], "--forget-class", "cat", "--no-progress")
+    held = semu("unlearn", "images", *how, "--retain", images["data"], "--output-dir", tmp_path / "held")
+    assert held["forget_accuracy"]["after"] == 0
+    assert held["retain_accuracy"]["after"] >= max(90, no_cats["retain_accuracy"]["after"])
+
+
+def test_a_flat_folder_is_forgotten_as_what_the_model_sees_in_it(images: dict[str, Path], tmp_path: Path) -> None:
+    how = ("--model", images["model"], "--forget", images["data"] / "cat", "--no-progress")
+    done = semu("unlearn", "images", *how, "--output-dir", tmp_path / "flat", "--adapter-name", "cats")
+    assert done["forget_accuracy"] == {"before": 100.0, "after": 0.0}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (tmp_path / "flat").iterdir()}
+
+
+def test_attack_on_a_language_model(text: dict[str, Path]) -> None:
+    how = ("--model", text["model"], "--forget", text["forget"], "--retain", text["retain"])
+    found = semu("attack", *how, "--time-limit", 0, "--no-progress")
+    assert "prompts" in [each["attack"] for each in found["not_run"]]
 
 
 def test_a_fact_of_a_language_model(text: dict[str, Path]) -> None:
