@@ -7,6 +7,7 @@ from .mask import Mask, gradients_of_parameters, top_fraction, wagle_scores
 from .precondition import Precondition
 from .private import PrivateGradient
 from .retain_safe import RetainSafe
+from .routed import RoutedGradient, causal_mask, example_sharpness
 from .sharpness import SharpnessAware
 from .size import NormCap, RowScale
 from .soft_threshold import Ramp, SoftThreshold
@@ -22,6 +23,7 @@ __all__ = [
     "RemoveDirections",
     "RemoveLeading",
     "RetainSafe",
+    "RoutedGradient",
     "RowScale",
     "Rule",
     "SharpnessAware",
@@ -29,6 +31,8 @@ __all__ = [
     "Step",
     "StepData",
     "as_rules",
+    "causal_mask",
+    "example_sharpness",
     "gradients_of_parameters",
     "top_fraction",
     "wagle_scores",
