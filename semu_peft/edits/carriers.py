@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,12 @@ from semu_peft.linalg import core
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.subspace.fill import fill
 from semu_peft.subspace.starts import LayerStart
-from semu_peft.tuner.adapted import own_modules, own_parameters, semu_layers, targets_for
+from semu_peft.tuner.adapted import base_model, own_modules, own_parameters, semu_layers, targets_for
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.keys import PREFIX
 from semu_peft.tuner.layer import SemuLayer
-from semu_peft.tuner.targets import LAYER_CLASSES
+from semu_peft.tuner.state_space import read_past_layer
+from semu_peft.tuner.targets import layer_class
 
 from .deltas import Delta, LowRank
 
@@ -35,7 +36,8 @@ class Carried:
         adapter_name: The adapter's name.
         ranks: The rank of each layer.
         errors: `‖ΔW − U Σ Vᵀ‖ / ‖ΔW‖` of each layer.
-        left_out: The parameters whose changes no SEMU layer carries: biases, norms, bare parameters.
+        left_out: The parameters whose changes no SEMU layer carries: biases, norms, bare parameters, and weights that
+            layers share, but for the input embedding's, which is corrected once for all.
         error: The same ratio for the whole edit, with what is left out in it.
 
     Examples:
@@ -70,9 +72,9 @@ def as_semu(
     Raises:
         ValueError: No layer can carry any of them.
     """
-    modules, parameters = own_modules(model), own_parameters(model)
-    layers = {name.rpartition(".")[0]: name for name in deltas if name.endswith("weight")}
-    layers = {layer: name for layer, name in layers.items() if isinstance(modules.get(layer), tuple(LAYER_CLASSES))}
+    parameters = own_parameters(model)
+    shared = _shared_names(parameters, model)
+    layers = _layers_of(deltas, own_modules(model), parameters, shared)
     if not layers:
         raise ValueError(
             f"`model`: SEMU has no layer for any of the edit's parameters {list(deltas)[:3]}. Save the edit as a file."
@@ -80,7 +82,11 @@ def as_semu(
     changes = {name: delta for name, delta in deltas.items() if name not in layers.values()}
     energies = {name: float(delta.change(parameters[name]).double().square().sum()) for name, delta in changes.items()}
     with taken_back_on_error(model, adapter_name=adapter_name):
-        carrier = _with_adapter(model, SemuConfig(target_modules=targets_for(model, list(layers))), adapter_name)
+        config = SemuConfig(
+            target_modules=targets_for(model, list(layers)),
+            ensure_weight_tying=any(name in shared for name in layers.values()),
+        )
+        carrier = _with_adapter(model, config, adapter_name)
         corrected = semu_layers(carrier, adapter_name)
         found = {
             layer: _directions(deltas[name], parameters[name], corrected[layer], r, explained_variance, adapter_name)
@@ -136,6 +142,46 @@ def as_shira(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[ShiraConfig
         state_dict[f"{layer}.shira_indices"] = torch.stack([places // n, places % n]).to(torch.int32)
     targets = targets_for(model, [name.rpartition(".")[0] for name in changes])
     return ShiraConfig(r=r, target_modules=targets), state_dict
+
+
+def _shared_names(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
+    """The names of the input embedding's weight, where it has several: a correction can be shared by them alone."""
+    getter = getattr(base_model(model), "get_input_embeddings", None)
+    try:
+        weight = getattr(getter() if getter else None, "weight", None)
+    except NotImplementedError:  # a model of transformers without embeddings
+        return []
+    names = [name for name, parameter in parameters.items() if parameter is weight]
+    return names if len(names) > 1 else []
+
+
+def _layers_of(
+    deltas: Mapping[str, Delta],
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    shared: Sequence[str],
+) -> dict[str, str]:
+    """The layers that carry changes, each with the name of its change."""
+    ids = [id(parameter) for parameter in parameters.values()]
+    layers = {}
+    for name in deltas:
+        alone = ids.count(id(parameters[name])) == 1
+        if name.endswith(".weight") and (alone or name in shared):
+            own = name if alone else shared[0]
+            layer = own.removesuffix(".weight")
+            if _has_semu_layer(layer, modules):
+                layers[layer] = name
+    return layers
+
+
+def _has_semu_layer(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the weight of a layer can be corrected where it stands; one that others read past its layer cannot."""
+    parent, _, child = name.rpartition(".")
+    try:
+        layer_class(modules[name], name)
+    except TypeError:
+        return False
+    return not read_past_layer(modules[parent], child)
 
 
 def _with_adapter(model: nn.Module, config: SemuConfig, adapter_name: str) -> nn.Module:

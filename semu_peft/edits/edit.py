@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import ShiraConfig
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_path, check_share, check_switch
 from semu_peft.files import load_tensors, save_tensors
-from semu_peft.gradients.sources import carries_gradient
-from semu_peft.tuner.adapted import base_model, own_modules, own_parameters
+from semu_peft.tuner.adapted import base_model
 
 from .carriers import Carried, as_semu, as_shira
-from .deltas import Delta, LowRank, read_delta
+from .deltas import Delta, read_delta
+from .places import Place, changed, digest_of, places_of, read_numbers, write_numbers
 
 _FORMAT = "semu_edit"
-
-
-class _Place(NamedTuple):
-    """A parameter, and its change as it is stored."""
-
-    parameter: nn.Parameter
-    delta: Delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +112,8 @@ class Edit:
         check_model(model)
         check_switch("undoable", undoable)
         check_switch("strict", strict)
-        places = self._places(model)
-        if strict and self.base is not None and _digest(places) != self.base:
+        places = places_of(self.deltas, model)
+        if strict and self.base is not None and digest_of(places) != self.base:
             raise ValueError(
                 f"`model`: the weights that this edit changes are not those it was made for ({self.made_by}). Load "
                 "that model, undo what was applied to it since, or pass `strict=False` to change these all the same."
@@ -130,15 +121,15 @@ class Edit:
         before: dict[str, Tensor] = {}
         try:
             for name, (parameter, delta) in places.items():
-                kept = _read(parameter, delta)
-                after = _after(kept, delta).to(parameter.dtype)
+                kept = read_numbers(parameter, delta)
+                after = changed(kept, delta).to(parameter.dtype)
                 if not bool(torch.isfinite(after).all()):
                     raise ValueError(f"`model`: the parameter {name!r} would not be finite. Make the edit smaller.")
                 before[name] = kept
-                _write(parameter, delta, after)
+                write_numbers(parameter, delta, after)
         except BaseException:
             for name, kept in before.items():
-                _write(places[name].parameter, places[name].delta, kept)
+                write_numbers(places[name].parameter, places[name].delta, kept)
             raise
         if undoable:
             _APPLIED.setdefault(base_model(model), []).append(_Kept(self, before))
@@ -172,14 +163,14 @@ class Edit:
                 "`model`: this edit was not applied to it in this process, or with `undoable=False`. Load the model's "
                 "own weights again."
             )
-        places = self._places(model)
+        places = places_of(self.deltas, model)
         later = [kept.edit for kept in stack[index + 1 :] if set(kept.before) & set(places)]
         if later:
             raise ValueError(f"`model`: {later[-1]} was applied to the same weights later. Undo that one first.")
         before = stack[index].before
         for name, (parameter, delta) in places.items():
             kept = before[name].to(parameter.device)
-            expected, current = _after(kept, delta).to(parameter.dtype), _read(parameter, delta)
+            expected, current = changed(kept, delta).to(parameter.dtype), read_numbers(parameter, delta)
             tolerance = 8 * torch.finfo(parameter.dtype).eps  # products differ in rounding between devices
             scale = kept.abs().max() if kept.numel() else 0.0
             if not torch.allclose(current, expected, rtol=tolerance, atol=float(tolerance * scale)):
@@ -188,7 +179,7 @@ class Edit:
                     "into), and undoing would lose that. Undo that change first, or load the model's own weights again."
                 )
         for name, (parameter, delta) in places.items():
-            _write(parameter, delta, before[name].to(parameter.device))
+            write_numbers(parameter, delta, before[name].to(parameter.device))
         del stack[index]
 
     def bound_to(self, model: nn.Module) -> Edit:
@@ -206,7 +197,7 @@ class Edit:
             ValueError: `model`: the weights that this edit changes are not those it was made for (hand). ...
         """
         check_model(model)
-        return replace(self, base=_digest(self._places(model)))
+        return replace(self, base=digest_of(places_of(self.deltas, model)))
 
     def only(self, *names: str) -> Edit:
         """The changes of these parameters alone, named in full or by the ends of their names.
@@ -354,36 +345,12 @@ class Edit:
                 f"`path`: {path} holds no edit, or a damaged one ({error}). Give a file that `Edit.save` wrote."
             ) from error
 
-    # ---- where it is in a model ----
-
-    def _places(self, model: nn.Module) -> dict[str, _Place]:
-        """The parameters that are changed, by full name, with their changes as these are stored."""
-        parameters, modules = own_parameters(model), own_modules(model)
-        places: dict[str, _Place] = {}
-        for name, delta in self.deltas.items():
-            full = name if name in parameters else f"{name}.weight" if name else "weight"
-            if full not in parameters:
-                raise ValueError(_missing(name, parameters))
-            parameter = parameters[full]
-            layer = modules.get(name)
-            if full != name and isinstance(layer, Conv1D):
-                delta = delta.transposed()
-            if any(parameter is other.parameter for other in places.values()):
-                raise ValueError(f"`deltas`: {name!r} shares its parameter with another of them. Give it once.")
-            if not carries_gradient(parameter):
-                raise ValueError(
-                    f"`model`: the parameter {full!r} is {parameter.dtype} on {parameter.device}, which cannot be "
-                    "changed number by number. Load the model unquantised, or carry the edit as an adapter."
-                )
-            places[full] = _Place(parameter, _fitted(full, delta, parameter))
-        return places
-
-    def _unapplied(self, model: nn.Module) -> dict[str, _Place]:
+    def _unapplied(self, model: nn.Module) -> dict[str, Place]:
         if any(kept.edit is self for kept in _APPLIED.get(base_model(model), [])):
             raise ValueError(
                 "`model`: this edit is applied to its weights already. Undo it first (`edit.undo(model)`)."
             )
-        return self._places(model)
+        return places_of(self.deltas, model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -416,62 +383,6 @@ class Applied:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.undo()
-
-
-def _read(parameter: nn.Parameter, delta: Delta) -> Tensor:
-    """A copy of the numbers that are changed, in the parameter's dtype."""
-    values = parameter.detach()
-    return values.clone() if delta.places is None else values.reshape(-1)[delta.places.to(values.device)]
-
-
-def _after(values: Tensor, delta: Delta) -> Tensor:
-    return delta.applied(values.to(torch.promote_types(values.dtype, torch.float32)))
-
-
-@torch.no_grad()
-def _write(parameter: nn.Parameter, delta: Delta, values: Tensor) -> None:
-    if delta.places is None:
-        parameter.copy_(values)
-    elif parameter.is_contiguous():
-        parameter.view(-1)[delta.places.to(parameter.device)] = values
-    else:
-        flat = parameter.detach().reshape(-1).scatter(0, delta.places.to(parameter.device), values)
-        parameter.copy_(flat.reshape(parameter.shape))
-
-
-def _fitted(name: str, delta: Delta, parameter: nn.Parameter) -> Delta:
-    """The change in the shape that the parameter is stored in."""
-    shape = tuple(parameter.shape)
-    if delta.shape == shape:
-        return delta
-    flat = tuple(parameter.flatten(1).shape) if parameter.dim() > 2 else None
-    if delta.shape != flat:
-        raise ValueError(
-            f"`model`: the parameter {name!r} has shape {shape}, the edit's change has {delta.shape}. Apply it to the "
-            "model that it was made for."
-        )
-    return delta if isinstance(delta, LowRank) else delta.viewed(shape)
-
-
-def _missing(name: str, parameters: Iterable[str]) -> str:
-    if f"{name}_orig" in parameters or f"{name}.weight_orig" in parameters:
-        return (
-            f"`model`: the weight of {name!r} is computed for each pass (pruning, weight or spectral norm). Store it "
-            "first: `torch.nn.utils.prune.remove(layer, 'weight')` or `parametrize.remove_parametrizations`."
-        )
-    return (
-        f"`model` has no parameter {name!r}, nor a layer of that name with a weight. Apply the edit to its own model."
-    )
-
-
-def _digest(places: Mapping[str, _Place]) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of the parameters."""
-    digest = hashlib.sha256()
-    for name in sorted(places):
-        values = places[name].parameter.detach().contiguous().cpu()
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _is_number(value: Any) -> bool:

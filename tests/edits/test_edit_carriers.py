@@ -12,6 +12,7 @@ import torch
 from models import Cnn, Mlp
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from semu_peft import SemuConfig, to_lora
 from semu_peft.edits import Edit
@@ -83,6 +84,28 @@ def test_an_applied_edit_is_not_carried_a_second_time() -> None:
     with pytest.raises(ValueError, match="SEMU has no layer for any"):
         Edit({"fc1.bias": Dense(torch.ones(10))}).to_semu(model)
     assert isinstance(model.fc1, nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "lm_head"])
+def test_a_tied_weight_is_corrected_in_all_its_layers(name: str) -> None:
+    base: Any = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    edit, ids = Edit({name: LowRank(torch.randn(16, 2), torch.randn(8, 2))}), torch.arange(5)[None]
+    with edit.apply(base), torch.no_grad():
+        expected = base(ids).logits
+    carried = edit.to_semu(copy.deepcopy(base))
+    assert (carried.ranks, carried.error) == ({"transformer.wte": 2}, 0)
+    assert torch.allclose(carried.model.eval()(ids).logits, expected, atol=1e-4)
+
+
+def test_what_is_read_past_its_layer_or_shared_is_left_out_and_named() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(3, 3), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[3].weight = model[2].weight
+    names = {"0.in_proj_weight": (24, 8), "0.out_proj.weight": (8, 8), "1.weight": (3, 3), "2.weight": (4, 4)}
+    carried = Edit({name: Dense(torch.randn(shape)) for name, shape in names.items()}).to_semu(model)
+    assert carried.left_out == ("0.in_proj_weight", "0.out_proj.weight", "2.weight")
+    assert (carried.ranks, carried.errors["1"] < 1e-5, carried.error > 0.9) == ({"1": 3}, True, True)
 
 
 def test_a_sparse_edit_is_a_shira_of_stock_peft(tmp_path: Path) -> None:
