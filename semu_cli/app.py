@@ -8,6 +8,7 @@ import warnings
 import typer
 
 from .adapters import compare, export, inspect, merge
+from .audit import audit
 from .catalogue import methods
 from .judge import attack, evaluate
 from .unlearn import concept, images, text
@@ -27,7 +28,7 @@ app.add_typer(forgetting, name="unlearn")
 verb(forgetting, "unlearn images")(images)
 verb(forgetting, "unlearn text")(text)
 verb(forgetting, "unlearn concept")(concept)
-for _command in (evaluate, attack, merge, export, inspect, compare, methods):
+for _command in (evaluate, attack, audit, merge, export, inspect, compare, methods):
     verb(app, _command.__name__)(_command)
 
 

@@ -46,23 +46,17 @@ def evaluate(
     progress: Progress = True,
 ) -> Told:
     """Measure what a classifier or a language model still knows, beside the original and a retrained model."""
-    job = _job(model)
+    job = check_judged(model)
     if job == "images":
-        return _evaluate_images(model, adapter, forget, forget_class, retain, test, reference, batch_size, seed)
-    from semu_peft.evaluation import evaluate_language
-
-    template = None if template is None else template.replace("\\n", "\n")
-    options: dict[str, Any] = {
-        "utility": None if retain is None else {"retain": _file(retain, "retain")},
-        "neutral": None if neutral is None else _file(neutral, "neutral"),
-        "metrics": metrics, "template": template, "batch_size": batch_size, "progress": progress,
-    }  # fmt: skip
-    rows = {}
-    for name, place, own in _models(model, adapter, reference):
-        measured, tokenizer = language_model(place, own)
-        rows[name] = evaluate_language(measured, tokenizer, _file(forget, "forget"), **options)
-    shown = {name: row.row() for name, row in rows.items()}
-    return Told({"job": "text", "models": rows}, [_table(shown)])
+        rows: Any = measure_images(model, adapter, forget, forget_class, retain, test, reference, batch_size, seed)
+        shown = {name: {key: f"{value:.1f}%" for key, value in row.items()} for name, row in rows.items()}
+        rows = {name: {key.replace(" ", "_"): value for key, value in row.items()} for name, row in rows.items()}
+    else:
+        rows = measure_text(
+            model, adapter, forget, retain, neutral, reference, batch_size, template, metrics, progress=progress
+        )
+        shown = {name: row.row() for name, row in rows.items()}
+    return Told({"job": job, "models": rows}, [_table(shown)])
 
 
 def attack(
@@ -80,17 +74,31 @@ def attack(
     progress: Progress = True,
 ) -> Told:
     """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions."""
-    job = _job(model)
+    check_judged(model)
+    report = run_attacks(
+        model, adapter, forget, forget_class, retain, test, reference, batch_size, template, time_limit, seed, progress
+    )
+    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
+    missing = [dataclasses.asdict(each) for each in report.not_run]
+    data = {"has_reference": report.has_reference, "attacks": rows, "not_run": missing, "seconds": report.seconds}
+    return Told(data, [str(report)])
+
+
+def run_attacks(
+    model: str, adapter: Path | None, forget: str, forget_class: str | None, retain: str | None, test: str | None,
+    reference: str | None, batch_size: int, template: str | None, time_limit: float | None, seed: int, progress: bool,
+) -> Any:  # fmt: skip
+    """All attacks that the data allow, as an `AttackReport`."""
     from semu_peft import evaluation
 
     further = {}
-    if job == "images":
+    if check_judged(model) == "images":
         base = classifier(model, adapter)
         batches = _image_batches(base, forget, forget_class, retain, test, batch_size)
         other = None if reference is None else classifier(reference)
     else:
         base, tokenizer = language_model(model, adapter)
-        template = None if template is None else template.replace("\\n", "\n")
+        template = written_out(template)
         batches, has_questions = _text_batches(tokenizer, forget, retain, test, template, batch_size)
         other = None if reference is None else language_model(reference)[0]
         asking: dict[str, Any] = {"gold": other, "template": template, "batch_size": batch_size, "seed": seed}
@@ -98,13 +106,33 @@ def attack(
             further["prompts"] = lambda attacked: evaluation.prompt_attacks(
                 attacked, tokenizer, forget, progress=False, **asking
             )
-    report = evaluation.attack(
+    return evaluation.attack(
         base, **batches, reference=other, further=further, time_limit=time_limit, seed=seed, progress=progress
     )
-    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
-    missing = [dataclasses.asdict(each) for each in report.not_run]
-    data_out = {"job": job, "has_reference": report.has_reference, "attacks": rows, "not_run": missing}
-    return Told({**data_out, "seconds": report.seconds}, [str(report)])
+
+
+def measure_text(
+    model: str, adapter: Path | None, forget: str, retain: str | None, neutral: str | None, reference: str | None,
+    batch_size: int, template: str | None, metrics: list[str] | None, *, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """`LanguageMetrics` of each model."""
+    from semu_peft.evaluation import evaluate_language
+
+    options: dict[str, Any] = {
+        "utility": None if retain is None else {"retain": _file(retain, "retain")},
+        "neutral": None if neutral is None else _file(neutral, "neutral"),
+        "metrics": metrics, "template": written_out(template), "batch_size": batch_size, "progress": progress,
+    }  # fmt: skip
+    rows = {}
+    for name, place, own in _models(model, adapter, reference):
+        measured, tokenizer = language_model(place, own)
+        rows[name] = evaluate_language(measured, tokenizer, _file(forget, "forget"), **options)
+    return rows
+
+
+def written_out(template: str | None) -> str | None:
+    """A template with the line breaks that a shell passes on as two signs."""
+    return None if template is None else template.replace("\\n", "\n")
 
 
 def _image_batches(
@@ -132,7 +160,8 @@ def _text_batches(
     return batches, not any(row.is_plain for row in read_text(forget))
 
 
-def _job(model: str) -> str:
+def check_judged(model: str) -> str:
+    """The job of a model, a usage error where only Python can judge it."""
     job = job_of(model)
     if job == "concept":
         raise typer.BadParameter(
@@ -163,13 +192,14 @@ def _kept(retain: str | None, forget: str, forget_class: str | None, base: Any) 
     return None if forget_class is None else read_others(forget, base, forget_class, "forget")
 
 
-def _evaluate_images(
+def measure_images(
     model: str, adapter: Path | None, forget: str, forget_class: str | None, retain: str | None, test: str | None,
     reference: str | None, batch_size: int, seed: int,
-) -> Told:  # fmt: skip
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share."""
     from semu_peft.evaluation import evaluate_forgetting, predict
 
-    shown, rows = {}, {}
+    rows = {}
     for name, place, own in _models(model, adapter, reference):
         base = classifier(place, own)
         parts = {"forget": read_images(forget, base, only=forget_class)}
@@ -179,13 +209,11 @@ def _evaluate_images(
         said: dict[str, Any] = {
             part: predict(base, data.loader(batch_size), progress=False) for part, data in parts.items()
         }
-        row: dict[str, Any] = {f"{part}_accuracy": each.accuracy for part, each in said.items()}
+        rows[name] = {f"{part} accuracy": each.accuracy for part, each in said.items()}
         if len(said) == 3:
             judged = evaluate_forgetting(base, **said, seed=seed, progress=False)
-            row["membership_inference"] = judged.membership_inference
-        rows[name] = row
-        shown[name] = {key.replace("_", " "): f"{value:.1f}%" for key, value in row.items()}
-    return Told({"job": "images", "models": rows}, [_table(shown)])
+            rows[name]["membership inference"] = judged.membership_inference
+    return rows
 
 
 def _table(rows: dict[str, dict[str, str]]) -> Any:

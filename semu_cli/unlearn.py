@@ -268,7 +268,8 @@ def _record(job: str, settings: Mapping[str, Any], profile: Any, result: Any, fo
         "ranks": {name: layer.rank for name, layer in profile.layers.items()},
         "training": {
             "steps": result.steps, "examples_seen": result.examples_seen, "seconds": result.seconds,
-            "trainable_parameters": result.trainable_parameters, "stop_reason": result.stop_reason,
+            "trainable_parameters": result.trainable_parameters,
+            "stopped_early": result.stopped_early, "stop_reason": result.stop_reason,
             "history": result.history,
         },
         "versions": {

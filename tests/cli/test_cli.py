@@ -23,7 +23,9 @@ def semu(*arguments: object, code: int = 0) -> Any:
     """Run a verb with `--json`; returns what it wrote to stdout."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == code, (result.output, result.exception)
-    return json.loads(result.stdout) if result.stdout else {}
+    # Older runners mix what goes to stderr into this.
+    found, _ = json.JSONDecoder().raw_decode(result.stdout, result.stdout.index('{\n  "command"'))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,21 @@ def test_attack_names_what_was_tried_and_what_was_not(images: dict[str, Path], n
     found = semu("attack", *how, "--forget-class", "cat", "--time-limit", 0, "--no-progress")
     assert not found["has_reference"] and found["attacks"] == []
     assert "stripping" in found["not_run"][0]["attack"]
+
+
+def test_an_audit_says_what_was_asked_done_and_not_tested(
+    images: dict[str, Path], no_cats: Any, tmp_path: Path
+) -> None:
+    how = ("--model", images["model"], "--adapter", images["adapter"], "--forget", images["data"])
+    asked = ("--forget-class", "cat", "--request", "Forget the cats.", "--no-attacks", "--no-progress")
+    found = semu("audit", *how, *asked, "--output-dir", tmp_path)
+    assert [Path(file).name for file in found["files"]] == ["report.json", "report.md", "report.html"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["request"]["text"] == "Forget the cats." and report["request"]["data"]["forget"]["files"] == 6
+    accuracy = {row["name"]: row["values"]["forget accuracy"]["value"] for row in report["metrics"]["rows"]}
+    assert accuracy == {"original": 100.0, "unlearned": 0.0}
+    assert report["training"][0]["steps"] == no_cats["training"]["steps"]
+    assert found["not_tested"] == report["not_tested"] and found["not_tested"]
 
 
 def test_retained_images_hold_the_other_classes(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
