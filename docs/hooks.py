@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere in the repository, in one copy: MkDocs reads this file, see `mkdocs.yml`.
+"""Pages of the site that stand elsewhere in the repository, in one copy. `mkdocs.yml` names this file.
 
 A link is written as it is right where the file stands, so that it works in a checkout too. In the site it leads to the
 same file's page; a link to a file that the site does not have stays as its text.
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 # path in the repository -> path in the site
-OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {f"{name.upper()}.md": f"{name}.md" for name in ("contributing", "changelog", "security")}
 OUTSIDE |= {f"notebooks/{path.name}": f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from pages import PAGES, ROOT, name
 
+READ = [*PAGES, *(ROOT / path for path in ("CHANGELOG.md", "SECURITY.md", "examples/README.md"))]
 _FENCED = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
@@ -34,7 +35,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", READ, ids=name)
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     for target in links(page):
         path, _, anchor = target.partition("#")
@@ -46,7 +47,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
             assert anchor in headings(file), f"{target}: no such heading"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", READ, ids=name)
 def test_links_to_other_hosts_are_well_formed(page: Path) -> None:
     bare = {address.rstrip(".,;:") for address in _BARE.findall(prose(page))}
     found = bare | {link for link in links(page) if "://" in link}
