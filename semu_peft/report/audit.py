@@ -241,7 +241,8 @@ def audit(
         "environment": environment_contents(model),
     }
     contents["share"] = _share(contents)
-    missing = untested(measured, attacked, read_task(measured, attacked), ["damage"] if _with_damage(runs) else [])
+    task = read_task(measured, attacked, attacks)
+    missing = untested(measured, attacked, task, ["damage"] if _with_damage(runs) else [])
     contents["not_tested"] = not_tested(missing, not_run)
     marked = [] if forgotten is None else [forgotten] if isinstance(forgotten, (int, str)) else list(forgotten)
     pictures = [*_curves(runs, attacks), *_spectra(profile)]

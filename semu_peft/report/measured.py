@@ -160,8 +160,11 @@ def flat_attacks(attacks: Any) -> list[tuple[str, Any]]:
     return [("", attacks)]
 
 
-def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]]) -> str | None:
-    """What the model is for, as its results tell; `None` where they do not."""
+def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], given: Any = None) -> str | None:
+    """What the model is for, as a report of attacks or the kinds of the results tell; `None` where they do not."""
+    reports = given if isinstance(given, (list, tuple)) else [given]
+    if (told := next((report.task for report in reports if hasattr(report, "task")), None)) is not None:
+        return str(told)
     kinds = [each["kind"] for each in (*metrics["rows"], *attacks)]
     return next((_TASKS[kind] for kind in kinds if kind in _TASKS), None)
 
@@ -170,7 +173,8 @@ def untested(
     metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], task: str | None, further: Iterable[str] = ()
 ) -> list[str]:
     """The kinds of evidence that no result is of."""
-    there = {"reference"} if metrics["reference"] or any(each["reference"] for each in attacks) else set()
+    beside = any(_has_reference(each["result"]) for each in attacks)
+    there = {"reference"} if metrics["reference"] or beside else set()
     there |= {"seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
     there |= {str(row["name"]).lower() for row in metrics["rows"]}
     there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
@@ -243,6 +247,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_numbers(metrics: Mapping[str, Any]) -> bool:
     return bool(metrics) and all(_is_number(value) for value in metrics.values())
+
+
+def _has_reference(result: Any) -> bool:
+    """Whether the attack was tried on a model that never knew as well; what an attack knows by construction is none."""
+    return isinstance(result, Mapping) and bool(result.get("reference") or result.get("gold"))
 
 
 def _hidden(name: str) -> bool:

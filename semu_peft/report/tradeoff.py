@@ -122,7 +122,10 @@ def plot_losses(
     figure, [panel] = panels(ax, (7, 5))
     for index, (name, values) in enumerate(lines.items()):
         look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
-        panel.plot(range(1, len(values) + 1), values, lw=1.5, label=name, **look)
+        panel.plot(range(1, len(values) + 1), values, lw=1.5, marker=".", ms=4, label=name, **look)
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("step", color=TEXT)
     panel.set_ylabel("loss", color=TEXT)
     panel.spines[["top", "right"]].set_visible(False)
@@ -133,8 +136,10 @@ def plot_losses(
 
 
 def _losses(result: UnlearnResult) -> list[str]:
-    known = {key for entry in result.history for key in entry}
-    return [key for key in ("forget_loss", "retain_loss") if key in known] or [key for key in ["loss"] if key in known]
+    """The two sides of the loss where most steps know them, else the loss; the last entry may know more than others."""
+    both = ["forget_loss", "retain_loss"]
+    split = sum(all(key in entry for key in both) for entry in result.history) > len(result.history) / 2
+    return both if split else ["loss"] if any("loss" in entry for entry in result.history) else []
 
 
 def _column(result: UnlearnResult, key: str, name: str) -> list[float]:

@@ -24,8 +24,9 @@ from semu_peft.evaluation import (
     Predictions,
     PromptAttacks,
     TextRelearning,
+    attack,
 )
-from semu_peft.objectives import UniformDistribution
+from semu_peft.objectives import Attacker, UniformDistribution
 from semu_peft.report import Audit, audit, plot_attack, plot_losses
 from semu_peft.report.fingerprints import data_fingerprint, model_fingerprint
 from semu_peft.report.measured import read_attacks, read_metrics, read_task, untested
@@ -206,6 +207,29 @@ def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
         plot_attack(given.results[1])
 
 
+def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    forget, retain = ([(torch.randn(30, 2) + at, torch.full((30,), at // 4))] for at in (0, 4))
+    tried = attack(model, forget, retain, attackers=[Attacker(steps=5)], reference=model, progress=False)
+    report = audit(attacks=tried)
+    assert [each["attack"] for each in report.contents["attacks"]] == [name for name, _, _ in tried.rows]
+    assert [picture.caption for picture in report.pictures] == ["Relearning", "Probes of inner layers"]
+    missing = {each["test"]: each["reason"] for each in report.contents["not_tested"]}
+    assert {each.attack for each in tried.not_run} <= set(missing)
+    assert missing["several seeds"] == "no result was given"
+    for there in (
+        "retrained",
+        "rounding",
+        "relearning from a few",
+        "probes",
+        "stripping",
+        "noise, flips",
+        "paraphrases",
+    ):
+        assert not any(there in name for name, reason in missing.items() if reason == "no result was given"), there
+
+
 def test_what_was_not_tested_follows_from_what_was_given() -> None:
     def missing(metrics: Any = None, attacks: Any = None) -> list[str]:
         read, (tried, _) = read_metrics(metrics), read_attacks(attacks)
@@ -227,6 +251,9 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
 
 def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) -> None:
     assert "Losses over the steps" in plot_losses(trained["training"]).get_label()
+    alone = [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0, "forget_loss": 1.0, "retain_loss": 0.0}]
+    figure = plot_losses(UnlearnResult(alone, 3, 8, 4, 0.1, True, "done"))
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3, 2, 1]]
     damage = [{"damage": 0.0, "answer_probability": 0.9, "loss": 1.0}, {"damage": 0.1, "answer_probability": 0.1}]
     kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
     report = audit(training={"first": kept, "second": trained["training"]})
