@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,7 @@ class TextEncoder:
             return self._for_decoder(self.tokens(before.rstrip(), ends=False), answer)
         prefix = self.tokens(before, ends=False)
         ids = self.tokens(whole, ends=not is_ended)
-        start = _common(prefix, ids)
+        start = max(_common(prefix, ids), 1)  # nothing predicts a row's first token
         without_end = len(ids) - (ids[-1] == self.tokenizer.eos_token_id)
         if not answer.strip() or start >= without_end:
             raise ValueError(f"An answer must have at least one token, got {answer!r} to {_shown(prompt)}. Drop it.")
@@ -143,8 +144,8 @@ class TextEncoder:
                     + ("`template` replaces. Leave `template` out." if self.template else "`tokenizer` has not.")
                 )
             before, _, after = (self.template or self._plain()).partition("{answer}")
-            for place in _PLACES:
-                before = before.replace(place, prompt)
+            # In one go: a question may itself have such braces in it.
+            before = re.sub("|".join(map(re.escape, _PLACES)), lambda _: prompt, before)
             return before, before + answer + after, False
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         options = {"tokenize": False, **(self.chat_options or {})}

@@ -110,6 +110,7 @@ class Part(Objective):
     def __post_init__(self) -> None:
         self.objective = as_objective(self.objective)
         self.distribution, self.minimum = self.objective.distribution, self.objective.minimum
+        self.is_steady, self.is_random = self.objective.is_steady, self.objective.is_random
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self.objective(model, batch[self.key])

@@ -5,9 +5,9 @@ The model itself is never written: what the attacker trains is a second set of v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,6 +24,7 @@ from .examples import Examples, Row, count_rows
 from .original import with_values
 
 OptimizerOfAttack = Literal["sgd", "adam"] | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Read = TypeVar("Read")
 Augment = Callable[[Any, torch.Generator], Any]
 """`(batch, generator) -> batch`: how an attacker varies its examples."""
 
@@ -117,7 +118,7 @@ def flip(batch: Any, generator: torch.Generator) -> Any:
         >>> flip((images, labels), torch.Generator().manual_seed(1))[0].flatten().tolist()
         [0.0, 1.0, 3.0, 2.0]
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: flip(value, generator) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         return tuple(flip(value, generator) for value in batch)
@@ -211,6 +212,11 @@ class Relearner:
         self.rows = forget.draw(attacker.forget_examples, generator)
         kept = [] if retain is None else retain.draw(attacker.retain_examples, generator)
         self._sources = [(forget, self.rows)] + ([(retain, kept)] if retain is not None and kept else [])
+        if not any(rows for _, rows in self._sources):
+            raise ValueError(
+                f"`attacker` must have an example to train on, got {attacker.forget_examples} forgotten ones and no "
+                "others. Raise `forget_examples`, or give `retain`."
+            )
         self._ready = None if attacker.batch_size else self._batches()
         self._optimizer = attacker.make_optimizer(self.values)
 
@@ -229,6 +235,24 @@ class Relearner:
         self._optimizer.step()
         for value in self.values:
             value.grad = None
+
+    def curve(self, at: Collection[int], read: Callable[[nn.Module], Read], name: str | None = None) -> list[Read]:
+        """Train up to the last of these steps, and read something of the model after each of them.
+
+        Args:
+            at: After how many steps to read; 0 is the model as it was.
+            read: What is read.
+            name: What to call the attack in a progress bar; None shows none.
+        """
+        from tqdm.auto import tqdm
+
+        found = []
+        for step in tqdm(range(max(at) + 1), desc=name, disable=name is None, leave=False):
+            if step:
+                self.step()
+            if step in at:
+                found.append(read(self.model))
+        return found
 
     def _batches(self) -> list[Any]:
         found = []

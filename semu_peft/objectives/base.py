@@ -75,6 +75,7 @@ class Objective(ABC):
             what natural gradients and bounds on the damage need to know of an objective.
         minimum: The value that the loss cannot fall below and reaches when all is forgotten; None where there is none.
         is_steady: Whether its values at different steps can be compared, so that a rise over the run means something.
+        is_random: Whether it draws at random, so that the same batch is worth looking at more than once.
 
     Examples:
         >>> import torch
@@ -90,6 +91,7 @@ class Objective(ABC):
     distribution: Distribution | None = None
     minimum: float | None = None
     is_steady: bool = True
+    is_random: bool = False
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -182,6 +184,7 @@ class WeightedSum(Objective):
     distribution: Distribution | None = field(init=False, repr=False, compare=False, default=None)
     minimum: float | None = field(init=False, repr=False, compare=False, default=None)
     is_steady: bool = field(init=False, repr=False, compare=False, default=True)
+    is_random: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
         terms = tuple((finite_number(weight, "weight"), as_objective(objective)) for weight, objective in self.terms)
@@ -191,6 +194,7 @@ class WeightedSum(Objective):
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
         object.__setattr__(self, "is_steady", all(objective.is_steady for _, objective in terms))
+        object.__setattr__(self, "is_random", any(objective.is_random for _, objective in terms))
         if all(weight >= 0 and objective.minimum is not None for weight, objective in terms):
             object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 
@@ -258,6 +262,7 @@ class RandomObjective(Objective):
     """
 
     seed: int = field(default=0, kw_only=True)
+    is_random = True
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, least=0)

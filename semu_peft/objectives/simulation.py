@@ -102,7 +102,7 @@ class SimulatedRelearning(RandomObjective):
         self._retain = None if self.retain is None else Examples(self.retain, "retain")
         self.forget = self._forget.batches
         self.retain = None if self._retain is None else self._retain.batches
-        self.distribution = self.objective.distribution
+        self.distribution, self.is_steady = self.objective.distribution, self.objective.is_steady
         self.minimum = None if self.objective.minimum is None else (1 + self.weight) * self.objective.minimum
         self.turn = 0
         self._in_memory: list[_Simulated] = []

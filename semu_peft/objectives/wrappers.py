@@ -54,6 +54,7 @@ class TokenSelective(Objective):
         check_switch("selected", self.selected)
         self._inner = as_objective(self.objective)
         self.distribution, self.minimum = self._inner.distribution, self._inner.minimum
+        self.is_steady, self.is_random = self._inner.is_steady, self._inner.is_random
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self._inner(model, self._select(batch))
@@ -129,13 +130,14 @@ class PrimalDual(Objective):
     multiplier: float = 1.0
     warmup: int = 0
     steps: int = field(default=0, init=False, repr=False)
+    is_steady = False  # it rises with its multiplier
 
     def __post_init__(self) -> None:
         for name in ("limit", "rate", "multiplier"):
             check_number(name, getattr(self, name), low=0)
         check_count("warmup", self.warmup, least=0)
         self._inner = as_objective(self.objective)
-        self.distribution = self._inner.distribution
+        self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         multiplier, loss = self.multiplier, self._inner(model, batch)
@@ -217,6 +219,7 @@ class InTurns(Objective):
                 f"{self.period}. Make the period longer."
             )
         self._inner = as_objective(self.objective)
+        self.is_random = self._inner.is_random
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         number, is_over = self.calls % self.period, self.until is not None and self.calls >= self.until

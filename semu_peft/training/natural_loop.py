@@ -375,7 +375,7 @@ class NaturalLoop(Loop):
                 if examples >= _HELD_EXAMPLES:
                     break
         # What draws at random is looked at more than once where there are few examples.
-        draws = any(_has_state(objective.state_dict()) for objective in self.objectives)
+        draws = any(objective.is_random for objective in self.objectives)
         rounds = min(_MOST_DRAWS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
@@ -424,10 +424,6 @@ class NaturalLoop(Loop):
 
 
 _NUMBERS = ("damping", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
-
-
-def _has_state(state: Mapping[str, Any]) -> bool:
-    return any(_has_state(each) if isinstance(each, Mapping) else True for each in state.values())
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

@@ -45,6 +45,16 @@ def test_a_token_across_the_border_is_the_answers() -> None:
     assert row["labels"] == [-100, *row["input_ids"][1:]]
 
 
+def test_nothing_predicts_the_first_token_of_a_row() -> None:
+    row = TextEncoder(tokenizer(), "{prompt}{answer}").encode(TextExample("blue a", ""))[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+def test_braces_in_a_question_stay() -> None:
+    encoder = TextEncoder(tokenizer(), "{prompt}: {answer}")
+    assert encoder.texts("{prompt} or {question}", "a")[0] == "{prompt} or {question}: "
+
+
 def test_the_end_stands_once() -> None:
     """Where the tokenizer adds EOS itself it is not added again, and where there is none nothing is made up."""
 

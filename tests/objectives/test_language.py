@@ -32,6 +32,7 @@ from semu_peft.objectives import (
     Objective,
     PreserveHiddenStates,
     PrimalDual,
+    RandomLabel,
     Retain,
     SatImp,
     SimNPO,
@@ -382,10 +383,31 @@ def test_primal_dual_follows_its_limit() -> None:
     assert again.multiplier == multiplier and again.steps == 2
 
 
-@pytest.mark.filterwarnings("ignore:The loss ended")  # at a higher multiplier
+@pytest.mark.filterwarnings("error:The loss ended")  # higher, but at a higher multiplier
 def test_primal_dual_in_a_run() -> None:
     """PDU as a composition: the multiplier rises while the retain loss is over its limit."""
     model, keep = adapted(), PrimalDual(CrossEntropy(), limit=0.1)
     retain = Retain([padded(seed=9)], keep)
     unlearn(model, [padded()], FlatLogits(), retain=retain, max_steps=4, learning_rate=1e-3, progress=False)
     assert keep.multiplier > 1 and keep.steps == 4
+
+
+def test_what_has_a_state_but_does_not_draw_is_looked_at_once() -> None:
+    """Of natural gradients, the batches on which start and end are compared are evaluated again for draws alone."""
+    prepared = []
+
+    class Watched(PrimalDual):
+        def prepare(self, model: nn.Module, batch: Any) -> Any:
+            prepared.append(batch)
+            return super().prepare(model, batch)
+
+    model, keep = adapted(), Watched(CrossEntropy(), limit=0.1)
+    unlearn(model, [padded()], NPO(), retain=Retain([padded(seed=9)], keep), max_steps=1, progress=False)
+    assert len(prepared) == 2  # to compare, and for the step
+
+
+def test_a_composition_draws_where_a_part_does() -> None:
+    drawn, steady = RandomLabel(), CrossEntropy()
+    for make in (TokenSelective, lambda inner: PrimalDual(inner, limit=0.1), lambda inner: inner + CrossEntropy()):
+        assert make(drawn).is_random and not make(steady).is_random
+    assert not PrimalDual(steady, limit=0.1).is_steady and not TokenSelective(PrimalDual(steady, limit=0.1)).is_steady
