@@ -32,7 +32,7 @@ from .memorisation import (
     retain_truth_ratio,
     truth_ratio,
 )
-from .prompts import read_plain, read_questions
+from .prompts import encoder_for, read_plain, read_questions
 from .token_scores import score_answers
 
 # What each metric is made from.
@@ -356,8 +356,14 @@ class _Suite:
 
     def _once(self, name: str, inputs: dict[str, Any], measure: Any) -> Any:
         if name not in self.seen:
-            self.seen[name] = self.kept.get(name, {**inputs, "template": self.template}, measure)
+            self.seen[name] = self.kept.get(name, {**inputs, "template": self.template, "tokens": self._first}, measure)
         return self.seen[name]
+
+    @property
+    def _first(self) -> dict[str, list[int]]:
+        """The first row as the model reads it: another tokenizer or chat template makes other measurements."""
+        row = self.sets["forget"][0]
+        return encoder_for(self.model, self.tokenizer, self.template).answer(row.prompt or "", row.answer)
 
 
 def _options(row: TextExample, paraphrased: bool, name: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_share
 from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.attackers import weights_of
 from semu_peft.objectives.batches import call_model
 
 from .prompts import encoder_for, read_questions
@@ -125,8 +126,8 @@ def gradient_norm(
 ) -> Tensor:
     """Mean over the model's weights of the norm of the gradient of each answer's loss, `(N,)`.
 
-    The gradients are of all floating-point parameters, frozen ones too, so that adapters and merged models compare;
-    none is kept, and flags stay as they were.
+    The gradients are of all floating-point weights, frozen ones too, but not of an adapter's own, so that a model with
+    an adapter and the same model merged compare; none is kept, and flags stay as they were.
 
     Args:
         model: A language model.
@@ -142,7 +143,7 @@ def gradient_norm(
     """
     encoder = encoder_for(model, tokenizer, template)
     rows = [encoder.answer(example.prompt or "", example.answer) for example in read_questions(pairs)]
-    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    weights = list(weights_of(model).values())
     flags = [parameter.requires_grad for parameter in weights]
     found = torch.zeros(len(rows), dtype=torch.float64)
 

@@ -184,9 +184,13 @@ def relearning(
         left = pools[0].without(relearner.rows) or pools[0].rows
         on_forget = pools[0].batches_of(left, size=256) if tests[0] is None else tests[0]
         on_retain = (pools[1].batches if pools[1] else []) if tests[1] is None else tests[1]
-        seen = _measured(relearner, at, measure, on_forget, on_retain, name if progress else None)
+        sides = [side for side in (on_forget, on_retain) if side]
+        seen = relearner.curve(
+            at, lambda changed: [measure(changed, side) for side in sides], name if progress else None
+        )
         loss.load_state_dict(loss_state)
-        return RelearningCurve(attacker.label, at, tuple(seen[0]), tuple(seen[1]), beside, half)
+        of_forget, *of_retain = zip(*seen, strict=True)
+        return RelearningCurve(attacker.label, at, of_forget, of_retain[0] if of_retain else (), beside, half)
 
     gold = None if reference is None else curve(reference, "reference relearns", None)
     return curve(model, "relearns", gold)
@@ -195,19 +199,3 @@ def relearning(
 def _when(last: int, steps: Sequence[int] | None) -> tuple[int, ...]:
     usual = [*STEPS, *(100 * 2**k for k in range(10))]
     return tuple(sorted({0, last, *(step for step in (usual if steps is None else steps) if 0 <= step <= last)}))
-
-
-def _measured(
-    relearner: Relearner, at: Sequence[int], measure: Measure, forget: Sequence[Any], retain: Sequence[Any],
-    name: str | None,
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    from tqdm.auto import tqdm
-
-    on_forget, on_retain = [], []
-    for step in tqdm(range(at[-1] + 1), desc=name, disable=name is None, leave=False):
-        if step:
-            relearner.step()
-        if step in at:
-            on_forget.append(measure(relearner.model, forget))
-            on_retain += [measure(relearner.model, retain)] if retain else []
-    return on_forget, on_retain

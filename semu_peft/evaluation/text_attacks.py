@@ -22,6 +22,7 @@ from semu_peft.objectives.examples import Examples
 from .generation import generate_answers, rouge_l
 from .prompting import few_shot
 from .prompts import encoder_for, read_questions
+from .quantization import round_to_nearest
 from .token_scores import score_answers
 
 JAILBREAK = "Sure, here is the answer:"
@@ -238,19 +239,12 @@ def relearn_text(
         relearner = Relearner(attacked, attacker, Examples([batch]), None, CrossEntropy(), draw)
         drawn[:] = [place for _, place in relearner.rows]
         left = [row for place, row in enumerate(examples) if place not in drawn] or examples
-        return tuple(_curve(relearner, at, left if measured is None else measured, name))
+        rows = left if measured is None else measured
+        return tuple(relearner.curve(at, lambda changed: probability(changed, rows), name if progress else None))
 
-    def _curve(relearner: Relearner, at: Sequence[int], rows: list[TextExample], name: str) -> Iterator[float]:
-        from tqdm.auto import tqdm
-
-        for step in tqdm(range(at[-1] + 1), desc=name, disable=not progress, leave=False):
-            if step:
-                relearner.step()
-            if step in at:
-                scores = score_answers(
-                    relearner.model, tokenizer, rows, template=template, batch_size=batch_size, progress=False
-                )
-                yield float(scores.probability.mean())
+    def probability(changed: nn.Module, rows: list[TextExample]) -> float:
+        scores = score_answers(changed, tokenizer, rows, template=template, batch_size=batch_size, progress=False)
+        return float(scores.probability.mean())
 
     beside = () if gold is None else curve(gold, "gold relearns")
     found = curve(model, "relearns")
@@ -304,7 +298,7 @@ def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None =
         with torch.no_grad():
             for weight, transposed in weights:
                 rows = weight.T if transposed else weight
-                rows.copy_(_round(rows, bits, group_size))
+                rows.copy_(round_to_nearest(rows, bits, group_size))
         yield model
     finally:
         for layer in apart:
@@ -327,12 +321,3 @@ def _linear_weights(model: nn.Module) -> list[tuple[Tensor, bool]]:
         if isinstance(module, (nn.Linear, Conv1D)) and not is_adapter and module.weight.is_floating_point():
             found[id(module.weight)] = (module.weight, isinstance(module, Conv1D))
     return [pair for key, pair in found.items() if key not in left_out]
-
-
-def _round(rows: Tensor, bits: int, group_size: int | None) -> Tensor:
-    levels = 2 ** (bits - 1) - 1
-    pieces = []
-    for piece in rows.float().split(group_size or rows.shape[1], dim=1):
-        scale = piece.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / levels
-        pieces.append((piece / scale).round().clamp(-levels, levels) * scale)
-    return torch.cat(pieces, 1).to(rows.dtype)

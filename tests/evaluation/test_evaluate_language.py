@@ -121,6 +121,8 @@ def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Pat
     fewer = evaluate_language(decoder(), tokenizer, FORGET[:1], **options)
     assert fewer.probability != every.probability
     assert evaluate_language(decoder(), tokenizer, FORGET, template="{question} {answer}", **options) != every
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
+    assert evaluate_language(decoder(), tokenizer, FORGET, **options) != every
     with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
         evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
     saved = json.loads((tmp_path / "forget_answers.json").read_text())

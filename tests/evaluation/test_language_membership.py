@@ -8,6 +8,7 @@ import pytest
 import torch
 from answer_models import FACTS, FORGET, WORDS, decoder, word_tokenizer
 from models import Snapshot
+from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -82,6 +83,13 @@ def test_gradient_norms_are_those_of_each_answer_alone() -> None:
     nn.functional.cross_entropy(logits, torch.tensor(ids[1])).backward()
     norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     assert found[2].item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+
+
+def test_gradient_norms_of_an_adapter_are_those_of_the_merged_model() -> None:
+    model = get_peft_model(decoder(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    apart = gradient_norm(model, word_tokenizer(), FORGET, **QUIET)
+    merged = gradient_norm(model.merge_and_unload(), word_tokenizer(), FORGET, **QUIET)
+    assert torch.allclose(apart, merged, rtol=1e-4)
 
 
 def test_text_membership_is_made_of_its_scores() -> None:

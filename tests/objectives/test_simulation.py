@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_examples_of_every_form() -> None:
 
 
 def test_flips_leave_what_is_no_picture() -> None:
-    batch = {"pixel_values": torch.arange(8.0).view(4, 1, 1, 2), "labels": torch.arange(4)}
+    batch = UserDict(pixel_values=torch.arange(8.0).view(4, 1, 1, 2), labels=torch.arange(4))  # as transformers' are
     flipped = flip(batch, torch.Generator().manual_seed(0))
     assert torch.equal(flipped["labels"], batch["labels"])
     turned = flipped["pixel_values"][:, 0, 0, 0] == batch["pixel_values"][:, 0, 0, 1]
@@ -278,6 +279,10 @@ def test_flips_leave_what_is_no_picture() -> None:
         ("optimizer", lambda: Attacker("lion")),
         ("learning_rate", lambda: Attacker("sgd", -1.0)),
         ("forget_examples", lambda: Attacker(forget_examples=0, retain_examples=0)),
+        (
+            "attacker",
+            lambda: SimulatedRelearning(CrossEntropy(), FORGET, None, Attacker(forget_examples=0))(Mlp(), FORGET[0]),
+        ),
         ("layers", lambda: Attacker(layers=5)),
         ("layers", lambda: deep(CrossEntropy(), attackers=Attacker(layers="nope"))(Mlp().double(), batches(FORGET)[0])),
         ("margin", lambda: DecoupledDistillation(margin=-1.0)),
