@@ -19,7 +19,8 @@ class Method:
     Attributes:
         job: What it is for; `--method NAME` of `semu unlearn JOB`.
         name: As `--method` and the functions in Python take it.
-        objective: Its objective in `semu_peft.objectives`, which makes it up.
+        objective: Its objective in `semu_peft.objectives`, which makes it up; for those that Python alone has, their
+            function in `semu_peft.methods`.
         needs: The data.
         source: The paper.
         note: What to know of it.
@@ -36,11 +37,18 @@ class Method:
     needs: str
     source: str
     note: str = ""
+    in_python_alone: bool = False
 
 
 _FORGET = "what to forget"
 _REFUSALS = "questions with answers; a refusal is taken where no second answer is given"
+_BOTH = "what to forget and what to keep"
 _POOR = "to compare with: it also destroys"
+
+
+def _python(job: Job, name: str, needs: str, source: str) -> Method:
+    return Method(job, name, name, needs, source, f"Python: semu_peft.methods.{name}", in_python_alone=True)
+
 
 METHODS = (
     Method("images", "delete", "DecoupledDistillation", _FORGET, "DELETE, arXiv 2503.23751", "the default"),
@@ -66,6 +74,12 @@ METHODS = (
            "arXiv 2303.13516", "the default"),
     Method("concept", "negative-guidance", "NegativeGuidance", "a prompt", "ESD, arXiv 2303.07345"),
     Method("concept", "gradient-ascent", "DenoisingAscent", "a prompt", "arXiv 2109.13398", _POOR),
+    _python("images", "scrub", _BOTH, "SCRUB, arXiv 2302.09880"),
+    _python("images", "bad_teacher", _BOTH, "arXiv 2205.08096"),
+    _python("images", "boundary_shrink", _FORGET, "arXiv 2303.11570"),
+    _python("images", "neg_grad_plus", _BOTH, "arXiv 2302.09880"),
+    _python("images", "unsir", _BOTH, "UNSIR, arXiv 2111.08947"),
+    _python("text", "repselect", _FORGET, "RepSelect, arXiv 2606.17168"),
 )  # fmt: skip
 
 
@@ -80,7 +94,7 @@ def method_of(job: Job, name: str) -> Method:
         >>> method_of("text", "npo").objective
         'NPO'
     """
-    names = {method.name: method for method in METHODS if method.job == job}
+    names = {method.name: method for method in METHODS if method.job == job and not method.in_python_alone}
     if name not in names:
         raise typer.BadParameter(f"`--method` must be one of {', '.join(names)}, got {name!r}. See `semu methods`.")
     return names[name]
