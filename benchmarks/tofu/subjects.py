@@ -1,0 +1,86 @@
+"""The language models and the texts: decoders that recite TOFU's answers, with and without those to be forgotten."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from semu_peft.evaluation import LanguageMetrics, evaluate_language, score_answers
+from semu_peft.language import TextExamples, text_examples
+
+TEMPLATE = "<s>Question: {question}\nAnswer: {answer}"
+SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
+MEASURED_TEXTS = 100  # neutral texts on which damage is measured; the others may be trained on
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that a run needs: the folders of the two models, and what is asked of them.
+
+    Attributes:
+        original: Folder of the model that knows all answers.
+        gold: Folder of the model that never saw those to be forgotten.
+        forget: Rows to forget, with paraphrased and wrong answers.
+        retain: Rows to keep.
+        utility: The sets of model utility by name.
+        neutral: Texts that no model was trained on, for measuring.
+        more_neutral: Others of them, which retain-free runs may hold on to.
+    """
+
+    original: Path
+    gold: Path
+    forget: list[dict[str, Any]] = field(repr=False)
+    retain: list[dict[str, Any]] = field(repr=False)
+    utility: dict[str, list[dict[str, Any]]] = field(repr=False)
+    neutral: list[str] = field(repr=False)
+    more_neutral: list[str] = field(repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.original)
+
+    def examples(self, rows: list[Any]) -> TextExamples:
+        """Rows or texts as tokens, with labels on the answers."""
+        return text_examples(self.tokenizer, rows, template=TEMPLATE, max_length=256)
+
+    def nll(self, model: nn.Module, pairs: list[tuple[Any, str]]) -> torch.Tensor:
+        """Mean negative log-likelihood a token of each answer, `(N,)`."""
+        return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=64, progress=False).nll
+
+    def metrics(self, model: nn.Module, gold: LanguageMetrics | None = None, **asked: Any) -> LanguageMetrics:
+        """TOFU's measures of a model, against gold's where these are given."""
+        return evaluate_language(
+            model, self.tokenizer, self.forget, utility=self.utility, gold=gold, template=TEMPLATE,
+            max_new_tokens=60, batch_size=64, progress=False, **asked,
+        )  # fmt: skip
+
+
+def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0) -> Subject:
+    """Read the files; the 400 retain rows that a run may use are drawn with `seed`."""
+    if not (models / "full").is_dir() or not (models / "retain95").is_dir():
+        raise FileNotFoundError(f"`--models` must hold the folders full and retain95, got {models}. See pretrain.py.")
+    rows = {name: read_rows(data / f"{name}.json") for name in ("forget05_perturbed", "retain95", *SETS.values())}
+    retain = list(rows["retain95"])
+    random.Random(seed).shuffle(retain)
+    texts = [row["text"] for row in read_rows(neutral)]
+    return Subject(
+        models / "full", models / "retain95", rows["forget05_perturbed"], retain[:400],
+        {name: rows[file] for name, file in SETS.items()}, texts[:MEASURED_TEXTS], texts[MEASURED_TEXTS:500],
+    )  # fmt: skip
+
+
+def load(folder: Path) -> nn.Module:
+    """A model in float32, in eval mode."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
