@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from semu_peft.arguments import check_kind, check_path
@@ -197,6 +197,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
 def _read_repository(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     try:
         settings = _settings(Path(hf_hub_download(name, CONFIG_NAME, **given)), name)
+    except LocalEntryNotFoundError:
+        raise  # the Hub could not be asked
     except EntryNotFoundError:
         raise _no_adapter(name) from None
     except (RepositoryNotFoundError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import LocalEntryNotFoundError
 from models import Mlp
 from peft import LoraConfig, get_peft_model
 
@@ -126,3 +127,9 @@ def test_another_adapter_or_none_is_refused(tmp_path: Path) -> None:
             update_model_card(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a repository"):
         update_model_card(str(tmp_path / "nowhere"))
+
+
+def test_a_hub_that_cannot_be_asked_is_not_taken_for_one_without_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LocalEntryNotFoundError):
+        update_model_card("me/forget-ships-that-nobody-has")
