@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
-from semu_peft.evaluation import predict
+from semu_peft.evaluation import predict, relearning
+from semu_peft.objectives import Attacker
 from semu_peft.report import plot_confusion
 from semu_peft.report.figure import TEXT, new_figure, save_figure
 
@@ -44,6 +45,7 @@ def main() -> None:
     model = trained_on(train)
     draw_subspace(model, train, folder / "subspace.png")
     draw_forgetting(model, train, test, folder / "forgetting.png")
+    draw_relearning(model, train, test, folder / "relearning.png")
 
 
 # ---- the house ----
@@ -150,6 +152,33 @@ def draw_forgetting(model: nn.Module, train: TensorDataset, test: TensorDataset,
     initialize_semu_weights(unlearned, forget, objective, progress=False)
     unlearn(unlearned, forget, objective, epochs=20, learning_rate=0.1, progress=False)
     plot_confusion(before, predict(unlearned, [test.tensors], progress=False), path, forgotten=FORGOTTEN, dpi=100)
+
+
+def draw_relearning(model: nn.Module, train: TensorDataset, test: TensorDataset, path: Path) -> None:
+    """Draw how fast a digit comes back under fine-tuning on 20 examples: original, silenced and retrained model."""
+
+    def parts(digits: TensorDataset) -> tuple[TensorDataset, TensorDataset]:
+        gone = digits.tensors[1] == FORGOTTEN
+        return tuple(TensorDataset(*(tensor[chosen] for tensor in digits.tensors)) for chosen in (gone, ~gone))
+
+    (forget, retain), (forget_test, retain_test) = parts(train), parts(test)
+    retrained, objective = trained_on(retain), objectives.DecoupledDistillation()
+    silenced = get_peft_model(copy.deepcopy(model), SemuConfig(target_modules="all-linear", explained_variance=1.0))
+    initialize_semu_weights(silenced, [forget.tensors], objective, progress=False)
+    unlearn(silenced, [forget.tensors], objective, progress=False)
+    figure = new_figure(6.4, 3.4)
+    ax = figure.subplots()
+    models = {"original (do nothing)": model, "unlearned by SEMU": silenced, "retrained (gold)": retrained}
+    for (name, each), colour, marker in zip(models.items(), (GREY, BLUE, ORANGE), "s^o", strict=True):
+        curve = relearning(
+            each, [forget.tensors], [retain.tensors], attacker=Attacker("sgd", 3e-3, steps=30), steps=range(0, 31, 2),
+            forget_test=[forget_test.tensors], retain_test=[retain_test.tensors], progress=False,
+        )  # fmt: skip
+        ax.plot(curve.steps, curve.forget, color=colour, marker=marker, ms=4, lw=2, label=name)
+    ax.set(xlabel="steps of fine-tuning on 20 images of 3s and 60 others", ylabel="3s recognised, %", ylim=(-3, 103))
+    ax.legend(frameon=False, labelcolor=TEXT)
+    ax.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path, 100)
 
 
 # ---- the subspace ----
