@@ -152,6 +152,8 @@ def noisy_inputs(
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         variants.append([_changed(batch, lambda x, draw=generator: _noisy(x, scale, draw)) for batch in batches])
+    if not variants:
+        raise ValueError("`seeds` must hold at least one, got none. Write `[0]`.")
     return _input_attack(f"noise of {scale:g}", model, batches, variants, reference, measure)
 
 

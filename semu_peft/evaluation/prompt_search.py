@@ -125,6 +125,8 @@ def search_prompt(
     check_model(denoiser)
     check_count("steps", steps)
     check_number("learning_rate", learning_rate, low=0)
+    if not len(seeds):
+        raise ValueError("`seeds` must hold at least one, got none. Write `[0]`.")
     batches = [read_batch(batch) for batch in images]
     if not batches or any(not isinstance(batch["condition"].get(_WHERE), Tensor) for batch in batches):
         raise ValueError(

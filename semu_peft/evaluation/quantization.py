@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.objectives.adapter_parts import all_parts
@@ -191,18 +192,23 @@ def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Mo
             "`model` has modules or tokens that are trained in full beside its adapter, so the correction is not "
             "all of it. Merge the adapter first: `model.merge_and_unload()`."
         )
+    # A row of `Conv1D` leads from one input, not to one output.
+    by_input = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     values, layers = {}, []
     for name, weight in weights_of(model).items():
         if weight.dim() < 2:
             continue
         delta = corrections.pop(id(weight), None)
         merged = weight.detach() if delta is None else (weight.float() + delta.float()).to(weight.dtype)
-        values[id(weight)] = rounded = round_to_nearest(merged, bits, group_size)
+        before = weight.detach()
+        if id(weight) in by_input:
+            before, merged, delta = before.T, merged.T, None if delta is None else delta.T
+        rounded = round_to_nearest(merged, bits, group_size)
+        values[id(weight)] = rounded.T.contiguous() if id(weight) in by_input else rounded
         if delta is not None:
             layer = without_wrappers(name).removesuffix(".weight").removeprefix("base_model.model.")
-            before = round_to_nearest(weight, bits, group_size)
-            step = _steps(_as_rows(merged), bits, group_size)
-            layers.append(_left(layer, before, rounded, delta, step.view(weight.shape)))
+            step = _steps(_as_rows(merged), bits, group_size).view(merged.shape)
+            layers.append(_left(layer, round_to_nearest(before, bits, group_size), rounded, delta, step))
     if corrections:
         raise ValueError(
             f"`model`: the corrections of {len(corrections)} layers are not those of floating-point weights in memory, "

@@ -166,3 +166,10 @@ def test_mistakes_are_named(argument: str, value: Any) -> None:
     arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
     with pytest.raises((ValueError, TypeError), match=argument):
         attack(**arguments)
+
+
+def test_no_seeds_are_named() -> None:
+    with pytest.raises(ValueError, match="`seeds` must hold at least one"):
+        search_prompt(nn.ReLU(), concept(), CrossEntropy(), seeds=())
+    with pytest.raises(ValueError, match="`seeds` must hold at least one"):
+        noisy_inputs(Mlp(), vector_batches(1), seeds=())

@@ -65,6 +65,20 @@ def test_it_is_the_merged_model_that_is_rounded(kind: Any) -> None:
     assert found.retain == found.forget and {layer.layer for layer in found.layers} == set(kind.targets)
 
 
+def test_rows_of_conv1d_are_its_outputs() -> None:
+    """GPT-2's layers are rounded as the linear layers that they stand for."""
+    model = gpt2().eval()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    seen = []
+
+    def measure(rounded: nn.Module, batches: Any) -> float:
+        seen.append(rounded.transformer.h[0].mlp.c_fc.weight.detach().clone())
+        return 0.0
+
+    quantization(model, [1], measure=measure, bits=3, group_size=4)
+    assert torch.equal(seen[0], weight) and torch.equal(seen[1], round_to_nearest(weight.T, 3, 4).T)
+
+
 def test_a_small_correction_vanishes_and_a_large_one_does_not() -> None:
     def after(size: float) -> Any:
         torch.manual_seed(0)
