@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import split_batch
-from semu_peft.objectives.examples import count_rows
+from semu_peft.objectives.examples import count_examples
 from semu_peft.tuner.adapted import base_model
 
 from .classification import predict
@@ -89,7 +89,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Any], loss: LossFunction) -> f
     try:
         with torch.no_grad(), eval_mode(model):
             for batch in batches:
-                size = count_rows(batch) or 1
+                size = count_examples(batch) or 1
                 total, count = total + size * float(objective(model, send_to_device(batch, device))), count + size
     finally:
         objective.load_state_dict(state)

@@ -19,6 +19,7 @@ from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.examples import count_examples
 
 from .loss_scale import LossScale
 from .processes import sum_over_processes
@@ -314,22 +315,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"Layer {name!r}: {error}") from error
-
-
-def count_examples(batch: Any) -> int | None:
-    """The first dimension of the first tensor in a batch that has one; `None` where none has.
-
-    Examples:
-        >>> count_examples({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_examples(["text"])
-        (4, None)
-    """
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else None
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if not isinstance(batch, (list, tuple)):
-        return None
-    return next((size for size in map(count_examples, batch) if size is not None), None)
 
 
 def check_loss(loss: Any, where: str) -> None:

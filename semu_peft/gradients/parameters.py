@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_kind, check_model
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.examples import single_examples
 from semu_peft.tuner.adapted import own_parameters
 
 from .batch_gradient import BatchGradient
-from .gather import Gathered, count_examples, stream_gradients
+from .gather import Gathered, stream_gradients
 from .sources import GradientSource, WeightSource, carries_gradient
 from .statistics import SquaredSum, Statistic, StatisticFactory
 
@@ -77,7 +78,7 @@ def gather_parameters(
     sources = _sources(model, targets)
     statistics = {name: statistic(source.shape, source.dtype, source.device) for name, source in sources.items()}
     runner = extract_model_from_parallel(model)
-    taken = _examples_of(batches) if per == "example" else batches
+    taken = (one for batch in batches for one in single_examples(batch)) if per == "example" else batches
     counts = stream_gradients(runner, sources, statistics, taken, objective, progress=progress)
     return Gathered(statistics, counts.batches, counts.examples, counts.unused)
 
@@ -143,31 +144,3 @@ def _sources(model: nn.Module, targets: Sequence[str] | None) -> dict[str, Gradi
             "names as `named_parameters()` has them, or leave it out to take all."
         )
     return found
-
-
-def _examples_of(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches' examples one by one, as batches of one."""
-    for batch in batches:
-        size = count_examples(batch)
-        if size is None:
-            raise TypeError(
-                f"`batches` must hold tensors whose first dimension is the examples, got {type(batch).__name__} "
-                "without one. Give such batches, or `per='batch'`."
-            )
-        for index in range(size):
-            yield _rows(batch, slice(index, index + 1), size)
-
-
-def _rows(batch: Any, rows: slice, size: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[rows] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _rows(value, rows, size) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_rows(value, rows, size) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        plain = not any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in batch)
-        if plain:  # labels, texts: one each
-            return batch[rows] if len(batch) == size else batch
-        return type(batch)(_rows(value, rows, size) for value in batch)
-    return batch

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_model, check_switch
-from semu_peft.gradients.gather import count_examples
 from semu_peft.gradients.processes import sum_over_processes
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.examples import count_examples
 from semu_peft.objectives.routers import find_mixtures, watched_routers
 from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from semu_peft.arguments import check_adapter_name, check_model, check_number, check_share
+from semu_peft.arguments import check_adapter_name, check_kind, check_model, check_number, check_share
 from semu_peft.gradients.gather import Gathered
 from semu_peft.gradients.statistics import GradientSum, SquaredSum
 from semu_peft.tuner.adapted import base_model, semu_layers
@@ -221,12 +221,20 @@ def top_mask(scores: Mapping[str, Tensor], keep: float) -> dict[str, Tensor]:
         scores: By layer, as [`attribution_scores`][semu_peft.localize.layers.attribution_scores] gives them.
         keep: The share of all elements to keep, in (0, 1].
 
+    Raises:
+        ValueError: `keep` is out of range, there are no scores, or one is NaN.
+
     Examples:
         >>> top_mask({"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([3.0, 2.0])}, keep=0.5)
         {'a': tensor([False,  True]), 'b': tensor([ True, False])}
     """
     check_share("keep", keep)
-    flat = torch.cat([score.flatten().cpu() for score in scores.values()])
+    check_kind("scores", scores, Mapping, "a mapping from names to scores", "See `attribution_scores`.")
+    if not scores:
+        raise ValueError("`scores` must be of one layer at least, got none. Gather some first.")
+    flat = torch.cat([score.detach().flatten().cpu() for score in scores.values()])
+    if flat.isnan().any():
+        raise ValueError("`scores` must be numbers, got NaN among them. Check the gradients that they were made of.")
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[flat.sort(descending=True, stable=True).indices[: round(keep * len(flat))]] = True
     parts = chosen.split([score.numel() for score in scores.values()])

@@ -41,7 +41,7 @@ class Examples:
         self.batches = list(batches)
         self.rows: list[Row] = []
         for number, batch in enumerate(self.batches):
-            size = count_rows(batch)
+            size = count_examples(batch)
             if size is None:
                 raise TypeError(
                     f"`{name}` must give batches of tensors, got {type(batch).__name__}. Let the loader collate them."
@@ -75,17 +75,17 @@ class Examples:
         parts: dict[Any, list[Any]] = {}
         for number, chosen in places.items():
             batch = self.batches[number]
-            part = _select(batch, torch.tensor(chosen), count_rows(batch))
+            part = _select(batch, torch.tensor(chosen), count_examples(batch))
             parts.setdefault(_shape(part), []).append(part)
         return [_join(alike) for alike in parts.values()]
 
 
-def count_rows(batch: Any) -> int | None:
+def count_examples(batch: Any) -> int | None:
     """The number of examples: the first dimension of the first tensor that has one; `None` where none has.
 
     Examples:
         >>> import torch
-        >>> count_rows({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_rows("text")
+        >>> count_examples({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)}), count_examples("text")
         (4, None)
     """
     if isinstance(batch, Tensor):
@@ -93,12 +93,45 @@ def count_rows(batch: Any) -> int | None:
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(values, (list, tuple)):
         return None
-    return next((size for size in map(count_rows, values) if size is not None), None)
+    return next((size for size in map(count_examples, values) if size is not None), None)
 
 
-def _is_by_example(value: Any, size: int | None, name: str) -> bool:
+def single_examples(batch: Any) -> list[Any]:
+    """The examples of a batch as batches of one: tensors are cut, and lists of as many labels or texts.
+
+    Raises:
+        TypeError: The batch holds no tensor, so that it does not say how many there are.
+
+    Examples:
+        >>> import torch
+        >>> [(len(inputs), names) for inputs, names in single_examples((torch.zeros(2, 3), ["cat", "dog"]))]
+        [(1, ['cat']), (1, ['dog'])]
+    """
+    size = count_examples(batch)
+    if size is None:
+        raise TypeError(
+            f"`batches` must hold tensors whose first dimension is the examples, got {type(batch).__name__} without "
+            "one. Put a tensor into it."
+        )
+    return [_one(batch, index, size) for index in range(size)]
+
+
+def _one(value: Any, index: int, size: int, name: str = "") -> Any:
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if _is_by_example(value, size, name) else value
+    if isinstance(value, Mapping):
+        return {key: _one(each, index, size, str(key)) for key, each in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    if not any(isinstance(each, (Tensor, Mapping, list, tuple)) for each in value):  # labels, texts: one each
+        return value[index : index + 1] if len(value) == size else value
+    parts = [_one(each, index, size) for each in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _is_by_example(value: Tensor, size: int | None, name: str) -> bool:
     shared = name in SHARED and value.dim() == 2  # positions, the same for all
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size and not shared
+    return value.dim() > 0 and len(value) == size and not shared
 
 
 def _select(value: Any, places: Tensor, size: int | None, name: str = "") -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semu_peft.files import digest_of
 from semu_peft.objectives.batches import check_batches
-from semu_peft.objectives.examples import count_rows
+from semu_peft.objectives.examples import count_examples
 from semu_peft.training.fingerprint import bytes_of, describe
 from semu_peft.tuner.adapted import own_parameters, semu_layers
 
@@ -110,7 +110,7 @@ def _path_fingerprint(path: Path, name: str) -> dict[str, Any]:
 
 def _rows(batch: Any) -> Iterator[bytes]:
     """The digest of each example of a batch; of something without tensors, of the whole."""
-    count = count_rows(batch)
+    count = count_examples(batch)
     if count is None:
         yield hashlib.sha256(json.dumps(describe(batch), sort_keys=True).encode()).digest()
         return

@@ -14,9 +14,10 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from semu_peft.gradients.gather import check_loss, count_examples
+from semu_peft.gradients.gather import check_loss
 from semu_peft.model_state import same_modes
 from semu_peft.objectives.base import Objective, as_objective
+from semu_peft.objectives.examples import count_examples, single_examples
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
@@ -38,7 +39,7 @@ from .parameters import trained_parameters
 from .progress import Position, Progress
 from .rules.base import Rule, Step, StepData
 from .settings import Settings
-from .step_data import GradientsOfStep, examples_of
+from .step_data import GradientsOfStep
 
 _RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
 _NEXT_RETAIN_SEED = 2**20
@@ -270,7 +271,7 @@ class Loop:
                     f"weights {self.weights}. Set `weight=0`, or put these data among the forget batches."
                 )
             for batch, _ in batches:
-                for example in examples_of(batch):
+                for example in single_examples(batch):
                     yield _scalar(
                         self.objectives[0](extract_model_from_parallel(self.prepared.model), example),
                         "one example, for a rule",

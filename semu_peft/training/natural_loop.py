@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
-from semu_peft.gradients.gather import count_examples
 from semu_peft.gradients.processes import processes_of_torch, sum_over_processes
 from semu_peft.objectives.base import Evaluation, Objective
 from semu_peft.objectives.distributions import probe
+from semu_peft.objectives.examples import count_examples
 
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semu_peft.gradients.gather import count_examples
 from semu_peft.objectives.base import Objective
 
 from .trials import Term, Trials
@@ -125,33 +124,3 @@ def gradients_of_terms(
 def _load(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
     for objective, state in zip(objectives, states, strict=True):
         objective.load_state_dict(state)
-
-
-def examples_of(batch: Any) -> Iterator[Any]:
-    """The examples of a batch as batches of one: every tensor whose first dimension is theirs is cut.
-
-    Raises:
-        ValueError: The batch holds no tensor, so that it does not say how many there are.
-
-    Examples:
-        >>> [inputs.shape for inputs, labels in examples_of((torch.zeros(2, 3), torch.zeros(2)))]
-        [torch.Size([1, 3]), torch.Size([1, 3])]
-    """
-    count = count_examples(batch)
-    if count is None:
-        raise ValueError(
-            "`forget`: a batch without a tensor has no examples that could be told apart. Put a tensor into it whose "
-            "first dimension is the examples."
-        )
-    return (_example(batch, index, count) for index in range(count))
-
-
-def _example(part: Any, index: int, count: int) -> Any:
-    if isinstance(part, Tensor):
-        return part[index : index + 1] if part.dim() and len(part) == count else part
-    if isinstance(part, Mapping):
-        return {key: _example(each, index, count) for key, each in part.items()}
-    if isinstance(part, (list, tuple)):
-        cut = [_example(each, index, count) for each in part]
-        return cut if isinstance(part, list) else tuple(cut)
-    return part

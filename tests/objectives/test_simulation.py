@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import UserDict
+from collections import UserDict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from semu_peft.objectives import (
     SimulatedRelearning,
 )
 from semu_peft.objectives.attackers import flip
-from semu_peft.objectives.examples import Examples
+from semu_peft.objectives.examples import Examples, single_examples
 from semu_peft.objectives.original import original, with_values
 
 FORGET, RETAIN = vector_batches(2, 8, seed=1), vector_batches(2, 8, seed=2)
@@ -255,6 +255,18 @@ def test_examples_of_every_form() -> None:
     condition = {"latents": torch.zeros(2, 4), "condition": {"txt_ids": torch.zeros(2, 3), "c": torch.arange(2)}}
     (one,) = Examples([condition]).batches_of([(0, 1)])
     assert one["condition"]["c"].tolist() == [1] and one["condition"]["txt_ids"].shape == (2, 3), "shared by all"
+
+
+def test_single_examples_have_their_own_labels_and_names() -> None:
+    """Whatever the batch is made of: labels in a list, a named tuple, positions that all examples share."""
+    pair = namedtuple("pair", ["inputs", "labels"])
+    first, second = single_examples(pair(torch.arange(2), ["cat", "dog"]))
+    assert (type(second), second.inputs.tolist(), second.labels) == (pair, [1], ["dog"]) and first.labels == ["cat"]
+    condition = {"latents": torch.zeros(2, 4), "condition": {"txt_ids": torch.zeros(2, 3), "c": [torch.arange(2)]}}
+    (_, one) = single_examples(condition)
+    assert one["condition"]["c"][0].tolist() == [1] and one["condition"]["txt_ids"].shape == (2, 3), "shared by all"
+    with pytest.raises(TypeError, match="first dimension is the examples, got list"):
+        single_examples(["text"])
 
 
 def test_flips_leave_what_is_no_picture() -> None:

@@ -14,7 +14,7 @@ from training_runs import QUIET, semu, trained_state
 
 from semu_peft import Retain, RetainSafe, Rule, unlearn
 from semu_peft.objectives import CrossEntropy, UniformDistribution
-from semu_peft.training.rules import PrivateGradient, SharpnessAware
+from semu_peft.training.rules import PrivateGradient, SharpnessAware, gradients_of_parameters, top_fraction
 
 folder = sys.argv[1]
 accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
@@ -36,7 +36,16 @@ def run(rule: Rule, **options: float) -> dict[str, torch.Tensor]:
     return trained_state(model)
 
 
+def salient() -> dict[str, torch.Tensor]:
+    """Every process's mask, which must be the same for them to train the same entries."""
+    model, mine = semu(explained_variance=0.999), accelerator.prepare(loader(0))
+    found = gradients_of_parameters(model, mine, CrossEntropy(), progress=False)
+    masks = top_fraction({name: gradient.abs() for name, gradient in found.items()}, 0.3)
+    return {name: mask.float() for name, mask in masks.items()}
+
+
 runs = {
+    "salient": salient(),
     "safe": run(RetainSafe(memory=1), learning_rate=1e-2),
     "sharp": run(SharpnessAware(0.1), learning_rate=1e-2),
     "private": run(PrivateGradient(1.0, 0.5), learning_rate=1e-2),

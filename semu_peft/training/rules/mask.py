@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_kind, check_model, check_number, check_share
 from semu_peft.gradients.gather import check_loss
+from semu_peft.gradients.processes import sum_over_processes
+from semu_peft.localize.layers import top_mask
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
@@ -84,7 +86,8 @@ class Mask(Rule):
 def top_fraction(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """Masks of the largest scores over all parameters together, exact to one entry.
 
-    Of equal scores those win that come first, in the mapping's order.
+    Of equal scores those win that come first, in the mapping's order, as in
+    [`top_mask`][semu_peft.localize.layers.top_mask].
 
     Args:
         scores: By parameter name.
@@ -99,22 +102,15 @@ def top_fraction(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Ten
         {'a': tensor([True, True]), 'b': tensor([False, False])}
     """
     check_share("fraction", fraction)
-    check_kind("scores", scores, Mapping, "a mapping from parameter names to scores", "See `wagle_scores`.")
-    if not scores:
-        raise ValueError("`scores` must be of one parameter at least, got none.")
-    flat = torch.cat([score.detach().flatten().cpu() for score in scores.values()])
-    if flat.isnan().any():
-        raise ValueError("`scores` must be numbers, got NaN among them. Check the gradients that they were made of.")
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.sort(descending=True, stable=True).indices[: round(fraction * len(flat))]] = True
-    parts = chosen.split([score.numel() for score in scores.values()])
-    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    return top_mask(scores, fraction)
 
 
 def gradients_of_parameters(
     model: nn.Module, batches: Iterable[Any], objective: LossFunction, *, progress: bool = True
 ) -> dict[str, Tensor]:
     """The gradient of every trainable parameter, summed over batches: SalUn's saliency is its magnitude.
+
+    In several processes it is summed over these as well, so that all of them make the same mask of it.
 
     Args:
         model: The model, run in eval mode.
@@ -152,7 +148,7 @@ def gradients_of_parameters(
             number += 1
     if not number:
         raise ValueError("`batches` must give at least one batch, got none. An iterator may have been used up before.")
-    return totals
+    return {name: sum_over_processes(total) for name, total in totals.items()}
 
 
 def wagle_scores(
