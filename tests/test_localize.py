@@ -185,13 +185,14 @@ class Chain(nn.Module):
 
 
 @pytest.mark.parametrize("carrier", [0, 2])
-@pytest.mark.parametrize("how", ["noise", "other subject", "one position"])
+@pytest.mark.parametrize("how", ["noise", "other subject", "one position", "from the end"])
 def test_tracing_finds_the_planted_layer(carrier: int, how: str) -> None:
     """Restoring its clean state recovers the answer, and that of no other layer does anything."""
     torch.manual_seed(3)
     model, ids = Chain(carrier).train(), torch.tensor([[1, 2]])
     options: dict[str, Any] = {
         "noise": {}, "other subject": {"corrupted": torch.tensor([[3, 2]])}, "one position": {"positions": [0]},
+        "from the end": {"positions": [-2]},
     }[how]  # fmt: skip
     before = Snapshot.of(model)
     table = localize.trace(model, ids, lambda m, batch: float(m(batch)), **options)

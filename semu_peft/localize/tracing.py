@@ -120,7 +120,7 @@ def trace(
         noise: How much, in standard deviations of the embedding's weight.
         modules: The modules whose outputs are put back, by default the MLPs of all blocks (of a block's single layers
             the last). Whole blocks carry everything on, and recover it.
-        positions: The tokens that are corrupted by noise and put back, by default all.
+        positions: The tokens that are corrupted by noise and put back, by default all; negative ones from the end.
         seed: Of the noise.
 
     Raises:
@@ -210,7 +210,10 @@ def _corrupted(embedding: Any, noise: float, places: Tensor | None, seed: int) -
     def shake(name: str, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         drawn = (size * torch.randn(output.shape, generator=generator)).to(output)
-        return output + drawn if places is None else output.index_add(1, places.to(output.device), drawn[:, places])
+        if places is None:
+            return output + drawn
+        counted = torch.where(places < 0, places + output.shape[1], places)  # `index_add` counts from the start alone
+        return output.index_add(1, counted.to(output.device), drawn[:, counted])
 
     with _hooked({"": embedding}, shake):
         yield
