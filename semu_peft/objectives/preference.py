@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from semu_peft.arguments import check_number, check_positive
 
 from .base import Evaluation, Outputs
-from .batches import Tokens, alternate_batch
+from .batches import IGNORED, Tokens, alternate_batch, as_labels, split_batch
 from .language import SequenceObjective
 
 
@@ -150,8 +150,12 @@ class AlternateObjective(SequenceObjective):
     """
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
-        answers, alternates = self._read_tokens(model, batch), self._read_tokens(model, alternate_batch(batch))
-        if int(answers.sequences[-1]) != int(alternates.sequences[-1]):
+        second = alternate_batch(batch)
+        answers, alternates = self._read_tokens(model, batch), self._read_tokens(model, second)
+        is_even = torch.equal(
+            _answered(split_batch(batch)[2]), _answered(second["labels"])
+        )  # or the pairs would be shifted
+        if not is_even or int(answers.sequences[-1]) != int(alternates.sequences[-1]):
             raise ValueError(
                 f"`alternate_labels` must leave a token of one second answer for each answer, got "
                 f"{int(alternates.sequences[-1]) + 1} for {int(answers.sequences[-1]) + 1}. Give a refusal where there "
@@ -281,6 +285,12 @@ _DIVERGENCES: dict[str, tuple[_Function, _Function]] = {  # `g` and `f* ∘ g`
     "js": (lambda v: math.log(2) - F.softplus(-v), lambda v: F.softplus(v) - math.log(2)),
     "jeffrey": (lambda v: v, lambda v: v + v**2 / 4 + v**3 / 16),
 }
+
+
+def _answered(labels: Any) -> Tensor:
+    """Which rows of a batch have an answer."""
+    rows = as_labels(labels).cpu()
+    return (rows != IGNORED).flatten(1).any(1) if rows.dim() > 1 else torch.ones(1).bool()
 
 
 def _mean_logits(tokens: Tokens) -> Tensor:

@@ -144,6 +144,15 @@ def test_second_answers_must_be_there() -> None:
         FDivergence("GLS")
 
 
+def test_answers_are_paired_row_by_row() -> None:
+    """As many second answers as answers, but of other prompts."""
+    logits, first, second = torch.zeros(3, 2, 4), torch.zeros(3, 2).long(), torch.zeros(3, 2).long()
+    first[0], second[2] = -100, -100
+    batch = {"input": logits, "labels": first, "alternate_input": logits, "alternate_labels": second}
+    with pytest.raises(ValueError, match="`alternate_labels` must leave a token of one second answer for each"):
+        FDivergence("tv", shift_labels=False)(nn.Identity(), batch)
+
+
 @pytest.mark.parametrize("make", [NPO, SimNPO, DPO, TPO])
 def test_beta_must_be_positive(make: Any) -> None:
     """And a number."""
