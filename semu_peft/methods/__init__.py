@@ -1,6 +1,60 @@
 """Published methods by their names: short compositions of what the other rooms hold, without a loop or a class."""
 
-from .classification import bad_teacher, boundary_shrink, neg_grad_plus, scrub, unsir
-from .language import repselect
+from .baselines import bad_teacher, boundary_shrink, fine_tune, l1_sparse, neg_grad_plus, scrub, unsir
+from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
+from .diffusion import concept_ablation, esd, uce
+from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
+from .geometry import cir, gu, npo_sam, repselect, wagle
+from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
+from .places import loku, lora_sb, pdu, rmu, seuf, sha256
+from .table import METHODS, Method
 
-__all__ = ["bad_teacher", "boundary_shrink", "neg_grad_plus", "repselect", "scrub", "unsir"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "acu",
+    "amun",
+    "ceu",
+    "chip",
+    "cir",
+    "concept_ablation",
+    "deep_delete",
+    "delete",
+    "dpo",
+    "esd",
+    "fine_tune",
+    "flat",
+    "gu",
+    "iau",
+    "k_fade",
+    "l1_sparse",
+    "lfssd",
+    "loku",
+    "lora_sb",
+    "neg_grad_plus",
+    "bad_teacher",
+    "boundary_shrink",
+    "scrub",
+    "unsir",
+    "npo",
+    "npo_sam",
+    "pdu",
+    "repselect",
+    "rmu",
+    "rocr",
+    "salun",
+    "satimp",
+    "semu",
+    "seuf",
+    "sha256",
+    "simnpo",
+    "slug",
+    "ssd",
+    "tpo",
+    "uce",
+    "undial",
+    "unseen_answers",
+    "unseen_confidence",
+    "wagle",
+    "wga",
+]

@@ -1,196 +1,286 @@
 """Published methods for classifiers by their names: each is one sentence of the rooms below.
 
-They train what is trainable in the model: an adapter of any PEFT method, or plain weights.
+All take a model as it is to be trained (see [`minimise`][semu_peft.methods.sentence.minimise]): with a SEMU adapter or
+any other of PEFT's, or bare, so that all weights change; and batches `(inputs, labels)`, as a list or a loader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from semu_peft.evaluation.classification import predict
 from semu_peft.objectives import (
-    BoundaryShrink,
+    AdversarialUnlearning,
+    Attacker,
     CrossEntropy,
-    GradientAscent,
-    InTurns,
+    DecoupledDistillation,
     KLToOriginal,
-    Retain,
-    error_maximizing_noise,
-    untrained,
+    RandomLabel,
+    SimulatedRelearning,
+    UnseenConfidence,
+    adversarial_examples,
 )
-from semu_peft.training.unlearn import UnlearnResult, unlearn
+from semu_peft.training.rules import Mask, gradients_of_parameters, top_fraction
+from semu_peft.training.unlearn import UnlearnResult
+
+from .sentence import RetainData, find_bases, keep, minimise
 
 
-def scrub(
-    model: nn.Module,
-    forget: Collection[Any],
-    retain: Collection[Any],
-    *,
-    reference: nn.Module | None = None,
-    max_epochs: int = 2,
-    min_epochs: int = 3,
-    alpha: float = 0.001,
-    gamma: float = 0.99,
-    learning_rate: float = 5e-4,
-    progress: bool = True,
-) -> UnlearnResult:
-    """SCRUB: away from the original on forget data, then towards it and the labels on retain data, in turns.
-
-    Passes over the forget batches that raise `KL(p₀ ‖ p)` alternate with passes over the retain batches that lower
-    `α KL(p₀ ‖ p) + γ CE`; the last passes only lower.
-
-    Source: Kurmanji et al., NeurIPS 2023, arXiv 2302.09880, eq. 3 and algorithm 1, without the rewinding.
-
-    Args:
-        model: The model.
-        forget: The forget batches; a loader that knows its length.
-        retain: The retain batches, likewise.
-        reference: A frozen original; needed where plain weights are trained.
-        max_epochs: In how many epochs the forget batches are gone through.
-        min_epochs: How many epochs there are.
-        alpha: α.
-        gamma: γ.
-        learning_rate: Of AdamW.
-        progress: Show a progress bar.
-
-    Examples:
-        >>> import copy, torch
-        >>> from semu_peft import methods
-        >>> model = nn.Linear(4, 3)
-        >>> forget, retain = ([(torch.randn(8, 4), torch.randint(3, (8,)))] * n for n in (1, 2))
-        >>> methods.scrub(model, forget, retain, reference=copy.deepcopy(model), progress=False).steps  # 3 times 1 + 2
-        9
-    """
-    away, towards, period = len(forget), len(retain), len(forget) + len(retain)
-    original = KLToOriginal(reference=reference)
-    return unlearn(
-        model, forget, InTurns(-original, away, period, until=max_epochs * period),
-        retain=Retain(retain, InTurns(alpha * original + gamma * CrossEntropy(), towards, period, first=away)),
-        max_steps=min_epochs * period, epochs=min_epochs * period, learning_rate=learning_rate, progress=progress,
-    )  # fmt: skip
-
-
-def bad_teacher(
+def semu(
     model: nn.Module,
     forget: Iterable[Any],
-    retain: Iterable[Any],
+    retain: RetainData = None,
     *,
-    teacher: nn.Module | None = None,
-    reference: nn.Module | None = None,
-    **options: Any,
-) -> UnlearnResult:
-    """Bad teaching: as an untrained model on forget data, as the original on retain data, both by `KL(teacher ‖ p)`.
-
-    Source: Chundawat et al., AAAI 2023, arXiv 2205.08096, eq. 3.
-
-    Args:
-        model: The model.
-        forget: The forget batches.
-        retain: The retain batches; the authors take 30% of them.
-        teacher: The incompetent teacher; by default [`untrained`][semu_peft.objectives.teachers.untrained].
-        reference: A frozen original; needed where plain weights are trained.
-        options: What else [`unlearn`][semu_peft.training.unlearn.unlearn] is to be told.
-
-    Examples:
-        >>> import copy, torch
-        >>> from semu_peft import methods
-        >>> model = nn.Linear(4, 3)
-        >>> batches, kept = [(torch.randn(8, 4), torch.randint(3, (8,)))], copy.deepcopy(model)
-        >>> methods.bad_teacher(model, batches, batches, reference=kept, max_steps=5, progress=False).steps
-        5
-    """
-    incompetent = KLToOriginal(reference=untrained(model) if teacher is None else teacher)
-    return unlearn(model, forget, incompetent, retain=Retain(retain, KLToOriginal(reference=reference)), **options)
-
-
-def boundary_shrink(
-    model: nn.Module, forget: Iterable[Any], *, bound: float = 0.1, reference: nn.Module | None = None, **options: Any
-) -> UnlearnResult:
-    """Boundary shrink: every forget example becomes the wrong class nearest to it; no retain data.
-
-    Source: Chen et al., CVPR 2023, arXiv 2303.11570, see
-    [`BoundaryShrink`][semu_peft.objectives.boundary.BoundaryShrink].
-
-    Args:
-        model: The model.
-        forget: The forget batches.
-        bound: How far an input is moved to find the class.
-        reference: A frozen original; needed where plain weights are trained.
-        options: What else [`unlearn`][semu_peft.training.unlearn.unlearn] is to be told.
-
-    Examples:
-        >>> import copy, torch
-        >>> from semu_peft import methods
-        >>> model, batches = nn.Linear(4, 3), [(torch.randn(8, 4), torch.randint(3, (8,)))]
-        >>> methods.boundary_shrink(model, batches, reference=copy.deepcopy(model), max_steps=5, progress=False).steps
-        5
-    """
-    return unlearn(model, forget, BoundaryShrink(bound=bound, reference=reference), **options)
-
-
-def neg_grad_plus(
-    model: nn.Module, forget: Iterable[Any], retain: Iterable[Any], *, beta: float = 0.99, **options: Any
-) -> UnlearnResult:
-    """NegGrad+: `β CE(retain) − (1 − β) CE(forget)`.
-
-    Unbounded below: say how many steps.
-
-    Source: Kurmanji et al., NeurIPS 2023, arXiv 2302.09880, section 5.
-
-    Args:
-        model: The model.
-        forget: The forget batches.
-        retain: The retain batches.
-        beta: β.
-        options: What else [`unlearn`][semu_peft.training.unlearn.unlearn] is to be told.
-
-    Examples:
-        >>> import torch
-        >>> from semu_peft import methods
-        >>> model, batches = nn.Linear(4, 3), [(torch.randn(8, 4), torch.randint(3, (8,)))]
-        >>> methods.neg_grad_plus(model, batches, batches, max_steps=5, progress=False).steps
-        5
-    """
-    kept = Retain(retain, CrossEntropy(), weight=beta)
-    return unlearn(model, forget, (1 - beta) * GradientAscent(), retain=kept, **options)
-
-
-def unsir(
-    model: nn.Module,
-    forget: Iterable[Any],
-    retain: Collection[Any],
-    *,
-    impair_rate: float = 0.02,
-    repair_rate: float = 0.01,
+    classes: Collection[int] | None = None,
     seed: int = 0,
     progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
 ) -> UnlearnResult:
-    """UNSIR: impair by one epoch on error-maximising noise beside retain data, repair by one on retain data alone.
+    """SEMU as published: random labels on the forget data, in the leading directions of their gradient.
 
-    Source: Tarun et al. 2023, arXiv 2111.08947; rates of its code.
+    `ΔW = U R Vᵀ`, with `U` and `V` of the forget gradient's SVD and `R` trained from zero. With a bare model it is
+    the baseline "random labels" (RL). Struck-out distillation in the same subspace keeps more of the other classes:
+    see [`delete`][semu_peft.methods.classification.delete].
+
+    Source: SEMU, arXiv 2502.07587, sections 3 and 4.
 
     Args:
-        model: The model.
-        forget: The forget batches, of whole classes; only their labels and shapes are read.
-        retain: The retain batches.
-        impair_rate: Learning rate of the first epoch.
-        repair_rate: Learning rate of the second.
-        seed: Seed of the noise.
+        model: The model, changed in place.
+        forget: The forget batches.
+        retain: Batches whose cross entropy is added.
+        classes: All classes that are to be forgotten, if there are several.
+        seed: Of the labels.
         progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
 
-    Returns:
-        What the second epoch did.
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> forget = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+        >>> methods.semu(model, forget, max_steps=2, progress=False).steps
+        2
+    """
+    objective = RandomLabel(classes=classes, seed=seed)
+    said: dict[str, Any] = {"seed": seed, "progress": progress, "adapter_name": adapter_name, **training}
+    return minimise(model, forget, objective, keep(retain, CrossEntropy()), **said)
+
+
+def delete(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    classes: Collection[int] | None = None,
+    reference: nn.Module | None = None,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """DELETE: distil the original's own prediction with the true class struck out, `KL(softmax(z₀ | not y) ‖ p)`.
+
+    It needs no retain data. In a SEMU adapter it is this library's default for a class.
+
+    Source: Zhou et al., CVPR 2025, arXiv 2503.23751.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches.
+        retain: Batches whose cross entropy is added.
+        classes: All classes that are to be forgotten, if there are several.
+        reference: The original, frozen, where the model is bare; with an adapter it is the model without it.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from semu_peft import methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> forget = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+        >>> methods.delete(model, forget, max_steps=2, progress=False).steps
+        2
+    """
+    objective = DecoupledDistillation(reference, classes=classes)
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    return minimise(model, forget, objective, keep(retain, CrossEntropy()), **said)
+
+
+def deep_delete(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Any,
+    *,
+    margin: float = 3.0,
+    kl_weight: float = 10.0,
+    attackers: Sequence[Attacker] = (Attacker(),),
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """Forget so that it stays forgotten: DELETE also at the weights that attackers would relearn, `L(W) + L(W + Δ)`.
+
+    The KL to the original holds the retain data. For an adapter, whose model without it is the original.
+
+    Source: this library, see *Attacks and deep forgetting* in the documentation; DELETE, arXiv 2503.23751.
+
+    Args:
+        model: The model with an adapter, changed in place.
+        forget: The forget batches.
+        retain: Retain batches: what attackers mix in, and what stays.
+        margin: By how much a later change may lift the class before it shows.
+        kl_weight: Of the KL on the retain data.
+        attackers: Who is simulated.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> forget, retain = ([(torch.randn(8, 4), torch.full((8,), label))] for label in (0, 1))
+        >>> methods.deep_delete(model, forget, retain, max_steps=1, progress=False).steps
+        1
+    """
+    shallow = DecoupledDistillation(margin=margin)
+    deep = SimulatedRelearning(shallow, forget, retain, attackers)
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    find_bases(model, forget, shallow, progress=progress, adapter_name=adapter_name)
+    return minimise(model, forget, deep, keep(retain, KLToOriginal(), kl_weight), **said)
+
+
+def unseen_confidence(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    unseen: Iterable[Any],
+    retain_weight: float = 4.0,
+    reference: nn.Module | None = None,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """Make the model as sure of the forget examples as it is of data that it has never seen: for random examples.
+
+    Source: this library; [`UnseenConfidence`][semu_peft.objectives.classification.UnseenConfidence] says how.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches, of tens of examples each.
+        retain: Batches whose cross entropy is added.
+        unseen: Labelled batches that the model was not trained on.
+        retain_weight: Of the retain data's cross entropy.
+        reference: The original, frozen, where the model is bare.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), SemuConfig(target_modules=["0"]))
+        >>> forget, unseen = ([(torch.randn(8, 4), torch.randint(3, (8,)))] for _ in range(2))
+        >>> methods.unseen_confidence(model, forget, unseen=unseen, max_steps=2, progress=False).steps
+        2
+    """
+    objective = UnseenConfidence(predict(model, unseen, progress=progress).confidence, reference)
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    return minimise(model, forget, objective, keep(retain, CrossEntropy(), retain_weight), **said)
+
+
+def salun(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    fraction: float = 0.5,
+    classes: Collection[int] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """SalUn: random labels, on the weights with the largest forget gradients alone; all others keep their bits.
+
+    The mask is `|Σ ∇CE(F)|` in the global top fraction, and holds the optimiser's state and weight decay too, which
+    the released code left free until 2026. Of a SEMU adapter it chooses among the core's entries.
+
+    Source: Fan et al., ICLR 2024, arXiv 2310.12508; there 10 epochs of SGD at 0.013 on CIFAR-10.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches.
+        retain: Batches whose cross entropy is added.
+        fraction: The share of entries that may change.
+        classes: All classes that are to be forgotten, if there are several.
+        seed: Of the labels.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
 
     Examples:
         >>> import torch
         >>> from semu_peft import methods
-        >>> model, batches = nn.Linear(4, 3), [(torch.randn(8, 4), torch.randint(3, (8,)))]
-        >>> methods.unsir(model, batches, batches, progress=False).steps
-        1
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> forget, retain = ([(torch.randn(8, 4), torch.full((8,), label))] for label in (0, 1))
+        >>> before = model[0].weight.clone()
+        >>> _ = methods.salun(model, forget, retain, fraction=0.2, max_steps=2, progress=False)
+        >>> int((model[0].weight != before).sum()) <= 3
+        True
     """
-    noise = error_maximizing_noise(model, forget, seed=seed)
-    kept = Retain(retain, CrossEntropy())
-    unlearn(model, noise, CrossEntropy(), retain=kept, epochs=1, learning_rate=impair_rate, progress=progress)
-    return unlearn(model, retain, CrossEntropy(), epochs=1, learning_rate=repair_rate, progress=progress)
+    objective = RandomLabel(classes=classes, seed=seed)
+    find_bases(model, forget, objective, progress=progress, adapter_name=adapter_name)
+    saliency = gradients_of_parameters(model, forget, CrossEntropy(), progress=progress)
+    rule = Mask(top_fraction({name: gradient.abs() for name, gradient in saliency.items()}, fraction))
+    said: dict[str, Any] = {"seed": seed, "progress": progress, "adapter_name": adapter_name, **training}
+    return minimise(model, forget, objective, keep(retain, CrossEntropy()), rules=rule, **said)
+
+
+def amun(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    radius: float = 0.1,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """AMUN: learn the forget examples beside their nearest neighbours that the model takes for another class.
+
+    `½ CE(x, y) + ½ CE(x′, y′)`, and cross entropy on retain data. Their confidence falls to that of unseen data. For
+    random examples, which stay right; it does not strike out a class.
+
+    Source: Ebrahimpour-Boroojeny et al., ICML 2025.
+
+    Args:
+        model: A classifier, changed in place.
+        forget: The forget batches; inputs are floating-point numbers.
+        retain: Batches whose cross entropy is added.
+        radius: Where the search for neighbours begins.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import methods
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> forget, retain = ([(torch.randn(8, 4), torch.full((8,), label))] for label in (0, 1))
+        >>> methods.amun(model, forget, retain, max_steps=2, progress=False).steps
+        2
+    """
+    pairs = adversarial_examples(model, forget, radius=radius)
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    return minimise(model, pairs, AdversarialUnlearning(), keep(retain, CrossEntropy()), **said)

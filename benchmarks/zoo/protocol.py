@@ -1,0 +1,112 @@
+"""What is forgotten and by what it is judged: the digits of scikit-learn, or CIFAR-10; original and retrained."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
+from semu_peft.evaluation.drift import token_kl
+
+HERE = Path(__file__).parent
+SHOWN = 4_000  # retain images that RA and the KL are measured on, at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: the data of both sides, the original model and the one retrained without what is forgotten."""
+
+    name: str
+    forget_class: int
+    seed: int
+    original: nn.Module
+    gold: nn.Module
+    forget: TensorDataset
+    retain: TensorDataset
+    test: TensorDataset
+    test_forgotten: TensorDataset
+    targets: Any
+
+    def batches(self, dataset: TensorDataset, size: int = 64) -> list[tuple[Tensor, Tensor]]:
+        """In an order that the seed fixes."""
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
+        return list(zip(*(part[order].split(size) for part in dataset.tensors), strict=True))
+
+    def shown(self) -> TensorDataset:
+        return TensorDataset(*(part[:SHOWN] for part in self.retain.tensors))
+
+
+def digits_cases(classes: list[int], seeds: list[int]) -> Iterator[Case]:
+    """An MLP of scikit-learn's digits, trained on the spot; a quarter of the images nobody trains on."""
+    sys.path.insert(0, str(HERE.parent / "requests"))
+    from subjects import digits, mlp, split, train
+
+    for seed in seeds:
+        data = split(*digits(), seed, 0.25)
+        build = partial(mlp, 64, 10)
+        original = train(build, data, data.train, seed)
+        for index in classes:
+            is_forgotten = data.labels == index
+            keep = data.train[~is_forgotten[data.train]]
+            parts = {
+                "forget": data.train[is_forgotten[data.train]], "retain": keep,
+                "test": data.test[~is_forgotten[data.test]], "test_forgotten": data.test[is_forgotten[data.test]],
+            }  # fmt: skip
+            sets = {name: TensorDataset(data.inputs[chosen], data.labels[chosen]) for name, chosen in parts.items()}
+            gold = train(build, data, keep, seed)
+            yield Case(f"digit {index}, seed {seed}", index, seed, original, gold, **sets, targets="all-linear")
+
+
+def cifar10_cases(data: Path, cache: Path, classes: list[int], seeds: list[int]) -> Iterator[Case]:
+    """A ResNet of CIFAR-10 and the models of `benchmarks/cifar10`, trained on the first run."""
+    sys.path.insert(0, str(HERE.parent / "cifar10"))
+    from methods import TARGET_MODULES
+    from tasks import class_tasks
+
+    for seed in seeds:
+        for index, task in zip(classes, class_tasks(data, cache, classes, seed), strict=True):
+            yield Case(
+                task.name, index, seed, task.original, task.gold, task.forget, task.retain, task.test,
+                task.test_forgotten, TARGET_MODULES,
+            )  # fmt: skip
+
+
+def judged(model: nn.Module, case: Case, **cost: Any) -> tuple[ForgettingMetrics, float]:
+    """The four metrics, and `KL(original ‖ now)` in nats an image of the retain data."""
+
+    def loader(dataset: TensorDataset) -> DataLoader[Any]:
+        return DataLoader(dataset, 1000)
+
+    metrics = evaluate_forgetting(
+        model, loader(case.forget), loader(case.shown()), loader(case.test),
+        forgotten_test=loader(case.test_forgotten), seed=case.seed, progress=False, **cost,
+    )  # fmt: skip
+    return metrics, damage(model, case)
+
+
+@torch.no_grad()
+def damage(model: nn.Module, case: Case) -> float:
+    images = case.shown().tensors[0]
+    was_training, before = model.training, case.original.eval()(images)
+    after = model.eval()(images)
+    model.train(was_training)
+    return float(token_kl(before, after).mean())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
+    images, labels = dataset.tensors
+    return 100 * (model.eval()(images[:SHOWN]).argmax(1) == labels[:SHOWN]).float().mean().item()
+
+
+def fresh(case: Case) -> nn.Module:
+    return copy.deepcopy(case.original)

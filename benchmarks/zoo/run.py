@@ -1,0 +1,192 @@
+"""All methods for classifiers under one protocol, as one table sorted by result.
+
+    OMP_NUM_THREADS=1 python benchmarks/zoo/run.py                       # scikit-learn's digits, a few minutes
+    python benchmarks/zoo/run.py --data DIR --models runs/cifar10        # CIFAR-10
+
+Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
+class, over UA, RA, TA and MIA, and reported on two other classes with three seeds. Beside that stands what is forgotten
+at an equal budget of damage: the change dialled down, `W + s ΔW`, until `KL(original ‖ now)` on retain data is 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from protocol import Case, accuracy, cifar10_cases, damage, digits_cases, judged
+from rows import Outcome, Row, blended, rows
+
+METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
+CHOSEN_ON, BUDGET, HALVINGS = 0, 0.01, 10
+
+
+def measured(row: Row, case: Case, settings: Any) -> dict[str, Any]:
+    """One run: the metrics, the gap, the damage, and the same at the budget."""
+    started = time.perf_counter()
+    try:
+        outcome = row.run(case, settings)
+    except ValueError as error:  # a method that finds nothing to do says so
+        return {"failed": str(error), "gap": float("inf")}
+    seconds = time.perf_counter() - started
+    metrics, kl = judged(outcome.model, case, trainable_parameters=outcome.trained, seconds=seconds)
+    gold, _ = judged(case.gold, case)
+    return {
+        **{name: getattr(metrics, name) for name in METRICS},
+        "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
+        "gap": metrics.average_gap(gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
+        "shipped": outcome.shipped, "at_budget": at_budget(case, outcome, kl),
+    }  # fmt: skip
+
+
+def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
+    """UA and TA where the change is dialled to the budget, by bisection."""
+    low, high = 0.0, 1.0
+    if kl > BUDGET:
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            if damage(blended(case, outcome, middle), case) <= BUDGET:
+                low = middle
+            else:
+                high = middle
+    share = 1.0 if kl <= BUDGET else low
+    model = blended(case, outcome, share)
+    return {
+        "share": share,
+        "unlearning_accuracy": 100 - accuracy(model, case.forget),
+        "test_accuracy": accuracy(model, case.test),
+    }
+
+
+def references(case: Case) -> dict[str, dict[str, Any]]:
+    """What every table needs: the retrained model, and doing nothing."""
+    gold, gold_kl = judged(case.gold, case)
+    found = {}
+    for name, model in (("retrained (gold)", case.gold), ("original (do nothing)", case.original)):
+        metrics, kl = judged(model, case)
+        found[name] = {
+            **{key: getattr(metrics, key) for key in METRICS},
+            "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
+            "gap": metrics.average_gap(gold), "kl": kl,
+        }  # fmt: skip
+    return found
+
+
+def chosen_settings(row: Row, case: Case) -> tuple[Any, list[dict[str, Any]]]:
+    """The settings with the smallest gap on the case that is for choosing."""
+    tried = [{"settings": dict(settings), **measured(row, case, settings)} for settings in row.grid]
+    return min(tried, key=lambda each: each["gap"])["settings"], tried
+
+
+def mean(by_case: dict[str, dict[str, Any]], *keys: str) -> float | None:
+    values = []
+    for each in by_case.values():
+        value: Any = each
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return None
+        values.append(float(value))
+    return sum(values) / len(values)
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Means over the cases, the smallest gap first; the retrained model and doing nothing where they fall."""
+    lines = [
+        "| method | UA | RA | TA | MIA | average gap | KL | UA at KL ≤ 0.01 | seconds | bytes | trained |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = sorted(results, key=lambda name: mean(results[name]["cases"], "gap") or 0.0)
+    for name in order:
+        cases = results[name]["cases"]
+        failed = [each for each in cases.values() if "failed" in each]
+        if failed:
+            lines.append(f"| {name} | fails on {len(failed)} of {len(cases)} | | | | | | | | | |")
+            continue
+        told = [f"{mean(cases, key):.1f}" for key in METRICS]
+        gap, worst = mean(cases, "gap"), max(each["gap"] for each in cases.values())
+        budget, seconds = mean(cases, "at_budget", "unlearning_accuracy"), mean(cases, "seconds")
+        shipped, numbers = mean(cases, "shipped"), mean(cases, "trained")
+        rest = [
+            f"{mean(cases, 'kl'):.3f}", "–" if budget is None else f"{budget:.1f}",
+            "–" if seconds is None else f"{seconds:.1f}", "–" if shipped is None else f"{shipped:,.0f}",
+            "–" if numbers is None else f"{numbers:,.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(told)} | {gap:.1f} (worst {worst:.1f}) | {' | '.join(rest)} |")
+    return lines
+
+
+def compared(tuning: Case, cases: list[Case], only: str | None) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for case in cases:
+        for name, found in references(case).items():
+            results.setdefault(name, {"cases": {}})["cases"][case.name] = found
+    for row in rows():
+        if only and only not in row.name:
+            continue
+        settings, tried = chosen_settings(row, tuning)
+        by_case = {case.name: measured(row, case, settings) for case in cases}
+        results[row.name] = {"settings": settings, "tried": tried, "cases": by_case}
+        print(f"{row.name}: {settings}, gap {mean(by_case, 'gap')}", file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10's train.parquet and test.parquet; else: digits")
+    parser.add_argument("--models", type=Path, default=Path("runs/cifar10"), help="folder of its trained models")
+    parser.add_argument("--classes", type=int, nargs="+", default=[3, 8], help="classes to report on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    parser.add_argument("--only", help="only the methods whose name contains this, and no file")
+    arguments = parser.parse_args()
+    started, used = time.perf_counter(), time.process_time()
+
+    def cases(classes: list[int], seeds: list[int]) -> list[Case]:
+        if arguments.data is None:
+            return list(digits_cases(classes, seeds))
+        return list(cifar10_cases(arguments.data, arguments.models, classes, seeds))
+
+    (tuning,) = cases([CHOSEN_ON], arguments.seeds[:1])
+    results = compared(tuning, cases(arguments.classes, arguments.seeds), arguments.only)
+    lines = table(results)
+    print("\n".join(lines))
+    if arguments.only:
+        return
+    document = {
+        "data": "digits" if arguments.data is None else "cifar10",
+        "classes": arguments.classes, "seeds": arguments.seeds, "chosen on": tuning.name, "budget": BUDGET,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "minutes": (time.perf_counter() - started) / 60, "processor minutes": (time.process_time() - used) / 60,
+        "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
+        "table": lines, "rows": plain(results),
+    }  # fmt: skip
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"zoo_{document['data']}.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
+    temporary.rename(path)
+    print(f"Written to {path}")
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: no infinities."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return None if value == float("inf") else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The zoo is what it says: short sentences, each in the table and in the documentation, on top of the house."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Mlp, vector_batches
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import semu_peft
+from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, unlearn
+from semu_peft.methods import METHODS, table
+from semu_peft.methods.sentence import keep
+from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel
+
+ROOM = Path(methods.__path__[0])
+SENTENCES = [path for path in sorted(ROOM.glob("*.py")) if path.name not in ("__init__.py", "table.py")]
+TARGETS = ["fc1", "fc2", "head"]
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("path", SENTENCES, ids=lambda path: path.stem)
+def test_a_method_is_short_and_has_no_loop_and_no_class(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.For, ast.AsyncFor, ast.While, ast.ClassDef))]
+    for function in functions(path):
+        documented = ast.get_docstring(function) is not None
+        body = function.body[1:] if documented else function.body
+        signature = function.body[0].lineno - function.lineno
+        lines = signature + (body[-1].end_lineno or 0) - body[0].lineno + 1
+        assert lines <= 25, f"{function.name}: {lines} lines"
+
+
+def test_every_method_is_in_the_table_and_in_the_documentation() -> None:
+    public = {
+        function.name
+        for path in SENTENCES if path.stem != "sentence"
+        for function in functions(path) if not function.name.startswith("_")
+    }  # fmt: skip
+    assert set(METHODS) == public
+    assert set(methods.__all__) == public | {"METHODS", "Method"}
+    page = (ROOM.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    for name, row in METHODS.items():
+        assert getattr(methods, name) is row.function
+        shown = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert len(shown) == 1, f"docs/zoo.md needs one row for `{name}`: run `python docs/zoo.py`"
+        for part in (row.sentence, row.source, row.use):
+            assert part in shown[0], f"{name}: {part!r} is not what docs/zoo.md says: run `python docs/zoo.py`"
+
+
+def test_needs_are_what_the_functions_ask_for() -> None:
+    for name, row in METHODS.items():
+        parameters = inspect.signature(row.function).parameters
+        required = {each for each, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        assert ("retain" in row.needs) == ("retain" in required), name
+        for need in ("score", "unseen"):
+            assert (need in row.needs) == (need in required), name
+
+
+def test_nothing_below_imports_methods() -> None:
+    for module in pkgutil.walk_packages(semu_peft.__path__, "semu_peft."):
+        if module.name.split(".")[1] in ("methods", "cli", "report"):
+            continue
+        path = ROOM.parent.joinpath(*module.name.split(".")[1:])
+        source = (path.with_suffix(".py") if not module.ispkg else path / "__init__.py").read_text(encoding="utf-8")
+        assert "semu_peft.methods import" not in source and "import methods" not in source.replace(">>> from", ""), path
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def adapted(kind: str) -> nn.Module:
+    torch.manual_seed(5)
+    base = Mlp()
+    if kind == "bare":
+        return base
+    config: Any = SemuConfig(target_modules=TARGETS) if kind == "semu" else LoraConfig(r=2, target_modules=TARGETS)
+    return get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("kind", ["bare", "lora", "semu"])
+@pytest.mark.parametrize("name", ["salun", "neg_grad_plus", "gu", "wagle", "npo_sam", "amun", "fine_tune", "delete"])
+def test_the_carrier_is_the_models(name: str, kind: str) -> None:
+    """The same sentence trains all weights, a LoRA or SEMU's cores, and only those."""
+    model, forget, retain = adapted(kind), vector_batches(2), vector_batches(2)
+    settings: dict[str, Any] = {}
+    if name in ("delete", "gu", "wagle", "npo_sam") and kind == "bare":
+        original = adapted("bare").requires_grad_(False).eval()
+        settings = {"reference": original} if name == "delete" else {"objective": methods_npo(original)}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad and p.numel()}
+    result = METHODS[name].function(model, forget, retain, max_steps=2, learning_rate=1e-2, progress=False, **settings)
+    assert result.steps == 2
+    after = dict(model.named_parameters())
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def methods_npo(original: nn.Module) -> Any:
+    from semu_peft.objectives import NPO
+
+    return NPO(reference=original)
+
+
+def test_semu_says_what_its_parts_say() -> None:
+    forget, retain = vector_batches(2), vector_batches(2)
+    named, by_hand = adapted("semu"), adapted("semu")
+    methods.semu(named, forget, retain, max_steps=3, progress=False)
+    objective = RandomLabel(seed=0)
+    initialize_semu_weights(by_hand, forget, objective, progress=False)
+    unlearn(by_hand, forget, objective, retain=Retain(retain, CrossEntropy()), max_steps=3, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(named).values(), weights(by_hand).values(), strict=True))
+
+
+def test_salun_with_the_whole_fraction_is_random_labels() -> None:
+    """Acceptance: fraction 1 gives RandomLabel's trajectory, bit for bit."""
+    forget = vector_batches(3)
+    masked, free = adapted("bare"), adapted("bare")
+    said: Any = {"max_steps": 6, "learning_rate": 1e-2, "progress": False}
+    methods.salun(masked, forget, fraction=1.0, **said)
+    methods.semu(free, forget, **said)
+    assert all(torch.equal(a, b) for a, b in zip(weights(masked).values(), weights(free).values(), strict=True))
+
+
+def test_l1_sparse_without_a_penalty_is_fine_tuning() -> None:
+    """Acceptance: with γ = 0 it is fine-tuning, bit for bit; with γ it makes exact zeros."""
+    forget, retain = vector_batches(2), vector_batches(2)
+    said: Any = {"max_steps": 6, "learning_rate": 1e-2, "progress": False}
+    plain, none, some = adapted("bare"), adapted("bare"), adapted("bare")
+    methods.fine_tune(plain, forget, retain, epochs=6, **said)
+    methods.l1_sparse(none, forget, retain, alpha=0.0, **said)
+    methods.l1_sparse(some, forget, retain, alpha=2.0, **said)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(none).values(), strict=True))
+    assert sum(int((value == 0).sum()) for value in weights(some).values()) > 0
+
+
+def test_negative_gradient_by_hand() -> None:
+    """`β CE(R) − (1 − β) CE(F)`, one plain step."""
+    forget, retain = vector_batches(1), vector_batches(2)[1:]
+    model, other = adapted("bare").eval(), adapted("bare").eval()
+    methods.neg_grad_plus(
+        model, forget, retain, beta=0.7, max_steps=1, progress=False, scheduler=constant,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )  # fmt: skip
+    (0.7 * CrossEntropy()(other, retain[0]) + 0.3 * GradientAscent()(other, forget[0])).backward()
+    for changed, start in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(changed, start - 0.1 * start.grad)
+
+
+def constant(optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def test_iaus_released_step_is_the_sign() -> None:
+    """Acceptance: `|Δ| / lr = 1` for every coordinate, and Δ ∝ g_F − g_R without it."""
+    model, forget, retain = adapted("bare").eval(), vector_batches(1), vector_batches(2)[1:]
+    signed = methods.iau(model, forget, retain, step_size=1e-3, update="sign", progress=False)
+    before = weights(model)
+    with signed.apply(model):
+        moved = {name: value - before[name] for name, value in weights(model).items()}
+    sizes = torch.cat([value.abs().flatten() for value in moved.values()])
+    assert sizes[sizes > 0].sub(1e-3).abs().max() < 1e-6
+    (CrossEntropy()(model, forget[0]) - CrossEntropy()(model, retain[0])).backward()
+    with methods.iau(model, forget, retain, step_size=0.5, progress=False).apply(model):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach() - before[name], 0.5 * parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_method_that_is_a_start_needs_a_fresh_adapter() -> None:
+    with pytest.raises(ValueError, match="`model` must have a SEMU adapter that is not initialised"):
+        methods.lora_sb(adapted("bare"), vector_batches(1), progress=False)
+    model = adapted("semu")
+    methods.lora_sb(model, vector_batches(1), max_steps=1, progress=False)
+    with pytest.raises(ValueError, match="not initialised"):
+        methods.lora_sb(model, vector_batches(1), progress=False)
+
+
+@pytest.mark.parametrize("name", ["slug", "chip", "rocr", "sha256"])
+def test_what_puts_an_adapter_in_takes_it_out_again_on_an_error(name: str) -> None:
+    model, forget, retain = adapted("bare"), vector_batches(1), vector_batches(1)
+    before, shown = weights(model), repr(model)
+    wrong: dict[str, Any] = {
+        "slug": lambda: methods.slug(model, forget, retain, score=lambda m: 0.0, progress=False),
+        "chip": lambda: methods.chip(model, forget, retain, layers=["fc1"], progress=False),
+        "rocr": lambda: methods.rocr(model, {"fc1": torch.ones(5)}, {"fc1": torch.ones(10)}, progress=False),
+        "sha256": lambda: methods.sha256(model, [], first=1, progress=False),
+    }
+    with pytest.raises(ValueError):
+        wrong[name]()
+    assert repr(model) == shown
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+
+
+def test_terms_stay_as_they_are_said() -> None:
+    term = Retain(vector_batches(1), CrossEntropy(), 0.25)
+    assert keep(term, GradientAscent()) is term
+    assert keep([term], GradientAscent()) == [term]
+    assert keep(None, GradientAscent()) is None
+    assert keep(vector_batches(2), GradientAscent(), 3.0).weight == 3.0
+
+
+def test_the_table_tells_what_trains() -> None:
+    assert not table.METHODS["ssd"].trains and not table.METHODS["uce"].trains and table.METHODS["npo"].trains
