@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .verbs import Told
 
-Job = Literal["images", "text", "concept"]
+Job = Literal["images", "text", "concept", "python"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,9 @@ class Method:
     """A way of forgetting.
 
     Attributes:
-        job: What it is for; `--method NAME` of `semu unlearn JOB`.
+        job: What it is for; `--method NAME` of `semu unlearn JOB`. `python`: a function of `semu_peft.methods`.
         name: As `--method` and the functions in Python take it.
-        objective: Its objective in `semu_peft.objectives`, which makes it up; for those that Python alone has, their
-            function in `semu_peft.methods`.
+        objective: Its objective in `semu_peft.objectives`, which makes it up; of `python` its sentence.
         needs: The data.
         source: The paper.
         note: What to know of it.
@@ -37,18 +36,11 @@ class Method:
     needs: str
     source: str
     note: str = ""
-    in_python_alone: bool = False
 
 
 _FORGET = "what to forget"
 _REFUSALS = "questions with answers; a refusal is taken where no second answer is given"
-_BOTH = "what to forget and what to keep"
 _POOR = "to compare with: it also destroys"
-
-
-def _python(job: Job, name: str, needs: str, source: str) -> Method:
-    return Method(job, name, name, needs, source, f"Python: semu_peft.methods.{name}", in_python_alone=True)
-
 
 METHODS = (
     Method("images", "delete", "DecoupledDistillation", _FORGET, "DELETE, arXiv 2503.23751", "the default"),
@@ -74,12 +66,6 @@ METHODS = (
            "arXiv 2303.13516", "the default"),
     Method("concept", "negative-guidance", "NegativeGuidance", "a prompt", "ESD, arXiv 2303.07345"),
     Method("concept", "gradient-ascent", "DenoisingAscent", "a prompt", "arXiv 2109.13398", _POOR),
-    _python("images", "scrub", _BOTH, "SCRUB, arXiv 2302.09880"),
-    _python("images", "bad_teacher", _BOTH, "arXiv 2205.08096"),
-    _python("images", "boundary_shrink", _FORGET, "arXiv 2303.11570"),
-    _python("images", "neg_grad_plus", _BOTH, "arXiv 2302.09880"),
-    _python("images", "unsir", _BOTH, "UNSIR, arXiv 2111.08947"),
-    _python("text", "repselect", _FORGET, "RepSelect, arXiv 2606.17168"),
 )  # fmt: skip
 
 
@@ -94,22 +80,39 @@ def method_of(job: Job, name: str) -> Method:
         >>> method_of("text", "npo").objective
         'NPO'
     """
-    names = {method.name: method for method in METHODS if method.job == job and not method.in_python_alone}
+    names = {method.name: method for method in METHODS if method.job == job}
     if name not in names:
         raise typer.BadParameter(f"`--method` must be one of {', '.join(names)}, got {name!r}. See `semu methods`.")
     return names[name]
 
 
+def zoo() -> list[Method]:
+    """The published methods that are functions in Python, from their own table.
+
+    Examples:
+        >>> from semu_cli.catalogue import zoo
+        >>> [method.source for method in zoo() if method.name == "salun"]
+        ['SalUn, 2310.12508']
+    """
+    from semu_peft.methods import METHODS as published
+
+    def needs(row: Any) -> str:
+        return ", ".join((_FORGET, *row.needs))
+
+    return [Method("python", row.name, row.sentence, needs(row), row.source, row.use) for row in published.values()]
+
+
 def methods(
-    job: Annotated[str | None, typer.Option("--job", help="Only of images, text or concept.")] = None,
+    job: Annotated[str | None, typer.Option("--job", help="Only of images, text, concept or python.")] = None,
 ) -> Told:
     """List the methods, what each needs, and the paper."""
     from rich.table import Table
 
-    jobs = list(dict.fromkeys(method.job for method in METHODS))
+    known = (*METHODS, *zoo())
+    jobs = list(dict.fromkeys(method.job for method in known))
     if job is not None and job not in jobs:
         raise typer.BadParameter(f"`--job` must be one of {', '.join(jobs)}, got {job!r}.")
-    chosen = [method for method in METHODS if job in (None, method.job)]
+    chosen = [method for method in known if job in (None, method.job)]
     table = Table("job", "--method", "needs", "source", "")
     for method in chosen:
         table.add_row(method.job, method.name, method.needs, method.source, method.note)

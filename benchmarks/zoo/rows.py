@@ -18,6 +18,7 @@ from torch import nn
 from semu_peft import SemuConfig, methods
 from semu_peft.adapter.whole_model import merge_and_remove
 from semu_peft.edits import Edit
+from semu_peft.objectives import DecoupledDistillation
 
 Settings = Mapping[str, Any]
 
@@ -60,12 +61,11 @@ def trained(name: str, carrier: str, retain: bool = False, **fixed: Any) -> Call
     """A method by training: of SEMU's cores, of a LoRA, or of all weights."""
 
     def run(case: Case, settings: Settings) -> Outcome:
-        model, said = carried(case, carrier), {**fixed, **settings}
-        if name in ("delete",) and carrier == "all weights":
+        said = {**fixed, **settings}
+        model = carried(case, carrier, said.pop("explained_variance", 0.9))
+        if carrier == "all weights" and name in ("delete", "scrub", "bad_teacher", "boundary_shrink"):
             said["reference"] = copy.deepcopy(case.original).requires_grad_(False)
-        if name == "gu":
-            from semu_peft.objectives import DecoupledDistillation
-
+        if name == "gu":  # its own default is for answers of language models
             said["objective"] = DecoupledDistillation()
         kept = (case.batches(case.retain),) if retain else ()
         result = getattr(methods, name)(model, case.batches(case.forget), *kept, progress=False, **said)

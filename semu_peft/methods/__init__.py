@@ -1,6 +1,6 @@
 """Published methods by their names: short compositions of what the other rooms hold, without a loop or a class."""
 
-from .baselines import bad_teacher, boundary_shrink, fine_tune, l1_sparse, neg_grad_plus, scrub, unsir
+from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, neg_grad_plus, scrub, unsir
 from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
 from .diffusion import concept_ablation, esd, uce
 from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
@@ -20,6 +20,7 @@ __all__ = [
     "concept_ablation",
     "deep_delete",
     "delete",
+    "dmm",
     "dpo",
     "esd",
     "fine_tune",

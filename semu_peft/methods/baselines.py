@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from semu_peft.objectives import (
     BoundaryShrink,
@@ -16,8 +16,10 @@ from semu_peft.objectives import (
     GradientAscent,
     InTurns,
     KLToOriginal,
+    OracleMatching,
     Retain,
     error_maximizing_noise,
+    pair_with_logits,
     untrained,
 )
 from semu_peft.training.rules import Ramp, SoftThreshold
@@ -313,3 +315,41 @@ def unsir(
     kept = Retain(retain, CrossEntropy())
     unlearn(model, noise, CrossEntropy(), retain=kept, learning_rate=impair_rate, **said)
     return unlearn(model, retain, CrossEntropy(), learning_rate=repair_rate, **said)
+
+
+def dmm(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    targets: Tensor,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """DMM, oracle matching: lead the logits to those of models that were retrained, or to a guess at them.
+
+    `mean (z − t)²`; [`without_influence`][semu_peft.objectives.matching.without_influence] guesses by data attribution.
+
+    Source: Georgiev et al., ICLR 2025, arXiv 2410.23232; Adam at 5e-4, five epochs.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches, in the order of the targets; the authors put three times as many others to them.
+        retain: Batches whose cross entropy is added.
+        targets: `t`, a row an example, `(N, classes)`.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import methods
+        >>> model, oracle = nn.Sequential(nn.Linear(4, 3)), nn.Linear(4, 3)
+        >>> forget = [(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))]
+        >>> methods.dmm(model, forget, targets=oracle(forget[0][0]).detach(), max_steps=2, progress=False).steps
+        2
+    """
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    pairs = pair_with_logits(forget, targets)
+    return minimise(model, pairs, OracleMatching(), keep(retain, CrossEntropy()), **said)

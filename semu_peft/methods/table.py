@@ -13,7 +13,7 @@ from typing import Any, Literal
 from . import baselines, classification, diffusion, editing, geometry, language, places
 
 Kind = Literal["classification", "language", "diffusion", "any"]
-Need = Literal["alternates", "images", "original", "retain", "ridge head", "score", "unseen", "keys and values", "MoE"]
+Need = Literal["alternates", "logits", "retain", "ridge head", "score", "unseen", "keys and values", "MoE"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ _ROWS = (
     Method(baselines.unsir, "classification", "CE(noise that maximises the loss) + CE(R), then CE(R)",
            "error_maximizing_noise × CrossEntropy, twice", "UNSIR, 2111.08947", ("retain",),
            "a class, with labels of the forget data alone"),
+    Method(baselines.dmm, "classification", "mean (z − t)²", "pair_with_logits × OracleMatching", "DMM, 2410.23232",
+           ("logits",), "where retrained models or data attribution say what to answer"),
     Method(classification.amun, "classification", "½ CE(x, y) + ½ CE(x′, y′)",
            "adversarial_examples × AdversarialUnlearning", "AMUN, ICML 2025", (), "random examples"),
     Method(editing.slug, "any", "ΔW = λ s u vᵀ", "pareto × rank 1 × Ascent × search_scale", "SLUG, 2407.11867",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,20 @@ def test_terms_stay_as_they_are_said() -> None:
 
 def test_the_table_tells_what_trains() -> None:
     assert not table.METHODS["ssd"].trains and not table.METHODS["uce"].trains and table.METHODS["npo"].trains
+
+
+def test_the_command_line_lists_the_zoo() -> None:
+    from typer.testing import CliRunner
+
+    from semu_cli.app import app
+
+    told = json.loads(CliRunner().invoke(app, ["methods", "--job", "python", "--json"]).stdout)["methods"]
+    assert {each["name"]: each["source"] for each in told} == {name: row.source for name, row in METHODS.items()}
+
+
+def test_matching_logits_that_are_the_models_own_leaves_it_as_it_is() -> None:
+    """Acceptance of DMM: matching to `f̃ = f` leaves the weights unchanged."""
+    model, forget = adapted("bare").eval(), vector_batches(1)
+    before = weights(model)
+    methods.dmm(model, forget, targets=model(forget[0][0]).detach(), max_steps=2, learning_rate=0.1, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
