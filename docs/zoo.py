@@ -33,7 +33,7 @@ def written(page: str) -> str:
 
 
 def sections() -> list[str]:
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.exists() else {}
     made = []
     for kind, title in TITLES.items():
         rows = [method for method in METHODS.values() if method.kind == kind]
