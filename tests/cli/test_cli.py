@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from semu_cli import app
 from semu_cli.catalogue import METHODS
-from semu_peft import methods, objectives
+from semu_peft import objectives
 
 
 def semu(*arguments: object, code: int = 0) -> Any:
@@ -193,12 +193,11 @@ def test_the_list_of_methods_is_what_the_verbs_take() -> None:
     from semu_peft.concept import erase
     from semu_peft.language import forget
 
-    verbs = [each for each in METHODS if not each.in_python_alone]
-    names = {job: {each.name for each in verbs if each.job == job} for job in ("text", "concept")}
+    names = {job: {each.name for each in METHODS if each.job == job} for job in ("text", "concept")}
     assert names["text"] == {*forget._METHODS, forget._UNSEEN}
     assert names["concept"] == set(erase._METHODS)
     for method in METHODS:
-        assert hasattr(methods if method.in_python_alone else objectives, method.objective), method
+        assert hasattr(objectives, method.objective), method
 
 
 @pytest.mark.parametrize(
