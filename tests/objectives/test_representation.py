@@ -197,7 +197,8 @@ def test_the_anchor_by_hand(make: Any) -> None:
     model = make().eval()
     squares = []
     for row in texts():
-        routers = model(input_ids=row[None], output_router_logits=True).router_logits
+        # Of the model without its head: before transformers 5 the head's balancing loss fails on a CPU.
+        routers = model.model(input_ids=row[None], output_router_logits=True).router_logits
         pairs = ((routers[0], 2), (routers[1], 3))
         squares.append(sum((r.softmax(-1) - torch.eye(4)[expert]).square().sum(-1) for r, expert in pairs))
     expected = torch.cat(squares).mean()

@@ -22,12 +22,17 @@ from semu_peft.training.rules import (
     PrivateGradient,
     Ramp,
     RemoveDirections,
+    RoutedGradient,
     RowScale,
     SharpnessAware,
     SoftThreshold,
 )
 
 Make = Callable[[nn.Module], Rule]
+
+
+def ones_of_each(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def half_of_each(model: nn.Module) -> dict[str, Tensor]:
@@ -49,6 +54,7 @@ RULES: dict[str, Make] = {
     "RemoveDirections": lambda model: RemoveDirections.shared(covariances(model), inputs=1, outputs=0),
     "RemoveLeading": lambda model: RemoveLeading(1, "hard"),
     "RetainSafe": lambda model: RetainSafe(memory=2),
+    "RoutedGradient": lambda model: RoutedGradient(ones_of_each(model), half_of_each(model), 0.5),
     "RowScale": lambda model: RowScale(2.0),
     "SharpnessAware": lambda model: SharpnessAware(0.1),
     "SoftThreshold": lambda model: SoftThreshold(Ramp(0.0, 1e-3, begin=1, end=5)),
@@ -67,8 +73,12 @@ class StopsAfter(Callback):
 
 
 def test_every_rule_is_here() -> None:
+    """`AllocateRanks` is AdaLoRA's alone, and remembers nothing: see test_carriers.py."""
     names = {name for name in rules.__all__ if isinstance(getattr(rules, name), type)}
-    assert {name for name in names if issubclass(getattr(rules, name), Rule)} - {"Rule"} == RULES.keys()
+    assert {name for name in names if issubclass(getattr(rules, name), Rule)} - {
+        "Rule",
+        "AllocateRanks",
+    } == RULES.keys()
 
 
 @pytest.mark.filterwarnings("ignore:The loss ended")
