@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/zoo/run.py                       # scikit-learn's digits, a few minutes
     python benchmarks/zoo/run.py --data DIR --models runs/cifar10        # CIFAR-10
+    python benchmarks/zoo/run.py --text --models DIR --data DIR --neutral FILE    # language: benchmarks/tofu/run.py
 
 Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
 class, over UA, RA, TA and MIA, and reported on two other classes with three seeds. Beside that stands what is forgotten
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -139,7 +141,18 @@ def compared(tuning: Case, cases: list[Case], only: str | None) -> dict[str, Any
     return results
 
 
+def text() -> None:
+    """The table for language models, which is TOFU's: the same arguments."""
+    script = Path(__file__).parents[1] / "tofu" / "run.py"
+    sys.argv = [str(script), *(argument for argument in sys.argv[1:] if argument != "--text")]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def main() -> None:
+    if "--text" in sys.argv:
+        text()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's train.parquet and test.parquet; else: digits")
     parser.add_argument("--models", type=Path, default=Path("runs/cifar10"), help="folder of its trained models")
