@@ -34,6 +34,7 @@ class AllocateRanks(Rule):
         ValueError: In a run, the model has no such AdaLoRA adapter, or the run is by natural gradients.
 
     Examples:
+        >>> import torch
         >>> from peft import AdaLoraConfig, get_peft_model
         >>> from semu_peft import objectives, unlearn
         >>> config = AdaLoraConfig(

@@ -156,11 +156,14 @@ class RemoveDirections(Rule):
             {name: right for name, (right, _) in bases.items()}, {name: left for name, (_, left) in bases.items()}
         )
 
-    def update(self, step: Step) -> None:
+    def gradients(self, step: Step) -> None:
+        """Check the names, before anything has moved."""
         matrices = trained_matrices(step)
         _check_names(self.inputs, "inputs", matrices)
         _check_names(self.outputs, "outputs", matrices)
-        for matrix in matrices:
+
+    def update(self, step: Step) -> None:
+        for matrix in trained_matrices(step):
             right, left = of_layer(self.inputs, matrix), of_layer(self.outputs, matrix)
             if right is None and left is None:
                 continue
