@@ -90,7 +90,7 @@ def error_maximizing_noise(
 
     `argmin_N −CE(f(N), y) + weight · mean ‖N‖²`, from a normal start, by Adam (UNSIR, Tarun et al. 2023, arXiv
     2111.08947). To train on the noise beside retain data undoes the class (*impair*), and to train on retain data alone
-    mends the rest (*repair*): see [`methods.unsir`][semu_peft.methods.classification.unsir].
+    mends the rest (*repair*): see [`methods.unsir`][semu_peft.methods.baselines.unsir].
 
     The model's parameters, gradients and modes stay as they are, and an adapter is left out.
 

@@ -18,7 +18,7 @@ def untrained(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
     Bad teaching (Chundawat et al., AAAI 2023, arXiv 2205.08096) distils it on forget data and the original on retain
     data: `unlearn(model, forget, KLToOriginal(reference=untrained(model)), retain=Retain(data, KLToOriginal()))`, or
-    [`methods.bad_teacher`][semu_peft.methods.classification.bad_teacher].
+    [`methods.bad_teacher`][semu_peft.methods.baselines.bad_teacher].
 
     Layers draw their weights anew as torch has them (`reset_parameters`), parameters that belong to none are drawn from
     a normal distribution of their own mean and spread. Adapters are left out.

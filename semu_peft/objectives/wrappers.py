@@ -176,7 +176,7 @@ class InTurns(Objective):
     """An objective at some of the steps, and nothing at the others: `steps` of every `period`, from step `first` on.
 
     So that two losses are not added but alternate, as where one is raised and another lowered (SCRUB, Kurmanji et al.
-    2023, arXiv 2302.09880; see [`methods.scrub`][semu_peft.methods.classification.scrub]), give the forget objective
+    2023, arXiv 2302.09880; see [`methods.scrub`][semu_peft.methods.baselines.scrub]), give the forget objective
     and that of the retain data turns which do not meet. At its other steps the model is not run for it. Steps are
     counted in batches; the count is saved with the run. Natural gradients are not for losses that come and go: such a
     run takes AdamW.
