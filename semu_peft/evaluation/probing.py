@@ -16,6 +16,8 @@ from semu_peft.objectives.batches import call_model, split_batch
 from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers
 
+FEWEST_EXAMPLES = 4  # of each side: half of them fit the probe
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -226,10 +228,10 @@ def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
     halves: list[list[Tensor]] = [[], []]
     labels: list[list[int]] = [[], []]
     for label, side in enumerate((retain, forget)):
-        if len(side) < 4:
+        if len(side) < FEWEST_EXAMPLES:
             raise ValueError(
-                f"`forget` and `retain` must have at least four examples each, got {len(side)}. Give more: half of "
-                "them fit the probe."
+                f"`forget` and `retain` must have {FEWEST_EXAMPLES} examples each or more, got {len(side)}. Give more, "
+                "as half of them fit the probe."
             )
         order = torch.randperm(len(side), generator=generator)
         for half, rows in enumerate(order.chunk(2)):

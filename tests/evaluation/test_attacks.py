@@ -65,6 +65,13 @@ def test_a_classifier() -> None:
     assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
 
 
+def test_a_probe_that_has_too_few_examples_is_named() -> None:
+    few = [(FORGET[0][0][:3], FORGET[0][1][:3])]
+    report = attack(adapted(), few, RETAIN, attackers=SHORT, progress=False)
+    assert "at least 4" in {each.attack: each.reason for each in report.not_run}["linear probes"]
+    assert report.results
+
+
 def test_language_models_and_denoisers() -> None:
     model = adapted(llama(), ["q_proj", "down_proj"], text())
     report = attack(model, text(), text(1), attackers=SHORT, progress=False)
