@@ -13,7 +13,7 @@ from semu_peft.arguments import check_count, check_kind, check_model, check_numb
 from semu_peft.objectives.attackers import Attacker
 from semu_peft.objectives.base import LossFunction
 from semu_peft.objectives.batches import check_batches
-from semu_peft.objectives.examples import count_examples
+from semu_peft.objectives.examples import examples_in
 from semu_peft.objectives.original import original
 from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers
@@ -361,7 +361,7 @@ class _Plan:
             planned["linear probes"] = "a denoiser's activations are of noise: none was built"
         elif data.retain is None:
             planned["linear probes"] = "no `retain` batches were given"
-        elif min(_examples_in(data.forget), _examples_in(data.retain)) < FEWEST_EXAMPLES:
+        elif min(examples_in(data.forget), examples_in(data.retain)) < FEWEST_EXAMPLES:
             planned["linear probes"] = f"they need at least {FEWEST_EXAMPLES} examples to forget and to retain"
         else:
             kept = data.retain
@@ -438,7 +438,3 @@ def _holds(batch: Any, dims: int | None = None) -> bool:
     values = batch.values() if isinstance(batch, Mapping) else batch[:-1]
     floating = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     return any(dims is None or value.dim() == dims for value in floating)
-
-
-def _examples_in(batches: Iterable[Any]) -> int:
-    return sum(count_examples(batch) or 1 for batch in batches)

@@ -20,7 +20,7 @@ from semu_peft.tuner.patterns import name_matches
 
 from .adapter_parts import all_parts
 from .base import Objective
-from .examples import Examples, Row, count_examples
+from .examples import Examples, Row, count_examples, examples_in
 from .original import with_values
 
 OptimizerOfAttack = Literal["sgd", "adam"] | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -228,7 +228,7 @@ class Relearner:
             for batch in batches:
                 varied = self.attacker.augment(batch, self.generator) if self.attacker.augment else batch
                 losses.append(self.learn(self.model, varied) * (count_examples(batch) or 1))
-            loss = torch.stack(losses).sum() / sum(count_examples(batch) or 1 for batch in batches)
+            loss = torch.stack(losses).sum() / examples_in(batches)
             gradients = torch.autograd.grad(loss, self.values, allow_unused=True)
         for value, gradient in zip(self.values, gradients, strict=True):
             value.grad = gradient

@@ -96,6 +96,17 @@ def count_examples(batch: Any) -> int | None:
     return next((size for size in map(count_examples, values) if size is not None), None)
 
 
+def examples_in(batches: Iterable[Any]) -> int:
+    """The number of examples in several batches; one that does not say how many it has counts as one.
+
+    Examples:
+        >>> import torch
+        >>> examples_in([(torch.zeros(4, 9), torch.zeros(4)), "text"])
+        5
+    """
+    return sum(count_examples(batch) or 1 for batch in batches)
+
+
 def single_examples(batch: Any) -> list[Any]:
     """The examples of a batch as batches of one: tensors are cut, and lists of as many labels or texts.
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from semu_peft.gradients.gather import check_loss
 from semu_peft.model_state import same_modes
 from semu_peft.objectives.base import Objective, as_objective
-from semu_peft.objectives.examples import count_examples, single_examples
+from semu_peft.objectives.examples import examples_in, single_examples
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
@@ -242,7 +242,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.progress.step += 1
         self.progress.forget.batch += len(batches)
-        self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
+        self.progress.examples += examples_in(batches) * self.accelerator.num_processes
         self._record(losses)
 
     def _start_step(self, data: StepData | None) -> Step:

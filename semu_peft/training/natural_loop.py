@@ -17,7 +17,7 @@ from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
 from semu_peft.gradients.processes import processes_of_torch, sum_over_processes
 from semu_peft.objectives.base import Evaluation, Objective
 from semu_peft.objectives.distributions import probe
-from semu_peft.objectives.examples import count_examples
+from semu_peft.objectives.examples import count_examples, examples_in
 
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
@@ -151,7 +151,7 @@ class NaturalLoop(Loop):
             here = self._update_cores(terms, here, keep_graph=not last)
         self.optimizer.zero_grad()
         self.progress.forget.batch += len(batches)
-        self.progress.examples += sum(count_examples(batch) or 1 for batch in batches) * self.accelerator.num_processes
+        self.progress.examples += examples_in(batches) * self.accelerator.num_processes
 
     def _note_running_loss(self, here: Tried) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
