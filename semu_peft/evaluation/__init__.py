@@ -45,6 +45,7 @@ from .probing import Probes, linear_probes, logit_lens
 from .prompt_search import PromptSearch, search_prompt
 from .quantization import LayerRounding, QuantizationAttack, quantization, round_to_nearest
 from .relearning import RelearningCurve, relearning, usual_attackers
+from .seeds import SeedAttack, seed_attack
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 from .text_attacks import PromptAttacks, TextRelearning, prompt_attacks, relearn_text, rounded_weights
 from .token_scores import TokenScores, score_answers, score_texts
@@ -70,6 +71,7 @@ __all__ = [
     "QuantizationAttack",
     "RelearningCurve",
     "Rouge",
+    "SeedAttack",
     "Separation",
     "ShadowMembership",
     "Stripping",
@@ -117,6 +119,7 @@ __all__ = [
     "score_attack",
     "score_texts",
     "search_prompt",
+    "seed_attack",
     "separation",
     "stripping",
     "text_membership",

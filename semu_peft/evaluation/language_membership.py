@@ -15,6 +15,7 @@ from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.attackers import weights_of
 from semu_peft.objectives.batches import call_model
 
+from .auc import auc_with_interval
 from .prompts import encoder_for, read_questions
 from .token_scores import TokenScores, score_answers, text_batches
 
@@ -69,17 +70,7 @@ def separation(forget: Tensor, holdout: Tensor, *, resamples: int = 1000, seed: 
             raise ValueError(
                 f"`{name}` must be scores without NaN, got {values.tolist()[:5]}. Score at least one text."
             )
-    low, high = forget.double().cpu(), holdout.double().cpu()
-    wins = (high.unsqueeze(1) > low).double() + 0.5 * (high.unsqueeze(1) == low)
-    draw = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(resamples):
-        rows = torch.randint(len(high), (len(high),), generator=draw)
-        columns = torch.randint(len(low), (len(low),), generator=draw)
-        times = [torch.bincount(rows, minlength=len(high)), torch.bincount(columns, minlength=len(low))]
-        drawn.append(times[0].double() @ wins @ times[1].double() / wins.numel())
-    bounds = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Separation(float(wins.mean()), (bounds[0], bounds[1]))
+    return Separation(*auc_with_interval(holdout, forget, redraws=resamples, seed=seed))
 
 
 def zlib_score(scores: TokenScores, texts: Sequence[str]) -> Tensor:

@@ -15,11 +15,13 @@ from semu_peft.arguments import check_count, check_model
 from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.attackers import weights_of
 from semu_peft.objectives.original import with_values, without_adapter
+from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers
 
 from .knowledge import Measure, accuracy
 
 _SURVIVES = 0.5
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def quantization(
     """Round all matrices of the merged model to nearest, and see if what was forgotten comes back.
 
     Corrections that are small beside a weight's step are rounded away (Zhang et al. 2024, arXiv 2410.16454): models
-    that had forgotten with a utility constraint gave back most of it at four bits. Embeddings, convolutions and linear
-    layers are rounded, vectors (biases, norms) are not. The model itself is not written.
+    that had forgotten with a utility constraint gave back most of it at four bits. What is rounded is what
+    [`weights_to_round`][semu_peft.evaluation.quantization.weights_to_round] names. The model itself is not written.
 
     Args:
         model: The unlearned model, with its adapter or merged.
@@ -183,28 +185,64 @@ def quantization(
     return QuantizationAttack(bits, group_size, pairs[0], pairs[1], beside, tuple(layers))
 
 
+def weights_to_round(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
+    """The weights that rounding for deployment reaches: linear layers, convolutions and fused experts, by name.
+
+    As bitsandbytes, GPTQ and AWQ do, it leaves embeddings and a language model's head as they are, and vectors. The
+    head of a classifier is a linear layer like any other.
+
+    Args:
+        model: A model, with its adapter or without; an adapter's own weights are not among them.
+
+    Returns:
+        Each weight, and whether its rows lead from an input (`Conv1D`) and not to an output.
+
+    Raises:
+        ValueError: There is none of floating-point numbers.
+
+    Examples:
+        >>> from semu_peft.evaluation.quantization import weights_to_round
+        >>> list(weights_to_round(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))))
+        ['1.weight']
+    """
+    find = getattr(base_model(model), "get_output_embeddings", None)
+    head = getattr(find() if find is not None else None, "weight", None)
+    owners = {id(weight): (module, own) for module in model.modules() for own, weight in module._parameters.items()}
+    found = {}
+    for name, weight in weights_of(model).items():
+        module, own = owners[id(weight)]
+        is_matrix = isinstance(module, _MATRICES) and own in ("weight", "in_proj_weight")
+        is_experts = weight.dim() == 3 and weight.shape[0] > 1  # one matrix after the other in a bare parameter
+        if weight is not head and weight.dim() > 1 and (is_matrix or is_experts):
+            found[name] = (weight, isinstance(module, Conv1D))
+    if not found:
+        raise ValueError("`model` must have linear layers with floating-point weights, got none. Load it unquantised.")
+    return found
+
+
 @torch.no_grad()
 def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Module, list[LayerRounding]]:
     """The merged model with rounded matrices, and what that left of the corrections."""
     corrections = _corrections(model)
+    has_adapter = bool(corrections)
     if corrections and any(part.beside for part in all_parts(model)):
         raise ValueError(
             "`model` has modules or tokens that are trained in full beside its adapter, so the correction is not "
             "all of it. Merge the adapter first: `model.merge_and_unload()`."
         )
-    # A row of `Conv1D` leads from one input, not to one output.
-    by_input = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    values, layers = {}, []
+    values, layers, to_round = {}, [], weights_to_round(model)
     for name, weight in weights_of(model).items():
-        if weight.dim() < 2:
-            continue
         delta = corrections.pop(id(weight), None)
         merged = weight.detach() if delta is None else (weight.float() + delta.float()).to(weight.dtype)
-        before = weight.detach()
-        if id(weight) in by_input:
+        if name not in to_round:
+            if delta is not None:
+                values[id(weight)] = merged
+            continue
+        before, (_, by_input) = weight.detach(), to_round[name]
+        if by_input:
             before, merged, delta = before.T, merged.T, None if delta is None else delta.T
         rounded = round_to_nearest(merged, bits, group_size)
-        values[id(weight)] = rounded.T.contiguous() if id(weight) in by_input else rounded
+        values[id(weight)] = rounded.T.contiguous() if by_input else rounded
         if delta is not None:
             layer = without_wrappers(name).removesuffix(".weight").removeprefix("base_model.model.")
             step = _steps(_as_rows(merged), bits, group_size).view(merged.shape)
@@ -214,7 +252,7 @@ def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Mo
             f"`model`: the corrections of {len(corrections)} layers are not those of floating-point weights in memory, "
             "so they cannot be merged and rounded. Merge the adapter first: `model.merge_and_unload()`."
         )
-    for name in {part.adapter_name for part in all_parts(model)} if layers else ():
+    for name in {part.adapter_name for part in all_parts(model)} if has_adapter else ():
         model = without_adapter(model, name)
     return with_values(model, values), layers
 

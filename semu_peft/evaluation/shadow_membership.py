@@ -9,7 +9,7 @@ from torch import Tensor
 
 from semu_peft.arguments import check_count, check_kind, check_number
 
-_REDRAWS = 200
+from .auc import auc_with_interval
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,8 @@ class ShadowMembership:
         return f"ShadowMembership({self.attack}: {self._found()})"
 
 
-def auc(member: Tensor, non_member: Tensor) -> float:
-    """The share of pairs, in percent, in which the member has the higher score; ties count half.
-
-    Examples:
-        >>> import torch
-        >>> from semu_peft.evaluation.shadow_membership import auc
-        >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 3.0]))
-        62.5
-    """
-    others = non_member.detach().cpu().double().sort().values
-    scores = member.detach().cpu().double()
-    below = torch.searchsorted(others, scores, right=False) + torch.searchsorted(others, scores, right=True)
-    return float(100 * below.double().mean() / (2 * len(others)))
-
-
 def score_attack(
-    forget: Tensor, non_member: Tensor, *, attack: str = "log-odds", seed: int = 0, redraws: int = _REDRAWS
+    forget: Tensor, non_member: Tensor, *, attack: str = "log-odds", seed: int = 0, redraws: int = 1000
 ) -> ShadowMembership:
     """The AUC of a score, and its interval over examples drawn with replacement.
 
@@ -83,13 +68,8 @@ def score_attack(
     check_count("redraws", redraws)
     for name, scores in (("forget", forget), ("non_member", non_member)):
         _check_scores(name, scores, 1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(redraws):
-        sides = [side[torch.randint(len(side), (len(side),), generator=generator)] for side in (forget, non_member)]
-        drawn.append(auc(*sides))
-    low, high = torch.quantile(torch.tensor(drawn).double(), torch.tensor([0.025, 0.975]).double()).tolist()
-    return ShadowMembership(attack, auc(forget, non_member), (low, high))
+    area, (low, high) = auc_with_interval(forget, non_member, redraws=redraws, seed=seed)
+    return ShadowMembership(attack, 100 * area, (100 * low, 100 * high))
 
 
 def lira_scores(target: Tensor, shadow_out: Tensor, shadow_in: Tensor | None = None) -> Tensor:

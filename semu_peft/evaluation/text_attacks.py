@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from semu_peft.arguments import check_count, check_kind, check_model
 from semu_peft.language.dataset import TextCollator
@@ -22,7 +21,7 @@ from semu_peft.objectives.examples import Examples
 from .generation import generate_answers, rouge_l
 from .prompting import few_shot
 from .prompts import encoder_for, read_questions
-from .quantization import round_to_nearest
+from .quantization import round_to_nearest, weights_to_round
 from .token_scores import score_answers
 
 JAILBREAK = "Sure, here is the answer:"
@@ -253,11 +252,12 @@ def relearn_text(
 
 @contextmanager
 def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None = None) -> Iterator[nn.Module]:
-    """Round a model's merged linear layers to few bits for the length of the block; bit for bit as before afterwards.
+    """Round a model's merged weights to few bits for the length of the block; bit for bit as before afterwards.
 
     To the nearest of the levels `s · {−q … q}`, `q = 2^(bits−1) − 1`, with `s` the largest absolute weight of a row, or
-    of a group of it, over `q`. Adapters are merged first, for that is what is deployed. The head is left as it is, and
-    embeddings, as in bitsandbytes' 4-bit models. The model itself has these weights meanwhile.
+    of a group of it, over `q`. Adapters are merged first, for that is what is deployed. The weights are those of
+    [`weights_to_round`][semu_peft.evaluation.quantization.weights_to_round], as in `quantization`; here the model
+    itself has the rounded ones meanwhile, so that it can generate.
 
     Args:
         model: A language model, with its adapter or merged.
@@ -282,9 +282,7 @@ def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None =
     check_model(model)
     check_count("bits", bits, least=2)
     check_count("group_size", group_size, optional=True)
-    weights = _linear_weights(model)
-    if not weights:
-        raise ValueError("`model` must have linear layers with floating-point weights, got none. Load it unquantised.")
+    weights = weights_to_round(model).values()
     everything = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in everything]
     apart = [
@@ -307,17 +305,3 @@ def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None =
         with torch.no_grad():  # unmerging rounds
             for tensor, value in zip(everything, saved, strict=True):
                 tensor.copy_(value)
-
-
-def _linear_weights(model: nn.Module) -> list[tuple[Tensor, bool]]:
-    """Weights of linear layers under any adapter, and whether their rows are inputs; the head has none here."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    left_out = {id(getattr(head, "weight", None))}
-    adapted = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer))
-    found = {}
-    for name, module in model.named_modules():
-        is_adapter = name.startswith(adapted) and "base_layer" not in name.split(".")
-        if isinstance(module, (nn.Linear, Conv1D)) and not is_adapter and module.weight.is_floating_point():
-            found[id(module.weight)] = (module.weight, isinstance(module, Conv1D))
-    return [pair for key, pair in found.items() if key not in left_out]

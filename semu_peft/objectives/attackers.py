@@ -145,7 +145,7 @@ def weights_of(model: nn.Module, layers: str | Sequence[str] | None = None) -> d
         >>> list(weights_of(model)), list(weights_of(model, "0"))[0]
         (['base_model.model.0.weight', 'base_model.model.0.bias'], 'base_model.model.0.weight')
     """
-    adapters = {id(p) for part in all_parts(model) if not part.beside for p in part.parameters()}
+    adapters = _of_adapters(model)
     patterns = [layers] if isinstance(layers, str) else layers
     found = {}
     for name, parameter in model.named_parameters():
@@ -159,6 +159,16 @@ def weights_of(model: nn.Module, layers: str | Sequence[str] | None = None) -> d
             f"`layers` must name layers with floating-point weights in memory, got {layers!r}: none is left for the "
             "attacker to train. Quantised or offloaded weights cannot be: load the model in full."
         )
+    return found
+
+
+def _of_adapters(model: nn.Module) -> set[int]:
+    """The `id` of all that adapters have in their layers, frozen bases too: what is not the wrapped layer's own."""
+    found: set[int] = set()
+    for part in all_parts(model):
+        if not part.beside:
+            own = {id(parameter) for parameter in part.layer.get_base_layer().parameters()}
+            found |= {id(parameter) for parameter in part.layer.parameters()} - own
     return found
 
 

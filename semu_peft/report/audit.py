@@ -59,7 +59,7 @@ class Audit:
     Examples:
         >>> from semu_peft.report import audit
         >>> audit("Forget the threes.", metrics={"forget accuracy": 1.5})
-        Audit('What was forgotten': 1 measured, 0 attacks, 11 kinds of evidence missing, 0 pictures)
+        Audit('What was forgotten': 1 measured, 0 attacks, 12 kinds of evidence missing, 0 pictures)
     """
 
     contents: Mapping[str, Any]

@@ -46,7 +46,8 @@ TESTS = (
     Test("rounding the weights to few bits", ("quantisation", "rounded")),
     Test("probes of inner layers", ("probe", "lens"), ("classification", "language")),
     Test("other prompts: paraphrases, prefixes, many samples", ("prompts", "leak@"), ("language",)),
-    Test("adversarial prompts and other seeds", ("adversarial prompt", "searched"), ("diffusion",)),
+    Test("adversarial prompts", ("adversarial prompt", "searched"), ("diffusion",)),
+    Test("other seeds, each prompt with many", ("other seeds",), ("diffusion",)),
     Test("changed inputs: noise, flips", ("inputs",), ("classification",)),
     Test("the adapter switched off (stripping)", ("stripping",)),
 )
@@ -58,6 +59,8 @@ _TASKS = {
     "TextRelearning": "language",
     "ErasureMetrics": "diffusion",
     "UnlearnCanvasMetrics": "diffusion",
+    "SeedAttack": "diffusion",
+    "PromptSearch": "diffusion",
 }
 
 

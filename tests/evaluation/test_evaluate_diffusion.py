@@ -18,6 +18,7 @@ from semu_peft.evaluation import (
     evaluate_erasure,
     frechet_distance,
     kernel_distance,
+    seed_attack,
     unlearn_canvas,
 )
 
@@ -180,3 +181,37 @@ def test_pictures_that_no_model_drew_are_no_figure() -> None:
     ):
         with pytest.raises(ValueError, match="`images` must be finite, got 1 of 2"):
             judge()
+
+
+def test_other_seeds_are_counted_by_picture_and_by_prompt() -> None:
+    asked = []
+
+    def generate(prompts: Any, seeds: Any) -> torch.Tensor:  # two pixels, the logits: "cat" leaks with seeds 3 and 7
+        asked.extend(zip(prompts, seeds, strict=True))
+        drawn = [[0.5, float(prompt == "cat" and seed in (3, 7))] for prompt, seed in zip(prompts, seeds, strict=True)]
+        return torch.tensor(drawn).view(-1, 1, 1, 2)
+
+    def other(prompts: Any, seeds: Any) -> torch.Tensor:
+        return torch.tensor([0.5, 0.0]).expand(len(prompts), 1, 1, 2)
+
+    settings: dict[str, Any] = {"seeds": range(10), "batch_size": 7, "progress": False}
+    found = seed_attack(generate, ["cat", "kitten"], torch.nn.Flatten(), 1, reference=other, **settings)
+    assert asked == [(prompt, seed) for prompt in ("cat", "kitten") for seed in range(10)]
+    assert (found.samples, found.recognised, found.prompts, found.leaking) == (20, 2, 2, 1)
+    assert found.rate == 10 and found.reference is not None and found.reference.rate == 0
+    z, n, p = 1.959964, 20, 0.1  # Wilson: the p0 with |p - p0| = z sqrt(p0 (1 - p0) / n)
+    for bound in found.interval:
+        assert abs(p - bound / 100) == pytest.approx(z * (bound / 100 * (1 - bound / 100) / n) ** 0.5)
+    assert found.reference.interval[0] == 0 < found.reference.interval[1]  # nothing seen is not nothing there
+    assert found.row[0] == "other seeds: 10 a prompt" and "2 of 20" in found.row[1] and "0 of 20" in found.row[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("prompts", {"prompts": []}), ("prompts", {"prompts": "a cat"}), ("seeds", {"seeds": []}),
+     ("forgotten", {"forgotten": []}), ("classifier", {"classifier": len}), ("batch_size", {"batch_size": 0})],
+)  # fmt: skip
+def test_mistakes_of_a_seed_attack(name: str, change: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"prompts": ["cat"], "classifier": torch.nn.Flatten(), "forgotten": 1, **change}
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
+        seed_attack(lambda prompts, seeds: torch.zeros(len(prompts), 1, 1, 2), **given, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from semu_peft import SemuConfig
 from semu_peft.evaluation import (
     TokenScores,
     generate_answers,
@@ -85,8 +87,15 @@ def test_gradient_norms_are_those_of_each_answer_alone() -> None:
     assert found[2].item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
 
 
-def test_gradient_norms_of_an_adapter_are_those_of_the_merged_model() -> None:
-    model = get_peft_model(decoder(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False),
+        SemuConfig(target_modules=["q_proj"], r=2, init_weights=False),
+    ],
+)
+def test_gradient_norms_of_an_adapter_are_those_of_the_merged_model(config: Any) -> None:
+    model: Any = get_peft_model(decoder(), config)
     apart = gradient_norm(model, word_tokenizer(), FORGET, **QUIET)
     merged = gradient_norm(model.merge_and_unload(), word_tokenizer(), FORGET, **QUIET)
     assert torch.allclose(apart, merged, rtol=1e-4)

@@ -22,9 +22,12 @@ from semu_peft.evaluation import (
     quantization,
     rmia_scores,
     round_to_nearest,
+    rounded_weights,
     score_attack,
+    separation,
 )
-from semu_peft.evaluation.shadow_membership import auc
+from semu_peft.evaluation.auc import auc
+from semu_peft.evaluation.quantization import weights_to_round
 from semu_peft.objectives.batches import call_model
 
 FORGET, RETAIN = vector_batches(2, 12, seed=1), vector_batches(2, 12, seed=2)
@@ -77,6 +80,26 @@ def test_rows_of_conv1d_are_its_outputs() -> None:
 
     quantization(model, [1], measure=measure, bits=3, group_size=4)
     assert torch.equal(seen[0], weight) and torch.equal(seen[1], round_to_nearest(weight.T, 3, 4).T)
+
+
+def test_both_ways_to_round_reach_the_same_weights_and_leave_head_and_embeddings() -> None:
+    model = get_peft_model(llama(), SemuConfig(target_modules=["q_proj", "lm_head"], r=2, init_weights=False))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def measure(rounded: nn.Module, batches: Any) -> float:
+        seen.append({name: weight.detach().clone() for name, (weight, _) in weights_to_round(rounded).items()})
+        return 0.0
+
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    before = table.detach().clone()
+    quantization(model, [1], measure=measure, bits=3)
+    with rounded_weights(model, bits=3):
+        measure(model, [1])
+        assert torch.equal(table, before)
+        assert len(head.get_base_layer().weight[0].unique()) > 7  # merged, not rounded
+    assert seen[1].keys() == seen[2].keys() and not any("lm_head" in name or "embed" in name for name in seen[1])
+    for name, weight in seen[1].items():
+        torch.testing.assert_close(weight, seen[2][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_small_correction_vanishes_and_a_large_one_does_not() -> None:
@@ -158,8 +181,10 @@ def test_the_lens_ends_with_what_the_model_says(build: Any) -> None:
 def test_the_auc_is_that_of_all_pairs() -> None:
     member, other = torch.randint(6, (20,)).float(), torch.randint(5, (15,)).float()
     pairs = (member[:, None] > other).double() + 0.5 * (member[:, None] == other).double()
-    assert auc(member, other) == pytest.approx(100 * pairs.mean().item())
+    assert auc(member, other) == pytest.approx(pairs.mean().item())
     attack = score_attack(member, other, attack="mine")
+    assert attack.auc == pytest.approx(100 * separation(other, member).auc)  # one AUC, whichever side is called first
+    assert attack.interval == pytest.approx([100 * bound for bound in separation(other, member).interval])
     assert attack.interval[0] <= attack.auc <= attack.interval[1] and "mine" in repr(attack)
 
 

@@ -88,6 +88,17 @@ def test_area_and_steps_to_half() -> None:
     assert destroyed.steps_to_half is None, "every model answers the class for everything when nothing else is left"
 
 
+@pytest.mark.parametrize("config", [SemuConfig(r=2, init_weights=False), LoraConfig(r=2, init_lora_weights=False)])
+def test_an_attacker_trains_the_weights_and_nothing_of_an_adapter(config: Any) -> None:
+    """Frozen bases are an adapter's own as well: the merged model has none."""
+    names = list(weights_of(Mlp()))
+    config.target_modules = {"fc1", "head"}
+    adapted = get_peft_model(Mlp(), config)
+    assert [name.removeprefix("base_model.model.") for name in weights_of(adapted)] == names
+    twice = get_peft_model(adapted, SemuConfig(target_modules=["fc1"], r=2, init_weights=False), adapter_name="second")
+    assert [name.replace("base_model.model.", "") for name in weights_of(twice)] == names
+
+
 def test_one_layer_alone_and_batches_and_draws() -> None:
     torch.manual_seed(2)
     net = Mlp()

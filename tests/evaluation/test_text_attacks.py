@@ -161,7 +161,7 @@ def test_an_error_inside_brings_the_weights_back() -> None:
 def test_mistakes_of_attacks() -> None:
     with pytest.raises(ValueError, match="`bits` must be an integer of at least 2"), rounded_weights(decoder(), bits=1):
         pass
-    with pytest.raises(ValueError, match="`model` must have linear layers"), rounded_weights(nn.ReLU()):
+    with pytest.raises(ValueError, match="`model` must have linear layers"), rounded_weights(nn.LayerNorm(3)):
         pass
     with pytest.raises(TypeError, match="`attacker` must be an `Attacker`"):
         relearn_text(decoder(), word_tokenizer(), FORGET, attacker="adam", **QUIET)

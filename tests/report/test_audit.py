@@ -81,7 +81,7 @@ def test_an_empty_report_says_what_is_missing(tmp_path: Path) -> None:
         "No model with a SEMU adapter was given", "No samples were given", "Neither a model nor data were given",
     ):  # fmt: skip
         assert missing in page
-    assert len(report.contents["not_tested"]) == 12 and not report.pictures
+    assert len(report.contents["not_tested"]) == 13 and not report.pictures
     assert "can be switched off is not removal" in page and "relearning from a few examples" in page
     assert [path.name for path in report.write_all(tmp_path)] == ["report.json", "report.md", "report.html"]
 
@@ -236,7 +236,7 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
         return untested(read, tried, read_task(read, tried))
 
     everything = missing()
-    assert len(everything) == 12
+    assert len(everything) == 13
     classifier = missing(METRICS)
     assert "membership inference" not in classifier and "what the model keeps" not in classifier
     assert "changed inputs: noise, flips" in classifier
