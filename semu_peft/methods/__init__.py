@@ -1,6 +1,6 @@
 """Published methods by their names: short compositions of what the other rooms hold, without a loop or a class."""
 
-from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, neg_grad_plus, scrub, unsir
+from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, laf, neg_grad_plus, scrub, unsir
 from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
 from .diffusion import concept_ablation, esd, uce
 from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
@@ -29,6 +29,7 @@ __all__ = [
     "iau",
     "k_fade",
     "l1_sparse",
+    "laf",
     "lfssd",
     "loku",
     "lora_sb",

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from semu_peft.objectives import (
     BoundaryShrink,
     CrossEntropy,
+    EmbeddingReconstruction,
     GradientAscent,
     InTurns,
+    KeepEmbeddings,
     KLToOriginal,
     OracleMatching,
+    RepelEmbeddings,
     Retain,
+    embedding_code,
     error_maximizing_noise,
     pair_with_logits,
     untrained,
@@ -315,6 +319,60 @@ def unsir(
     kept = Retain(retain, CrossEntropy())
     unlearn(model, noise, CrossEntropy(), retain=kept, learning_rate=impair_rate, **said)
     return unlearn(model, retain, CrossEntropy(), learning_rate=repair_rate, **said)
+
+
+def laf(
+    model: nn.Module,
+    forget: Collection[Any],
+    retain: Collection[Any],
+    *,
+    layer: int | str,
+    rank: int = 16,
+    temperature: float = 20.0,
+    reference: nn.Module | None = None,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """LAF: forget without labels, by what a feature extractor makes of the two kinds of data.
+
+    In turns: the extractor's embeddings become such that a code of the retain data still fits theirs and one of the
+    forget data no longer does; and those of the retain data are led back to the original's, away from which those of
+    the forget data are led. Built from the equations, with linear codes instead of two variational autoencoders, turns
+    of one step, and one optimiser. The head that is left on top has not seen any of this: LAF+R trains it anew on a few
+    labels ([`fine_tune`][semu_peft.methods.baselines.fine_tune]). Take a LoRA or all weights: the leading directions of
+    the forget embeddings' error are few, and a SEMU adapter in them alone may leave the class as it is.
+
+    Source: Shen et al., ICLR 2024, arXiv 2404.00506; τ 5 or 20.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches, with or without labels.
+        retain: The retain batches.
+        layer: The extractor's last layer, by its name or number.
+        rank: Components of each code.
+        temperature: `τ`.
+        reference: A frozen original model, where the model is bare.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), SemuConfig(target_modules=["0"]))
+        >>> forget, retain = [torch.randn(8, 4) + 3], [torch.randn(8, 4) - 3]  # no labels
+        >>> methods.laf(model, forget, retain, layer="0", rank=2, max_steps=4, progress=False).steps
+        4
+    """
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    own, kept = (EmbeddingReconstruction(layer, embedding_code(model, b, layer, rank=rank)) for b in (forget, retain))
+    find_bases(model, forget, -own, progress=progress, adapter_name=adapter_name)
+    keep_them = KeepEmbeddings(layer, reference)
+    repel = RepelEmbeddings(layer, reference, temperature=temperature)
+    terms = [Retain(retain, InTurns(kept)), Retain(retain, InTurns(keep_them, first=1))]
+    return unlearn(model, forget, InTurns(-own) + InTurns(repel, first=1), retain=terms, **said)
 
 
 def dmm(

@@ -18,6 +18,7 @@ from semu_peft.gradients.covariance import LayerCovariance
 from semu_peft.gradients.gather import gather
 from semu_peft.objectives import (
     NPO,
+    BreakActivations,
     CrossEntropy,
     GradientAscent,
 )
@@ -192,6 +193,7 @@ def cir(
     retain: RetainData = None,
     *,
     objective: LossFunction | None = None,
+    layers: list[int | str] | None = None,
     inputs: int = 23,
     outputs: int = 35,
     targets: list[str] | None = None,
@@ -201,16 +203,19 @@ def cir(
 ) -> UnlearnResult:
     """CIR: change nothing along the directions that all the data share, of inputs and of output gradients.
 
-    The mean and the leading principal components of both are taken out of every step. The paper's own loss, of MLP
-    outputs, and its fixed update norm ([`NormCap`][semu_peft.training.rules.size.NormCap]) are up to the caller.
+    The mean and the leading principal components of both are taken out of every step. With `layers` the loss is the
+    paper's own, of what these layers give ([`BreakActivations`][semu_peft.objectives.representation.BreakActivations]).
+    Its fixed update norm is up to the caller ([`NormCap`][semu_peft.training.rules.size.NormCap]), as is another term
+    for the retain data: `Retain(retain, PreserveHiddenStates(12, relative=True))`.
 
-    Source: arXiv 2509.11816; 23 and 35 components.
+    Source: arXiv 2509.11816; 23 and 35 components, MLPs of layers 6 to 11.
 
     Args:
         model: The model, changed in place.
         forget: The forget batches.
         retain: Batches whose cross entropy is added.
-        objective: What to minimise; by default gradient ascent.
+        objective: What to minimise; by default gradient ascent, or, with `layers`, their broken activations.
+        layers: Those whose outputs are broken, such as `["layers.6.mlp"]`.
         inputs: Components of the inputs to take out.
         outputs: Components of the output gradients to take out.
         targets: The layers, where the model is bare.
@@ -228,7 +233,7 @@ def cir(
         2
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
-    loss = objective or GradientAscent()
+    loss = objective or (BreakActivations(layers) if layers else GradientAscent())
     find_bases(model, forget, loss, progress=progress, adapter_name=adapter_name)
     shared = gather(
         model, forget, loss, targets=targets, statistic=LayerCovariance, progress=progress, adapter_name=adapter_name

@@ -21,6 +21,7 @@ from .diffusion import (
     NegativeGuidance,
     PreservePrediction,
 )
+from .embeddings import EmbeddingReconstruction, KeepEmbeddings, RepelEmbeddings, embedding_code
 from .label_free import SquaredLogits
 from .language import (
     CEU,
@@ -36,7 +37,7 @@ from .language import (
 from .matching import OracleMatching, pair_with_logits, without_influence
 from .noise_schedule import NoiseSchedule
 from .preference import DPO, NPO, TPO, FDivergence, SimNPO
-from .representation import RMU, AdaptiveRMU, PreserveHiddenStates, RouterAnchor
+from .representation import RMU, AdaptiveRMU, BreakActivations, PreserveHiddenStates, RouterAnchor
 from .retain import Retain, as_retain
 from .simulation import SimulatedRelearning
 from .teachers import untrained
@@ -47,6 +48,7 @@ __all__ = [
     "AdversarialUnlearning",
     "Attacker",
     "BoundaryShrink",
+    "BreakActivations",
     "CEU",
     "ConditionMatching",
     "CrossEntropy",
@@ -55,6 +57,7 @@ __all__ = [
     "DenoisingAscent",
     "DenoisingLoss",
     "EmbeddingMatching",
+    "EmbeddingReconstruction",
     "Evaluation",
     "FDivergence",
     "FlatLogits",
@@ -63,6 +66,7 @@ __all__ = [
     "InvertedHinge",
     "KLToOriginal",
     "LossFunction",
+    "KeepEmbeddings",
     "NPO",
     "NegativeGuidance",
     "NoiseSchedule",
@@ -74,6 +78,7 @@ __all__ = [
     "PrimalDual",
     "RMU",
     "RandomLabel",
+    "RepelEmbeddings",
     "Retain",
     "RouterAnchor",
     "SatImp",
@@ -92,6 +97,7 @@ __all__ = [
     "adversarial_examples",
     "as_objective",
     "as_retain",
+    "embedding_code",
     "error_maximizing_noise",
     "pair_with_logits",
     "sequence_nll",

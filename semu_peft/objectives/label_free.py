@@ -28,13 +28,20 @@ class SquaredLogits(Objective):
     """
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        logits = logits_of(_run(model, batch))
+        logits = logits_of(run_without_labels(model, batch))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.square().sum(-1).mean()
 
 
-def _run(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch whose labels, if it has any, are left out."""
+def run_without_labels(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch whose labels, if it has any, are left out.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.label_free import run_without_labels
+        >>> run_without_labels(torch.nn.ReLU(), (torch.tensor([-1.0, 2.0]), torch.tensor([0, 1])))
+        tensor([0., 2.])
+    """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft.arguments import check_count, check_kind, check_positive
+from semu_peft.arguments import check_count, check_kind, check_positive, check_switch
 
 from .adapter_parts import adapter_configs
 from .base import Evaluation, Objective, Outputs
@@ -155,6 +155,7 @@ class PreserveHiddenStates(HiddenStateObjective):
     Args:
         layer: See `HiddenStateObjective`.
         reference: A frozen original model. By default the model itself without its adapter.
+        relative: Take the mean of `‖h − h₀‖ / ‖h₀‖` instead, as CIR does, which every token has an equal say in.
 
     Examples:
         >>> import torch
@@ -166,7 +167,12 @@ class PreserveHiddenStates(HiddenStateObjective):
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
+    relative: bool = field(default=False, kw_only=True)
     minimum = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_switch("relative", self.relative)
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
@@ -174,7 +180,67 @@ class PreserveHiddenStates(HiddenStateObjective):
             return read_hidden_states(reference, batch, self.layer)
 
     def state_loss(self, states: Tensor, prepared: Any) -> Tensor:
+        if self.relative:
+            return _ratio((states - prepared).norm(dim=-1), prepared.norm(dim=-1)).mean()
         return F.mse_loss(states, prepared)
+
+
+@dataclass
+class BreakActivations(Objective):
+    """`mean max(0, ⟨o, o₀⟩ / ‖o₀‖²)`: of what a layer gave nothing is left, whatever it gives instead.
+
+    The mean is over the tokens that count, and over the layers. It is 1 at the original and 0 where the outputs are at
+    right angles to theirs, so that it ends by itself; made for the outputs of MLPs. Keep the retain data's hidden
+    states by `PreserveHiddenStates(layer, relative=True)`.
+
+    Source: CIR, arXiv 2509.11816: MLPs of layers 6 to 11, retain data kept at layer 12. See
+    [`methods.cir`][semu_peft.methods.geometry.cir].
+
+    Args:
+        layers: Each as in [`HiddenStateObjective`][semu_peft.objectives.representation.HiddenStateObjective], such as
+            `["layers.6.mlp", "layers.7.mlp"]`.
+        reference: A frozen original model. By default the model itself without its adapter.
+
+    Raises:
+        TypeError: `layers` is no list of names or numbers.
+        ValueError: There is none, or the model has no such layer.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import BreakActivations
+        >>> frozen, model = torch.nn.Sequential(torch.nn.Identity()), torch.nn.Sequential(torch.nn.ReLU())
+        >>> batch = (torch.tensor([[-3.0, 4.0]]), torch.tensor([0]))
+        >>> round(BreakActivations(["0"], reference=frozen)(model, batch).item(), 2)  # 16 / 25
+        0.64
+    """
+
+    distribution = "gaussian"
+    layers: Sequence[int | str]
+    reference: nn.Module | None = field(default=None, repr=False)
+    minimum = 0.0
+
+    def __post_init__(self) -> None:
+        mend = "Write ['layers.6.mlp']."
+        check_kind("layers", self.layers, (list, tuple), "a list of layers' numbers or names", mend)
+        if not self.layers:
+            raise ValueError(f"`layers` must name at least one layer, got none. {mend}")
+        for layer in self.layers:
+            check_kind("layers", layer, (int, str), "a list of layers' numbers or names", mend)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.evaluate(model, batch, self.prepare(model, batch)).loss
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Any) -> list[Tensor]:
+        with reference_model(model, self.reference) as reference:
+            return _read_layers(reference, batch, self.layers)
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        states = _read_layers(model, batch, self.layers)
+        pairs = zip(states, prepared, strict=True)
+        left = [_ratio((now * before).sum(-1), before.square().sum(-1)).clamp(min=0).mean() for now, before in pairs]
+        weight = 1.0 / len(states)
+        return Evaluation(torch.stack(left).mean(), tuple(Outputs(each, weight=weight) for each in states))
 
 
 @dataclass
@@ -283,12 +349,23 @@ def read_hidden_states(model: nn.Module, batch: Any, layer: int | str) -> Tensor
         >>> read_hidden_states(torch.nn.Sequential(torch.nn.Linear(3, 4)), batch, "0").shape
         torch.Size([2, 4])
     """
-    name, module = find_layer(model, layer)
-    with _outputs_of(module) as caught:
+    return _read_layers(model, batch, [layer])[0]
+
+
+def _read_layers(model: nn.Module, batch: Any, layers: Sequence[int | str]) -> list[Tensor]:
+    """The hidden states of several layers, in one pass."""
+    found = [find_layer(model, layer) for layer in layers]
+    with ExitStack() as hooks:
+        caught = [hooks.enter_context(outputs_of(module)) for _, module in found]
         call_model(model, batch, shift_labels=False)
-    if not caught:
+    return [_that_count(name, outputs, batch) for (name, _), outputs in zip(found, caught, strict=True)]
+
+
+def _that_count(name: str, outputs: list[Tensor], batch: Any) -> Tensor:
+    """Of what a layer gave, `(T, d)` in float32, the tokens that count."""
+    if not outputs:
         raise ValueError(f"`layer` must be a layer that the model runs, got {name!r}, which it did not. Name another.")
-    states = caught[0].to(torch.promote_types(caught[0].dtype, torch.float32))
+    states = outputs[0].to(torch.promote_types(outputs[0].dtype, torch.float32))
     _, inputs, labels = split_batch(batch)
     labels = as_labels(labels).to(states.device)
     mask = inputs.get("attention_mask")
@@ -337,8 +414,17 @@ def find_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module gives; with activations recomputed it runs again, in the backward pass, unseen."""
+def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module gives; with activations recomputed it runs again, in the backward pass, unseen.
+
+    Examples:
+        >>> import torch
+        >>> layer = torch.nn.ReLU()
+        >>> with outputs_of(layer) as caught:
+        ...     _ = layer(torch.tensor([-1.0, 2.0]))
+        >>> caught
+        [tensor([0., 2.])]
+    """
     caught: list[Tensor] = []
     handle = module.register_forward_hook(
         lambda _, __, output: caught.append(output[0] if isinstance(output, (tuple, list)) else output)
@@ -347,6 +433,10 @@ def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         handle.remove()
+
+
+def _ratio(values: Tensor, sizes: Tensor) -> Tensor:
+    return values / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
 
 
 def _direction(states: Tensor, seed: int) -> Tensor:

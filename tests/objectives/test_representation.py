@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from semu_peft import SemuConfig, initialize_semu_weights, unlearn
-from semu_peft.objectives import NPO, RMU, AdaptiveRMU, PreserveHiddenStates, RouterAnchor
+from semu_peft.objectives import NPO, RMU, AdaptiveRMU, BreakActivations, PreserveHiddenStates, RouterAnchor
 from semu_peft.objectives.representation import find_layer, read_hidden_states
 
 
@@ -135,6 +135,62 @@ def test_hidden_states_are_preserved_as_the_original_has_them() -> None:
     frozen = llama().eval()
     torch.testing.assert_close(PreserveHiddenStates(1, reference=frozen)(model, batch), F.mse_loss(now, before))
     assert PreserveHiddenStates(1)(get_peft_model(frozen, SemuConfig(target_modules="all-linear")), batch) == 0
+
+
+class Shifted(nn.Module):
+    """Two layers one after the other, whose outputs are the inputs plus what is trained."""
+
+    def __init__(self, *shifts: list[float]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity() for _ in shifts])
+        self.shifts = nn.ParameterList([nn.Parameter(torch.tensor(shift)) for shift in shifts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, shift in zip(self.layers, self.shifts, strict=True):
+            x = layer(x + shift)
+        return x
+
+
+def test_broken_activations_by_hand() -> None:
+    """`max(0, ⟨o, o₀⟩ / ‖o₀‖²)`, over tokens and layers: 1 at the original, and no gain beyond a right angle."""
+    batch = (torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+    original, model = Shifted([0.0, 0.0], [0.0, 0.0]), Shifted([0.0, 0.0], [1.0, -3.0])
+    objective = BreakActivations([0, 1], reference=original)
+    assert objective(original, batch).item() == 1.0
+    # The first layer is as it was. Of the second: (4·3 + 1·4) / 25, and (0·1 + 2·−1) / 4, which is below zero.
+    loss = objective(model, batch)
+    assert loss.item() == pytest.approx((1 + (16 / 25 + 0) / 2) / 2)
+    loss.backward()
+    torch.testing.assert_close(model.shifts[1].grad, torch.tensor([3.0, 4.0]) / 25 / 4)  # of the first token alone
+
+
+def test_relative_distance_by_hand() -> None:
+    """`‖h − h₀‖ / ‖h₀‖`: 5 of 5 and 5 of 2, whatever the size of the states; with a gradient of zero at the start."""
+    batch = (torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+    original, model = Shifted([0.0, 0.0]), Shifted([3.0, 4.0])
+    objective = PreserveHiddenStates(0, reference=original, relative=True)
+    assert objective(model, batch).item() == pytest.approx((1 + 2.5) / 2)
+    objective(original, batch).backward()
+    assert not original.shifts[0].grad.any()
+
+
+def test_activations_of_mlps_are_broken_and_others_kept() -> None:
+    """Natural gradients lead the outputs to a right angle of what they were, on the tokens that count."""
+    model, forget = adapted(), [padded()]
+    model = get_peft_model(model.unload(), SemuConfig(target_modules=["down_proj"]))
+    objective = BreakActivations(["layers.0.mlp", "layers.1.mlp"])
+    initialize_semu_weights(model, forget, objective, progress=False)
+    result = unlearn(model, forget, objective, max_steps=8, progress=False)
+    assert result.history[0]["loss"] == pytest.approx(1.0) and result.history[-1]["loss"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "told"),
+    [("mlp", TypeError, "a list of layers"), ([], ValueError, "at least one layer"), ([1.5], TypeError, "a list of")],
+)
+def test_layers_to_break_that_are_none(layers: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=f"`layers` must .*{told}"):
+        BreakActivations(layers)
 
 
 def test_rmu_needs_no_layer_above() -> None:
