@@ -1,6 +1,6 @@
 """SEMU: make trained models forget, as a PEFT adapter. Importing this package registers the method with PEFT."""
 
-from . import localize
+from . import gates, localize
 from .adapter.hotswap import hotswap_adapter
 from .adapter.rerank import RerankReport, prune, rerank
 from .adapter.scale import set_scale
@@ -66,6 +66,7 @@ __all__ = [
     "UnlearnResult",
     "forget_text",
     "from_lora",
+    "gates",
     "gather",
     "hotswap_adapter",
     "initialize_semu_weights",

@@ -37,8 +37,8 @@ class Part(NamedTuple):
 
     @property
     def method(self) -> tuple[str, ...]:
-        """The PEFT method, told by the attributes that hold its parameters."""
-        return tuple(self.layer.adapter_layer_names)
+        """The PEFT method, told by the attributes that hold its parameters in every layer of that kind."""
+        return tuple(type(self.layer).adapter_layer_names)  # DoRA adds one to the layers that it is in
 
     def leave_out(self) -> None:
         """Take the adapter out of the active ones; with none left, the layer computes with its base layer alone."""

@@ -96,6 +96,17 @@ def without_adapter(model: nn.Module, adapter_name: str | None = None) -> nn.Mod
     return replica
 
 
+def left_out(model: nn.Module) -> frozenset[str]:
+    """The names of the adapters that a module is without, where `original` or `without_adapter` gave it.
+
+    Examples:
+        >>> from semu_peft.objectives.original import left_out
+        >>> left_out(nn.Linear(2, 2))
+        frozenset()
+    """
+    return vars(model).get(_LEFT_OUT, frozenset())
+
+
 def with_values(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
     """Make a second tree of modules over a model's tensors, in which some parameters have other values.
 

@@ -653,6 +653,18 @@ def test_an_adapter_over_a_split_one_leaves_it_at_its_values() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
+def test_dora_on_layers_of_two_kinds_is_one_adapter() -> None:
+    """DoRA's convolutions have one attribute more than its linear layers, and are left out with them."""
+    base = Cnn().eval()
+    config = LoraConfig(target_modules=["conv1", "head"], r=2, init_lora_weights=False, use_dora=True)
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name="first")
+    model.add_adapter("second", config)
+    x = sample_input(base)[0]
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        assert_reference(model.eval(), base, x)
+
+
 def test_biases_that_are_trained_with_the_adapter() -> None:
     """Biases of the base model that an adapter trains are at their start in the reference."""
     torch.manual_seed(5)
