@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -132,7 +132,27 @@ class EmbeddingReconstruction(HiddenStateObjective):
 
 
 @dataclass
-class KeepEmbeddings(HiddenStateObjective):
+class _EmbeddingDistance(HiddenStateObjective):
+    """What keeping and repelling share: the distances `1 − cos` of a batch's embeddings from the original's."""
+
+    reference: nn.Module | None = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
+        with reference_model(model, self.reference) as reference:
+            return read_embeddings(reference, batch, self.layer)
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        embeddings = read_embeddings(model, batch, self.layer)
+        return Evaluation(self.distance_loss(1 - F.cosine_similarity(embeddings, prepared)), (Outputs(embeddings),))
+
+    def distance_loss(self, distances: Tensor) -> Tensor:
+        """The loss of the distances `(N,)`."""
+        raise NotImplementedError
+
+
+@dataclass
+class KeepEmbeddings(_EmbeddingDistance):
     """`mean d(e, e₀)`, `d = 1 − cos`: keep the direction of retain embeddings, LAF's alignment of the retain data.
 
     Source: Shen et al., ICLR 2024, arXiv 2404.00506: `Σ_s log(e^{d(s)} / Σ_u e^{d(u) / τ})` over retain examples `s`
@@ -151,25 +171,14 @@ class KeepEmbeddings(HiddenStateObjective):
         0.2
     """
 
-    reference: nn.Module | None = field(default=None, repr=False)
-    minimum: ClassVar[float | None] = 0.0
-
-    @torch.no_grad()
-    def prepare(self, model: nn.Module, batch: Any) -> Tensor:
-        with reference_model(model, self.reference) as reference:
-            return read_embeddings(reference, batch, self.layer)
-
-    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
-        embeddings = read_embeddings(model, batch, self.layer)
-        return Evaluation(self.distance_loss(1 - F.cosine_similarity(embeddings, prepared)), (Outputs(embeddings),))
+    minimum = 0.0
 
     def distance_loss(self, distances: Tensor) -> Tensor:
-        """The loss of the distances `(N,)` of a batch's embeddings from the original's."""
         return distances.mean()
 
 
 @dataclass
-class RepelEmbeddings(KeepEmbeddings):
+class RepelEmbeddings(_EmbeddingDistance):
     """`−log Σ exp(d(e, e₀) / τ)` over a batch of forget data: lead their embeddings away from where they were.
 
     The other part of LAF's alignment, see [`KeepEmbeddings`][semu_peft.objectives.embeddings.KeepEmbeddings]. It has no
@@ -192,7 +201,6 @@ class RepelEmbeddings(KeepEmbeddings):
     """
 
     temperature: float = field(default=20.0, kw_only=True)
-    minimum: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,8 @@ from .generators import generator_states, own_generators, set_generator_states
 from .progress import Position
 
 _END = object()
+_RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
+_NEXT_RETAIN_SEED = 2**20
 
 
 def as_loader(batches: Iterable[Any], name: str, most: int | None = None) -> DataLoader[Any]:
@@ -139,6 +141,16 @@ def in_steps(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], boo
         group.append(batch)
     if group:
         yield group, True
+
+
+def retain_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th retain loader of a run.
+
+    Examples:
+        >>> retain_seed(0, 1) - retain_seed(0, 0)
+        1048576
+    """
+    return seed + _RETAIN_SEED + index * _NEXT_RETAIN_SEED
 
 
 def cycle(loader: DataLoader[Any], seed: int, at: Position) -> Generator[Any, None, None]:

@@ -72,7 +72,7 @@ def save_checkpoint(
         states = {kind: [_state_of(member) for member in members] for kind, members in _all(parts, registered).items()}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _save_states(states, partial / _STATE_FILE)
+        write_states(states, partial / _STATE_FILE)
         text = json.dumps({"run": run, "files": _digests(partial)}, indent=2)
         (partial / _RUN_FILE).write_text(text, encoding="utf-8")
         _put_in_place(partial, folder)
@@ -91,7 +91,16 @@ def _save_trained(accelerator: Accelerator, folder: Path) -> None:
         hook.remove()
 
 
-def _save_states(states: dict[str, list[Any]], path: Path) -> None:
+def write_states(states: dict[str, list[Any]], path: Path) -> None:
+    """Write what `state_dict` methods returned, such that it is read without unpickling code.
+
+    Raises:
+        TypeError: Something else than tensors, numbers, strings, lists and dictionaries is among it.
+
+    Examples:
+        >>> import tempfile
+        >>> write_states({"rules": [{"number": 3}]}, Path(tempfile.mkdtemp(), "states.pt"))
+    """
     torch.save(states, path)
     try:
         torch.load(path, map_location="cpu", weights_only=True)

@@ -6,23 +6,21 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from semu_peft.gradients.gather import check_loss
 from semu_peft.model_state import same_modes
 from semu_peft.objectives.base import Objective, as_objective
-from semu_peft.objectives.examples import examples_in, single_examples
+from semu_peft.objectives.examples import examples_in
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
 
 from .accelerate_state import Prepared
-from .batches import batches_in, cycle, first_batches, in_steps, rest_of_epoch
+from .batches import batches_in, cycle, first_batches, in_steps, rest_of_epoch, retain_seed
 from .callbacks import Event, TrainingContext
 from .checkpoint import (
     Parts,
@@ -37,12 +35,9 @@ from .fingerprint import Fingerprint, describe, describe_optimizer
 from .optimizers import SchedulerFactory, default_epochs, make_schedule, needs_closure
 from .parameters import trained_parameters
 from .progress import Position, Progress
-from .rules.base import Rule, Step, StepData
+from .rules.base import Rule, Step, StepData, check_sharded
 from .settings import Settings
-from .step_data import GradientsOfStep
-
-_RETAIN_SEED = 2**31  # keeps the draws of the loaders apart, and those of one retain loader from the next one's
-_NEXT_RETAIN_SEED = 2**20
+from .step_data import gradients_of_batches
 
 _RISE_THAT_COUNTS = 0.05  # of the loss at the start
 
@@ -79,6 +74,7 @@ class Loop:
         self.rules, self.callbacks = rules, callbacks
         self.accumulation = self.accelerator.gradient_accumulation_steps
         self.parameters = trained_parameters(model)  # FSDP has put sharded ones in their places
+        check_sharded(rules, self.parameters)
         self.progress = Progress(retain=[Position() for _ in retain])
         self.without_gradient: list[str] | None = None  # what the first backward pass did not reach
         self.epochs, total_steps = self._length()
@@ -157,9 +153,8 @@ class Loop:
 
     def _seeds(self) -> list[int]:
         """The seeds of the loaders: of the forget batches, then of each retain loader."""
-        count = len(self.prepared.retain)
         seed = self.settings.seed
-        return [seed, *(seed + _RETAIN_SEED + index * _NEXT_RETAIN_SEED for index in range(count))]
+        return [seed, *(retain_seed(seed, index) for index in range(len(self.prepared.retain)))]
 
     def _parts(self) -> Parts:
         return {
@@ -259,29 +254,10 @@ class Loop:
             for number, (batch, retained) in enumerate(batches):
                 yield torch.stack(list(self._losses(batch, retained, first + number).values())).sum() / count
 
-        def losses_of_term(index: int) -> Iterator[Tensor]:
-            for _, retained in batches:
-                loss = self.objectives[1 + index](self.prepared.model, retained[index])
-                yield _scalar(loss, "the retain data, for a rule") / count
-
-        def example_losses() -> Iterator[Tensor]:
-            if any(self.weights):
-                raise ValueError(
-                    "`retain` must weigh nothing beside a rule that takes the gradient of each forget example, got "
-                    f"weights {self.weights}. Set `weight=0`, or put these data among the forget batches."
-                )
-            for batch, _ in batches:
-                for example in single_examples(batch):
-                    yield _scalar(
-                        self.objectives[0](extract_model_from_parallel(self.prepared.model), example),
-                        "one example, for a rule",
-                    )
-
-        return GradientsOfStep(
-            self.parameters, self.objectives, [objective.state_dict() for objective in self.objectives], losses=losses,
-            retain_losses=[partial(losses_of_term, index) for index in range(len(self.weights))],
-            example_losses=example_losses, mean=lambda gradient: gradient,
-        )  # fmt: skip
+        drawn = [objective.state_dict() for objective in self.objectives]
+        return gradients_of_batches(
+            self.parameters, self.prepared.model, self.objectives, self.weights, drawn, batches, losses
+        )
 
     def _update(self, step: Step, batches: list[tuple[Any, list[Any]]]) -> Losses:
         losses = self._backward(step, batches)

@@ -198,8 +198,20 @@ def put_into(parameter: Any, value: Tensor) -> None:
         >>> parameter
         tensor([1., 1.])
     """
+    parameter.copy_(shared_out(value, parameter))
+
+
+def shared_out(value: Tensor, parameter: Any) -> Tensor:
+    """A whole value as the parameter is: sharded over the processes where the parameter is sharded, on its device.
+
+    Examples:
+        >>> import torch
+        >>> shared_out(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    value = value.to(parameter.device)
     if hasattr(parameter, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

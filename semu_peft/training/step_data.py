@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from semu_peft.gradients.gather import check_loss
 from semu_peft.objectives.base import Objective
+from semu_peft.objectives.examples import single_examples
 
 from .trials import Term, Trials
 
@@ -88,6 +91,53 @@ class GradientsOfStep:
             yield
         finally:
             _load(self.objectives, now)
+
+
+def gradients_of_batches(
+    parameters: Mapping[str, nn.Parameter],
+    model: nn.Module,
+    objectives: Sequence[Objective],
+    weights: Sequence[float],
+    drawn: Sequence[Any],
+    batches: Sequence[tuple[Any, Sequence[Any]]],
+    losses: Callable[[], Losses],
+) -> GradientsOfStep:
+    """What rules may ask of a step whose loss is a mean over batches; nothing is worked out before they do.
+
+    Args:
+        parameters: What is trained, by name.
+        model: What the objectives are called with.
+        objectives: The forget objective, then that of each retain term.
+        weights: Those of the retain terms.
+        drawn: The states of the objectives as the step found them.
+        batches: Each forget batch with a batch of each retain term.
+        losses: Those that add up to the step's whole loss.
+    """
+    count = len(batches)
+
+    def losses_of_term(index: int) -> Iterator[Tensor]:
+        for _, retained in batches:
+            loss = objectives[1 + index](model, retained[index])
+            check_loss(loss, "the retain data, for a rule")
+            yield loss.reshape(()) / count
+
+    def example_losses() -> Iterator[Tensor]:
+        if any(weights):
+            raise ValueError(
+                "`retain` must weigh nothing beside a rule that takes the gradient of each forget example, got "
+                f"weights {list(weights)}. Set `weight=0`, or put these data among the forget batches."
+            )
+        for batch, _ in batches:
+            for example in single_examples(batch):
+                loss = objectives[0](extract_model_from_parallel(model), example)
+                check_loss(loss, "one example, for a rule")
+                yield loss.reshape(())
+
+    return GradientsOfStep(
+        parameters, objectives, drawn, losses=losses,
+        retain_losses=[partial(losses_of_term, index) for index in range(len(weights))],
+        example_losses=example_losses, mean=lambda gradient: gradient,
+    )  # fmt: skip
 
 
 def gradients_of_terms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from semu_peft.model_state import eval_mode
 from semu_peft.objectives.base import LossFunction, Objective, as_objective
 from semu_peft.objectives.batches import split_batch
 from semu_peft.objectives.original import remember_start
+from semu_peft.objectives.retain import Retain, as_retain
 from semu_peft.tuner.adapted import base_model
 
 from .parameters import check_trainable
+from .rules import Rule, as_rules
+from .trainer_steps import StepsOfTrainer
 
 _STATE_FILE = "objective_state.pt"
 
@@ -29,17 +33,22 @@ class UnlearnTrainer(Trainer):
     off and norm statistics stay, and activations are recomputed where `gradient_checkpointing` asks for it. Evaluation
     and prediction report the objective as `eval_loss`, and give `compute_metrics` the model's predictions; their random
     draws are the same at each evaluation and leave those of the training alone. A checkpoint has the objective's random
-    state.
+    state, and those of rules and retain data.
 
     The Trainer's `compute_loss_func` would do for an objective that reads the model's output alone; one that asks the
     original model as well, such as decoupled distillation, needs the model itself.
 
     Args:
-        objective: `(model, batch) -> scalar loss`. A batch is what the data collator makes. All other arguments are
-            those of `Trainer`.
+        objective: `(model, batch) -> scalar loss`. A batch is what the data collator makes.
+        retain: What to keep, as in `unlearn`: each is gone through in a cycle, one batch a forget batch, and is no part
+            of the evaluation.
+        rules: [Rules][semu_peft.training.rules.base.Rule] that edit each step, in order, after the Trainer's own
+            clipping (`max_grad_norm`).
+        args: All other arguments are those of `Trainer`.
 
     Raises:
-        TypeError: `objective` cannot be called.
+        TypeError: `objective` cannot be called, or something in `rules` or `retain` is none.
+        ValueError: Rules are to run under DeepSpeed, or one is to edit parameters of which each process has a part.
 
     Examples:
         >>> import tempfile, torch
@@ -64,13 +73,22 @@ class UnlearnTrainer(Trainer):
 
     model: nn.Module
 
-    def __init__(self, *args: Any, objective: LossFunction, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: LossFunction,
+        retain: Retain | Sequence[Retain] | None = None,
+        rules: Rule | Iterable[Rule] = (),
+        **kwargs: Any,
+    ) -> None:
         self.objective: Objective = as_objective(objective)
+        self.steps = StepsOfTrainer(self, self.objective, as_retain(retain), as_rules(rules, None))
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # so that accumulated batches are averaged, not summed
         self._draws_of_evaluation = self.objective.state_dict()
         self._modes: ExitStack | None = None
         self.add_callback(_SaveObjective(self))
+        self.add_callback(self.steps)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         remember_start(self.model)  # the original of an adapter whose start splits the weight
@@ -79,7 +97,11 @@ class UnlearnTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder and (state := Path(folder, _STATE_FILE)).is_file():
             self.objective.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if folder:
+            self.steps.load(Path(folder))
+        with ExitStack() as stack:
+            self.steps.begin(stack)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         check_trainable(self.model)  # after a checkpoint has been loaded, which may be what gives the adapter its bases
@@ -96,7 +118,7 @@ class UnlearnTrainer(Trainer):
     ) -> Any:
         if torch.is_grad_enabled() and self._modes is not None:
             self._modes.enter_context(eval_mode(model))
-            return self.objective(model, inputs)
+            return self.steps.loss(model, inputs)
         drawn = self.objective.state_dict()
         self.objective.load_state_dict(self._draws_of_evaluation)
         loss = self.objective(model, inputs)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from models import vector_batches
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import QUIET, semu, trained_state
 
 from semu_peft import Retain, RetainSafe, Rule, unlearn
 from semu_peft.objectives import CrossEntropy, UniformDistribution
-from semu_peft.training.rules import PrivateGradient, SharpnessAware, gradients_of_parameters, top_fraction
+from semu_peft.training.parameters import whole
+from semu_peft.training.rules import (
+    NormCap,
+    PrivateGradient,
+    RowScale,
+    SharpnessAware,
+    gradients_of_parameters,
+    top_fraction,
+)
 
 
 def loader(processes: int, seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
@@ -31,6 +42,21 @@ def run(accelerator: Accelerator, rule: Rule, **options: float) -> dict[str, tor
         accelerator=accelerator, **options, **QUIET,
     )  # fmt: skip
     return trained_state(model)
+
+
+def sharded(accelerator: Accelerator, rule: Rule) -> dict[str, torch.Tensor]:
+    """The cores that a rule leaves where each process holds a part of them (FSDP2), or a single one all."""
+    processes, model = accelerator.num_processes, semu(explained_variance=0.999)
+    if processes > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (processes,)))
+        model._is_accelerate_prepared = True  # or it would be wrapped for DDP
+    unlearn(
+        model, loader(processes, 0), UniformDistribution(), rules=rule, max_steps=4, learning_rate=1e-2,
+        accelerator=accelerator, **QUIET,
+    )  # fmt: skip
+    state = rule.state_dict()
+    assert all(type(value) is torch.Tensor for value in state.get("origins", {}).values())  # as it is saved
+    return {name: whole(value).contiguous() for name, value in trained_state(model).items()}
 
 
 def salient(accelerator: Accelerator) -> dict[str, torch.Tensor]:
@@ -52,6 +78,12 @@ def main(folder: str) -> None:
         "safe, natural": run(accelerator, RetainSafe(memory=1)),
         "sharp, natural": run(accelerator, SharpnessAware(0.1)),
     }
+    runs["sharded, capped"] = sharded(accelerator, NormCap(0.05))
+    runs["sharded, sharp"] = sharded(accelerator, SharpnessAware(0.1))
+    if accelerator.num_processes > 1:
+        for rule in (RetainSafe(), RowScale(2.0)):
+            with pytest.raises(ValueError, match=f"`rules`: {type(rule).__name__} reads whole parameters"):
+                sharded(accelerator, rule)
     cores = {f"{name}: {key}": value for name, state in runs.items() for key, value in state.items()}
     save_file(cores, f"{folder}/{accelerator.num_processes}-{accelerator.process_index}.safetensors")
     accelerator.end_training()

@@ -1,4 +1,7 @@
-"""Rules on several processes see the gradients of all, and leave every process with the cores of a single one."""
+"""Rules on several processes see the gradients of all, and leave every process with the cores of a single one.
+
+Also where FSDP has given each a part of them; the program checks that a rule that needs them whole says so.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,17 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from semu_peft import NotInitializedError, SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft import (
+    NotInitializedError,
+    Retain,
+    RetainSafe,
+    Rule,
+    SemuConfig,
+    initialize_semu_weights,
+    objectives,
+    unlearn,
+)
+from semu_peft.training.rules import NormCap, PrivateGradient, RowScale, SharpnessAware, SoftThreshold, Step
 from semu_peft.training.trainer import UnlearnTrainer
 from semu_peft.tuner.adapted import semu_layers
 
@@ -188,3 +198,103 @@ def test_what_is_refused(tmp_path: Path) -> None:
         UnlearnTrainer(model, arguments(tmp_path), train_dataset=images(), objective=objectives.CrossEntropy()).train()
     with pytest.raises(TypeError, match="objective"):
         UnlearnTrainer(model, arguments(tmp_path), train_dataset=images(), objective="npo")
+
+
+def by_hand(**options: Any) -> PeftModel:
+    """What `unlearn` makes of the batches that the Trainer has."""
+    model = adapted()
+    unlearn(
+        model, DataLoader(images(), batch_size=4), objectives.DecoupledDistillation(), epochs=3, learning_rate=1e-2,
+        progress=False, **options,
+    )  # fmt: skip
+    return model
+
+
+def kept(weight: float) -> Retain:
+    return Retain(DataLoader(images()[4:], batch_size=4), objectives.CrossEntropy(), weight)
+
+
+RULES: dict[str, Any] = {
+    "capped": lambda: [NormCap(0.05)],
+    "sharp": lambda: [SharpnessAware(0.1)],
+    "thresholded, then capped": lambda: [SoftThreshold(1e-3), NormCap(0.2)],
+    "scaled rows": lambda: [RowScale(2.0)],
+    "private": lambda: [PrivateGradient(1.0, 0.1, seed=3)],
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_do_to_a_step_what_they_do_in_unlearn(name: str, accumulation: int, tmp_path: Path) -> None:
+    """Before the optimiser and after it, also where a step has several batches."""
+    expected = by_hand(rules=RULES[name](), gradient_accumulation_steps=accumulation)
+    model = adapted()
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    objective = objectives.DecoupledDistillation()
+    InOrder(model, args, train_dataset=images(), objective=objective, rules=RULES[name]()).train()
+    assert_same_cores(expected, model)
+    plain = by_hand(gradient_accumulation_steps=accumulation)
+    assert any((core - cores(plain)[key]).abs().max() > 1e-4 for key, core in cores(model).items())
+
+
+@pytest.mark.parametrize("rules", [(), [RetainSafe(memory=2)]])
+def test_retain_data_are_those_of_unlearn(rules: Any, tmp_path: Path) -> None:
+    """As a term of the loss, in a cycle of their own; and as what a rule keeps."""
+    weight = 0.0 if rules else 0.5
+    expected, model = by_hand(retain=kept(weight), rules=rules), adapted()
+    objective = objectives.DecoupledDistillation()
+    trainer = InOrder(
+        model, arguments(tmp_path), train_dataset=images(), objective=objective, retain=kept(weight), rules=rules
+    )
+    trainer.train()
+    assert_same_cores(expected, model)
+
+
+def test_rules_and_retain_data_go_on_where_they_stood(tmp_path: Path) -> None:
+    """A resumed run ends where an uninterrupted one does, with rules that remember and shuffled retain data."""
+
+    def run(folder: Path, **options: Any) -> PeftModel:
+        model = adapted()
+        args = arguments(folder, save_strategy="steps", save_steps=5, max_steps=8, lr_scheduler_type="constant")
+        retain = Retain(DataLoader(images(), batch_size=4, shuffle=True), objectives.RandomLabel(seed=3), 0.0)
+        rules = [RetainSafe(memory=2), NormCap(0.05), PrivateGradient(9.0, 0.1, seed=3)]
+        InOrder(
+            model,
+            args,
+            train_dataset=images(),
+            objective=objectives.DecoupledDistillation(),
+            retain=retain,
+            rules=rules,
+        ).train(**options)
+        return model
+
+    whole = run(tmp_path)
+    assert_same_cores(whole, run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5")))
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be of a run with as many rules"):
+        InOrder(
+            adapted(), arguments(tmp_path), train_dataset=images(), objective=objectives.CrossEntropy(),
+            rules=NormCap(0.05),
+        ).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))  # fmt: skip
+
+
+def test_rules_see_gradients_that_the_trainer_has_clipped(tmp_path: Path) -> None:
+    class Seen(Rule):
+        norms: list[float] = []
+
+        def gradients(self, step: Step) -> None:
+            self.norms.append(torch.stack([gradient.norm() for gradient in step.gradients.values()]).norm().item())
+
+    args = arguments(tmp_path, max_grad_norm=1e-3, max_steps=2)
+    UnlearnTrainer(adapted(), args, train_dataset=images(), objective=objectives.CrossEntropy(), rules=Seen()).train()
+    assert Seen.norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
+def test_rules_and_retain_terms_that_are_none(tmp_path: Path) -> None:
+    for options in ({"rules": "norm"}, {"retain": [images()]}):
+        with pytest.raises(TypeError, match=f"`{next(iter(options))}` must"):
+            UnlearnTrainer(adapted(), arguments(tmp_path), objective=objectives.CrossEntropy(), **options)
+    trainer = UnlearnTrainer(
+        adapted(), arguments(tmp_path), train_dataset=images(), objective=objectives.CrossEntropy(), rules=RetainSafe()
+    )
+    with pytest.raises(ValueError, match="RetainSafe needs the run's retain data"):
+        trainer.train()

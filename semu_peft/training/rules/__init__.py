@@ -1,7 +1,7 @@
 """Rules edit the steps of a run: gradients before the optimiser, and what the optimiser then made of them."""
 
 from .allocate import AllocateRanks
-from .base import ClipGradientNorm, Rule, Step, StepData, as_rules
+from .base import ClipGradientNorm, Rule, Step, StepData, as_rules, check_sharded
 from .leading import RemoveDirections, RemoveLeading
 from .mask import Mask, gradients_of_parameters, top_fraction, wagle_scores
 from .precondition import Precondition
@@ -32,6 +32,7 @@ __all__ = [
     "StepData",
     "as_rules",
     "causal_mask",
+    "check_sharded",
     "example_sharpness",
     "gradients_of_parameters",
     "top_fraction",

@@ -49,6 +49,8 @@ class AllocateRanks(Rule):
         1
     """
 
+    needs_whole_parameters = True
+
     adapter_name: str | None = None
 
     def __post_init__(self) -> None:

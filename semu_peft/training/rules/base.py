@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,10 @@ class Rule:
 
     Rules are applied in order, without gradients. In a run in `fp16` they see gradients at their true scale.
 
+    Attributes:
+        needs_whole_parameters: Whether it reads parameters as matrices or adds up over their entries, so that it cannot
+            run where FSDP has left each process a part of them.
+
     Examples:
         >>> class StayWithin(Rule):
         ...     '''Keep each parameter within a distance of its value before the step.'''
@@ -107,6 +111,8 @@ class Rule:
         ...         for name, change in step.changes.items():
         ...             step.parameters[name].copy_(step.before[name] + change.clamp(-0.01, 0.01))
     """
+
+    needs_whole_parameters: ClassVar[bool] = False
 
     def gradients(self, step: Step) -> None:
         """Change gradients in place, before the optimiser sees them.
@@ -156,15 +162,40 @@ class ClipGradientNorm(Rule):
     def gradients(self, step: Step) -> None:
         gradients = list(step.gradients.values())
         if gradients:
-            norm = torch.stack([_norm(gradient) for gradient in gradients]).norm()
+            norm = torch.stack([norm_of(gradient) for gradient in gradients]).norm()
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).item()
             for gradient in gradients:
                 gradient.mul_(factor)
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(gradient)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes that hold a part
+def norm_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The norm of all entries, also where each process holds a part of them (FSDP's `DTensor`).
+
+    Examples:
+        >>> norm_of(torch.tensor([3.0, 4.0]))
+        tensor(5.)
+    """
+    norm = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def check_sharded(rules: Iterable[Rule], parameters: Mapping[str, Tensor]) -> None:
+    """Check that no rule is to read whole parameters of which each process has a part.
+
+    Raises:
+        ValueError: One is; it is named.
+
+    Examples:
+        >>> check_sharded([Rule()], {"weight": torch.zeros(2)})
+    """
+    parts = [name for name, parameter in parameters.items() if hasattr(parameter, "device_mesh")]
+    for rule in rules if parts else ():
+        if rule.needs_whole_parameters:
+            raise ValueError(
+                f"`rules`: {type(rule).__name__} reads whole parameters, and FSDP has given each process a part of "
+                f"{parts[0]!r}. Train by DistributedDataParallel, or keep FSDP from sharding what is trained "
+                "(`fully_shard(..., ignored_params=...)`): an adapter is small."
+            )
 
 
 def as_rules(rules: Rule | Iterable[Rule], max_grad_norm: float | None) -> tuple[Rule, ...]:

@@ -48,6 +48,8 @@ class RemoveLeading(Rule):
         tensor([3., 3., 1.], grad_fn=...)
     """
 
+    needs_whole_parameters = True
+
     rank: int
     mode: Literal["soft", "hard", "quadratic"] = "soft"
 
@@ -124,6 +126,8 @@ class RemoveDirections(Rule):
         >>> (layer.weight - before).tolist()[0]
         [0.0, 1.0]
     """
+
+    needs_whole_parameters = True
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     outputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)

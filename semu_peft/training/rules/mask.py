@@ -49,6 +49,8 @@ class Mask(Rule):
         tensor([1., 0.])
     """
 
+    needs_whole_parameters = True
+
     masks: Mapping[str, Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:

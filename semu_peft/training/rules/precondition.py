@@ -48,6 +48,8 @@ class Precondition(Rule):
         tensor([[0.5000, 0.2500]])
     """
 
+    needs_whole_parameters = True
+
     inputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     outputs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     damping: float = 1e-3

@@ -49,6 +49,8 @@ class PrivateGradient(Rule):
         3
     """
 
+    needs_whole_parameters = True
+
     max_norm: float
     noise_multiplier: float
     seed: int = 0

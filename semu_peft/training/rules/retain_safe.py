@@ -55,6 +55,8 @@ class RetainSafe(Rule):
         3
     """
 
+    needs_whole_parameters = True
+
     memory: int = 8
     metric: Literal["optimizer", "identity"] = "optimizer"
 

@@ -53,6 +53,8 @@ class RoutedGradient(Rule):
         tensor([1.5000, 4.0000])
     """
 
+    needs_whole_parameters = True
+
     causal: Mapping[str, Tensor] = field(repr=False)
     masks: Mapping[str, Tensor] = field(repr=False)
     weight: float = 1.0

@@ -8,7 +8,7 @@ import torch
 
 from semu_peft.objectives.base import finite_number
 
-from .base import Rule, Step
+from .base import Rule, Step, norm_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ class SharpnessAware(Rule):
     def gradients(self, step: Step) -> None:
         data, here = step.needed_data(self), {name: p.detach().clone() for name, p in step.parameters.items()}
         gradients = step.gradients
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()]
+        norms = [norm_of(gradient, torch.float32) for gradient in gradients.values()]
         norm = torch.stack(norms).norm().item() if norms else 0.0
         if norm == 0:
             return

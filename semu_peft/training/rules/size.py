@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from semu_peft.objectives.base import finite_number
+from semu_peft.training.parameters import shared_out, whole
 from semu_peft.tuner.layer import SemuLayer
 
-from .base import Rule, Step
+from .base import Rule, Step, norm_of
 from .matrices import trained_matrices
 
 
@@ -54,11 +55,11 @@ class NormCap(Rule):
     def update(self, step: Step) -> None:
         self._note_origins(step)
         for name, parameter in step.parameters.items():
-            origin = self._origins[name].to(parameter.device)
+            origin = shared_out(self._origins[name], parameter)
             correction = parameter.detach() - origin
-            norm = torch.linalg.vector_norm(correction, dtype=torch.float64)
+            norm = norm_of(correction, torch.float64).item()
             if norm > self.limit:
-                parameter.copy_(origin + correction * (self.limit / norm).to(correction))
+                parameter.copy_(origin + correction * (self.limit / norm))
 
     def _note_origins(self, step: Step) -> None:
         if step.number == 0:
@@ -71,7 +72,7 @@ class NormCap(Rule):
             }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"origins": dict(self._origins)}
+        return {"origins": {name: whole(origin) for name, origin in self._origins.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._origins = dict(state["origins"])
@@ -114,6 +115,8 @@ class RowScale(Rule):
         tensor([[2.0000, 2.0000],
                 [0.4364, 0.4364]])
     """
+
+    needs_whole_parameters = True
 
     eta: float
 
