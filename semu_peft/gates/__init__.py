@@ -1,21 +1,41 @@
 """When a correction is active: a gate says it for each example, and what it opens is an adapter or another change."""
 
+from .activations import ActivationGate, Clamp, Moments, NeuronAdjust, adjust_neurons, neuron_moments
 from .adapters import GATE_FILE, GatedModel, gated
 from .classifier import Classifier, LinearScorer, linear_gate
+from .embeddings import EmbeddingCorruption, StrengthSearch, secant, zeroth_order
 from .hidden import HiddenStates
-from .intervention import Gate, Intervention
+from .intervention import Gate, Intervention, always
+from .logits import LogitCombination, truncated
 from .nearest import Calibration, Nearest
+from .speech import Abstention, ForbiddenAnswers, ForbiddenContinuations
 
 __all__ = [
     "GATE_FILE",
+    "Abstention",
+    "ActivationGate",
     "Calibration",
+    "Clamp",
     "Classifier",
+    "EmbeddingCorruption",
+    "ForbiddenAnswers",
+    "ForbiddenContinuations",
     "Gate",
     "GatedModel",
     "HiddenStates",
     "Intervention",
     "LinearScorer",
+    "LogitCombination",
+    "Moments",
     "Nearest",
+    "NeuronAdjust",
+    "StrengthSearch",
+    "adjust_neurons",
+    "always",
     "gated",
     "linear_gate",
+    "neuron_moments",
+    "secant",
+    "truncated",
+    "zeroth_order",
 ]

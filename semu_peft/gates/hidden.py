@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from semu_peft.model_state import aside
 from semu_peft.objectives.batches import ALTERNATE, IGNORED, TOKEN_MASK, as_labels, split_batch
+from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_prefix, without_wrappers
+
+from .intervention import Hooks
 
 Pool = Literal["any", "last", "mean"]
 _NOT_FOR_A_LOOK = ("labels", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "return_dict")
@@ -52,7 +55,7 @@ class HiddenStates:
             States `(N, T, D)` in float32, and which of them are real, `(N, T)`: all tokens, or one pooled state.
         """
         states = self._states(model, args, kwargs)
-        return self._pooled(states, _real_tokens(states, kwargs))
+        return self._pooled(states, real_tokens(states, kwargs))
 
     @torch.no_grad()
     def of_prompts(self, model: nn.Module, batch: Any) -> Tensor:
@@ -65,9 +68,9 @@ class HiddenStates:
         Returns:
             `(N, D)` in float32.
         """
-        args, kwargs, labels = _inputs_of(batch)
+        args, kwargs, labels = inputs_of(batch)
         states = self._states(model, args, kwargs)
-        real = _real_tokens(states, kwargs)
+        real = real_tokens(states, kwargs)
         if labels is not None and labels.shape == real.shape:
             prompt = real & (labels.to(real.device) == IGNORED)
             real = torch.where(prompt.any(-1, keepdim=True), prompt, real)
@@ -77,7 +80,7 @@ class HiddenStates:
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """As a call with a batch's inputs, without its labels."""
-        args, kwargs, _ = _inputs_of(batch)
+        args, kwargs, _ = inputs_of(batch)
         return self(model, *args, **kwargs)
 
     def _pooled(self, states: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,12 +102,8 @@ class HiddenStates:
             value = output if self.side == "output" else (*inputs, *named.values())[0]
             seen.append(value[0] if isinstance(value, (tuple, list)) else value)
 
-        handle = _find(model, self.layer).register_forward_hook(look, with_kwargs=True)
-        try:
-            with aside():
-                model(*args, **_for_a_look(model, kwargs))
-        finally:
-            handle.remove()
+        with aside(), Hooks([(find_layer(model, self.layer), look)], with_kwargs=True):
+            model(*args, **for_a_look(model, kwargs))
         if not seen:
             raise ValueError(
                 f"`layer` must be called when the model is, got {self.layer!r}, which is not. Name another."
@@ -121,7 +120,14 @@ class HiddenStates:
         return states.float()
 
 
-def _inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The inputs in a batch, and its labels where it has some.
+
+    Examples:
+        >>> from semu_peft.gates.hidden import inputs_of
+        >>> inputs_of(torch.zeros(1))
+        ((tensor([0.]),), {}, None)
+    """
     if isinstance(batch, Tensor):
         return (batch,), {}, None
     if isinstance(batch, dict) and not {"labels", "label"} & set(batch):
@@ -131,20 +137,30 @@ def _inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | No
     return args, named, as_labels(labels)
 
 
-def _real_tokens(states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Which states are of tokens and not of padding, `(N, L)`."""
+def real_tokens(states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Which states are of tokens and not of padding, `(N, L)`.
+
+    Examples:
+        >>> from semu_peft.gates.hidden import real_tokens
+        >>> real_tokens(torch.zeros(1, 2, 3), {"attention_mask": torch.tensor([[0, 1]])})
+        tensor([[False,  True]])
+    """
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == states.shape[:2]:
         return mask.to(states.device).bool()
     return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
-def _for_a_look(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs for a pass that fills no cache, tokens numbered from the first that is real, as `generate` does."""
+def for_a_look(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs for a pass that fills no cache, tokens numbered from the first that is real, as `generate` does.
+
+    Examples:
+        >>> from semu_peft.gates.hidden import for_a_look
+        >>> for_a_look(nn.Linear(2, 2), {"labels": torch.zeros(1)})
+        {}
+    """
     named = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_A_LOOK}
-    plain: Any = model
-    while hasattr(plain, "get_base_model"):
-        plain = plain.get_base_model()
+    plain: Any = base_model(model)
     known = inspect.signature(plain.forward).parameters
     mask, ids = named.get("attention_mask"), named.get("input_ids")
     if "position_ids" in known and "position_ids" not in named and isinstance(mask, Tensor) and mask.dim() == 2:
@@ -157,8 +173,17 @@ def _for_a_look(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name in the bare model, whatever wrappers are around it."""
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name in the bare model, whatever wrappers are around it.
+
+    Raises:
+        ValueError: There is none.
+
+    Examples:
+        >>> from semu_peft.gates.hidden import find_layer
+        >>> find_layer(nn.Sequential(nn.ReLU()), "0")
+        ReLU()
+    """
     named = {without_prefix(without_wrappers(path)): module for path, module in reversed(list(model.named_modules()))}
     if name and name in named:
         return named[name]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_model
 from semu_peft.model_state import eval_mode
+from semu_peft.tuner.adapted import base_model
 
 Weights = Mapping[str, Tensor]
 """By the name of an adapter or request, a weight in [0, 1] for each example, `(N,)`."""
 
+Hook = tuple[nn.Module, Callable[..., Any]]
+
+_WITHIN: ContextVar[frozenset[int]] = ContextVar("semu_within", default=frozenset())  # whose hooks are to run
 _GENERATING: ContextVar[bool] = ContextVar("semu_generating", default=False)  # then examples become beams
 
 
@@ -64,6 +69,11 @@ class Intervention(nn.Module):
     def __init__(self, model: nn.Module, gate: Gate | Callable[..., Weights]) -> None:
         super().__init__()
         check_model(model)
+        if isinstance(model, Intervention):
+            raise TypeError(
+                f"`model` must be the model itself, got a {type(model).__name__}, inside of which another change would "
+                "not be seen. Open several adapters by one gate, or take `model.model`."
+            )
         if not callable(gate):
             raise TypeError(
                 f"`gate` must be a gate, `(model, *inputs) -> weights by name`, got {type(gate).__name__}. Make one "
@@ -139,9 +149,12 @@ class Intervention(nn.Module):
         return self.opened(weights) if any(bool((each > 0).any()) for each in weights.values()) else nullcontext()
 
     @staticmethod
-    def hooked(hooks: list[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False) -> Hooks:
-        """Forward hooks for the length of a context; all others stay."""
-        return Hooks(hooks, before)
+    def hooked(hooks: Sequence[Hook], *, before: Sequence[Hook] = (), with_kwargs: bool = False) -> Hooks:
+        """Forward hooks for the length of a context, and some `before` the modules run; all others stay.
+
+        Those before are called with the keyword arguments, the others `with_kwargs`.
+        """
+        return Hooks(hooks, before, with_kwargs)
 
     def _decision_of(self, cache: Any) -> dict[str, Tensor]:
         try:
@@ -163,31 +176,47 @@ class Intervention(nn.Module):
 
 
 class Hooks:
-    """Forward hooks that are there for the length of a context.
+    """Forward hooks that are there for the length of a context, see `Intervention.hooked`.
+
+    Only calls from within the context see them: another thread that calls the model meanwhile does not.
 
     Examples:
         >>> import torch
         >>> from semu_peft.gates.intervention import Hooks
         >>> layer, x = nn.Identity(), torch.ones(1)
-        >>> with Hooks([(layer, lambda module, inputs, output: output + 1)], before=False):
+        >>> with Hooks([(layer, lambda module, inputs, output: output + 1)]):
         ...     layer(x)
         tensor([2.])
         >>> layer(x)
         tensor([1.])
     """
 
-    def __init__(self, hooks: list[tuple[nn.Module, Callable[..., Any]]], before: bool) -> None:
-        self._hooks, self._before = hooks, before
+    def __init__(self, hooks: Sequence[Hook], before: Sequence[Hook] = (), with_kwargs: bool = False) -> None:
+        self._hooks, self._before, self._with_kwargs = hooks, before, with_kwargs
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
+        self._token = _WITHIN.set(_WITHIN.get() | {id(self)})
+        for module, hook in self._before:
+            self._handles.append(module.register_forward_pre_hook(partial(self._run, hook), with_kwargs=True))
         for module, hook in self._hooks:
-            register = module.register_forward_pre_hook if self._before else module.register_forward_hook
-            self._handles.append(register(hook))
+            run = partial(self._run, hook)
+            self._handles.append(module.register_forward_hook(run, with_kwargs=self._with_kwargs))
 
     def __exit__(self, *error: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
+        _WITHIN.reset(self._token)
+
+    def _run(self, hook: Callable[..., Any], *args: Any) -> Any:
+        within = _WITHIN.get()
+        if id(self) not in within:
+            return None
+        token = _WITHIN.set(within - {id(self)})  # what the hook itself calls is as it was
+        try:
+            return hook(*args)
+        finally:
+            _WITHIN.reset(token)
 
 
 def checked(weights: Any) -> dict[str, Tensor]:
@@ -219,6 +248,19 @@ def checked(weights: Any) -> dict[str, Tensor]:
                 "Scale or clamp them."
             )
     return {name: each.detach().float() for name, each in weights.items()}
+
+
+def always(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The gate that is open for every example.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.gates.intervention import always
+        >>> always(nn.Identity(), torch.zeros(2, 3))
+        {'all': tensor([1., 1.])}
+    """
+    tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return {"all": torch.ones(len(tensor), device=tensor.device)}
 
 
 def any_open(weights: Weights) -> Tensor:
@@ -272,8 +314,5 @@ def _main_input(model: Any) -> str:
 
 def _for_forward(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     """What of the arguments of `generate` describes the prompt."""
-    plain: Any = model
-    while hasattr(plain, "get_base_model"):
-        plain = plain.get_base_model()
-    known = inspect.signature(plain.forward).parameters
+    known = inspect.signature(base_model(model).forward).parameters
     return {name: value for name, value in named.items() if name in known and isinstance(value, Tensor)}

@@ -1,0 +1,212 @@
+"""Prompts whose embeddings are corrupted before the model reads them, and how strong that must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from semu_peft.arguments import check_count, check_kind, check_number, check_positive
+from semu_peft.tuner.adapted import base_model
+
+from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
+
+Positions = Callable[[Tensor], Tensor]
+
+
+def all_but_last(real: Tensor) -> Tensor:
+    """Of real tokens `(N, L)` all but each row's last, which is ECO's choice where no names are found.
+
+    Examples:
+        >>> all_but_last(torch.tensor([[True, True, True], [False, True, True]])).int().tolist()
+        [[1, 1, 0], [0, 1, 0]]
+    """
+    rest = real.flip(-1).int().cumsum(-1).flip(-1)
+    return real & (rest > 1)
+
+
+class EmbeddingCorruption(Intervention):
+    """A model that reads corrupted embeddings of the prompts on which a gate opens: `e + w σ ε`, or `e` with zeros.
+
+    Only prompts are corrupted, not what is generated after them, and the same for every example.
+
+    Source: ECO, arXiv 2406.07933. Its release overwrites positions that were not selected, and takes every hook of the
+    model off with its own; here all else stays.
+
+    Args:
+        model: A language model.
+        gate: Which prompts.
+        strength: `σ` of the noise; for `"zero"` 1 leaves nothing.
+        kind: Gaussian noise, or zeros in the largest entries.
+        dimensions: In how many entries of an embedding: the first for noise, the largest for zeros; by default all.
+        positions: Which of the real tokens `(N, L)`; by default all but the last.
+        seed: Of the noise.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from semu_peft.gates import EmbeddingCorruption
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
+        >>> gate = lambda model, input_ids, **others: {"request": (input_ids[:, 0] == 7).float()}
+        >>> corrupted, ids = EmbeddingCorruption(model, gate, strength=100.0), torch.tensor([[7, 1, 2], [3, 1, 2]])
+        >>> (corrupted(input_ids=ids).logits == model(ids).logits).flatten(1).all(1)
+        tensor([False,  True])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: Gate | Callable[..., Weights],
+        strength: float = 1.0,
+        *,
+        kind: Literal["noise", "zero"] = "noise",
+        dimensions: int | None = None,
+        positions: Positions = all_but_last,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, gate)
+        check_number("strength", strength, low=0.0)
+        check_count("dimensions", dimensions, optional=True)
+        if kind not in ("noise", "zero"):
+            raise ValueError(f"`kind` must be 'noise' or 'zero', got {kind!r}. Use one of these.")
+        find: Any = getattr(base_model(model), "get_input_embeddings", None)
+        if find is None:
+            raise ValueError(
+                f"`model` must have embeddings of tokens, got {type(model).__name__}. Load a language model."
+            )
+        self.strength, self.kind, self.dimensions = strength, kind, dimensions
+        self.positions, self.seed = positions, seed
+
+    def opened(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
+        layer: Any = base_model(self.model)
+        state: dict[str, Tensor] = {}
+
+        def corrupt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if "chosen" not in state:  # the prompt
+                real = state["real"] if "real" in state else torch.ones(output.shape[:2], dtype=torch.bool)
+                state["chosen"] = self.positions(real).to(output.device)
+                state["noise"] = self._noise(output)
+            chosen = state["chosen"]
+            if output.shape[1] < chosen.shape[1]:  # a token that follows
+                return output
+            rows = weights_of_rows(any_open(weights), output)
+            chosen = chosen.repeat_interleave(len(rows) // len(chosen), 0)
+            chosen = nn.functional.pad(chosen, (0, output.shape[1] - chosen.shape[1]))
+            return self._corrupted(output, chosen, rows, state["noise"])
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            if "chosen" not in state and isinstance(mask, Tensor) and mask.dim() == 2:
+                state["real"] = mask.bool()
+
+        found: Any = layer.get_input_embeddings()
+        return self.hooked([(found, corrupt)], before=[(layer, look)])
+
+    def _noise(self, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(output.shape[1:], generator=generator)
+        if self.dimensions is not None:
+            noise[:, self.dimensions :] = 0
+        return noise.to(output)
+
+    def _corrupted(self, output: Tensor, chosen: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+        weight = self.strength * rows.to(output.dtype).view(-1, 1, 1)
+        if self.kind == "noise":
+            changed = output + weight * nn.functional.pad(noise, (0, 0, 0, output.shape[1] - len(noise)))
+        else:
+            size = output.shape[-1] if self.dimensions is None else min(self.dimensions, output.shape[-1])
+            largest = torch.zeros_like(output).scatter(-1, output.abs().topk(size).indices, 1.0)
+            changed = output * (1 - weight.clamp(max=1) * largest)
+        return torch.where(chosen.unsqueeze(-1) & (rows > 0).view(-1, 1, 1), changed, output)
+
+
+@dataclass(frozen=True)
+class StrengthSearch:
+    """What a search found.
+
+    Attributes:
+        strength: The strength with the smallest loss.
+        loss: That loss.
+        tried: Every strength and its loss, in order.
+
+    Examples:
+        >>> StrengthSearch(0.5, 1.0, ((0.5, 1.0),))
+        StrengthSearch(strength=0.5, loss=1.0, tried=((0.5, 1.0),))
+    """
+
+    strength: float
+    loss: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def secant(function: Callable[[float], float], x: float, step: float, low: float = 0.0) -> float:
+    """`(f(x + ε) − f(x′)) / (x + ε − x′)` with `x′ = max(x − ε, low)`: the slope over what was really asked.
+
+    Where the lower point is clipped, ECO's release divides by 2 ε all the same.
+
+    Args:
+        function: `f`.
+        x: Where.
+        step: `ε`.
+        low: The smallest argument that `f` takes.
+
+    Examples:
+        >>> f = lambda x: 3 * x**2 - 5 * x + 1
+        >>> round(secant(f, 0.7, 0.3), 6), round(secant(f, 0.7, 0.3, low=0.5), 6)
+        (-0.8, -0.5)
+    """
+    check_positive("step", step)
+    lower = max(x - step, low)
+    return (function(x + step) - function(lower)) / (x + step - lower)
+
+
+def zeroth_order(
+    function: Callable[[float], float],
+    start: float = 0.1,
+    *,
+    learning_rate: float = 100.0,
+    step: float | None = None,
+    low: float = 1e-3,
+    steps: int = 10,
+    goal: float | None = None,
+) -> StrengthSearch:
+    """Search a strength by slopes that are estimated from two values, `σ ← max(σ − lr ĝ, low)`, and keep the best.
+
+    Source: ECO, arXiv 2406.07933: lr 100, σ₀ .1, ε .999 σ₀, 10 steps. Choose on data that are not those reported on.
+
+    Args:
+        function: The loss at a strength.
+        start: `σ₀`.
+        learning_rate: Of a step.
+        step: `ε`; by default .999 σ₀.
+        low: The smallest strength.
+        steps: How many.
+        goal: At which loss to stop.
+
+    Returns:
+        The best strength that was tried.
+
+    Raises:
+        TypeError: `function` cannot be called.
+
+    Examples:
+        >>> found = zeroth_order(lambda x: (x - 0.4) ** 2, learning_rate=0.5, steps=3)
+        >>> round(found.strength, 6), len(found.tried)
+        (0.4, 4)
+    """
+    check_kind("function", function, Callable, "a function", "Give `strength -> loss`.")  # type: ignore[arg-type]
+    check_positive("start", start)
+    check_count("steps", steps)
+    tried = [(start, function(start))]
+    for _ in range(steps):
+        if goal is not None and tried[-1][1] <= goal:
+            break
+        slope = secant(function, tried[-1][0], 0.999 * start if step is None else step, low)
+        x = max(tried[-1][0] - learning_rate * slope, low)
+        tried.append((x, function(x)))
+    strength, loss = min(tried, key=lambda each: each[1])
+    return StrengthSearch(strength, loss, tuple(tried))

@@ -1,0 +1,218 @@
+"""What a model may not say while it decodes, and what it says instead, for the prompts on which a gate opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from semu_peft.arguments import check_kind
+from semu_peft.objectives.batches import logits_of
+from semu_peft.tuner.adapted import base_model
+
+from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
+
+
+class ForbiddenContinuations(LogitsProcessor):
+    """Keeps strings of tokens from being completed, while each of their tokens alone may be said.
+
+    The strings are a trie, so that a step costs their greatest length and not their number. What the prompt ends with
+    counts as the beginning of a string.
+
+    Source: GUARD, arXiv 2505.13312, its hard mask (β 1).
+
+    Args:
+        sequences: Token indices of each string.
+        open_rows: For which rows of the batch it holds, `(N,)`, above 0; by default for all. Beams follow their row.
+
+    Raises:
+        ValueError: A string is empty, or there is none.
+
+    Examples:
+        >>> from semu_peft.gates import ForbiddenContinuations
+        >>> forbidden = ForbiddenContinuations([[3, 1]])
+        >>> forbidden(torch.tensor([[2, 3], [3, 2]]), torch.zeros(2, 4))
+        tensor([[0., -inf, 0., 0.],
+                [0., 0., 0., 0.]])
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[int]], open_rows: Tensor | None = None) -> None:
+        check_kind("sequences", sequences, Iterable, "lists of token indices", "Write `[[1, 2]]`.")
+        self._trie: dict[int, Any] = {}
+        self._depth = 0
+        for sequence in sequences:
+            tokens = [int(token) for token in sequence]
+            if not tokens:
+                raise ValueError("`sequences` must hold strings of at least one token, got an empty one. Leave it out.")
+            node = self._trie
+            for token in tokens:
+                node = node.setdefault(token, {})
+            node[_END] = True
+            self._depth = max(self._depth, len(tokens))
+        if not self._trie:
+            raise ValueError("`sequences` must hold at least one string of tokens, got none. Name what is forbidden.")
+        self.open_rows = open_rows
+
+    def after(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that would complete a string after these."""
+        found = set()
+        for start in range(max(0, len(tokens) - self._depth + 1), len(tokens) + 1):
+            node = self._trie
+            for token in tokens[start:]:
+                node = node.get(token, {})
+                if not node:
+                    break
+            found |= {token for token, child in node.items() if token != _END and _END in child}
+        return sorted(found)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores `(N, V)` of the next token, −∞ where it would complete a string."""
+        rows = torch.ones(len(scores)) if self.open_rows is None else weights_of_rows(self.open_rows, scores)
+        masked = scores.clone()
+        for row in (rows > 0).nonzero()[:, 0].tolist():
+            if tokens := self.after(input_ids[row, max(0, input_ids.shape[1] - self._depth + 1) :].tolist()):
+                masked[row, tokens] = -torch.inf
+        return masked
+
+    def along(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """The logits `(N, L, V)` of whole texts, masked at each place by what stands up to it."""
+        steps = [self(input_ids[:, : place + 1], logits[:, place]) for place in range(logits.shape[1])]
+        return torch.stack(steps, 1)
+
+
+class ForbiddenAnswers(Intervention):
+    """A model that cannot complete strings of tokens after the prompts on which a gate opens.
+
+    Source: GUARD, arXiv 2505.13312, where the strings are the answers that are to be forgotten.
+
+    Args:
+        model: A language model.
+        gate: Which prompts.
+        sequences: Token indices of each string.
+
+    Examples:
+        >>> from semu_peft.gates import ForbiddenAnswers
+        >>> model = nn.Embedding(4, 4)
+        >>> guarded = ForbiddenAnswers(model, lambda model, ids: {"all": torch.ones(len(ids))}, [[3, 1]])
+        >>> guarded(torch.tensor([[2, 3]]))[0, 1, 1]
+        tensor(-inf, grad_fn=<SelectBackward0>)
+    """
+
+    def __init__(
+        self, model: nn.Module, gate: Gate | Callable[..., Weights], sequences: Iterable[Sequence[int]]
+    ) -> None:
+        super().__init__(model, gate)
+        self.forbidden = ForbiddenContinuations(sequences)
+
+    def _processor(self, weights: dict[str, Tensor]) -> ForbiddenContinuations:
+        made = ForbiddenContinuations.__new__(ForbiddenContinuations)
+        vars(made).update(vars(self.forbidden), open_rows=any_open(weights))
+        return made
+
+    def opened(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
+        processor = self._processor(weights)
+
+        def mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            ids, logits = kwargs.get("input_ids", args[0] if args else None), logits_of(output)
+            cache = kwargs.get("past_key_values")
+            if ids is None or ids.shape[1] != logits.shape[1]:
+                return output
+            if cache is not None and int(cache.get_seq_length()) > ids.shape[1]:
+                return output  # `generate` has the processor, which sees the whole text
+            return with_logits(output, processor.along(ids, logits))
+
+        return self.hooked([(base_model(self.model), mask)], with_kwargs=True)
+
+    def generation_options(self, weights: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        return with_processor(options, self._processor(weights))
+
+
+class Abstention(Intervention):
+    """A model that gives one answer to all prompts on which a gate opens, and says nothing of what it would have said.
+
+    While it generates, the answer's tokens are forced. The logits of a whole text are all alike there: no token is
+    likelier than another.
+
+    Source: KSD, arXiv 2503.21730, where the gate is a box; per prompt, not for a whole batch.
+
+    Args:
+        model: A language model.
+        gate: Which prompts.
+        answer: Token indices of the answer, the end of the text among them.
+
+    Raises:
+        ValueError: The answer is empty.
+
+    Examples:
+        >>> from semu_peft.gates import Abstention
+        >>> model = nn.Embedding(4, 4)
+        >>> silent = Abstention(model, lambda model, ids: {"all": (ids[:, 0] == 2).float()}, [1])
+        >>> silent(torch.tensor([[2, 3], [0, 3]])).abs().sum((1, 2)) > 0
+        tensor([False,  True])
+    """
+
+    def __init__(self, model: nn.Module, gate: Gate | Callable[..., Weights], answer: Sequence[int]) -> None:
+        super().__init__(model, gate)
+        self.answer = [int(token) for token in answer]
+        if not self.answer:
+            raise ValueError("`answer` must have at least one token, got none. Give a refusal, such as its end token.")
+
+    def opened(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
+        def silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            logits = logits_of(output)
+            rows = weights_of_rows(any_open(weights), logits).view(-1, *(1 for _ in logits.shape[1:]))
+            return with_logits(output, torch.where(rows > 0, torch.zeros_like(logits), logits))
+
+        return self.hooked([(base_model(self.model), silence)])
+
+    def generation_options(self, weights: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        return with_processor(options, _Forced(self.answer, any_open(weights)))
+
+
+class _Forced(LogitsProcessor):
+    def __init__(self, answer: list[int], open_rows: Tensor) -> None:
+        self.answer, self.open_rows = answer, open_rows
+        self.prompt: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.prompt = input_ids.shape[1] if self.prompt is None else self.prompt
+        token = self.answer[min(input_ids.shape[1] - self.prompt, len(self.answer) - 1)]
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0
+        return torch.where(weights_of_rows(self.open_rows, scores).view(-1, 1) > 0, forced, scores)
+
+
+def with_processor(options: dict[str, Any], processor: LogitsProcessor) -> dict[str, Any]:
+    """Options of `generate` with one more processor, after those that are there.
+
+    Examples:
+        >>> from semu_peft.gates.speech import ForbiddenContinuations, with_processor
+        >>> len(with_processor({}, ForbiddenContinuations([[1]]))["logits_processor"])
+        1
+    """
+    given = options.get("logits_processor") or []
+    return {**options, "logits_processor": LogitsProcessorList([*given, processor])}
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """A model's output with other logits.
+
+    Examples:
+        >>> from semu_peft.gates.speech import with_logits
+        >>> with_logits({"logits": torch.zeros(1)}, torch.ones(1))
+        {'logits': tensor([1.])}
+    """
+    if isinstance(output, Tensor):
+        return logits
+    if isinstance(output, tuple):
+        place = next(index for index, value in enumerate(output) if value is logits_of(output))
+        return (*output[:place], logits, *output[place + 1 :])
+    output["logits"] = logits
+    return output
+
+
+_END = -1

@@ -1,0 +1,266 @@
+"""Corrupted embeddings, forbidden strings, abstention and neurons: for the prompts on which a gate opens, no other."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import gpt2, llama, run
+from torch import Tensor, nn
+
+from semu_peft.gates import (
+    Abstention,
+    ActivationGate,
+    Clamp,
+    EmbeddingCorruption,
+    ForbiddenAnswers,
+    ForbiddenContinuations,
+    Moments,
+    NeuronAdjust,
+    adjust_neurons,
+    neuron_moments,
+    secant,
+    zeroth_order,
+)
+from semu_peft.localize import decode_neurons
+
+GENERATE: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+
+
+def sevens(model: nn.Module, input_ids: Tensor, **others: Any) -> dict[str, Tensor]:
+    """Opens for prompts that begin with a 7."""
+    return {"request": (input_ids[:, 0] == 7).float()}
+
+
+def prompts() -> Tensor:
+    ids = torch.randint(8, 32, (2, 5), generator=torch.Generator().manual_seed(1))
+    ids[0, 0] = 7
+    return ids
+
+
+def sharp() -> Any:
+    torch.manual_seed(0)
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():  # what is said depends on all that was read
+            parameter.mul_(10 if parameter.dim() == 2 else 1)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+# ---- ECO ----
+
+
+def test_unflagged_prompts_are_left_alone_and_other_hooks_survive() -> None:
+    """Bit-equal rows; positions that were not selected keep their embeddings; a hook of somebody else stays."""
+    model, ids, calls = sharp(), prompts(), []
+    seen: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    before = run(model, ids)
+    corrupted = EmbeddingCorruption(model, sevens, strength=5.0, dimensions=3)
+    after = run(corrupted, input_ids=ids)
+    assert torch.equal(after[1], before[1]) and not torch.allclose(after[0], before[0])
+    plain, changed = seen[0], seen[-1]
+    assert torch.equal(changed[:, -1], plain[:, -1]), "the last token"
+    assert torch.equal(changed[..., 3:], plain[..., 3:]) and not torch.allclose(changed[0, :4, :3], plain[0, :4, :3])
+    assert torch.equal(run(model, ids), before) and len(calls) == 3
+    assert not model.model.embed_tokens._forward_hooks
+
+
+def test_zeros_go_to_the_largest_entries() -> None:
+    model, ids = sharp(), prompts()
+    seen: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    run(model, ids)
+    run(EmbeddingCorruption(model, sevens, 1.0, kind="zero", dimensions=4), input_ids=ids)
+    plain, changed = seen
+    for place in range(4):
+        largest = plain[0, place].abs().topk(4).indices
+        assert changed[0, place, largest].abs().max() == 0
+    assert int((changed[0, :4] == 0).sum()) == 16
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_only_the_prompt_is_corrupted_while_generating(options: dict[str, Any]) -> None:
+    """With and without a cache the same is written, the other prompt's as by the model."""
+    model, ids = sharp(), prompts()
+    corrupted = EmbeddingCorruption(model, sevens, strength=5.0)
+    asked = {"input_ids": ids, **GENERATE, **options}
+    result, bare = corrupted.generate(**asked), model.generate(**asked)
+    assert torch.equal(result[1], bare[1]) and not torch.equal(result[0], bare[0])
+    assert torch.equal(result, corrupted.generate(**{**asked, "use_cache": True}))
+
+
+def test_slopes_and_searches() -> None:
+    """−.8 is the derivative of 3x² − 5x + 1 at .7; with the lower point clipped the true secant is −.5."""
+    quadratic = lambda x: 3 * x**2 - 5 * x + 1  # noqa: E731
+    assert secant(quadratic, 0.7, 0.3) == pytest.approx(-0.8)
+    assert secant(quadratic, 0.7, 0.3, low=0.5) == pytest.approx(-0.5)
+    found = zeroth_order(quadratic, 0.1, learning_rate=0.1, steps=20)
+    assert found.strength == pytest.approx(5 / 6, abs=1e-3) and found.loss == min(loss for _, loss in found.tried)
+    assert len(zeroth_order(quadratic, 0.1, learning_rate=0.1, steps=20, goal=-0.5).tried) < 10
+    away = zeroth_order(lambda x: -abs(x - 0.1), 0.1, learning_rate=100, steps=2)
+    assert min(strength for strength, _ in away.tried) >= 1e-3
+
+
+# ---- GUARD and KSD ----
+
+
+def test_a_banned_string_cannot_be_said_although_each_token_can() -> None:
+    """What the model would say is forbidden as a string of three tokens; each of them is still said elsewhere."""
+    model, ids = sharp(), prompts()
+    bare = model.generate(input_ids=ids, **GENERATE)
+    string = bare[0, 5:8].tolist()
+    guarded = ForbiddenAnswers(model, sevens, [string])
+    for options in ({}, {"num_beams": 3}, {"use_cache": False}):
+        asked = {"input_ids": ids, **GENERATE, **options}
+        result, plain = guarded.generate(**asked), model.generate(**asked)
+        said = result[0].tolist()
+        assert string not in [said[start : start + 3] for start in range(len(said))]
+        assert torch.equal(result[1], plain[1])
+    assert guarded.generate(input_ids=ids, **GENERATE)[0, 5:7].tolist() == string[:2]
+
+
+def test_a_trie_by_hand() -> None:
+    """Strings that share a beginning, one inside another, and overlaps with what stands before."""
+    forbidden = ForbiddenContinuations([[1, 2, 3], [1, 2, 4], [2, 5], [6]])
+    assert forbidden.after([]) == [6]
+    assert forbidden.after([1]) == [6]
+    assert forbidden.after([9, 1, 2]) == [3, 4, 5, 6]
+    assert forbidden.after([1, 2, 9]) == [6]
+    assert forbidden.after([1, 1, 2]) == [3, 4, 5, 6]
+    with pytest.raises(ValueError, match="`sequences` must hold at least one"):
+        ForbiddenContinuations([])
+    with pytest.raises(ValueError, match="got an empty one"):
+        ForbiddenContinuations([[1], []])
+
+
+def test_whole_texts_have_no_probability_for_a_banned_string() -> None:
+    """Teacher-forced numbers say what decoding does."""
+    model, ids = sharp(), prompts()
+    result = run(ForbiddenAnswers(model, sevens, [ids[0, 2:5].tolist(), ids[1, 2:5].tolist()]), input_ids=ids)
+    logits = run(model, ids)
+    assert result[0, 3, ids[0, 4]] == -torch.inf and torch.equal(result[1], logits[1])
+    assert int(result.isinf().sum()) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_abstention_has_one_answer_for_all(options: dict[str, Any]) -> None:
+    model, ids = sharp(), prompts()
+    silent = Abstention(model, sevens, [9, 10, 11])
+    asked = {"input_ids": ids, **GENERATE, **options}
+    result = silent.generate(**asked)
+    assert result[0, 5:].tolist() == [9, 10, 11, 11, 11] and torch.equal(result[1], model.generate(**asked)[1])
+    logits = run(silent, input_ids=ids)
+    assert logits[0].abs().max() == 0 and torch.equal(logits[1], run(model, ids)[1])
+    with pytest.raises(ValueError, match="`answer` must have at least one token"):
+        Abstention(model, sevens, [])
+
+
+# ---- neurons ----
+
+
+def test_neuron_adjust_by_hand() -> None:
+    """μ_f 2, μ_r 0, σ 1, a 1.8: moved to +.2, densities in the ratio .980 to .198; σ are deviations."""
+    forget, retain = Moments(torch.tensor([2.0]), torch.ones(1), 9), Moments(torch.zeros(1), torch.ones(1), 9)
+    adjust = NeuronAdjust(torch.tensor([0]), forget, retain, seed=None)
+    a = torch.tensor([[1.8]])
+    torch.testing.assert_close(adjust(a), torch.tensor([[0.2]]))
+    as_forget, as_retain = (float(each) * (2 * torch.pi) ** 0.5 for each in adjust.densities(a))
+    assert (as_forget, as_retain) == (pytest.approx(0.980, abs=1e-3), pytest.approx(0.198, abs=1e-3))
+    wide = NeuronAdjust(torch.tensor([0]), Moments(torch.tensor([2.0]), torch.tensor([2.0]), 9), retain, seed=None)
+    torch.testing.assert_close(wide(torch.tensor([[4.0]])), torch.tensor([[-1.0]]))
+
+
+def test_each_neuron_of_each_token_has_its_own_draw() -> None:
+    """At equal densities half of them move; in the release a whole row does or does not."""
+    count = 400
+    forget, retain = Moments(torch.ones(count), torch.ones(count), 9), Moments(-torch.ones(count), torch.ones(count), 9)
+    adjust = NeuronAdjust(torch.arange(count), forget, retain)
+    moved = adjust(torch.full((2, count), 0.5)) != 0.5
+    expected = 1 / (1 + torch.exp(torch.tensor(-1.0)))  # 1 − N_r / (N_r + N_f)
+    assert abs(float(moved.float().mean()) - float(expected)) < 0.05
+    assert not torch.equal(moved[0], moved[1]) and 0 < int(moved[0].sum()) < count
+
+
+def test_moments_are_of_answers_alone() -> None:
+    """Neither prompts nor padding count, however the data are split into batches."""
+    model = llama()
+    ids = torch.randint(3, 32, (4, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[0, 4:] = -100
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    name = "model.layers.1.mlp.gate_proj"
+    values: list[Tensor] = []
+    handle = model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda m, i, o: values.append(o.detach()))
+    run(model, input_ids=ids, attention_mask=mask)
+    handle.remove()
+    counted = values[0][(labels != -100) & mask.bool()]
+    for batches in ([batch], [{key: each[rows] for key, each in batch.items()} for rows in (slice(0, 1), slice(1, 4))]):
+        found = neuron_moments(model, batches, [name], progress=False)[name]
+        torch.testing.assert_close(found.mean, counted.mean(0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.deviation, counted.std(0, correction=0), atol=1e-6, rtol=1e-4)
+        assert found.count == len(counted) == 14
+
+
+def test_the_neurons_that_rise_most_are_chosen_over_all_layers() -> None:
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    means = {"a": torch.tensor([0.0, 3.0, 1.0]), "b": torch.tensor([2.0, 0.0, 0.0])}
+    forget = {name: Moments(mean, ones, 9) for name, mean in means.items()}
+    retain = {"a": Moments(zeros, ones, 9), "b": Moments(zeros, ones, 9)}
+    chosen = adjust_neurons(forget, retain, 1 / 3)
+    assert {name: each.neurons.tolist() for name, each in chosen.items()} == {"a": [1], "b": [0]}
+    assert set(adjust_neurons(forget, retain, 1 / 6)) == {"a"}
+    with pytest.raises(ValueError, match="`retain` must be of the layers"):
+        adjust_neurons(forget, {"a": retain["a"]})
+
+
+def test_a_clamped_neuron_lowers_its_token_and_another_does_not() -> None:
+    """A neuron whose weights are a token's row in the head is decoded as that token, and makes it likely."""
+    torch.manual_seed(0)
+    model = gpt2()
+    block, head = model.transformer.h[1].mlp, model.lm_head.weight
+    with torch.no_grad():
+        head.mul_(50)
+        block.c_fc.weight[:, 3] = head[5]
+        block.c_proj.weight[3] = 20 * head[5]
+    assert decode_neurons(model).labels["transformer.h.1.mlp.c_fc"][3].item() == 5
+    ids = torch.randint(6, 32, (8, 6))
+    before = run(model, ids).softmax(-1)[..., 5]
+    name = "transformer.h.1.mlp.c_proj"
+    clamped, other = (
+        run(ActivationGate(model, {name: Clamp(torch.tensor([place]))}, side="input"), ids).softmax(-1)[..., 5]
+        for place in (3, 7)
+    )
+    fires = before > 0.2
+    assert fires.any() and (clamped[fires] < before[fires] - 0.1).all()
+    assert float((other - before).abs().max()) < 0.05
+
+
+def test_neurons_are_moved_for_open_rows_alone_and_in_the_calling_thread_alone() -> None:
+    model, ids = sharp(), prompts()
+    before = run(model, ids)
+    name = "model.layers.0.mlp.up_proj"
+    held = ActivationGate(model, {name: Clamp(torch.arange(24))}, sevens)
+    after = run(held, input_ids=ids)
+    assert torch.equal(after[1], before[1]) and not torch.allclose(after[0], before[0])
+    inside: list[Tensor] = []
+
+    def elsewhere() -> None:
+        inside.append(run(model, ids))
+
+    with held.applied(held.decide(input_ids=ids)):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert torch.equal(inside[0], before)
+    with pytest.raises(ValueError, match="`layer` must be the name of a module"):
+        ActivationGate(model, {"nowhere": Clamp(torch.tensor([0]))})
+    with pytest.raises(ValueError, match="`side` must be 'output' or 'input'"):
+        ActivationGate(model, {name: Clamp(torch.tensor([0]))}, side="both")  # type: ignore[arg-type]
