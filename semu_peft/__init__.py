@@ -22,6 +22,7 @@ from .subspace import (
 )
 from .training.callbacks import Callback, EarlyStopping
 from .training.natural import NaturalGradient
+from .training.requests import add_request
 from .training.rules import ClipGradientNorm, Mask, NormCap, RemoveLeading, RetainSafe, Rule
 from .training.unlearn import UnlearnResult, unlearn
 from .tuner import (
@@ -64,6 +65,7 @@ __all__ = [
     "SquaredSum",
     "SubspaceProfile",
     "UnlearnResult",
+    "add_request",
     "forget_text",
     "from_lora",
     "gates",

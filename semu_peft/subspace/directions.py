@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from semu_peft.tuner.layer import SemuLayer
 
 from .base_weight import whole_weight
 from .ranks import explained_variance_of
-from .retain import Overlap, RetainRule
+from .retain import Overlap, RetainRule, apart_from
 
 # Side by side are so many numbers of gradients. What is needed beside them to factorise them is about as much at the
 # most. A CPU gains by it only as far as its caches reach.
@@ -36,6 +36,7 @@ def find_directions(
     adapter_name: str,
     prepare: Callable[[MatrixSum], MatrixSum] | None = None,
     skip: int = 0,
+    taken: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, SingularFactors], dict[str, Overlap | None]]:
     """The leading directions of each layer's forget gradient, and how far they lay in the retain subspace.
 
@@ -49,11 +50,13 @@ def find_directions(
         adapter_name: The adapter's name.
         prepare: What a start makes of a sum before it is factorised.
         skip: How many of the first directions to leave out.
+        taken: By layer the output and input directions of other adapters, from which to stay apart.
     """
+    taken = taken or {}
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(sums[name]), name) for name in layers}
     extents = {
-        name: _extent(layers[name], name, retained is not None, keep_explained_variance, adapter_name)
+        name: _extent(layers[name], name, retained is not None, keep_explained_variance, adapter_name, taken.get(name))
         for name in first.values()
     }
     found: dict[str, SingularFactors] = {}
@@ -77,10 +80,28 @@ def find_directions(
             if avoided is not None:
                 overlaps[name] = Overlap.between(factors, avoided)
                 factors = rule.apply(factors, avoided, gamma)
-            found[name] = _agreed(factors)
+            found[name] = _agreed(apart_from(factors, *taken[name]) if name in taken else factors)
         bar.update(len(names))
     bar.close()
     return {name: found[aliases[name]] for name in layers}, {name: overlaps[aliases[name]] for name in layers}
+
+
+def taken_directions(layers: Mapping[str, SemuLayer], adapter_names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Orthonormal bases of what other adapters write to and read from, by layer; zeros fill them up."""
+    taken = {}
+    for name, layer in layers.items():
+        here = [other for other in adapter_names if layer.r.get(other)]
+        if here:
+            left, right = (
+                torch.cat([tensors[other] for other in here], -1).double() for tensors in (layer.semu_U, layer.semu_V)
+            )
+            taken[name] = _span(left), _span(right)
+    return taken
+
+
+def _span(columns: Tensor) -> Tensor:
+    basis, values, _ = torch.linalg.svd(columns, full_matrices=False)
+    return basis * (values > 1e-6).to(basis).unsqueeze(-2)  # columns that say the same leave less than there are
 
 
 def own_directions(layer: SemuLayer, adapter_name: str) -> SingularFactors:
@@ -128,16 +149,21 @@ def _portions(
 
 
 def _extent(
-    layer: SemuLayer, name: str, retain: bool, keep_explained_variance: float | None, adapter_name: str
+    layer: SemuLayer,
+    name: str,
+    retain: bool,
+    keep_explained_variance: float | None,
+    adapter_name: str,
+    taken: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[float, float, int | None]:
     """A layer's γ, and how many directions to look for: up to which share of the energy, and at most how many."""
     config = layer.configs[adapter_name]
     gamma = explained_variance_of(config, name)
     requested = layer.requested_ranks[adapter_name]
     if requested is not None:
-        return gamma, 1.0, max(requested, 1)
+        return gamma, 1.0, max(requested, 1) + (taken[0].shape[-1] + taken[1].shape[-1] if taken is not None else 0)
     least = max(gamma, keep_explained_variance or 0.0)
-    if retain:  # its rules choose among more directions than will be kept
+    if retain or taken is not None:  # what stays is chosen among more directions than will be kept
         return gamma, max(least, (1.0 + gamma) / 2), None
     return gamma, least, config.r
 

@@ -19,13 +19,16 @@ from .ranks import RankBudget
 from .starts import LayerStart, Start, Zero
 
 
-def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict[str, SemuLayer]:
+def layers_to_fill(
+    model: nn.Module, adapter_name: str, overwrite: bool, apart_from: Collection[str] = ()
+) -> dict[str, SemuLayer]:
     """The layers of an adapter by name, if all of them can be given bases.
 
     Args:
         model: A model with the adapter.
         adapter_name: The adapter's name.
         overwrite: Whether an adapter that has been trained may lose what it has learned.
+        apart_from: Other adapters that are meant to be off.
 
     Raises:
         ValueError: There is no such adapter; it is merged, sharded, or trained.
@@ -45,17 +48,18 @@ def layers_to_fill(model: nn.Module, adapter_name: str, overwrite: bool) -> dict
             f"({len(trained)} of {len(layers)} layers). To start again would bring back what it has forgotten: add "
             "another adapter for another request (`add_adapter`), or pass `overwrite=True` to start it afresh."
         )
-    _warn_of_inactive(layers, adapter_name)
+    _warn_of_inactive(layers, adapter_name, apart_from)
     return layers
 
 
-def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str) -> None:
+def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str, apart_from: Collection[str]) -> None:
     """Say when another adapter is switched off, so that what it has forgotten is there again."""
     off = {
         name
         for layer in layers.values()
         for name in layer.semu_core
-        if name not in (adapter_name, *layer.active_adapters, *layer.merged_adapters) and _is_trained(layer, name)
+        if name not in (adapter_name, *apart_from, *layer.active_adapters, *layer.merged_adapters)
+        and _is_trained(layer, name)
     }
     if off:
         active = [*sorted(off), adapter_name]

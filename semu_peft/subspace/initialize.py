@@ -25,7 +25,7 @@ from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 
-from .directions import find_directions, own_directions
+from .directions import find_directions, own_directions, taken_directions
 from .fill import check_plan, fill, layers_to_fill
 from .profile import LayerSpectrum, SubspaceProfile
 from .ranks import RankBudget, plan_ranks
@@ -44,6 +44,7 @@ def initialize_semu_weights(
     statistic: StatisticFactory = GradientSum,
     start: Start | None = None,
     skip_leading: int = 0,
+    orthogonal_to: Sequence[str] = (),
     rank_budget: RankBudget | None = None,
     keep_explained_variance: float | None = None,
     overwrite: bool = False,
@@ -84,6 +85,9 @@ def initialize_semu_weights(
             share of the energy that they leave. The first ones are what the forget data share with all other data,
             which is what relearning brings back first (RepSelect, arXiv 2606.17168); a rule does the same to steps,
             see [`RemoveLeading`][semu_peft.training.rules.leading.RemoveLeading].
+        orthogonal_to: Names of other SEMU adapters, active or not, whose directions this one is to stay out of on both
+            sides: `U_otherᵀ U = 0` and `V_otherᵀ V = 0`, by construction and however it is trained (O3, arXiv
+            2407.10223, which penalises one side).
         rank_budget: One budget of directions or parameters for all layers, instead of γ for each; γ and `r` stay upper
             bounds.
         keep_explained_variance: Keep directions up to this larger γ in the profile, so that it can initialise the
@@ -117,12 +121,18 @@ def initialize_semu_weights(
     check_switch("overwrite", overwrite)
     check_switch("progress", progress)
     check_plan(rank_budget, start)
-    layers = layers_to_fill(model, adapter_name, overwrite)
+    _check_orthogonal_to(model, orthogonal_to, adapter_name)
+    layers = layers_to_fill(model, adapter_name, overwrite, orthogonal_to)
     rule, terms = as_rule(retain_rule), as_retain(retain)
     if skip_leading and (forget is None or isinstance(forget, SubspaceProfile)):
         raise ValueError(
             f"`skip_leading` must be 0 without gradients, got {skip_leading}: it changes directions as they are found. "
             "Initialise from batches or a `Gathered`."
+        )
+    if orthogonal_to and (forget is None or isinstance(forget, SubspaceProfile)):
+        raise ValueError(
+            "`orthogonal_to` must be empty without gradients: it changes directions as they are found. Initialise from "
+            "batches or a `Gathered`."
         )
     if forget is None:
         return _without_data(layers, start, terms, rank_budget, adapter_name)
@@ -137,7 +147,7 @@ def initialize_semu_weights(
     found, overlaps = find_directions(
         layers, sums, retained, rule,
         keep_explained_variance=keep_explained_variance, progress=progress, adapter_name=adapter_name,
-        prepare=getattr(start, "prepare", None), skip=skip_leading,
+        prepare=getattr(start, "prepare", None), skip=skip_leading, taken=taken_directions(layers, orthogonal_to),
     )  # fmt: skip
     if skip_leading and not any(factors.rank for factors in found.values()):
         raise ValueError(f"`skip_leading` must leave a direction somewhere, got {skip_leading}. Skip fewer.")
@@ -185,6 +195,15 @@ def _without_data(
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
     others = fill(layers, chosen, start, adapter_name)
     return SubspaceProfile(_spectra(layers, chosen | others, {}, adapter_name), 0)
+
+
+def _check_orthogonal_to(model: nn.Module, names: Any, adapter_name: str) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"`orthogonal_to` must be a list of adapters' names, got {names!r}. Write ['default'].")
+    if adapter_name in names:
+        raise ValueError(f"`orthogonal_to` must name other adapters, got {adapter_name!r} itself. Leave it out.")
+    for name in names:
+        semu_layers(model, name)  # which says it where there is none
 
 
 def _check_forget(forget: Any) -> None:

@@ -122,6 +122,28 @@ def _project(forget: SingularFactors, retain: SingularFactors, side: str) -> Sin
     return _refactored(forget, left * values.unsqueeze(-2), right)
 
 
+def apart_from(factors: SingularFactors, left: Tensor, right: Tensor) -> SingularFactors:
+    """The directions that are left of a gradient outside two subspaces, `(I − P Pᵀ) G (I − Q Qᵀ)`.
+
+    Args:
+        factors: The gradient's leading directions.
+        left: `P`, `(m, p)`, orthonormal columns, or zeros.
+        right: `Q`, `(n, q)`.
+
+    Examples:
+        >>> from semu_peft.linalg.factorize import leading_factors
+        >>> factors = leading_factors(torch.diag(torch.tensor([3.0, 2.0])), 1.0)
+        >>> apart_from(factors, torch.eye(2)[:, :1], torch.eye(2)[:, :1]).singular_values
+        tensor([2., 0.])
+    """
+    if factors.rank == 0:
+        return factors
+    values = factors.singular_values[..., : factors.rank].double()
+    outputs = _outside(factors.left.double(), left.double())
+    inputs = _outside(factors.right.double(), right.double())
+    return _refactored(factors, outputs * values.unsqueeze(-2), inputs)
+
+
 def _outside(basis: Tensor, other: Tensor) -> Tensor:
     """Each column less its part in the span of `other`; twice, for the rounding of the first time."""
     for _ in range(2):
