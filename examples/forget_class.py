@@ -6,8 +6,8 @@
 Without arguments, a small vision transformer is trained on scikit-learn's handwritten digits and forgets the 3s. No
 image of another class is used for that. A table sets the result beside the original model and beside one retrained
 without the class; then the adapter is saved, reloaded, exported as a LoRA and merged, and each form is shown to give
-the same outputs. It ends with a report for whoever signs: report.html. Everything is read from disk: nothing is
-downloaded.
+the same outputs. Attacks try to bring the class back, beside the retrained model under the same attacks, and it ends
+with a report for whoever signs: report.html. Everything is read from disk: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageClassification,
@@ -59,8 +59,10 @@ from semu_peft import (
     unlearn,
 )
 from semu_peft.evaluation import (
+    AttackReport,
     ForgettingComparison,
     ForgettingMetrics,
+    attack,
     evaluate_forgetting,
     predict,
 )
@@ -129,6 +131,7 @@ def parse_args() -> argparse.Namespace:
     add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.9)
     add("--accumulate", "sums of gradients, or sketches of them", choices=["exact", "sketch"], default="exact")
     add("--batch-size", "images to forget per step", type=int, default=64)
+    add("--attack-seconds", "begin no attack after so many; 0 tries none", type=float, default=60.0)
     add("--seed", "seed of the split, the training and the unlearning", type=int, default=0)
     add("--device", "cpu, or what Accelerate finds", choices=["auto", "cpu"], default="auto")
     add("--output", "folder for everything written", type=Path, default=Path("runs/forget_class"))
@@ -217,6 +220,19 @@ def forget(
 
 
 # ---- evidence ----
+
+
+def attacked(
+    model: PeftModel, images: dict[str, Dataset], gold: nn.Module | None, args: argparse.Namespace
+) -> AttackReport:
+    """What brings the class back: a fast selection of attacks, on the merged weights, which are what is given away."""
+    merged = copy.deepcopy(model).merge_and_unload()
+    few = {name: DataLoader(Subset(part, range(min(512, len(part)))), batch_size=256) for name, part in images.items()}
+    return attack(
+        merged, few["forget"], few["retain"], few["test"], reference=gold, forget_test=few["forgotten_test"],
+        attackers=[objectives.Attacker("sgd", 3e-3, steps=50), objectives.Attacker("adam", 1e-3, steps=50)],
+        time_limit=args.attack_seconds, seed=args.seed,
+    )  # fmt: skip
 
 
 def write_table(rows: dict[str, ForgettingMetrics], reference: str | None, output: Path) -> str:
@@ -329,7 +345,7 @@ def main() -> None:
         other, _, _, costs = forget(model, images["forget"], "random-label", folder, accelerator, args)
         rows["SEMU, random-label (paper)"] = measured(other, **costs)
 
-    reference = None
+    reference = gold = None
     epochs = args.retrain if args.retrain is not None else 0 if args.model else args.train_epochs
     if args.gold or epochs:
         print("The model that never saw it")
@@ -340,6 +356,8 @@ def main() -> None:
         seconds = None if args.gold else train(gold, images["retain"], epochs, args.seed, "Retraining")
         rows[reference] = measured(gold, seconds=seconds)
 
+    print("What brings it back")
+    tried = attacked(unlearned, images, gold, args)
     table = write_table(rows, reference, output)
     tests = DataLoader(test_images, batch_size=256)
     before, after = (predict(candidate, tests) for candidate in (model, unlearned))
@@ -356,6 +374,7 @@ def main() -> None:
         profile=profile,
         training=result,
         metrics=ForgettingComparison(rows, reference) if reference else rows,
+        attacks=tried,
         predictions=(before, after),
         class_names=names,
         forgotten=forgotten,
@@ -369,7 +388,7 @@ def main() -> None:
     ]
     prove(unlearned, model, torch.stack(shown), output)
 
-    print(f"\n{table}\n\nDone in {time.perf_counter() - started:.0f} s. Written to {output}:")
+    print(f"\n{table}\n\n{tried}\n\nDone in {time.perf_counter() - started:.0f} s. Written to {output}:")
     for path, content in WRITTEN.items():
         if (output / path).exists():
             print(f"   {path:<24}{content}")

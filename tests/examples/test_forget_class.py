@@ -78,9 +78,11 @@ def write_model(folder: Path, *, processor: bool = False) -> Path:
     return folder
 
 
-def run(output: Path, *options: str | Path) -> tuple[dict[str, Any], str]:
+def run(output: Path, *options: str | Path, attack_seconds: str = "0") -> tuple[dict[str, Any], str]:
     """Run the program and return its table, after checking all that every run must have written."""
-    command = [sys.executable, EXAMPLES / "forget_class.py", "--output", output, *options]
+    command = [
+        sys.executable, EXAMPLES / "forget_class.py", "--output", output, "--attack-seconds", attack_seconds, *options
+    ]  # fmt: skip
     # A cache of its own, so that nothing is read from or left in the user's.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(output.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
@@ -98,7 +100,9 @@ def run(output: Path, *options: str | Path) -> tuple[dict[str, Any], str]:
     assert len(proofs) == 4 and max(proofs.values()) < 1e-4 and min(proofs.values()) == 0
     report = Audit.load(output / "report.json")
     assert report.contents["request"]["data"]["forget"]["examples"] > 0 and report.contents["share"]["percent"] < 10
-    assert (output / "report.html").read_text().count("<svg") == 5 and (output / "report.md").is_file()
+    curves = sum("relearning" in each["attack"] or "probe" in each["attack"] for each in report.contents["attacks"]) > 0
+    assert (output / "report.html").read_text().count("<svg") == (7 if curves else 5)
+    assert (output / "report.md").is_file() and report.contents["not_tested"]
     assert str(output) in done.stdout and str(output) not in report.to_json()
 
     table = json.loads((output / "metrics.json").read_text())
@@ -116,7 +120,14 @@ def run(output: Path, *options: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def test_digits(tmp_path: Path) -> None:
-    table, printed = run(tmp_path / "out", "--train-epochs", "1")
+    table, printed = run(tmp_path / "out", "--train-epochs", "1", attack_seconds="60")
+    report = Audit.load(tmp_path / "out" / "report.json").contents
+    tried = {each["attack"]: each for each in report["attacks"]}
+    relearnt = [each for name, each in tried.items() if name.startswith("relearning")]
+    assert len(relearnt) == 2 and all(each["result"]["reference"] for each in relearnt)
+    assert {"quantisation: 4 bits a row", "linear probe"} <= set(tried)
+    assert "membership: LiRA and RMIA" in [each["test"] for each in report["not_tested"]]
+    assert all(each["attack"] in printed for each in relearnt)
     assert list(table["rows"])[0] == "original" and list(table["rows"])[-1] == table["reference"] == "retrained"
     assert table["rows"]["retrained"]["unlearning_accuracy"] == 100  # it never saw the class
     assert table["rows"]["retrained"]["seconds"] > 0
