@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_model, check_number
+from semu_peft.gates import GatedModel, Intervention
 from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.original import original
 
@@ -55,6 +56,7 @@ class Stripping:
     Attributes:
         adapters: The adapters that can be switched off; none where they are merged.
         forget: How much of what was forgotten is known, with them and without, in percent.
+        gate: What opens and closes them, or changes the model while it is called, if anything does.
 
     Examples:
         >>> Stripping((), (0.0, 0.0)).is_removal
@@ -66,11 +68,12 @@ class Stripping:
 
     adapters: tuple[str, ...]
     forget: tuple[float, float]
+    gate: str | None = None
 
     @property
     def is_removal(self) -> bool:
         """Whether there is nothing to switch off."""
-        return not self.adapters
+        return not self.adapters and self.gate is None
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -85,6 +88,12 @@ class Stripping:
         if self.is_removal:
             return "no adapter to switch off: what is forgotten is out of the weights that are given away"
         names = ", ".join(repr(name) for name in self.adapters)
+        if self.gate is not None:
+            return (
+                f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f} without the {self.gate}"
+                f"{' of ' + names if names else ''}: a gate hides and does not remove; whoever holds the weights takes "
+                "it off"
+            )
         return (
             f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f} without {names}: an adapter that can be switched "
             "off is not removal; merge it, `model = model.merge_and_unload()`, and give away that"
@@ -96,6 +105,8 @@ class Stripping:
 
 def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = accuracy) -> Stripping:
     """Switch the adapters off, as anyone can who has the model with its adapter beside the weights.
+
+    A model behind a [gate][semu_peft.gates.intervention.Intervention] is taken from behind it.
 
     Args:
         model: The unlearned model as it is to be given away.
@@ -111,6 +122,9 @@ def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = acc
     check_model(model)
     batches = list(forget)
     now = measure(model, batches)
+    if isinstance(model, Intervention):
+        gated = tuple(sorted(model.adapter_names)) if isinstance(model, GatedModel) else ()
+        return Stripping(gated, (now, measure(model.base, batches)), gate=type(model).__name__)
     names = tuple(sorted({part.adapter_name for part in all_parts(model) if not part.is_merged}))
     if not names:
         return Stripping((), (now, now))

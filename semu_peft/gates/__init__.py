@@ -8,7 +8,7 @@ from .hidden import HiddenStates
 from .intervention import Gate, Intervention, always
 from .logits import LogitCombination, truncated
 from .nearest import Calibration, Nearest
-from .speech import Abstention, ForbiddenAnswers, ForbiddenContinuations
+from .speech import Abstention, ForbiddenAnswers, ForbiddenContinuations, answer_strings
 
 __all__ = [
     "GATE_FILE",
@@ -32,6 +32,7 @@ __all__ = [
     "StrengthSearch",
     "adjust_neurons",
     "always",
+    "answer_strings",
     "gated",
     "linear_gate",
     "neuron_moments",

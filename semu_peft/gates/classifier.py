@@ -224,7 +224,7 @@ def linear_gate(
     Args:
         model: The model; the adapters of the requests are left out.
         requests: Forget batches by request.
-        retain: Batches on which the gate is to stay closed.
+        retain: Batches on which the gate is to stay closed: no state that it may come to see of them is a request's.
         inputs: The states that it reads.
         threshold: From which probability on it opens.
 
@@ -240,7 +240,8 @@ def linear_gate(
     plain = without_adapters(model, requests)
     with eval_mode(plain):
         groups = [torch.cat([inputs.of_prompts(plain, batch).cpu() for batch in each]) for each in requests.values()]
-        rest = [inputs.of_prompts(plain, batch).cpu() for batch in retain]
+        seen = [inputs.of_batch(plain, batch) for batch in retain]
+    rest = [states[real].cpu() for states, real in seen]
     scorer = LinearScorer.fit(groups, torch.cat(rest))
     return Classifier(scorer, tuple(requests), inputs=inputs, threshold=threshold)
 

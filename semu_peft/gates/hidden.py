@@ -68,20 +68,28 @@ class HiddenStates:
         Returns:
             `(N, D)` in float32.
         """
-        args, kwargs, labels = inputs_of(batch)
-        states = self._states(model, args, kwargs)
-        real = real_tokens(states, kwargs)
-        if labels is not None and labels.shape == real.shape:
-            prompt = real & (labels.to(real.device) == IGNORED)
-            real = torch.where(prompt.any(-1, keepdim=True), prompt, real)
-        pooled, _ = HiddenStates(self.layer, self.side, "mean" if self.pool == "mean" else "last")._pooled(states, real)
-        return pooled[:, 0]
+        states, _, prompt = self._of_batch(model, batch)
+        single = HiddenStates(self.layer, self.side, "mean" if self.pool == "mean" else "last")
+        return single._pooled(states, prompt)[0][:, 0]
 
     @torch.no_grad()
     def of_batch(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """As a call with a batch's inputs, without its labels."""
-        args, kwargs, _ = inputs_of(batch)
-        return self(model, *args, **kwargs)
+        """All states of a batch that the gate may come to see: of the prompts as well as of the whole texts."""
+        states, real, prompt = self._of_batch(model, batch)
+        if self.pool == "any":
+            return states, real
+        pooled = [self._pooled(states, which) for which in (prompt, real)]
+        return torch.cat([each for each, _ in pooled], 1), torch.cat([held for _, held in pooled], 1)
+
+    def _of_batch(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """States, which of them are of real tokens, and which of the prompt's."""
+        args, kwargs, labels = inputs_of(batch)
+        states = self._states(model, args, kwargs)
+        real = prompt = real_tokens(states, kwargs)
+        if labels is not None and labels.shape == real.shape:
+            told = real & (labels.to(real.device) == IGNORED)
+            prompt = torch.where(told.any(-1, keepdim=True), told, real)
+        return states, real, prompt
 
     def _pooled(self, states: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         if self.pool == "any":

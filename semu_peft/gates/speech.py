@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from semu_peft.arguments import check_kind
-from semu_peft.objectives.batches import logits_of
+from semu_peft.arguments import check_count, check_kind
+from semu_peft.objectives.batches import IGNORED, check_batches, logits_of, split_batch
 from semu_peft.tuner.adapted import base_model
 
 from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
@@ -82,6 +83,45 @@ class ForbiddenContinuations(LogitsProcessor):
         """The logits `(N, L, V)` of whole texts, masked at each place by what stands up to it."""
         steps = [self(input_ids[:, : place + 1], logits[:, place]) for place in range(logits.shape[1])]
         return torch.stack(steps, 1)
+
+
+def answer_strings(
+    forget: Iterable[Any], length: int = 3, *, retain: Iterable[Any] | None = None
+) -> list[tuple[int, ...]]:
+    """Every run of tokens of a length in the answers of batches, but those that retain answers have as well.
+
+    Answers that are shorter are one run. Labels −100 separate answers.
+
+    Args:
+        forget: Batches with labels of tokens.
+        length: How many tokens a run has.
+        retain: Batches whose runs may be said.
+
+    Raises:
+        ValueError: No run is left.
+
+    Examples:
+        >>> from semu_peft.gates.speech import answer_strings
+        >>> answer_strings([{"input_ids": None, "labels": torch.tensor([[-100, 4, 5, 6], [-100, -100, -100, 7]])}], 2)
+        [(4, 5), (5, 6), (7,)]
+    """
+    check_count("length", length)
+    check_batches(forget, "forget")
+    kept = set() if retain is None else set(_runs(retain, length))
+    found = [run for run in dict.fromkeys(_runs(forget, length)) if run not in kept]
+    if not found:
+        raise ValueError("`forget` must have runs of tokens of its own, got none. Check the labels, or give a length.")
+    return found
+
+
+def _runs(batches: Iterable[Any], length: int) -> Iterator[tuple[int, ...]]:
+    for batch in batches:
+        for row in split_batch(batch)[2].tolist():
+            for counts, group in groupby(row, key=lambda token: token != IGNORED):
+                tokens = tuple(group)
+                if counts:
+                    size = min(length, len(tokens))
+                    yield from (tokens[start : start + size] for start in range(len(tokens) - size + 1))
 
 
 class ForbiddenAnswers(Intervention):

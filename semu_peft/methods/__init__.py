@@ -4,6 +4,7 @@ from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, 
 from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
 from .diffusion import concept_ablation, esd, uce
 from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
+from .gating import eco, guard, ksd, neuron_adjust, o3, uld, whp
 from .geometry import cir, gu, npo_sam, repselect, wagle
 from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
 from .places import loku, lora_sb, pdu, rmu, seuf, sha256
@@ -22,12 +23,15 @@ __all__ = [
     "delete",
     "dmm",
     "dpo",
+    "eco",
     "esd",
     "fine_tune",
     "flat",
     "gu",
+    "guard",
     "iau",
     "k_fade",
+    "ksd",
     "l1_sparse",
     "laf",
     "lfssd",
@@ -38,8 +42,10 @@ __all__ = [
     "boundary_shrink",
     "scrub",
     "unsir",
+    "neuron_adjust",
     "npo",
     "npo_sam",
+    "o3",
     "pdu",
     "repselect",
     "rmu",
@@ -54,9 +60,11 @@ __all__ = [
     "ssd",
     "tpo",
     "uce",
+    "uld",
     "undial",
     "unseen_answers",
     "unseen_confidence",
     "wagle",
     "wga",
+    "whp",
 ]

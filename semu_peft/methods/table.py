@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from . import baselines, classification, diffusion, editing, geometry, language, places
+from . import baselines, classification, diffusion, editing, gating, geometry, language, places
 
 Kind = Literal["classification", "language", "diffusion", "any"]
-Need = Literal["alternates", "logits", "retain", "ridge head", "score", "unseen", "keys and values", "MoE"]
+Need = Literal[
+    "alternates", "logits", "retain", "ridge head", "score", "unseen", "keys and values", "MoE", "layers", "answer"
+]
+
+_UNTRAINED = ("uce", "eco", "guard", "ksd", "neuron_adjust")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Method:
     @property
     def trains(self) -> bool:
         """Whether there are steps of training."""
-        return self.function.__module__.rpartition(".")[-1] not in ("editing",) and self.name != "uce"
+        return self.function.__module__.rpartition(".")[-1] not in ("editing",) and self.name not in _UNTRAINED
 
 
 _ROWS = (
@@ -142,6 +146,22 @@ _ROWS = (
            "2504.12996", (), "facts about subjects"),
     Method(places.seuf, "language", "L + α ‖g − onehot‖²", "expert_affinity × one expert × RouterAnchor",
            "SEUF, 2411.18797", ("MoE",), "mixtures of experts"),
+    Method(gating.o3, "any", "(I − P Pᵀ) G (I − Q Qᵀ), open where h is near h_F", "add_request × NPO × Nearest × gated",
+           "O3, 2407.10223", (), "many requests, each taken back alone; served, not handed out"),
+    Method(gating.eco, "language", "e + σ ε on prompts with p(F) ≥ .99", "linear_gate × EmbeddingCorruption",
+           "ECO, 2406.07933", ("retain",), "nothing may be trained; served, not handed out"),
+    Method(gating.guard, "language", "p(token that completes a run) = 0", "linear_gate × ForbiddenContinuations",
+           "GUARD, 2505.13312", ("retain",), "words that must not be said; paraphrases are"),
+    Method(gating.ksd, "language", "abstain where |k − μ| ≤ k_max σ", "Nearest(box) × Abstention", "KSD, 2503.21730",
+           ("layers", "answer"), "a skill or a subject; served, not handed out"),
+    Method(gating.neuron_adjust, "language", "a ← μ_r − (a − μ_f) σ_r / σ_f where N_f ≥ N_r",
+           "neuron_moments × NeuronAdjust × ActivationGate", "Neuron Adjust, 2503.21730", ("retain", "layers"),
+           "a skill, without training"),
+    Method(gating.uld, "language", "z − w a, a: CE(F) + λ KL(uniform ‖ a) on R",
+           "truncated × CrossEntropy × UniformDistribution × LogitCombination", "ULD, 2406.08607", (),
+           "no cost of utility; twice the work a token; served, not handed out"),
+    Method(gating.whp, "language", "z − α relu(z₊ − z)", "CrossEntropy × LogitCombination(relu)",
+           "Who's Harry Potter, 2310.02238", (), "a teacher for the model itself; served, not handed out"),
     Method(diffusion.uce, "diffusion", "W′ = (Σ W c* cᵀ + W C)(Σ c cᵀ + C)⁻¹", "edit_concepts", "UCE, 2308.14761", (),
            "a hundred concepts in seconds"),
     Method(diffusion.esd, "diffusion", "‖ε − (ε₀(∅) − η (ε₀(c) − ε₀(∅)))‖²", "subspace × NegativeGuidance",

@@ -12,7 +12,7 @@ from models import CLASSES, Mlp, Snapshot, image_batches, llama, vector_batches
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft import SemuConfig, gates, initialize_semu_weights
 from semu_peft.evaluation import Predictions, attack, flipped_inputs, noisy_inputs, predict, search_prompt, stripping
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
@@ -98,6 +98,21 @@ def test_when_the_time_is_over_the_rest_is_named() -> None:
     report = attack(adapted(), FORGET, RETAIN, attackers=SHORT, time_limit=0.0, progress=False)
     assert not report.results
     assert sum("the time limit of 0 s" in each.reason for each in report.not_run) == 7
+
+
+def test_stripping_takes_a_model_from_behind_its_gate() -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False)).eval()
+    batch = [(torch.randn(8, 6), torch.randint(4, (8,)))]
+    with model.disable_adapter():
+        bare = float((model(batch[0][0]).argmax(-1) == batch[0][1]).float().mean()) * 100
+    for served, name in (
+        (gates.gated(model, lambda base, x: {"default": torch.ones(len(x))}), "'default'"),
+        (gates.ActivationGate(model, {"fc2": gates.Clamp(torch.arange(8))}), "ActivationGate"),
+    ):
+        found = stripping(served, batch)
+        assert not found.is_removal and "a gate hides and does not remove" in repr(found) and name in repr(found)
+        if name == "'default'":
+            assert found.forget[1] == pytest.approx(bare)
 
 
 def test_stripping_says_what_switching_off_gives() -> None:

@@ -1,0 +1,318 @@
+"""Published methods that act while the model serves: each is one sentence of gates, adapters and second voices.
+
+What they give takes the model's place and is called as the model is. All of them hide and none removes: whoever holds
+the weights has the model without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from semu_peft.gates import (
+    Abstention,
+    ActivationGate,
+    EmbeddingCorruption,
+    ForbiddenAnswers,
+    GatedModel,
+    HiddenStates,
+    LogitCombination,
+    Nearest,
+    adjust_neurons,
+    answer_strings,
+    gated,
+    linear_gate,
+    neuron_moments,
+    truncated,
+    zeroth_order,
+)
+from semu_peft.objectives import NPO, CrossEntropy, UniformDistribution
+from semu_peft.objectives.base import LossFunction
+from semu_peft.objectives.original import without_adapter
+from semu_peft.training.requests import add_request
+
+from .sentence import RetainData, keep, minimise
+
+
+def o3(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any] | None = None,
+    *,
+    name: str,
+    gate: Nearest | None = None,
+    layer: str = "model.norm",
+    objective: LossFunction | None = None,
+    false_alarms: float = 0.01,
+    progress: bool = True,
+    **training: Any,
+) -> GatedModel:
+    """O3: a request in an adapter that is orthogonal to those before it, opened for prompts that are near the request.
+
+    Call it once a request, with the gate of the last one (`served.gate`) and its model (`served.model`).
+
+    Source: Gao et al. 2024, arXiv 2407.10223, where one LoRA (r 8) is trained on over the requests with the overlap of
+    one side penalised, cross entropy to random labels or refusals, and the detector is another encoder.
+
+    Args:
+        model: A model with a SEMU adapter.
+        forget: The forget batches.
+        retain: Batches on which the gate is to stay closed; by them its thresholds are set.
+        name: The request's name, which is its adapter's.
+        gate: The gate that knows the earlier requests.
+        layer: Whose states tell prompts apart, where there is no gate yet.
+        objective: What to minimise; by default NPO.
+        false_alarms: On which share of the retain examples it may open.
+        progress: Show progress bars.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> from semu_peft.language import text_examples
+        >>> model = get_peft_model(decoder, SemuConfig(target_modules="all-linear"), adapter_name="one")
+        >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
+        >>> methods.o3(model, forget, name="one", max_steps=2, progress=False).adapter_names
+        ('one',)
+    """
+    known = Nearest(layer) if gate is None else gate
+    add_request(model, name, forget, objective or NPO(), progress=progress, **training)
+    known.add(name, model, forget, progress=progress)
+    if retain is not None:
+        known.calibrate(model, retain, false_alarms=false_alarms, progress=progress)
+    return gated(model, known)
+
+
+def eco(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any],
+    *,
+    layer: str = "model.norm",
+    strength: float = 100.0,
+    kind: Literal["noise", "zero"] = "noise",
+    dimensions: int | None = 1,
+    threshold: float = 0.99,
+    score: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+) -> EmbeddingCorruption:
+    """ECO: corrupt the embeddings of prompts that a classifier takes for forget prompts.
+
+    Source: Liu et al. 2024, arXiv 2406.07933: a RoBERTa as classifier, threshold .99, noise of σ 100 in one entry or
+    zeros in the largest 670 to 1000. Here the classifier is a logistic regression on the model's own states.
+
+    Args:
+        model: A language model.
+        forget: The forget batches, of which the prompts count.
+        retain: Batches whose prompts are to stay.
+        layer: Whose states the classifier reads.
+        strength: `σ`, or where its search begins.
+        kind: Noise or zeros.
+        dimensions: In how many entries of an embedding.
+        threshold: From which probability on a prompt is corrupted.
+        score: What to bring down by the strength, of the corrupted model; without it the strength stays.
+        seed: Of the noise.
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> forget, retain = (text_examples(tokenizer, [text]).loader(1) for text in ("a b c", "d e f"))
+        >>> methods.eco(decoder, forget, retain).strength
+        100.0
+    """
+    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), threshold=threshold)
+    made: dict[str, Any] = {"kind": kind, "dimensions": dimensions, "seed": seed}
+    if score is not None:
+        at = lambda sigma: score(EmbeddingCorruption(model, gate, sigma, **made))  # noqa: E731
+        strength = zeroth_order(at, strength).strength
+    return EmbeddingCorruption(model, gate, strength, **made)
+
+
+def guard(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any],
+    *,
+    layer: str = "model.norm",
+    length: int = 3,
+    threshold: float = 0.5,
+) -> ForbiddenAnswers:
+    """GUARD: after prompts that a classifier takes for forget prompts, no run of tokens of a forgotten answer is said.
+
+    Source: 2025, arXiv 2505.13312: a small network on the model's penultimate state, and a trie of forbidden tokens of
+    the answer that is retrieved; there in a beam search, with a softer mask by sentence embeddings, which is not here.
+
+    Args:
+        model: A language model.
+        forget: The forget batches, with labels.
+        retain: Batches whose prompts are to stay, and whose runs of tokens may be said.
+        layer: Whose states the classifier reads.
+        length: How many tokens a run has.
+        threshold: From which probability on a prompt is guarded.
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> forget, retain = (text_examples(tokenizer, [text]).loader(1) for text in ("a b c", "d e f"))
+        >>> type(methods.guard(decoder, forget, retain)).__name__
+        'ForbiddenAnswers'
+    """
+    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), threshold=threshold)
+    return ForbiddenAnswers(model, gate, answer_strings(forget, length, retain=retain))
+
+
+def ksd(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any] | None = None,
+    *,
+    layer: str,
+    answer: Sequence[int],
+    false_alarms: float = 0.01,
+) -> Abstention:
+    """KSD: abstain on prompts whose last key lies in the box of a skill's keys.
+
+    Source: Li et al. 2025, arXiv 2503.21730: the inputs of the last block's `down_proj`; a box `μ ± k σ` with the
+    smallest `k` that holds all keys, which is their largest score and needs no bisection; decided here for each prompt.
+
+    Args:
+        model: A language model.
+        forget: The forget batches, of which the prompts count.
+        retain: Batches on which the gate is to stay closed; by default the box holds exactly the forget prompts.
+        layer: The layer whose inputs are the keys, such as `"model.layers.31.mlp.down_proj"`.
+        answer: Token indices of what is said instead, with its end token.
+        false_alarms: On which share of the retain examples it may open.
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
+        >>> silent = methods.ksd(decoder, forget, layer="model.layers.1.mlp.down_proj", answer=[2])
+        >>> silent.gate.adapter_names
+        ('request',)
+    """
+    gate = Nearest(layer, "box", side="input", pool="last").add("request", model, forget)
+    if retain is not None:
+        gate.calibrate(model, retain, false_alarms=false_alarms)
+    return Abstention(model, gate, answer)
+
+
+def neuron_adjust(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: Iterable[Any],
+    *,
+    layers: Sequence[str],
+    share: float = 0.005,
+    seed: int | None = 0,
+    progress: bool = True,
+) -> ActivationGate:
+    """Neuron Adjust: mirror activations that look like the skill's to where retain data would have them.
+
+    Source: Li et al. 2025, arXiv 2503.21730: the pre-activations of all feed-forward blocks; .5 % of the neurons for a
+    language, 3 % for code or mathematics.
+
+    Args:
+        model: A language model.
+        forget: Forget batches, whose answers count.
+        retain: Retain batches.
+        layers: The layers whose outputs are adjusted, such as every `gate_proj`.
+        share: Which share of their neurons.
+        seed: Of the draws; None moves every activation that is likelier under the forget data.
+        progress: Show progress bars.
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> forget, retain = (text_examples(tokenizer, [text]).loader(1) for text in ("a b c", "d e f"))
+        >>> layers = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]
+        >>> adjusted = methods.neuron_adjust(decoder, forget, retain, layers=layers, share=0.1, progress=False)
+        >>> sum(len(each.neurons) for each in adjusted.adjustments.values())  # of 2 · 32
+        6
+    """
+    moments = [neuron_moments(model, data, layers, progress=progress) for data in (forget, retain)]
+    return ActivationGate(model, adjust_neurons(moments[0], moments[1], share, seed=seed))
+
+
+def uld(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    layers: int = 8,
+    r: int = 32,
+    weight: float = 0.75,
+    filter: float | None = 0.01,
+    retain_weight: float = 6.5,
+    learning_rate: float = 1e-3,
+    progress: bool = True,
+    **training: Any,
+) -> LogitCombination:
+    """ULD: an assistant of the model's first layers learns the forget data and nothing else; its logits are taken off.
+
+    Source: Ji et al. 2024, arXiv 2406.08607: 8 of 32 layers, LoRA r 32, 10 epochs on TOFU. Two paraphrases a forget
+    example and two wrong answers a retain example carry its result: put them into the batches.
+
+    Args:
+        model: A language model without adapters, which stays as it is.
+        forget: The forget batches.
+        retain: Batches on which the assistant is to be uniform.
+        layers: How many layers the assistant has.
+        r: The LoRA's rank.
+        weight: How much is taken off.
+        filter: From which share of the likeliest token's probability on.
+        retain_weight: Of the retain data's term.
+        learning_rate: Of the assistant's training.
+        progress: Show progress bars.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> forget, retain = (text_examples(tokenizer, [text]).loader(1) for text in ("a b c", "d e f"))
+        >>> methods.uld(decoder, forget, retain, layers=1, max_steps=2, progress=False).weight
+        0.75
+    """
+    config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM")
+    assistant = get_peft_model(truncated(model, layers), config)
+    said: dict[str, Any] = {"learning_rate": learning_rate, "progress": progress, **training}
+    minimise(assistant, forget, CrossEntropy(), keep(retain, UniformDistribution(), retain_weight), **said)
+    return LogitCombination(model, assistant.eval(), weight, filter=filter)
+
+
+def whp(
+    model: nn.Module,
+    forget: Iterable[Any],
+    *,
+    weight: float = 1.0,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> LogitCombination:
+    """Who's Harry Potter: an adapter learns the forget data still better, and what it makes likelier is lowered.
+
+    Source: Eldan and Russinovich 2023, arXiv 2310.02238; there the combined model then teaches the model itself, for
+    which its logits are what `OracleMatching` takes.
+
+    Args:
+        model: A language model with an adapter to be reinforced.
+        forget: The forget batches.
+        weight: `α`.
+        progress: Show progress bars.
+        adapter_name: The adapter, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from semu_peft import methods
+        >>> from semu_peft.language import text_examples
+        >>> model = get_peft_model(decoder, LoraConfig(target_modules="all-linear"))
+        >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
+        >>> methods.whp(model, forget, max_steps=2, progress=False).relu
+        True
+    """
+    minimise(model, forget, CrossEntropy(), progress=progress, adapter_name=adapter_name, **training)
+    return LogitCombination(without_adapter(model, adapter_name), model.eval(), weight, relu=True)
