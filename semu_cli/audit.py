@@ -8,24 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
-from .bases import RECORD, classifier, language_model
-from .judge import check_judged, measure_images, measure_text, run_attacks
+from .bases import RECORD, job_of, language_model, pipeline
+from .bases import classifier as image_classifier
+from .judge import READ, measure_images, measure_text, one, run_attacks
 from .options import (
-    BatchSize,
+    AtATime,
+    Classifier,
     Data,
     ForgetClass,
+    InferenceSteps,
+    Kept,
     Model,
     Neutral,
     OutputDir,
     Progress,
     Reference,
     RequiredAdapter,
-    Retain,
+    Samples,
     Seed,
     Template,
     Test,
     TimeLimit,
 )
+from .pictures import DRAWN, Drawing
 from .verbs import Told
 
 
@@ -36,12 +41,15 @@ def audit(
     output_dir: OutputDir,
     request: Annotated[str | None, typer.Option("--request", help="What was asked, in words.")] = None,
     forget_class: ForgetClass = None,
-    retain: Retain = None,
+    retain: Kept = None,
     test: Test = None,
     neutral: Neutral = None,
     reference: Reference = None,
     attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="Run the attacks too.")] = True,
-    batch_size: BatchSize = 32,
+    classifier: Classifier = None,
+    samples: Samples = 16,
+    num_inference_steps: InferenceSteps = 25,
+    batch_size: AtATime = None,
     template: Template = None,
     time_limit: TimeLimit = None,
     seed: Seed = 0,
@@ -50,31 +58,46 @@ def audit(
     """Write a report to sign and to doubt: what was asked, done, measured, attacked, and what was not tested."""
     if output_dir.exists() and not output_dir.is_dir():
         raise typer.BadParameter(f"`--output-dir` must be a folder, got {output_dir}, a file. Choose another path.")
-    job = check_judged(model)
+    job = job_of(model)
     from semu_peft.report import audit as report_on
 
-    if job == "images":
-        metrics: Any = measure_images(
-            model, adapter, forget, forget_class, retain, test, reference, batch_size, seed
+    pictures = found = None
+    paths: dict[str, Any] = {}
+    if job == "concept":
+        drawing = Drawing(
+            model, adapter, forget, retain or [], reference, classifier, forget_class, samples, num_inference_steps,
+            batch_size or DRAWN, seed, progress,
         )  # fmt: skip
-        unlearned = classifier(model, adapter)
+        metrics: Any
+        metrics, pictures = drawing.measured()
+        found = drawing.attacked(time_limit) if attacks else None
+        from semu_peft.concept.families import denoiser_of
+
+        unlearned = denoiser_of(pipeline(model, adapter))
     else:
-        metrics = measure_text(
-            model, adapter, forget, retain, neutral, reference, batch_size, template, None, progress=progress
-        )
-        unlearned = language_model(model, adapter)[0]
-    found = None
-    if attacks:
-        found = run_attacks(
-            model, adapter, forget, forget_class, retain, test, reference, batch_size, template, time_limit, seed,
-            progress,
-        )  # fmt: skip
+        place, kept, at_a_time = one(forget, "forget"), one(retain, "retain"), batch_size or READ
+        if job == "images":
+            metrics = measure_images(
+                model, adapter, place, forget_class, kept, test, reference, at_a_time, seed
+            )  # fmt: skip
+            unlearned = image_classifier(model, adapter)
+        else:
+            metrics = measure_text(
+                model, adapter, place, kept, neutral, reference, at_a_time, template, None, progress=progress
+            )
+            unlearned = language_model(model, adapter)[0]
+        if attacks:
+            found = run_attacks(
+                model, adapter, place, forget_class, kept, test, reference, at_a_time, template, time_limit, seed,
+                progress,
+            )  # fmt: skip
+        only = Path(place, forget_class or "")
+        paths = {"forget": only if only.is_dir() else place, "retain": kept, "test": test, "neutral": neutral}
     settings, training = _recorded(adapter)
-    only = Path(forget, forget_class or "")
-    paths = {"forget": only if only.is_dir() else forget, "retain": retain, "test": test, "neutral": neutral}
     report = report_on(
         request, model=unlearned, data={name: str(path) for name, path in paths.items() if path is not None},
         adapter_file=adapter, settings=settings, training=training, metrics=metrics, attacks=found,
+        samples=pictures, forgotten=forget if pictures else None,
     )  # fmt: skip
     files = report.write_all(output_dir)
     words = [f"The report is in {output_dir}: {', '.join(file.name for file in files)}."]

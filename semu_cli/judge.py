@@ -12,20 +12,27 @@ from .bases import classifier, job_of, language_model
 from .image_folder import read_images, read_others
 from .options import (
     Adapter,
-    BatchSize,
+    AtATime,
+    Classifier,
     Data,
     ForgetClass,
+    InferenceSteps,
+    Kept,
     Model,
     Neutral,
     Progress,
     Reference,
-    Retain,
+    Samples,
     Seed,
     Template,
     Test,
     TimeLimit,
 )
+from .pictures import DRAWN, Drawing
 from .verbs import Told
+
+READ = 32
+"""Examples of a classifier or a language model at a time, by default."""
 
 
 def evaluate(
@@ -33,28 +40,45 @@ def evaluate(
     forget: Data,
     adapter: Adapter = None,
     forget_class: ForgetClass = None,
-    retain: Retain = None,
+    retain: Kept = None,
     test: Test = None,
     neutral: Neutral = None,
     reference: Reference = None,
     metrics: Annotated[
         list[str] | None, typer.Option("--metrics", help="Of language models: only this metric; again for more.")
     ] = None,
-    batch_size: BatchSize = 32,
+    classifier: Classifier = None,
+    samples: Samples = 16,
+    num_inference_steps: InferenceSteps = 25,
+    batch_size: AtATime = None,
     template: Template = None,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> Told:
-    """Measure what a classifier or a language model still knows, beside the original and a retrained model."""
-    job = check_judged(model)
-    if job == "images":
-        rows: Any = measure_images(model, adapter, forget, forget_class, retain, test, reference, batch_size, seed)
-        shown = {name: {key: f"{value:.1f}%" for key, value in row.items()} for name, row in rows.items()}
+    """Measure what a model still knows, beside the original and a retrained model."""
+    job = job_of(model)
+    rows: Any
+    if job == "concept":
+        rows, _ = Drawing(
+            model, adapter, forget, retain or [], reference, classifier, forget_class, samples, num_inference_steps,
+            batch_size or DRAWN, seed, progress,
+        ).measured()  # fmt: skip
+    elif job == "images":
+        rows = measure_images(
+            model, adapter, one(forget, "forget"), forget_class, one(retain, "retain"), test, reference,
+            batch_size or READ, seed,
+        )  # fmt: skip
+    if job != "text":
+        shown = {
+            name: {key: f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}%" for key, value in row.items()}
+            for name, row in rows.items()
+        }
         rows = {name: {key.replace(" ", "_"): value for key, value in row.items()} for name, row in rows.items()}
     else:
         rows = measure_text(
-            model, adapter, forget, retain, neutral, reference, batch_size, template, metrics, progress=progress
-        )
+            model, adapter, one(forget, "forget"), one(retain, "retain"), neutral, reference,
+            batch_size or READ, template, metrics, progress=progress,
+        )  # fmt: skip
         shown = {name: row.row() for name, row in rows.items()}
     return Told({"job": job, "models": rows}, [_table(shown)])
 
@@ -64,20 +88,29 @@ def attack(
     forget: Data,
     adapter: Adapter = None,
     forget_class: ForgetClass = None,
-    retain: Retain = None,
+    retain: Kept = None,
     test: Test = None,
     reference: Reference = None,
-    batch_size: BatchSize = 32,
+    classifier: Classifier = None,
+    samples: Samples = 16,
+    num_inference_steps: InferenceSteps = 25,
+    batch_size: AtATime = None,
     template: Template = None,
     time_limit: TimeLimit = None,
     seed: Seed = 0,
     progress: Progress = True,
 ) -> Told:
-    """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions."""
-    check_judged(model)
-    report = run_attacks(
-        model, adapter, forget, forget_class, retain, test, reference, batch_size, template, time_limit, seed, progress
-    )
+    """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions and seeds."""
+    if job_of(model) == "concept":
+        report = Drawing(
+            model, adapter, forget, retain or [], reference, classifier, forget_class, samples, num_inference_steps,
+            batch_size or DRAWN, seed, progress,
+        ).attacked(time_limit)  # fmt: skip
+    else:
+        report = run_attacks(
+            model, adapter, one(forget, "forget"), forget_class, one(retain, "retain"), test, reference,
+            batch_size or READ, template, time_limit, seed, progress,
+        )  # fmt: skip
     rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
     missing = [dataclasses.asdict(each) for each in report.not_run]
     data = {"has_reference": report.has_reference, "attacks": rows, "not_run": missing, "seconds": report.seconds}
@@ -92,7 +125,7 @@ def run_attacks(
     from semu_peft import evaluation
 
     further = {}
-    if check_judged(model) == "images":
+    if job_of(model) == "images":
         base = classifier(model, adapter)
         batches = _image_batches(base, forget, forget_class, retain, test, batch_size)
         other = None if reference is None else classifier(reference)
@@ -160,15 +193,15 @@ def _text_batches(
     return batches, not any(row.is_plain for row in read_text(forget))
 
 
-def check_judged(model: str) -> str:
-    """The job of a model, a usage error where only Python can judge it."""
-    job = job_of(model)
-    if job == "concept":
-        raise typer.BadParameter(
-            "`--model` is a pipeline, whose pictures are judged by a classifier of yours. Sample them with equal seeds "
-            "with and without the adapter, and call `semu_peft.evaluation.evaluate_erasure`."
-        )
-    return job
+def one(values: list[str] | None, flag: str) -> Any:
+    """The one folder or file that a classifier or a language model is judged by; None where there is none.
+
+    Raises:
+        typer.BadParameter: There are several.
+    """
+    if values is not None and len(values) > 1:
+        raise typer.BadParameter(f"`--{flag}` may be given again for prompts of a pipeline only, got {len(values)}.")
+    return values[0] if values else None
 
 
 def _models(model: str, adapter: Path | None, reference: str | None) -> list[tuple[str, str, Path | None]]:

@@ -11,7 +11,13 @@ Model = Annotated[str, typer.Option("--model", help="Folder of the model, or its
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter. Without: the bare model.")]
 RequiredAdapter = Annotated[Path, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)]
 OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder to write to.", show_default=False)]
-Data = Annotated[str, typer.Option("--forget", help="What to forget.", show_default=False)]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--forget", show_default=False,
+        help="What was to be forgotten, as `semu unlearn` took it: a folder, a file, or a prompt (again for more).",
+    ),
+]  # fmt: skip
 ImageData = Annotated[
     Path,
     typer.Option(
@@ -31,6 +37,17 @@ ForgetClass = Annotated[
 ]
 Retain = Annotated[str | None, typer.Option("--retain", help="What to keep, in the form of --forget.")]
 RetainPrompts = Annotated[list[str] | None, typer.Option("--retain", help="A prompt to hold as it is; again for more.")]
+Kept = Annotated[
+    list[str] | None, typer.Option("--retain", help="What was to be kept, in the form of --forget; prompts again.")
+]
+Classifier = Annotated[
+    str | None,
+    typer.Option("--classifier", help="Of pipelines: an image classifier, or a CLIP model, that judges the pictures."),
+]
+Samples = Annotated[int, typer.Option("--samples", help="Of pipelines: pictures of each prompt, a seed each.", min=1)]
+InferenceSteps = Annotated[
+    int, typer.Option("--num-inference-steps", help="Of pipelines: steps of sampling a picture.", min=1)
+]
 Test = Annotated[str | None, typer.Option("--test", help="Data that no model was trained on, in the form of --forget.")]
 Neutral = Annotated[str | None, typer.Option("--neutral", help="File of texts of any kind, which must not change.")]
 Reference = Annotated[
@@ -42,6 +59,10 @@ MaxRetainKl = Annotated[
     typer.Option("--max-retain-kl", help="Damage that no step exceeds, in nats, on what is to be kept.", min=0),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Examples a step.", min=1)]
+AtATime = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Examples at a time; by default 32, and of pictures that are drawn 4.", min=1),
+]
 Template = Annotated[
     str | None,
     typer.Option("--template", help="How question and answer are written, such as 'Q: {prompt}\\nA: {answer}'."),

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import tomllib
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
                     Path | None,
                     typer.Option(
                         "--config", help="YAML, TOML or JSON file with the other flags by name; flags go before it.",
-                        callback=_reader(set(own)), is_eager=True, rich_help_panel="Every command",
+                        callback=_reader(own), is_eager=True, rich_help_panel="Every command",
                     ),
                 ],
             ),
@@ -159,12 +160,16 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _reader(names: set[str]) -> Callable[[typer.Context, Path | None], Path | None]:
-    """Of a verb with parameters of these names, what reads its configuration file."""
+def _reader(own: Mapping[str, inspect.Parameter]) -> Callable[[typer.Context, Path | None], Path | None]:
+    """Of a verb with these parameters, what reads its configuration file."""
+    repeated = {name for name, each in own.items() if "list[" in str(typing.get_args(each.annotation)[0])}
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
-            context.default_map = {**(context.default_map or {}), **read_settings(path, names)}
+            settings = read_settings(path, set(own))
+            for name in repeated & set(settings):  # one value is a list of one; a text would be taken letter by letter
+                settings[name] = settings[name] if isinstance(settings[name], list) else [settings[name]]
+            context.default_map = {**(context.default_map or {}), **settings}
         return path
 
     return read

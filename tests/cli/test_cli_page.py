@@ -14,7 +14,10 @@ from semu_cli import app
 
 ROOT = Path(__file__).parents[2]
 # A tiny pipeline learns nothing in two steps; that it runs is what is asked here.
-FEW = ["--max-steps", "2", "--samples-per-prompt", "2", "--num-inference-steps", "1"]
+FEW = {
+    "unlearn": ["--max-steps", "2", "--samples-per-prompt", "2", "--num-inference-steps", "1"],
+    "evaluate": ["--samples", "2", "--num-inference-steps", "1"],
+}
 
 
 def commands(page: str) -> list[list[str]]:
@@ -37,7 +40,7 @@ def test_the_page_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ["unlearn", "images"], ["unlearn", "text"], ["unlearn", "concept"]
     ]  # fmt: skip
     for line in lines:
-        result = CliRunner().invoke(app, [*line, *(FEW if line[:2] == ["unlearn", "concept"] else [])])
+        result = CliRunner().invoke(app, [*line, *(FEW.get(line[0], []) if "my-pipeline" in line else [])])
         assert result.exit_code == 0, (line, result.output, result.exception)
     for folder in ("my-classifier-without-cats", "no-sky-lora", "no-cat-lora"):
         assert any(Path(folder).iterdir())

@@ -1,0 +1,161 @@
+"""What a pipeline draws, for `semu evaluate`, `attack` and `audit`: how much of it a classifier recognises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bases import pipeline
+
+_SHOWN = 4  # pictures of each prompt in a report
+DRAWN = 4
+"""Pictures at a time, by default."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A pipeline, the prompts that it is judged by, and how many pictures it draws of each.
+
+    Attributes:
+        model: The pipeline.
+        adapter: The adapter, or None for the bare pipeline.
+        forget: Prompts that were to be forgotten.
+        retain: Prompts that were to be kept.
+        reference: A pipeline that never knew.
+        classifier: Folder or name of an image classifier, or of a CLIP model, which tells the prompts apart.
+        forget_class: What the classifier calls what was forgotten; by default the class that the prompt names.
+        samples: Pictures of each prompt, each with a seed of its own.
+        num_inference_steps: Steps of sampling one.
+        batch_size: Pictures at a time.
+        seed: Of the first picture of each prompt.
+        progress: Show progress bars.
+
+    Examples:
+        >>> from semu_cli.pictures import Drawing
+        >>> Drawing("my-pipeline", None, ["a cat"], ["a dog"]).seeds[:2]
+        [0, 1]
+    """
+
+    model: str
+    adapter: Path | None
+    forget: list[str]
+    retain: list[str]
+    reference: str | None = None
+    classifier: str | None = None
+    forget_class: str | None = None
+    samples: int = 16
+    num_inference_steps: int = 25
+    batch_size: int = DRAWN
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the pictures of each prompt."""
+        return list(range(self.seed, self.seed + self.samples))
+
+    def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
+        """Of each pipeline its numbers; and, with an adapter, pictures by prompt before and after."""
+        from semu_peft.concept.families import denoiser_of
+        from semu_peft.evaluation import classify_samples
+        from semu_peft.evaluation.knowledge import mean_loss
+
+        judge = self.judge()
+        batches: dict[str, list[Any]] = {}
+        rows, shown = {}, []
+        for name, pipe in self._pipelines():
+            batches = batches or self._latents(pipe)  # drawn by the original, for all
+            loss = self._loss(pipe)
+            rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
+            drawn = self._draw(pipe) if judge is not None or name != "reference" else {}
+            for part, prompts in (("forget", self.forget), ("retain", self.retain)):
+                if judge is not None and prompts:
+                    said = [
+                        classify_samples(drawn[prompt], judge.labels(prompt).expand(self.samples), judge)
+                        for prompt in prompts
+                    ]
+                    rows[name][f"{part} accuracy"] = sum(each.accuracy for each in said) / len(said)
+            shown.append({prompt: images[:_SHOWN] for prompt, images in drawn.items()})
+        return rows, None if self.adapter is None else (shown[0], shown[1])
+
+    def attacked(self, time_limit: float | None) -> Any:
+        """All attacks that fit a pipeline, as an `AttackReport`."""
+        from semu_peft import evaluation
+        from semu_peft.concept.families import denoiser_of
+
+        judge = self.judge()
+        batches = self._latents(self._pipeline(None))
+        pipe = self._pipeline(self.adapter)
+        other = None if self.reference is None else self._pipeline(None, self.reference)
+        further = {}
+        if judge is not None:
+            classes = sorted({int(judge.labels(prompt)) for prompt in self.forget})
+            further["other seeds"] = lambda _: evaluation.seed_attack(
+                self._generate(pipe), self.forget, judge, classes, seeds=self.seeds, batch_size=self.batch_size,
+                reference=None if other is None else self._generate(other), progress=False,
+            )  # fmt: skip
+        report = evaluation.attack(
+            denoiser_of(pipe), batches["forget"], batches.get("retain"), learn=self._loss(pipe),
+            reference=None if other is None else denoiser_of(other), further=further, time_limit=time_limit,
+            seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+        if judge is not None:
+            return report
+        missing = evaluation.NotRun("other seeds", "no --classifier was given, which tells what a picture shows")
+        return dataclasses.replace(report, not_run=(*report.not_run, missing))
+
+    def judge(self) -> Any:
+        """The classifier with what it calls each prompt; None where there is none."""
+        if self.classifier is None:
+            return None
+        from .recognition import judge_of
+
+        return judge_of(self.classifier, self.forget, self.retain, self.forget_class)
+
+    def _pipelines(self) -> Iterator[tuple[str, Any]]:
+        yield ("model" if self.adapter is None else "original"), self._pipeline(None)
+        if self.adapter is not None:
+            yield "unlearned", self._pipeline(self.adapter)
+        if self.reference is not None:
+            yield "reference", self._pipeline(None, self.reference)
+
+    def _pipeline(self, adapter: Path | None, model: str | None = None) -> Any:
+        pipe = pipeline(model or self.model, adapter)
+        if getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None  # its black pictures say nothing of what the model draws
+        return pipe
+
+    def _loss(self, pipe: Any) -> Any:
+        from semu_peft.concept.families import family_of
+        from semu_peft.objectives import DenoisingLoss, NoiseSchedule
+
+        return DenoisingLoss(
+            NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale), seed=self.seed
+        )
+
+    def _latents(self, pipe: Any) -> dict[str, list[Any]]:
+        """Batches of what the original draws of each side's prompts: latents with their condition."""
+        from semu_peft.concept import concept_examples
+
+        found = {}
+        for name, prompts in (("forget", self.forget), ("retain", self.retain)):
+            if prompts:
+                examples = concept_examples(
+                    pipe, prompts, samples_per_prompt=self.samples, num_inference_steps=self.num_inference_steps,
+                    batch_size=self.batch_size, seed=self.seed, progress=self.progress,
+                )  # fmt: skip
+                found[name] = list(examples.loader(min(self.batch_size, len(examples)), shuffle=False))
+        return found
+
+    def _generate(self, pipe: Any) -> Any:
+        from semu_peft.concept.sampling import sample_pipeline
+
+        settings = {"num_inference_steps": self.num_inference_steps, "batch_size": self.batch_size}
+        return lambda prompts, seeds: sample_pipeline(pipe, prompts, seeds=seeds, **settings)
+
+    def _draw(self, pipe: Any) -> dict[str, Any]:
+        draw = self._generate(pipe)
+        return {prompt: draw([prompt] * self.samples, self.seeds) for prompt in (*self.forget, *self.retain)}

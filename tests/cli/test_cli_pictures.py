@@ -1,0 +1,128 @@
+"""`semu evaluate`, `attack` and `audit` of pipelines: what is drawn, what it is taken for, and what was not tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cli_models
+import pytest
+import torch
+import typer
+from test_cli import semu
+
+from semu_cli.recognition import ByText, judge_of, named_class
+
+FEW = ("--samples", 2, "--num-inference-steps", 1, "--no-progress")
+CAT, DOG = "a photo of a cat", "a photo of a dog"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    model, output = cli_models.pipeline(folder / "model"), folder / "no-cats"
+    semu(
+        "unlearn", "concept", "--model", model, "--forget", CAT, "--anchor", DOG, "--output-dir", output,
+        "--max-steps", 2, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress",
+    )  # fmt: skip
+    images = cli_models.image_folder(folder / "images")
+    return {"model": model, "adapter": output, "classifier": cli_models.classifier(folder / "classifier", images)}
+
+
+def how(place: dict[str, Path]) -> tuple[Any, ...]:
+    return ("--model", place["model"], "--adapter", place["adapter"], "--forget", CAT, "--retain", DOG, *FEW)
+
+
+def test_evaluate_says_what_a_classifier_recognises(place: dict[str, Path]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from semu_peft.concept.sampling import sample_pipeline
+
+    found = semu("evaluate", *how(place), "--classifier", place["classifier"])
+    assert found["job"] == "concept" and list(found["models"]) == ["original", "unlearned"]
+    pipe = StableDiffusionPipeline.from_pretrained(place["model"])
+    pipe.set_progress_bar_config(disable=True)
+    judge = judge_of(str(place["classifier"]), [CAT], [DOG], None)
+    for part, prompt in (("forget", CAT), ("retain", DOG)):
+        drawn = sample_pipeline(pipe, [prompt] * 2, seeds=[0, 1], num_inference_steps=1)
+        expected = 100 * (judge(drawn).argmax(1) == judge.labels(prompt)).double().mean().item()
+        assert found["models"]["original"][f"{part}_accuracy"] == expected
+    losses = {name: row["forget_loss"] for name, row in found["models"].items()}
+    assert losses["unlearned"] != losses["original"] and min(losses.values()) > 0
+
+
+def test_attack_draws_other_seeds_and_names_what_is_missing(place: dict[str, Path]) -> None:
+    found = semu("attack", *how(place), "--time-limit", 0)
+    missing = [each["attack"] for each in found["not_run"]]
+    assert "other seeds" in missing and "adversarial prompts" in missing and not found["attacks"]
+
+
+def test_an_audit_shows_samples_before_and_after(place: dict[str, Path], tmp_path: Path) -> None:
+    given = ("--classifier", place["classifier"], "--no-attacks", "--request", "Forget cats.")
+    semu("audit", *how(place), *given, "--output-dir", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == [CAT, DOG]
+    assert [row["name"] for row in report["metrics"]["rows"]] == ["original", "unlearned"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and f"{CAT} (to be forgotten)" in page
+    assert "other seeds, each prompt with many" in [each["test"] for each in report["not_tested"]]
+
+
+@pytest.mark.slow
+def test_all_attacks_on_a_pipeline(place: dict[str, Path]) -> None:
+    found = semu("attack", *how(place), "--classifier", place["classifier"], "--reference", place["model"])
+    tried = {each["attack"].split(":")[0] for each in found["attacks"]}
+    assert {"stripping", "quantisation", "relearning", "adversarial prompts", "other seeds"} <= tried
+    assert all(each["reference"] for each in found["attacks"] if each["attack"].startswith("other seeds"))
+
+
+def test_a_prompt_names_one_class_in_whole_words() -> None:
+    names = {0: "cat, tabby", 1: "dog", 2: "catfish"}
+    assert named_class("a Tabby on a sofa", names, "forget") == 0 and named_class("catfish", names, "retain") == 2
+    for prompt, words in (("a horse", "no class"), ("a cat and a dog", "several classes")):
+        with pytest.raises(typer.BadParameter, match=words):
+            named_class(prompt, names, "forget")
+
+
+def test_a_clip_model_tells_the_prompts_apart(tmp_path: Path) -> None:
+    from matrix_models import clip, clip_inputs
+    from transformers import BatchFeature
+
+    torch.manual_seed(0)
+    model, given = clip().eval(), clip_inputs()
+
+    def processor(*, text: list[str], images: list[Any], **_: Any) -> BatchFeature:
+        assert text == [CAT, DOG] and images[0].size == (16, 16)
+        return BatchFeature({**given, "input_ids": given["input_ids"][:2], "pixel_values": torch.rand(3, 3, 8, 8)})
+
+    judge = ByText(model, processor, {CAT: 0, DOG: 1})
+    assert judge(torch.rand(3, 3, 16, 16)).shape == (3, 2) and int(judge.labels(DOG)) == 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(typer.BadParameter, match="--retain"):
+        judge_of(str(tmp_path), [CAT], [], None)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--classifier", "absent"), "--classifier"),
+        (("--forget", "a unicorn"), "unicorn"),
+        (("--forget-class", "cow"), "cow"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_drawn(more: tuple[str, ...], words: str, place: dict[str, Path]) -> None:
+    given = more if "--classifier" in more else ("--classifier", place["classifier"], *more)
+    assert words in semu("evaluate", *how(place), *given, code=2)["error"]["message"]
+
+
+def test_a_configuration_file_may_hold_one_prompt(place: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"model": str(place["model"]), "forget": CAT, "time-limit": 0, "samples": 1, "num-inference-steps": 1}
+    (tmp_path / "semu.json").write_text(json.dumps(settings))
+    assert semu("attack", "--config", tmp_path / "semu.json", "--no-progress")["not_run"]
+
+
+def test_files_are_given_once(tmp_path: Path, place: dict[str, Path]) -> None:
+    twice = ("--forget", "photos", "--forget", "others")
+    found = semu("evaluate", "--model", place["classifier"], *twice, code=2)
+    assert "pipeline" in found["error"]["message"]
