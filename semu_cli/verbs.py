@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import tomllib
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +161,7 @@ def plain(value: Any) -> Any:
 
 def _reader(own: Mapping[str, inspect.Parameter]) -> Callable[[typer.Context, Path | None], Path | None]:
     """Of a verb with these parameters, what reads its configuration file."""
-    repeated = {name for name, each in own.items() if "list[" in str(typing.get_args(each.annotation)[0])}
+    repeated = {name for name, each in own.items() if "list[" in str(each.annotation)}
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
