@@ -68,7 +68,7 @@ class Unlearned:
         moments: Values of what was trained, by moment.
         steps: The step of each moment.
         trainable_parameters: How many numbers were trained.
-        seconds: Of initialising and training, without the looks at damage.
+        seconds: Of one processor, for initialising and training, without the looks at damage.
     """
 
     model: nn.Module
@@ -105,7 +105,7 @@ class Watch(Callback):
         step = context.progress.step
         if step % EVERY and step != context.total_steps:
             return
-        began = time.perf_counter()
+        began = time.process_time()
         damage, nll = self.damage(context.model), self.answers(context.model)
         self.path.append({"step": step, "neutral_kl": damage, "answer_nll": nll})
         for budget in BUDGETS:
@@ -114,7 +114,7 @@ class Watch(Callback):
         self.keep("end", context.model, step)
         if nll >= self.unseen:
             context.control.stop("the answers are as unlikely as unseen ones")
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
 
     def keep(self, moment: str, model: nn.Module, step: int) -> None:
         self.moments[moment] = [parameter.detach().clone() for parameter in trained(model)]
@@ -147,15 +147,14 @@ def run(
     kept = subject.examples(subject.retain if retain == "answers" else subject.more_neutral)
     wrong = unseen_answers([as_example(row) for row in subject.forget], seed=seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
-    told = [(row["question"], row["answer"]) for row in subject.forget]
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
     loss = OBJECTIVES[objective](reference, unseen)
-    began = time.perf_counter()
+    began = time.process_time()
     if how.config is not None:
         model = get_peft_model(model, how.config())
     if "SEMU" in carrier:
         initialize_semu_weights(model, forget.loader(BATCH_SIZE, shuffle=False), loss, progress=False)
-    watch = Watch(damage, lambda now: float(subject.nll(now, told).mean()), float(unseen.mean()))
+    watch = Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(unseen.mean()))
     natural = how.learning_rate is None
     unlearn(
         model, forget.loader(BATCH_SIZE, seed=seed), loss,
@@ -163,6 +162,6 @@ def run(
         optimizer=NaturalGradient(kl=1.0) if natural else None, learning_rate=how.learning_rate,
         max_steps=steps or how.steps, callbacks=[watch], progress=False, seed=seed,
     )  # fmt: skip
-    seconds = time.perf_counter() - began - watch.seconds
+    seconds = time.process_time() - began - watch.seconds
     count = sum(parameter.numel() for parameter in trained(model))
     return Unlearned(model, watch.moments, watch.steps, count, seconds, watch.path)

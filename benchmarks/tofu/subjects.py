@@ -50,20 +50,38 @@ class Subject:
         """Rows or texts as tokens, with labels on the answers."""
         return text_examples(self.tokenizer, rows, template=TEMPLATE, max_length=256)
 
+    @property
+    def told(self) -> list[tuple[str, str]]:
+        """The questions to forget, with their answers."""
+        return [(row["question"], row["answer"]) for row in self.forget]
+
+    @property
+    def holdout(self) -> list[tuple[str, str]]:
+        """The same questions with answers that no model was trained on, for membership: the first wrong one of each."""
+        return [(row["question"], row["perturbed_answer"][0]) for row in self.forget]
+
     def nll(self, model: nn.Module, pairs: list[tuple[Any, str]]) -> torch.Tensor:
         """Mean negative log-likelihood a token of each answer, `(N,)`."""
-        return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=64, progress=False).nll
+        return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=8, progress=False).nll
 
     def metrics(self, model: nn.Module, gold: LanguageMetrics | None = None, **asked: Any) -> LanguageMetrics:
         """TOFU's measures of a model, against gold's where these are given."""
         return evaluate_language(
             model, self.tokenizer, self.forget, utility=self.utility, gold=gold, template=TEMPLATE,
-            max_new_tokens=60, batch_size=64, progress=False, **asked,
+            max_new_tokens=60, batch_size=16, progress=False, **asked,
         )  # fmt: skip
 
 
-def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0) -> Subject:
-    """Read the files; the 400 retain rows that a run may use are drawn with `seed`."""
+def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0, utility_rows: int | None = None) -> Subject:
+    """Read the files; the 400 retain rows that a run may use are drawn with `seed`.
+
+    Args:
+        models: Folder of the two models.
+        data: Folder of TOFU's JSON lines.
+        neutral: File of neutral texts.
+        seed: Of what is drawn.
+        utility_rows: How many rows of each set model utility is measured on, evenly taken; by default all.
+    """
     if not (models / "full").is_dir() or not (models / "retain95").is_dir():
         raise FileNotFoundError(f"`--models` must hold the folders full and retain95, got {models}. See pretrain.py.")
     rows = {name: read_rows(data / f"{name}.json") for name in ("forget05_perturbed", "retain95", *SETS.values())}
@@ -72,8 +90,16 @@ def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0) -> Subj
     texts = [row["text"] for row in read_rows(neutral)]
     return Subject(
         models / "full", models / "retain95", rows["forget05_perturbed"], retain[:400],
-        {name: rows[file] for name, file in SETS.items()}, texts[:MEASURED_TEXTS], texts[MEASURED_TEXTS:500],
+        {name: evenly(rows[file], utility_rows) for name, file in SETS.items()},
+        texts[:MEASURED_TEXTS], texts[MEASURED_TEXTS:500],
     )  # fmt: skip
+
+
+def evenly(rows: list[Any], number: int | None) -> list[Any]:
+    """So many of the rows, from the first to the last at one distance."""
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[place * len(rows) // number] for place in range(number)]
 
 
 def load(folder: Path) -> nn.Module:

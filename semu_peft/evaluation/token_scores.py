@@ -19,6 +19,7 @@ from semu_peft.objectives.batches import IGNORED, call_model
 from .prompts import encoder_for, read_plain, read_questions
 
 _LEAST_VARIANCE = 1e-6  # of Min-K++, as OpenUnlearning has it
+_IMPOSSIBLE = -200.0  # a log probability whose exponential is 0 in float32, and 0 times it is 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -246,10 +247,12 @@ def _score(
 
 def _read_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token the log probability, whether it is the likeliest, and its standardised log probability."""
+    correct = logits.argmax(-1) == labels
     log_probs = logits.float().log_softmax(-1)
     told = log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
-    probabilities = log_probs.exp()
-    finite = torch.where(probabilities > 0, log_probs, 0)  # a token that cannot be has no part in the mean
+    finite = log_probs.clamp_(min=_IMPOSSIBLE)  # in place from here on: this is most of what scoring costs on a CPU
+    probabilities = finite.exp()
     mean = (probabilities * finite).sum(-1)
-    variance = (probabilities * (finite - mean.unsqueeze(1)).square()).sum(-1).clamp(min=_LEAST_VARIANCE)
-    return told, logits.argmax(-1) == labels, (told - mean) / variance.sqrt()
+    squares = finite.sub_(mean.unsqueeze(1)).square_()
+    variance = squares.mul_(probabilities).sum(-1).clamp(min=_LEAST_VARIANCE)
+    return told, correct, (told - mean) / variance.sqrt()
