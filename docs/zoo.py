@@ -18,6 +18,7 @@ TITLES = {
     "language": "Language models",
     "any": "Any model with logits",
     "diffusion": "Text-to-image pipelines",
+    "recommender": "Recommenders",
 }
 
 

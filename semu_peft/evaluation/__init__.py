@@ -44,6 +44,7 @@ from .perturbation import InputAttack, Stripping, flipped_inputs, noisy_inputs, 
 from .probing import Probes, linear_probes, logit_lens
 from .prompt_search import PromptSearch, search_prompt
 from .quantization import LayerRounding, QuantizationAttack, quantization, round_to_nearest
+from .ranking import RankingMetrics, evaluate_ranking
 from .relearning import RelearningCurve, relearning, usual_attackers
 from .seeds import SeedAttack, seed_attack
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
@@ -52,6 +53,8 @@ from .token_scores import TokenScores, score_answers, score_texts
 from .worst_case import worst_case_forget_set
 
 __all__ = [
+    "RankingMetrics",
+    "evaluate_ranking",
     "AttackReport",
     "Drift",
     "ErasureMetrics",

@@ -1,5 +1,6 @@
 """Which layers, experts and neurons are worth touching: each way gives one table, the best places first."""
 
+from .examples import example_influence
 from .experts import expert_affinity, expert_targets
 from .layers import attribution, attribution_scores, fisher_ratio, importance, pareto, pareto_front, top_mask
 from .neurons import DecodedNeurons, decode_neurons
@@ -13,6 +14,7 @@ __all__ = [
     "attribution_scores",
     "causal_layers",
     "decode_neurons",
+    "example_influence",
     "expert_affinity",
     "expert_targets",
     "fisher_ratio",

@@ -5,8 +5,9 @@ from .classification import amun, deep_delete, delete, salun, semu, unseen_confi
 from .diffusion import concept_ablation, esd, uce
 from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
 from .gating import eco, guard, ksd, neuron_adjust, o3, uld, whp
-from .geometry import cir, gu, npo_sam, repselect, wagle
+from .geometry import cir, gu, lat, npo_sam, repselect, wagle
 from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
+from .multimodal import mmrecun
 from .places import loku, lora_sb, pdu, rmu, seuf, sha256
 from .table import METHODS, Method
 
@@ -34,9 +35,11 @@ __all__ = [
     "ksd",
     "l1_sparse",
     "laf",
+    "lat",
     "lfssd",
     "loku",
     "lora_sb",
+    "mmrecun",
     "neg_grad_plus",
     "bad_teacher",
     "boundary_shrink",

@@ -21,6 +21,7 @@ from semu_peft.objectives import (
     BreakActivations,
     CrossEntropy,
     GradientAscent,
+    PerturbedLatents,
 )
 from semu_peft.objectives.base import LossFunction
 from semu_peft.training.parameters import only_these_train
@@ -185,6 +186,53 @@ def npo_sam(
     return minimise(
         model, forget, objective or NPO(), keep(retain, CrossEntropy()), rules=SharpnessAware(radius), **said
     )
+
+
+def lat(
+    model: nn.Module,
+    forget: Iterable[Any],
+    retain: RetainData = None,
+    *,
+    layer: int | str,
+    objective: LossFunction | None = None,
+    radius: float = 0.1,
+    steps: int = 4,
+    progress: bool = True,
+    adapter_name: str | None = None,
+    **training: Any,
+) -> UnlearnResult:
+    """LAT: forget at the worst hidden states nearby, so that no small push inside the model brings it back.
+
+    `min max L(h + δ)` over `‖δ‖ ≤ ρ ‖h‖`, for what one layer gives. Of AGT^AO it is the perturbed part; its other,
+    gradients of forget and retain data that do not work against each other, is [`gu`][semu_peft.methods.geometry.gu]'s
+    rule.
+
+    Source: Casper et al. 2024, arXiv 2403.05030; AGT^AO, arXiv 2602.01703: layer 10, four steps; the radius is ours.
+
+    Args:
+        model: The model, changed in place.
+        forget: The forget batches.
+        retain: Batches whose cross entropy is added.
+        layer: Whose output is perturbed, by its number or name.
+        objective: What to minimise on the forget data; by default NPO.
+        radius: `ρ`.
+        steps: Of the search.
+        progress: Show progress bars.
+        adapter_name: The adapter that is trained, if there are several.
+        training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig, methods
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), SemuConfig(target_modules=["0"]))
+        >>> forget, retain = ([(torch.randn(8, 4), torch.full((8,), label))] for label in (0, 1))
+        >>> methods.lat(model, forget, retain, layer="0", max_steps=2, progress=False).steps
+        2
+    """
+    said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
+    worst = PerturbedLatents(objective or NPO(), layer, radius=radius, steps=steps)
+    return minimise(model, forget, worst, keep(retain, CrossEntropy()), **said)
 
 
 def cir(

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from . import baselines, classification, diffusion, editing, gating, geometry, language, places
+from . import baselines, classification, diffusion, editing, gating, geometry, language, multimodal, places
 
-Kind = Literal["classification", "language", "diffusion", "any"]
+Kind = Literal["classification", "language", "diffusion", "recommender", "any"]
 Need = Literal[
     "alternates", "logits", "retain", "ridge head", "score", "unseen", "keys and values", "MoE", "layers", "answer"
 ]
@@ -130,6 +130,8 @@ _ROWS = (
            ("retain",), "beside any objective"),
     Method(geometry.npo_sam, "any", "∇L(θ + ρ ∇L / ‖∇L‖)", "NPO × SharpnessAware", "2502.05374", (),
            "against relearning and rounding"),
+    Method(geometry.lat, "any", "max L(h + δ) over ‖δ‖ ≤ ρ ‖h‖", "PerturbedLatents(NPO)",
+           "LAT, 2403.05030; AGT^AO, 2602.01703", (), "against pushes inside the model, and relearning"),
     Method(geometry.cir, "any", "max(0, ⟨o, o₀⟩ / ‖o₀‖²) with ΔW Q = 0, Pᵀ ΔW = 0",
            "LayerCovariance × BreakActivations × RemoveDirections",
            "CIR, 2509.11816", (), "against relearning"),
@@ -168,6 +170,8 @@ _ROWS = (
            "ESD, 2303.07345", (), "a concept without an anchor"),
     Method(diffusion.concept_ablation, "diffusion", "‖ε(x, c) − ε₀(x, c*)‖²", "subspace × ConditionMatching",
            "2303.13516; SEMU, 2502.07587", (), "a concept that becomes its anchor"),
+    Method(multimodal.mmrecun, "recommender", "−log σ(s(negative) − s(item)) + w BPR(R)", "ReverseBPR × BPR",
+           "MMRecUn, 2405.15328", (), "interactions, users or items"),
 )  # fmt: skip
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})

@@ -36,7 +36,9 @@ from .language import (
 )
 from .matching import OracleMatching, pair_with_logits, without_influence
 from .noise_schedule import NoiseSchedule
+from .perturbed import PerturbedLatents
 from .preference import DPO, NPO, TPO, FDivergence, SimNPO
+from .ranking import BPR, ReverseBPR, sample_negatives
 from .representation import RMU, AdaptiveRMU, BreakActivations, PreserveHiddenStates, RouterAnchor
 from .retain import Retain, as_retain
 from .simulation import SimulatedRelearning
@@ -47,6 +49,7 @@ __all__ = [
     "AdaptiveRMU",
     "AdversarialUnlearning",
     "Attacker",
+    "BPR",
     "BoundaryShrink",
     "BreakActivations",
     "CEU",
@@ -73,6 +76,7 @@ __all__ = [
     "Objective",
     "OracleMatching",
     "Outputs",
+    "PerturbedLatents",
     "PreserveHiddenStates",
     "PreservePrediction",
     "PrimalDual",
@@ -80,6 +84,7 @@ __all__ = [
     "RandomLabel",
     "RepelEmbeddings",
     "Retain",
+    "ReverseBPR",
     "RouterAnchor",
     "SatImp",
     "SimNPO",
@@ -100,6 +105,7 @@ __all__ = [
     "embedding_code",
     "error_maximizing_noise",
     "pair_with_logits",
+    "sample_negatives",
     "sequence_nll",
     "untrained",
     "without_influence",
