@@ -4,7 +4,8 @@
     python benchmarks/cifar10/run.py --data DIR --task random
 
 `DIR` holds CIFAR-10 as train.parquet and test.parquet with JPEG or PNG bytes. The original and the retrained (gold)
-models are trained on the first run and read from `--cache` afterwards.
+models are trained on the first run and read from `--cache` afterwards. `--attacks` adds a second table, of what attacks
+on each row's merged weights bring back; gold stands in it as a row, attacked alike.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import attack_columns
 from dataset import subset
 from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, semu
 from tasks import ForgettingTask, class_tasks, random_tasks
@@ -101,11 +108,27 @@ def evaluate(
     return dataclasses.replace(metrics, total_parameters=total)
 
 
-def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None) -> dict[str, dict[str, ForgettingMetrics]]:
-    """All methods on all tasks: metrics by method, by task."""
-    rows: dict[str, dict[str, ForgettingMetrics]] = {}
+Rows = dict[str, dict[str, ForgettingMetrics]]
+Attacked = dict[str, dict[str, dict[str, Any]]]
+
+
+def attacked(model: nn.Module, task: ForgettingTask, label: str) -> dict[str, Any]:
+    """What attacks bring back of a class, measured on its test images."""
+    assert task.test_forgotten is not None
+    found = attack_columns.attacked(model, task.forget, task.retain, task.test_forgotten, task.test, task.seed)
+    print(f"{task.name}: {label}: {found['relearning']}, {found['quantised']}", flush=True)
+    return found
+
+
+def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None, attacks: bool = False) -> tuple[Rows, Attacked]:
+    """All methods on all tasks: metrics, and what attacks found, by method, by task."""
+    rows: Rows = {}
+    found: Attacked = {}
     semu_parameters: dict[str, int] = {}
     for task in tasks:
+        if attacks:
+            for name, model in (("retrained (gold)", task.gold), ("original (do nothing)", task.original)):
+                found.setdefault(name, {})[task.name] = attacked(model, task, name)
         rows.setdefault("retrained (gold)", {})[task.name] = evaluate(task.gold, task, 0, None, "retrained (gold)")
         rows.setdefault("original (do nothing)", {})[task.name] = evaluate(task.original, task, 0, None, "original")
         for method in methods(kind, semu_parameters):
@@ -116,7 +139,9 @@ def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None) -> dict[st
             rows.setdefault(method.name, {})[task.name] = evaluate(
                 done.model, task, done.trainable_parameters, done.seconds, method.name
             )
-    return rows
+            if attacks:
+                found.setdefault(method.name, {})[task.name] = attacked(done.model, task, method.name)
+    return rows, found
 
 
 def table(rows: dict[str, dict[str, ForgettingMetrics]]) -> str:
@@ -150,14 +175,19 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/cifar10"), help="folder of the trained models")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     parser.add_argument("--compile", action="store_true", help="train the cached models with torch.compile")
+    parser.add_argument("--attacks", action="store_true", help="attack each model too; for --task class")
     parser.add_argument("--only", help="run only the methods whose name contains this")
     arguments = parser.parse_args()
+    if arguments.attacks and arguments.task != "class":
+        parser.error("--attacks is for --task class: random examples are no knowledge that relearning brings back")
     if arguments.task == "class":
         tasks = class_tasks(arguments.data, arguments.cache, arguments.classes, 0, arguments.compile)
     else:
         tasks = random_tasks(arguments.data, arguments.cache, arguments.seeds, arguments.compile)
-    rows = run(tasks, arguments.task, arguments.only)
+    rows, found = run(tasks, arguments.task, arguments.only, arguments.attacks)
     print(table(rows))
+    if found:
+        print(attack_columns.table(found))
     if arguments.only:
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -172,6 +202,7 @@ def main() -> None:
         "rows": {
             name: {task: dataclasses.asdict(metrics) for task, metrics in row.items()} for name, row in rows.items()
         },
+        **({"attack_table": attack_columns.table(found), "attacks": found} if found else {}),
     }
     temporary.write_text(json.dumps(document, indent=1))
     temporary.rename(path)

@@ -24,6 +24,10 @@ from typing import Any
 import peft
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import attack_columns
 from protocol import Case, accuracy, cifar10_cases, damage, digits_cases, judged
 from rows import Outcome, Row, blended, rows
 
@@ -31,8 +35,12 @@ METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membershi
 CHOSEN_ON, BUDGET, HALVINGS = 0, 0.01, 10
 
 
-def measured(row: Row, case: Case, settings: Any) -> dict[str, Any]:
-    """One run: the metrics, the gap, the damage, and the same at the budget."""
+def attacked(model: Any, case: Case) -> dict[str, Any]:
+    return attack_columns.attacked(model, case.forget, case.retain, case.test_forgotten, case.test, case.seed)
+
+
+def measured(row: Row, case: Case, settings: Any, attacks: bool = False) -> dict[str, Any]:
+    """One run: the metrics, the gap, the damage, the same at the budget, and what attacks bring back."""
     started = time.perf_counter()
     try:
         outcome = row.run(case, settings)
@@ -46,6 +54,7 @@ def measured(row: Row, case: Case, settings: Any) -> dict[str, Any]:
         "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
         "gap": metrics.average_gap(gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
         "shipped": outcome.shipped, "at_budget": at_budget(case, outcome, kl),
+        **({"attacks": attacked(outcome.model, case)} if attacks else {}),
     }  # fmt: skip
 
 
@@ -68,7 +77,7 @@ def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
     }
 
 
-def references(case: Case) -> dict[str, dict[str, Any]]:
+def references(case: Case, attacks: bool = False) -> dict[str, dict[str, Any]]:
     """What every table needs: the retrained model, and doing nothing."""
     gold, gold_kl = judged(case.gold, case)
     found = {}
@@ -77,7 +86,7 @@ def references(case: Case) -> dict[str, dict[str, Any]]:
         found[name] = {
             **{key: getattr(metrics, key) for key in METRICS},
             "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
-            "gap": metrics.average_gap(gold), "kl": kl,
+            "gap": metrics.average_gap(gold), "kl": kl, **({"attacks": attacked(model, case)} if attacks else {}),
         }  # fmt: skip
     return found
 
@@ -126,19 +135,28 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def compared(tuning: Case, cases: list[Case], only: str | None) -> dict[str, Any]:
+def compared(tuning: Case, cases: list[Case], only: str | None, attacks: bool = False) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for case in cases:
-        for name, found in references(case).items():
+        for name, found in references(case, attacks).items():
             results.setdefault(name, {"cases": {}})["cases"][case.name] = found
     for row in rows():
         if only and only not in row.name:
             continue
         settings, tried = chosen_settings(row, tuning)
-        by_case = {case.name: measured(row, case, settings) for case in cases}
+        by_case = {case.name: measured(row, case, settings, attacks) for case in cases}
         results[row.name] = {"settings": settings, "tried": tried, "cases": by_case}
         print(f"{row.name}: {settings}, gap {mean(by_case, 'gap')}", file=sys.stderr, flush=True)
     return results
+
+
+def attack_table(results: dict[str, Any]) -> str:
+    """Of the rows that were attacked."""
+    found = {
+        name: {case: each["attacks"] for case, each in row["cases"].items() if "attacks" in each}
+        for name, row in results.items()
+    }
+    return attack_columns.table({name: by_case for name, by_case in found.items() if by_case})
 
 
 def text() -> None:
@@ -159,6 +177,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 8], help="classes to report on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    parser.add_argument("--attacks", action="store_true", help="a second table: what attacks bring back")
     parser.add_argument("--only", help="only the methods whose name contains this, and no file")
     arguments = parser.parse_args()
     started, used = time.perf_counter(), time.process_time()
@@ -169,9 +188,11 @@ def main() -> None:
         return list(cifar10_cases(arguments.data, arguments.models, classes, seeds))
 
     (tuning,) = cases([CHOSEN_ON], arguments.seeds[:1])
-    results = compared(tuning, cases(arguments.classes, arguments.seeds), arguments.only)
+    results = compared(tuning, cases(arguments.classes, arguments.seeds), arguments.only, arguments.attacks)
     lines = table(results)
     print("\n".join(lines))
+    if arguments.attacks:
+        print(attack_table(results))
     if arguments.only:
         return
     document = {
@@ -181,6 +202,7 @@ def main() -> None:
         "minutes": (time.perf_counter() - started) / 60, "processor minutes": (time.process_time() - used) / 60,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "table": lines, "rows": plain(results),
+        **({"attack_table": attack_table(results)} if arguments.attacks else {}),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"zoo_{document['data']}.json"

@@ -42,13 +42,13 @@ class MembershipInference:
         """Whether the interval is narrow enough for the share to mean something."""
         return self.interval[1] - self.interval[0] <= WIDEST_INTERVAL
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         low, high = self.interval
         doubt = "" if self.can_tell else ": cannot tell"
-        return (
-            f"MembershipInference({self.share:.1f}%, 95% interval {low:.1f} to {high:.1f}, threshold "
-            f"{self.threshold_share:.1f}%{doubt})"
-        )
+        return f"{self.share:.1f}%, 95% interval {low:.1f} to {high:.1f}, threshold {self.threshold_share:.1f}%{doubt}"
+
+    def __repr__(self) -> str:
+        return f"MembershipInference({self})"
 
 
 def attack_membership(

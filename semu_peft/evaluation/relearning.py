@@ -185,9 +185,13 @@ def relearning(
         on_forget = pools[0].batches_of(left, size=256) if tests[0] is None else tests[0]
         on_retain = (pools[1].batches if pools[1] else []) if tests[1] is None else tests[1]
         sides = [side for side in (on_forget, on_retain) if side]
-        seen = relearner.curve(
-            at, lambda changed: [measure(changed, side) for side in sides], name if progress else None
-        )
+
+        def known(changed: nn.Module) -> list[float]:
+            if not all(value.isfinite().all() for value in relearner.values):
+                return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
+            return [measure(changed, side) for side in sides]
+
+        seen = relearner.curve(at, known, name if progress else None)
         loss.load_state_dict(loss_state)
         of_forget, *of_retain = zip(*seen, strict=True)
         return RelearningCurve(attacker.label, at, of_forget, of_retain[0] if of_retain else (), beside, half)

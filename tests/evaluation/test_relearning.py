@@ -99,6 +99,12 @@ def test_an_attacker_trains_the_weights_and_nothing_of_an_adapter(config: Any) -
     assert [name.replace("base_model.model.", "") for name in weights_of(twice)] == names
 
 
+def test_an_attack_that_diverges_has_destroyed_the_model_and_ends_no_report() -> None:
+    wild = Attacker("sgd", 1e30, steps=10)
+    curve = relearning(Mlp(), FORGET, RETAIN, attacker=wild, progress=False)
+    assert curve.forget[-1] == curve.retain[-1] == 0 and curve.steps_to_half is None
+
+
 def test_one_layer_alone_and_batches_and_draws() -> None:
     torch.manual_seed(2)
     net = Mlp()

@@ -1,0 +1,83 @@
+"""The benchmarks' columns of attacks, on images that stand for CIFAR-10's; the methods' own rows would take minutes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import CLASSES, Mlp
+from peft import get_peft_model
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from semu_peft import SemuConfig
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def write_images(folder: Path, split: str, number: int) -> None:
+    """Ten classes of coloured noise as CIFAR-10's parquet files have them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng, rows = np.random.default_rng(number), []
+    for index in range(10 * number):
+        colour = np.array([25 * (index % 10), 128, 255 - 25 * (index % 10)])
+        pixels = np.clip(colour + rng.integers(-20, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        rows.append({"image": {"bytes": stream.getvalue()}, "label": index % 10})
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+
+
+def lines_of(printed: str, heading: str) -> dict[str, list[str]]:
+    """The table under a heading: cells by the name of the row."""
+    lines = printed.splitlines()
+    start = next(number for number, line in enumerate(lines) if heading in line)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :] if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_an_adapter_is_attacked_as_the_merged_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import attack_columns
+
+    sides = [TensorDataset(torch.randn(12, 6), torch.randint(CLASSES, (12,))) for _ in range(4)]
+    model: Any = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "head"], r=2, init_weights=False))
+    found = attack_columns.attacked(model, *sides, seed=0)
+    again = attack_columns.attacked(copy.deepcopy(model).merge_and_unload(), *sides, seed=0)
+    assert found == again
+    lines = attack_columns.table({"SEMU": {"one": found, "two": again}}).splitlines()
+    assert {line.count("|") for line in lines} == {len(attack_columns.HEADS) + 2}
+    steps = found["relearning"][0]["steps_to_half"] or ">50"
+    assert lines[2].startswith(f"| SEMU | {steps}, {steps} | {found['relearning'][0]['area']:.1f} |")
+
+
+@pytest.mark.slow
+def test_cifar10_carries_attack_columns(tmp_path: Path) -> None:
+    for split, number in (("train", 30), ("test", 6)):
+        write_images(tmp_path / "data", split, number)
+    command = [
+        sys.executable, BENCHMARKS / "cifar10" / "run.py", "--data", tmp_path / "data", "--task", "class",
+        "--classes", 3, "--cache", tmp_path / "cache", "--attacks", "--only", "no method",
+    ]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = lines_of(done.stdout, "half back after, SGD 0.01")
+    assert list(rows) == ["retrained (gold)", "original (do nothing)"]
+    for cells in rows.values():
+        assert len(cells) == 9 and re.fullmatch(r">?\d+", cells[0]) and re.fullmatch(r">?\d+", cells[2])
+        assert all(0 <= float(cell) <= 100 for number, cell in enumerate(cells) if number not in (0, 2))
+    refused = subprocess.run(
+        [str(word) for word in [*command, "--task", "random"]], capture_output=True, text=True, timeout=100
+    )
+    assert refused.returncode == 2 and "--task class" in refused.stderr
