@@ -1,8 +1,8 @@
 """The curvature of what is minimised, as cores see it: the whole matrix where they are few numbers, else factors.
 
 Both are running means of Gauss–Newton matrices `F = Jᵀ H J`, gathered from probes
-([`probe`][semu_peft.objectives.distributions.probe]), and both solve `(F + λ m I) x = b` with `m` the mean of `F`'s
-diagonal, so that the damping `λ` has no unit.
+([`probe`][semu_peft.objectives.distributions.probe]). Their damping `λ` has no unit: it is relative to the mean of the
+diagonal of what it is added to, the matrix or each of the factors.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def solve(self, vector: Tensor, damping: float) -> Tensor:
-        """`(F + damping m I)⁻¹ vector`, `(P,)`."""
+        """`F⁻¹ vector` with `F` damped, `(P,)`."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -184,9 +184,10 @@ class WholeMatrix(Curvature):
 class KroneckerFactors(Curvature):
     """K-FAC's approximation layer by layer: `B ⊗ A`, the second moments of the core's rows on either side.
 
-    A diagonal core has the exact restriction `B ∘ A` of it, and a core without rows the diagonal alone.
+    A diagonal core has the exact restriction `B ∘ A` of it, and a core without rows the diagonal alone. Each factor has
+    damping of its own, relative to its own mean, so that no layer's scale decides over another's.
 
-    Source: Martens and Grosse 2015, arXiv 1503.05671, section 3.
+    Source: Martens and Grosse 2015, arXiv 1503.05671, sections 3 and 6.3.
     """
 
     def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
@@ -231,17 +232,6 @@ class KroneckerFactors(Curvature):
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self._mean(f"{name}.left"), self._mean(f"{name}.right")
 
-    def _diagonal_mean(self) -> Tensor:
-        traces = []
-        for slot in self.slots:
-            if not slot.has_rows:
-                traces.append(self._mean(f"{slot.name}.squares").sum())
-                continue
-            left, right = self._factors(slot.name)
-            both = left.diagonal() @ right.diagonal() if slot.is_diagonal else left.trace() * right.trace()
-            traces.append(both)
-        return torch.stack(traces).sum() / self.size
-
     def times(self, vector: Tensor) -> Tensor:
         result = torch.empty_like(vector)
         for slot in self.slots:
@@ -257,27 +247,26 @@ class KroneckerFactors(Curvature):
         return result
 
     def solve(self, vector: Tensor, damping: float) -> Tensor:
-        added = (damping * self._diagonal_mean()).clamp_min(_LEAST)
         result = torch.empty_like(vector)
         for slot in self.slots:
             part = vector[slot.place]
             if not slot.has_rows:
-                result[slot.place] = part / (self._mean(f"{slot.name}.squares") + added)
+                result[slot.place] = part / _damped(self._mean(f"{slot.name}.squares"), damping)
             elif slot.is_diagonal:
                 left, right = self._factors(slot.name)
                 values, vectors = torch.linalg.eigh(left * right)
-                result[slot.place] = vectors @ ((vectors.mT @ part) / (values.clamp_min(0) + added))
+                result[slot.place] = vectors @ ((vectors.mT @ part) / _damped(values, damping))
             else:
                 left_values, left, right_values, right = self._eigenbases(slot.name)
                 inside = left.mT @ part.view(slot.shape) @ right
-                inside = inside / (torch.outer(left_values, right_values) + added)
+                inside = inside / torch.outer(_damped(left_values, damping), _damped(right_values, damping))
                 result[slot.place] = (left @ inside @ right.mT).flatten()
         return result
 
     def _eigenbases(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if name not in self._eigen:
             (left_values, left), (right_values, right) = (torch.linalg.eigh(each) for each in self._factors(name))
-            self._eigen[name] = (left_values.clamp_min(0), left, right_values.clamp_min(0), right)
+            self._eigen[name] = (left_values, left, right_values, right)
         return self._eigen[name]
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,6 +276,12 @@ class KroneckerFactors(Curvature):
         self.weight = state["weight"].to(self.weight.device)
         self.totals = {key: state["totals"][key].to(total) for key, total in self.totals.items()}
         self._eigen = {}
+
+
+def _damped(eigenvalues: Tensor, damping: float) -> Tensor:
+    """Eigenvalues, raised by a share of their mean; rounding has made none of them negative."""
+    eigenvalues = eigenvalues.clamp_min(0)
+    return eigenvalues + (damping * eigenvalues.mean()).clamp_min(_LEAST)
 
 
 def _in_groups(rows: Tensor, examples: int) -> Tensor:

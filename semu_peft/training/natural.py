@@ -21,18 +21,21 @@ Choose = Callable[[Sequence[Mapping[str, float]]], int]
 class NaturalGradient:
     """Train cores by their natural gradient: an optimiser without a learning rate and without a number of epochs.
 
-    A core is so small that its step can be a Gauss–Newton step with Levenberg–Marquardt damping, `−(F + λ I)⁻¹ ∇R`: `F`
-    is the curvature of what is minimised, gathered from the same passes, and `λ` follows how well each step did what it
-    promised. A step that does not lower the loss, is not finite, moves the outputs by more than `kl`, or spends more
-    than `max_retain_kl`, is taken back. The run stops when the forget data are forgotten, when the budget is spent, or
-    when the loss no longer falls, and leaves the best cores that it saw, never worse ones than it found.
+    A core is so small that its step can be a Gauss–Newton step, `−(F + λ I)⁻¹ ∇R`, with `F` the curvature of what is
+    minimised, gathered from the same passes. Up to a few thousand numbers `F` is exact and `λ` follows how well each
+    step did what it promised (Levenberg–Marquardt); above, `F` is approximated by two factors a layer, `λ` stays, and
+    the step goes as far along this direction as the outputs may move. A step that does not lower the loss, is not
+    finite, moves the outputs too far, or spends more than `max_retain_kl`, is taken back. The run stops when the forget
+    data are forgotten, when the budget is spent, or when the loss no longer falls, and leaves the best cores that it
+    saw, never worse ones than it found.
 
     It needs an objective that says its `distribution` and its outputs; all classification and diffusion objectives of
     this library do.
 
     Args:
         kl: How far one step may move the model's outputs on the forget batch, `KL(before ‖ after)` in nats a row (for a
-            denoiser the mean squared change). Smaller steps are safer and take longer.
+            denoiser the mean squared change). Smaller steps are safer and take longer. With factors a step may also
+            move the outputs on the retain batch by a tenth of it.
         max_retain_kl: The damage that may be done: `KL(original ‖ now)` on retain batches or, without any, on the other
             answers to the forget inputs, never exceeded by a step. The same divergence, divided by this, is added to
             what is minimised, so that a spent budget costs one nat. None sets no bound.
@@ -41,7 +44,8 @@ class NaturalGradient:
             answers.
         curvature: `"whole"`, one matrix over all cores; `"kronecker"`, two factors a layer (K-FAC); by default the
             whole matrix up to 4,096 trained numbers.
-        damping: The first `λ`, relative to the mean of the curvature's diagonal. It adapts itself.
+        damping: `λ`, relative to the mean of the curvature's or a factor's diagonal. That of the whole matrix adapts
+            itself.
         decay: What each new batch leaves of the running curvature's weight.
         refresh: Take the curvature anew every this many steps.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance.

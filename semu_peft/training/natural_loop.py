@@ -27,11 +27,11 @@ from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
 from .rules.base import Step, StepData
+from .step_control import LevenbergMarquardt, Outcome, StepControl, TrustRegion
 from .step_data import gradients_of_terms
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
-_UPDATES_A_BATCH = 2  # the second begins with the forward pass that tried the first
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _HELD_EXAMPLES = 512  # on which start and end are compared,
@@ -75,7 +75,6 @@ class NaturalLoop(Loop):
         )  # fmt: skip
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.
         self.processes = processes_of_torch() or self.accelerator.num_processes
-        self.damping = natural.damping
         self.failures = self.stalled = 0
         self.running, self.lowest = math.nan, math.inf
         self.start = self.best = self._flat()
@@ -107,8 +106,10 @@ class NaturalLoop(Loop):
         with ExitStack() as stack:
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
             self.curvature = self._make_curvature(self.caught)
+            self.control = self._make_control()
             if self._restored is not None:
-                self.curvature.load_state_dict(self._restored)
+                self.curvature.load_state_dict(self._restored["curvature"])
+                self.control.load_state_dict(self._restored["control"])
             self.held = self._held_terms()
             if self.held and math.isnan(self.start_loss):
                 self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
@@ -132,6 +133,10 @@ class NaturalLoop(Loop):
         whole = {"whole": True, "kronecker": False}.get(self.natural.curvature, start <= _WHOLE_UP_TO)
         return (WholeMatrix if whole else KroneckerFactors)(slots, self.natural.decay, self.cores[0].device)
 
+    def _make_control(self) -> StepControl:
+        kind = LevenbergMarquardt if isinstance(self.curvature, WholeMatrix) else TrustRegion
+        return kind(self.natural.kl, self.natural.damping)
+
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
         here = self.trials.evaluate(terms, with_gradient=True)
@@ -144,10 +149,11 @@ class NaturalLoop(Loop):
             self.held = terms
             self._look_at_start(here)
         self._note_running_loss(here)
-        for update in range(_UPDATES_A_BATCH):
+        updates = self.control.updates_a_batch
+        for update in range(updates):
             if self.context.control.should_stop or self.progress.step >= self.context.total_steps:
                 break
-            last = update == _UPDATES_A_BATCH - 1
+            last = update == updates - 1
             here = self._update_cores(terms, here, keep_graph=not last)
         self.optimizer.zero_grad()
         self.progress.forget.batch += len(batches)
@@ -217,53 +223,36 @@ class NaturalLoop(Loop):
         self.progress.step += 1
         if self.choose is not None:
             self.path.append(start)
-        self._record({**here.values, "kl": kl, "damping": self.damping})
+        self._record({**here.values, "kl": kl, **self.control.told()})
         return tried
 
     def _first_good(
         self, step: Step, here: Tried, terms: list[Term], start: Tensor, gradient: Tensor, *, keep_graph: bool
     ) -> tuple[Tried, float]:
-        """Go to the first good place in the order of growing damping, or stay; with how far the outputs moved."""
-        damping = self.damping
+        """Go to the first good place that is proposed, or stay; with how far the outputs moved."""
+        before = self.control.state_dict()
         for _ in range(_MOST_TRIALS):
-            direction = -self.curvature.solve(gradient, self.damping)
-            predicted = -(gradient @ direction + 0.5 * direction @ self.curvature.times(direction)).item()
+            direction, predicted = self.control.propose(self.curvature, gradient)
             if predicted < _NEGLIGIBLE * self._enough():
                 break
             self._move_to(start + direction)
             self._apply(step, "update")
             tried = self.trials.evaluate(terms, with_gradient=keep_graph)
-            kl = self.trials.moved(here, tried)
-            if self._is_good(here, tried, kl, predicted):
+            outcome = self._outcome(here, tried, predicted)
+            if self.control.is_good(outcome):
                 self.failures = 0
-                return tried, kl
+                return tried, outcome.kl
+            self.budget_was_hit |= outcome.is_over_budget
         self._move_to(start)
-        self.failures, self.damping = self.failures + 1, damping
+        self.failures += 1
+        self.control.load_state_dict(before)
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
         return (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
 
-    def _is_good(self, here: Tried, tried: Tried, kl: float, predicted: float) -> bool:
-        """Judge a step, and set the damping of the next one."""
-        fall = here.values["loss"] - tried.values["loss"]
+    def _outcome(self, here: Tried, tried: Tried, predicted: float) -> Outcome:
         limit = self.natural.max_retain_kl
-        if not (math.isfinite(fall) and math.isfinite(kl)):
-            self.damping *= 100.0
-            return False
-        if kl > 1.5 * self.natural.kl:
-            self.damping *= min(max(2.0 * math.sqrt(kl / self.natural.kl), 2.0), 1e3)
-            return False
-        if limit is not None and tried.damage > limit:
-            self.damping, self.budget_was_hit = self.damping * 4.0, True
-            return False
-        if fall <= 0:
-            self.damping *= 4.0
-            return False
-        ratio = fall / predicted if predicted > 0 else 0.0
-        if ratio > 0.75 and kl < 0.5 * self.natural.kl:
-            self.damping = max(self.damping / (10.0 if kl < 0.05 * self.natural.kl else 3.0), 1e-9)
-        elif ratio < 0.25:
-            self.damping *= 2.0
-        return True
+        fall = here.values["loss"] - tried.values["loss"]
+        return Outcome(fall, predicted, *self.trials.moved(here, tried), limit is not None and tried.damage > limit)
 
     def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
         """The gradient of a loss of this process, as one vector `(P,)`; nothing is left in `.grad`."""
@@ -287,7 +276,7 @@ class NaturalLoop(Loop):
 
     def _natural(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = torch.cat([whole(gradient[name]).flatten().float() for name in self.layers])
-        solved = self.curvature.solve(flat, self.damping)
+        solved = self.curvature.solve(flat, self.control.damping)
         return {
             name: solved[slot.place].view(slot.shape)
             for name, slot in zip(self.layers, self.curvature.slots, strict=True)
@@ -406,6 +395,7 @@ class NaturalLoop(Loop):
     def state_dict(self) -> dict[str, Any]:
         return {
             "curvature": self.curvature.state_dict(),
+            "control": self.control.state_dict(),
             "generator": self.generator.get_state(),
             "first_draws": self.first_draws,
             "start": self.start,
@@ -415,7 +405,7 @@ class NaturalLoop(Loop):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._restored = state["curvature"]
+        self._restored = state
         self.generator.set_state(state["generator"])
         self.first_draws, self.start, self.best = state["first_draws"], state["start"], state["best"]
         self.path = list(state["path"])
@@ -423,7 +413,7 @@ class NaturalLoop(Loop):
             setattr(self, name, state[name])
 
 
-_NUMBERS = ("damping", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+_NUMBERS = ("failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

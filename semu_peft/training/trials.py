@@ -149,17 +149,17 @@ class Trials:
         return torch.stack(parts).mean()
 
     @torch.no_grad()
-    def moved(self, here: Tried, tried: Tried) -> float:
-        """How far a step has moved the outputs on the forget batches."""
-        parts = []
+    def moved(self, here: Tried, tried: Tried) -> tuple[float, float]:
+        """How far a step has moved the outputs, on the forget batches and on the retain batches."""
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
         for (term, before), (_, after) in zip(here.terms, tried.terms, strict=True):
             distribution = term.objective.distribution
-            if term.is_forget and distribution is not None:
+            if distribution is not None:
                 pairs = zip(before.outputs, after.outputs, strict=True)
-                parts += [divergence(distribution, old.values, new.values) for old, new in pairs]
-        if not parts:
-            return 0.0
-        return self.mean_over_processes({"kl": torch.stack(parts).mean().item()})["kl"]
+                parts[term.is_forget] += [divergence(distribution, old.values, new.values) for old, new in pairs]
+        means = [torch.stack(parts[key]).mean().item() if parts[key] else 0.0 for key in (True, False)]
+        moved = self.mean_over_processes({"kl": means[0], "retain_kl": means[1]})
+        return moved["kl"], moved["retain_kl"]
 
 
 def _measured(term: Term, evaluation: Evaluation) -> Sequence[Outputs]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -62,13 +64,26 @@ def test_kronecker_factors_are_second_moments_of_either_side() -> None:
     assert torch.allclose(dense(curvature), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [WholeMatrix, KroneckerFactors])
-def test_solving_inverts_the_damped_matrix(kind: type[Curvature]) -> None:
+def damped_alone(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix))
+
+
+def damped_by_factors(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """The damped factors' product: each side of a Kronecker product has damping of its own."""
+    sides = matrix[:9, :9].view(3, 3, 3, 3)
+    left, right = sides.diagonal(dim1=1, dim2=3).sum(-1), sides.diagonal(dim1=0, dim2=2).sum(-1)
+    left = left / right.trace()  # together they are the product, whichever has its scale
+    square = torch.kron(damped_alone(left, damping), damped_alone(right, damping))
+    return torch.block_diag(square, *(damped_alone(matrix[a:b, a:b], damping) for a, b in ((9, 11), (11, SIZE))))
+
+
+@pytest.mark.parametrize("kind, damp", [(WholeMatrix, damped_alone), (KroneckerFactors, damped_by_factors)])
+def test_solving_inverts_the_damped_matrix(kind: type[Curvature], damp: Callable[..., torch.Tensor]) -> None:
     curvature = kind(SLOTS, 0.8, torch.device("cpu"))
     curvature.observe([probe(40), probe(40)])
     matrix, vector = dense(curvature), torch.randn(SIZE)
     for damping in (0.1, 10.0):
-        damped = matrix + damping * matrix.diagonal().mean() * torch.eye(SIZE)
+        damped = damp(matrix, damping)
         expected = torch.linalg.solve(damped, vector)
         assert torch.allclose(curvature.solve(vector, damping), expected, rtol=1e-3, atol=1e-6)
     again = kind(SLOTS, 0.8, torch.device("cpu"))
