@@ -4,6 +4,7 @@ from .carriers import Carried
 from .dampening import dampen
 from .edit import Applied, Edit
 from .influence import influence_step, newton_step
+from .noise import noise_columns
 from .pruning import prune_weights
 from .ridge import Certificate, RidgeHead
 
@@ -16,5 +17,6 @@ __all__ = [
     "dampen",
     "influence_step",
     "newton_step",
+    "noise_columns",
     "prune_weights",
 ]

@@ -7,6 +7,7 @@ Functions take models and loaders and return plain dataclasses. A metric that fi
 from .attacks import AttackReport, NotRun, attack
 from .classification import Predictions, evaluate_forgetting, predict
 from .comparison import ForgettingComparison, ForgettingMetrics
+from .concept_vectors import VectorChange, vector_change
 from .diffusion import (
     ErasureMetrics,
     LabelledPrompt,
@@ -19,6 +20,7 @@ from .diffusion import (
     unlearn_canvas,
 )
 from .drift import Drift, fluency, neutral_kl, ngram_entropy
+from .entangled import Entangled, entangled
 from .generation import Rouge, generate_answers, rouge_l
 from .harness import harness
 from .klom import Klom, klom
@@ -45,6 +47,7 @@ from .probing import Probes, linear_probes, logit_lens
 from .prompt_search import PromptSearch, search_prompt
 from .quantization import LayerRounding, QuantizationAttack, quantization, round_to_nearest
 from .ranking import RankingMetrics, evaluate_ranking
+from .refusals import Refusals, count_refusals
 from .relearning import RelearningCurve, relearning, usual_attackers
 from .seeds import SeedAttack, seed_attack
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
@@ -53,6 +56,12 @@ from .token_scores import TokenScores, score_answers, score_texts
 from .worst_case import worst_case_forget_set
 
 __all__ = [
+    "Entangled",
+    "Refusals",
+    "VectorChange",
+    "count_refusals",
+    "entangled",
+    "vector_change",
     "RankingMetrics",
     "evaluate_ranking",
     "AttackReport",

@@ -3,11 +3,11 @@
 from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, laf, neg_grad_plus, scrub, unsir
 from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
 from .diffusion import concept_ablation, esd, uce
-from .editing import acu, chip, iau, k_fade, lfssd, rocr, slug, ssd
+from .editing import acu, chip, iau, k_fade, lfssd, needle, rocr, slug, ssd
 from .gating import eco, guard, ksd, neuron_adjust, o3, uld, whp
 from .geometry import cir, gu, lat, npo_sam, repselect, wagle
 from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
-from .multimodal import mmrecun
+from .multimodal import mmrecun, safe_eraser, siu
 from .places import loku, lora_sb, pdu, rmu, seuf, sha256
 from .table import METHODS, Method
 
@@ -40,6 +40,7 @@ __all__ = [
     "loku",
     "lora_sb",
     "mmrecun",
+    "needle",
     "neg_grad_plus",
     "bad_teacher",
     "boundary_shrink",
@@ -53,7 +54,9 @@ __all__ = [
     "repselect",
     "rmu",
     "rocr",
+    "safe_eraser",
     "salun",
+    "siu",
     "satimp",
     "semu",
     "seuf",

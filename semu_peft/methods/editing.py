@@ -6,7 +6,7 @@ carried as an adapter; the others put an adapter into the model that is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from semu_peft.adapter.search_scale import ScaleSearch, search_scale
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
-from semu_peft.edits import Certificate, Edit, RidgeHead, dampen, influence_step, newton_step
+from semu_peft.edits import Certificate, Edit, RidgeHead, dampen, influence_step, newton_step, noise_columns
 from semu_peft.gradients import CoreCovariance, GradientSum, InputMoment
 from semu_peft.gradients.gather import gather
 from semu_peft.gradients.parameters import AbsoluteSum, gather_parameters
@@ -337,3 +337,24 @@ def _written(model: nn.Module, layers: list[str], start: Any, adapter_name: str)
         config = SemuConfig(target_modules=targets_for(model, layers), explained_variance=1.0)
         add_adapter(model, config, adapter_name=adapter_name)
         return initialize_semu_weights(model, start=start, progress=False, adapter_name=adapter_name)
+
+
+def needle(model: nn.Module, columns: Mapping[str, Sequence[int]], *, std: float = 0.1, seed: int = 0) -> Edit:
+    """Needle: noise on what the neurons write that are known to hold a concept, and nothing else.
+
+    An oracle to measure others by, with [`vector_change`][semu_peft.evaluation.concept_vectors.vector_change].
+
+    Source: ConceptVectors, Hong et al. 2024, arXiv 2406.11614.
+
+    Args:
+        model: The model; it is not changed.
+        columns: Columns by the name of their down-projection.
+        std: Of the noise.
+        seed: Of the draw.
+
+    Examples:
+        >>> from semu_peft import methods
+        >>> methods.needle(nn.Sequential(nn.Linear(4, 3)), {"0": [2]})
+        Edit(noise_columns(std=0.1, seed=0): 3 numbers of 1 parameters)
+    """
+    return noise_columns(model, columns, std=std, seed=seed)

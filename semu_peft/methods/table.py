@@ -14,7 +14,18 @@ from . import baselines, classification, diffusion, editing, gating, geometry, l
 
 Kind = Literal["classification", "language", "diffusion", "recommender", "any"]
 Need = Literal[
-    "alternates", "logits", "retain", "ridge head", "score", "unseen", "keys and values", "MoE", "layers", "answer"
+    "alternates",
+    "logits",
+    "retain",
+    "ridge head",
+    "score",
+    "unseen",
+    "keys and values",
+    "MoE",
+    "layers",
+    "answer",
+    "concept tokens",
+    "columns",
 ]
 
 _UNTRAINED = ("uce", "eco", "guard", "ksd", "neuron_adjust")
@@ -164,12 +175,20 @@ _ROWS = (
            "no cost of utility; twice the work a token; served, not handed out"),
     Method(gating.whp, "language", "z − α relu(z₊ − z)", "CrossEntropy × LogitCombination(relu)",
            "Who's Harry Potter, 2310.02238", (), "a teacher for the model itself; served, not handed out"),
+    Method(editing.needle, "language", "v + N(0, σ²)", "noise_columns", "ConceptVectors, 2406.11614", ("columns",),
+           "an oracle: where it is known which neurons hold the concept"),
     Method(diffusion.uce, "diffusion", "W′ = (Σ W c* cᵀ + W C)(Σ c cᵀ + C)⁻¹", "edit_concepts", "UCE, 2308.14761", (),
            "a hundred concepts in seconds"),
     Method(diffusion.esd, "diffusion", "‖ε − (ε₀(∅) − η (ε₀(c) − ε₀(∅)))‖²", "subspace × NegativeGuidance",
            "ESD, 2303.07345", (), "a concept without an anchor"),
     Method(diffusion.concept_ablation, "diffusion", "‖ε(x, c) − ε₀(x, c*)‖²", "subspace × ConditionMatching",
            "2303.13516; SEMU, 2502.07587", (), "a concept that becomes its anchor"),
+    Method(multimodal.safe_eraser, "language", "−CE(F) + ½ CE(R) + ½ CE(same question, harmless image)",
+           "GradientAscent + AlternateAnswer × CrossEntropy", "SafeEraser, 2502.12520", ("alternates",),
+           "harmful pairs of image and question, without refusing the question"),
+    Method(multimodal.siu, "language", "0.9 CE(new answers) + 0.75 KL(p₀ ‖ p) beside two names",
+           "CrossEntropy + TokenSelective(KLToOriginal(without))", "SIU, 2405.12523", ("concept tokens",),
+           "what one image shows, by new answers"),
     Method(multimodal.mmrecun, "recommender", "−log σ(s(negative) − s(item)) + w BPR(R)", "ReverseBPR × BPR",
            "MMRecUn, 2405.15328", (), "interactions, users or items"),
 )  # fmt: skip

@@ -37,7 +37,7 @@ from .language import (
 from .matching import OracleMatching, pair_with_logits, without_influence
 from .noise_schedule import NoiseSchedule
 from .perturbed import PerturbedLatents
-from .preference import DPO, NPO, TPO, FDivergence, SimNPO
+from .preference import DPO, NPO, TPO, AlternateAnswer, FDivergence, SimNPO
 from .ranking import BPR, ReverseBPR, sample_negatives
 from .representation import RMU, AdaptiveRMU, BreakActivations, PreserveHiddenStates, RouterAnchor
 from .retain import Retain, as_retain
@@ -48,6 +48,7 @@ from .wrappers import InTurns, PrimalDual, TokenSelective
 __all__ = [
     "AdaptiveRMU",
     "AdversarialUnlearning",
+    "AlternateAnswer",
     "Attacker",
     "BPR",
     "BoundaryShrink",

@@ -7,7 +7,7 @@ in float32 whatever the model's dtype. The original model is the model itself wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,12 @@ class KLToOriginal(ClassificationObjective):
 
     Args:
         reference: A frozen original model. By default the model itself without its adapter.
+        without: Classes or tokens that both predictions are taken without, such as those of a concept's name, about
+            which the model may change its mind. What is left is a distribution again: a sum that merely leaves terms
+            out, as in SIU's *dual masked KL* (arXiv 2405.12523), is no divergence and can fall below zero.
+
+    Raises:
+        ValueError: `without` names a class that there is not, or leaves none.
 
     Examples:
         >>> import torch
@@ -83,13 +89,32 @@ class KLToOriginal(ClassificationObjective):
     """
 
     reference: nn.Module | None = field(default=None, repr=False)
+    without: Sequence[int] = field(default=(), kw_only=True)
     minimum = 0.0
 
+    def __post_init__(self) -> None:
+        check_kind("without", self.without, (list, tuple), "a list of numbers of classes", "Write [17, 42].")
+        for number in self.without:
+            check_count("without", number, least=0)
+
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
-        return self._read_original(model, batch, self.reference)[0].log_softmax(-1)
+        return self._left(self._read_original(model, batch, self.reference)[0]).log_softmax(-1)
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
-        return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean", log_target=True)
+        return F.kl_div(self._left(logits).log_softmax(-1), prepared, reduction="batchmean", log_target=True)
+
+    def _left(self, logits: Tensor) -> Tensor:
+        """The logits of the classes that count."""
+        if not self.without:
+            return logits
+        kept = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        if max(self.without) >= len(kept) or len(set(self.without)) == len(kept):
+            raise ValueError(
+                f"`without` must name some of {len(kept)} classes, from 0 on, got {list(self.without)[:5]}. Take the "
+                "numbers from the model's tokenizer."
+            )
+        kept[list(self.without)] = False
+        return logits[..., kept]
 
 
 @dataclass

@@ -171,6 +171,30 @@ class AlternateObjective(SequenceObjective):
 
 
 @dataclass
+class AlternateAnswer(SequenceObjective):
+    """`CE(second answer)`: learn the other answer that stands beside each one in the batch.
+
+    With a refusal it is IdkNLL. With the same question about a harmless image and its ordinary answer it is
+    SafeEraser's *prompt decoupling* (arXiv 2502.12520), which keeps the question from being refused as such: the pairs
+    stand in one batch, so that no loader can part them, as the released code's index does.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import AlternateAnswer
+        >>> batch = {"input": torch.zeros(1, 2, 4), "labels": torch.tensor([[0, 1]])}
+        >>> batch |= {f"alternate_{name}": value for name, value in batch.items()}
+        >>> round(AlternateAnswer(shift_labels=True)(torch.nn.Identity(), batch).item(), 4)  # log 4
+        1.3863
+    """
+
+    minimum = 0.0
+
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        tokens = self._read_tokens(model, alternate_batch(batch))
+        return Evaluation(tokens.nll().mean(), (Outputs(tokens.logits),))
+
+
+@dataclass
 class DPO(AlternateObjective):
     """`−2/β log σ(β ((N₀ − N)(second answer) − (N₀ − N)(answer)))` (Rafailov et al. 2023, arXiv 2305.18290).
 

@@ -56,7 +56,7 @@ class ReverseBPR(BPR):
     The pair is swapped, which is all: its gradient is +½ on the item's score where both are alike. One public
     re-implementation changes the sign of the loss and of the difference at once and raises the item instead.
 
-    Source: MMRecUn, Sinha et al. 2024, arXiv 2405.15328; see
+    Source: MMRecUn, arXiv 2405.15328; see
     [`methods.mmrecun`][semu_peft.methods.multimodal.mmrecun].
 
     Examples:
