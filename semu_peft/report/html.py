@@ -42,19 +42,26 @@ caption { text-align: left; padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 500; }
+td.alone { width: 68%; }
 td.number { font-variant-numeric: tabular-nums; }
 @media screen and (max-width: 40rem) {
   table, caption, tbody, tr, th, td { display: block; width: 100%; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   tbody tr { border-bottom: 1px solid var(--line); padding: .4rem 0; }
-  th, td { border: 0; padding: .05rem 0; }
+  th, td, td.alone { width: 100%; border: 0; padding: .05rem 0; }
   tbody th { font-weight: 600; }
   td::before { content: attr(data-label) ": "; color: var(--soft); }
   td.alone::before { content: none; }
 }
+@page { margin: 16mm 15mm; }
 @media print {
-  :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --link: #000; --note: #000; }
-  body { font-size: 10pt; } nav { display: none; } h2 { break-after: avoid; } tr { break-inside: avoid; }
+  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --pale: #fff; --link: #000;
+    --note: #000; }
+  html { font-size: 9.5pt; } header, main { max-width: none; padding: 0; } header { padding-top: 0; }
+  nav { display: none; }
+  p, main ul { max-width: none; orphans: 3; widows: 3; } .missing { font-style: italic; }
+  h2 { margin-top: 1.6rem; } h2, caption, thead { break-after: avoid; } tr, li { break-inside: avoid; }
+  .figures { grid-template-columns: 1fr 1fr; } figure { max-width: 11cm; }
 }
 """
 

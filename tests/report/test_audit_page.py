@@ -139,3 +139,31 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(
     assert found is not None, dumped.stderr[-2000:]
     window, document, wide = int(found[1]), int(found[2]), found[3]
     assert window == width and document <= window and not wide, found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium to print the page with")
+def test_it_prints_on_few_sheets_with_letters_of_one_size(page: str, tmp_path: Path) -> None:
+    """As a table, not as a phone's list; what stands beside text is not set larger than that."""
+    as_written, printed = tmp_path / "report.html", tmp_path / "report.pdf"
+    as_written.write_text(page, encoding="utf-8")
+    common = [str(BROWSER), *ALONE, f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [*common, "--no-pdf-header-footer", f"--print-to-pdf={printed}", as_written.as_uri()],
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    sheets = re.findall(rb"/Count (\d+)", printed.read_bytes())
+    assert sheets and 4 <= int(sheets[0]) <= 12, sheets
+    # Under print's own rules, on a sheet's width between its margins: 180 mm are 680 px.
+    styled = page.replace("@media print", "@media all").replace("@media screen", "@media speech")
+    probe = PROBE.replace(
+        '[frame.innerWidth, inside.documentElement.scrollWidth, wide.map(e => e.tagName).join("+")]',
+        '["main p", "td", "main li"].map(tag => parseFloat(frame.getComputedStyle(inside.querySelector(tag)).fontSize))',
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(probe.format(width=680, page=escape(styled)), encoding="utf-8")
+    dumped = subprocess.run([*common, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-probe="([\d.]+) ([\d.]+) ([\d.]+)"', dumped.stdout)
+    assert found is not None, dumped.stderr[-2000:]
+    text, cell, item = map(float, found.groups())
+    assert 0.85 * text <= cell <= text == item <= 14
