@@ -43,7 +43,7 @@ from .memorisation import (
 )
 from .muse import knowledge_memorisation, verbatim_memorisation
 from .perturbation import InputAttack, Stripping, flipped_inputs, noisy_inputs, stripping
-from .probing import Probes, linear_probes, logit_lens
+from .probing import LensAttack, Probes, lens_attack, linear_probes, logit_lens
 from .prompt_search import PromptSearch, search_prompt
 from .quantization import LayerRounding, QuantizationAttack, quantization, round_to_nearest
 from .ranking import RankingMetrics, evaluate_ranking
@@ -56,6 +56,8 @@ from .token_scores import TokenScores, score_answers, score_texts
 from .worst_case import worst_case_forget_set
 
 __all__ = [
+    "LensAttack",
+    "lens_attack",
     "Entangled",
     "Refusals",
     "VectorChange",

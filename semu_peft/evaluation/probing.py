@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model, split_batch
+from semu_peft.objectives.batches import Tokens, read_tokens, split_batch
 from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers
 
@@ -144,6 +144,72 @@ def logit_lens(
     return Probes(kind, layers, tuple(found), other, 100 / vocabulary.get_output_embeddings().weight.shape[0])
 
 
+@dataclass(frozen=True)
+class LensAttack:
+    """How often the answer is among the few tokens that some layer puts first or last, in percent.
+
+    Attributes:
+        found: By what is ranked: `"lens"`, the tokens' probabilities at a layer; `"rise"`, by how much these rise from
+            the layer before; `"turn"`, by how much that rise changes.
+        reference: The same of the reference, such as the original model, of which no attack may find less.
+        budget: How many tokens from each end are tried.
+
+    Examples:
+        >>> LensAttack({"lens": 12.0, "rise": 20.0, "turn": 8.0}, {}, 4)
+        LensAttack(lens 12.0%, rise 20.0%, turn 8.0% within 4)
+    """
+
+    found: Mapping[str, float]
+    reference: Mapping[str, float] = field(repr=False)
+    budget: int
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The attack, what it found, and what it found of the reference."""
+        return f"lens, {self.budget} tokens", _told(self.found), _told(self.reference)
+
+    def __repr__(self) -> str:
+        return f"LensAttack({_told(self.found)} within {self.budget})"
+
+
+def lens_attack(
+    model: nn.Module, batches: Iterable[Any], *, reference: nn.Module | None = None, budget: int = 4
+) -> LensAttack:
+    """Try the few tokens that the layers put first or last for an answer: white-box attacks on a deleted fact.
+
+    An attacker reads each layer through the last norm and the head (*lens*); what a layer adds (*rise*: the difference
+    of two layers' probabilities) or turns back (*turn*: that of two rises) shows an answer that is suppressed later on.
+    It succeeds where the first token of the answer is among the first or last `budget` at any layer; a token that
+    shares its place with others has the last of their places. What the last layer gives is normalised already.
+
+    Source: UnLOK-VQA, TMLR 2024, and Patil et al. 2023, arXiv 2309.17410: 4 tokens, the upper layers.
+
+    Args:
+        model: A causal language model of transformers, with an adapter or without.
+        batches: Mappings with `input_ids` and `labels`.
+        reference: Another model, attacked alike.
+        budget: Tokens from each end.
+
+    Raises:
+        ValueError: The model has no head, or there is no answer.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from semu_peft.evaluation import lens_attack
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 16}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> ids = torch.tensor([[3, 4, 5]])
+        >>> lens_attack(model, [{"input_ids": ids, "labels": ids}], budget=16)
+        LensAttack(lens 100.0%, rise 100.0%, turn 100.0% within 16)
+    """
+    check_model(model)
+    check_count("budget", budget)
+    data = list(batches)
+    other = {} if reference is None else _tried(reference, data, budget)
+    return LensAttack(_tried(model, data, budget), other, budget)
+
+
 # ---- linear probes ----
 
 
@@ -249,6 +315,19 @@ def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
 
 @torch.no_grad()
 def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
+    totals: list[float] = []
+    count = 0
+    for read in _read_by_layer(model, batches):
+        totals = totals or [0.0] * len(read)
+        for number, tokens in enumerate(read):
+            told = tokens.logits.float().softmax(-1).gather(1, tokens.labels.unsqueeze(1))
+            totals[number] += float(told.double().sum())
+        count += len(read[0].labels)
+    return [100 * total / max(count, 1) for total in totals]
+
+
+def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tokens]]:
+    """What each layer predicts at the tokens that count, batch by batch."""
     root: Any = base_model(model)
     head = getattr(root, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -256,21 +335,40 @@ def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
             f"`model` must be a language model with a head, as transformers has them, got {type(root).__name__}. "
             "`get_output_embeddings` gives none."
         )
-    totals: list[float] = []
-    count = 0
     with eval_mode(model):
         for batch in batches:
             batch = send_to_device(batch, device_of(model))
             states, norm = _hidden_states(model, root, batch)
-            for number, state in enumerate(states):
-                logits = head(state if norm is None or number == len(states) - 1 else norm(state))
-                answers, labels = call_model(_Says(logits), batch, shift_labels=True)
-                told = answers.float().softmax(-1).gather(1, labels.unsqueeze(1))
-                if number == len(totals):
-                    totals.append(0.0)
-                totals[number] += float(told.double().sum())
-            count += len(labels)
-    return [100 * total / max(count, 1) for total in totals]
+            last = len(states) - 1
+            every = (head(s if norm is None or number == last else norm(s)) for number, s in enumerate(states))
+            yield [read_tokens(_Says(logits), batch, shift_labels=True) for logits in every]
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, batches: Sequence[Any], budget: int) -> dict[str, float]:
+    found: dict[str, list[Tensor]] = {"lens": [], "rise": [], "turn": []}
+    for read in _read_by_layer(model, batches):
+        first = read[0].places() == 0
+        labels = read[0].labels[first]
+        ranked = torch.stack([tokens.logits[first].double().softmax(-1) for tokens in read])  # (layers, N, vocabulary)
+        for kind in found:
+            if len(ranked):
+                found[kind].append(_among_few(ranked, labels, budget))
+            ranked = ranked.diff(dim=0)
+    if not found["lens"]:
+        raise ValueError("`batches` must hold an answer at least, got none. Check that it has not been used up.")
+    return {kind: 100 * float(torch.cat(hits).double().mean()) for kind, hits in found.items() if hits}
+
+
+def _told(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {value:.1f}%" for kind, value in found.items())
+
+
+def _among_few(ranked: Tensor, labels: Tensor, budget: int) -> Tensor:
+    """Whether each label is among the first or last few at any layer, `(N,)`."""
+    own = ranked.gather(2, labels.expand(len(ranked), -1).unsqueeze(2))
+    places = torch.minimum((ranked >= own).sum(2), (ranked <= own).sum(2))
+    return (places <= budget).any(0)
 
 
 class _Says(nn.Module):

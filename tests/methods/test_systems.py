@@ -42,7 +42,8 @@ HERE = {
     # images and text, recommenders, measures
     "SIU": "methods.siu", "SafeEraser": "methods.safe_eraser", "SARR": "evaluation.count_refusals",
     "CHIP": "methods.chip", "ForgetMe": "evaluation.entangled.entangled", "MMRecUn": "methods.mmrecun",
-    "ConceptVectors": "evaluation.vector_change", "Needle": "methods.needle", "MUSE": "evaluation.muse",
+    "ConceptVectors": "evaluation.vector_change", "Needle": "methods.needle",
+    "logit lens attacks": "evaluation.lens_attack", "MUSE": "evaluation.muse",
     "UnlearnCanvas": "evaluation.unlearn_canvas", "UCE": "methods.uce", "ESD": "methods.esd",
     "concept ablation": "methods.concept_ablation",
 }  # fmt: skip
