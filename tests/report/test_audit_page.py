@@ -158,7 +158,7 @@ def test_it_prints_on_few_sheets_with_letters_of_one_size(page: str, tmp_path: P
     styled = page.replace("@media print", "@media all").replace("@media screen", "@media speech")
     probe = PROBE.replace(
         '[frame.innerWidth, inside.documentElement.scrollWidth, wide.map(e => e.tagName).join("+")]',
-        '["main p", "td", "main li"].map(tag => parseFloat(frame.getComputedStyle(inside.querySelector(tag)).fontSize))',
+        '["main p", "td", "main li"].map(e => parseFloat(frame.getComputedStyle(inside.querySelector(e)).fontSize))',
     )
     probed = tmp_path / "probed.html"
     probed.write_text(probe.format(width=680, page=escape(styled)), encoding="utf-8")
