@@ -294,14 +294,52 @@ Path.rename = lambda *_: os.kill(os.getpid(), 9)
 """
 
 
+KILLED_WHILE_RENAMING_OR_EXCHANGING = """
+import os
+from pathlib import Path
+import semu_peft.files as files
+files._exchanged = lambda *_: os.kill(os.getpid(), 9)
+Path.rename = Path.replace = lambda *_: os.kill(os.getpid(), 9)
+"""
+
+
+def run_to_its_end(command: list[object], before: str = "") -> int:
+    """Run `semu` in a process of its own, which `before` may end; returns its exit code."""
+    program = [sys.executable, "-c", f"{before}\nfrom semu_cli import main\nmain()"]
+    return subprocess.run([*program, *map(str, command), "--json"], capture_output=True).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["text", "concept", "audit"])
+def test_killed_while_it_is_put_in_place_leaves_the_older_one_whole(
+    verb: str, images: dict[str, Path], no_cats: Any, text: dict[str, Path], tmp_path: Path
+) -> None:
+    """The verbs that write and are not in the test below; the others write nothing."""
+    how: tuple[object, ...]
+    if verb == "text":
+        how = ("unlearn", "text", "--model", text["model"], "--forget", text["forget"], "--max-steps", 1)
+    elif verb == "concept":
+        model = cli_models.pipeline(tmp_path / "pipeline")
+        few = ("--max-steps", 1, "--samples-per-prompt", 2, "--num-inference-steps", 1)
+        how = ("unlearn", "concept", "--model", model, "--forget", "a cat", *few)
+    else:
+        how = ("audit", "--model", images["model"], "--adapter", images["adapter"], "--forget", images["data"],
+               "--no-attacks")  # fmt: skip
+    output = tmp_path / "out"
+    writes = [*how, "--output-dir", output, "--no-progress"]
+    assert run_to_its_end(writes, KILLED_WHILE_RENAMING_OR_EXCHANGING) == -9 and not output.exists()
+    semu(*writes)
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert run_to_its_end(writes, KILLED_WHILE_RENAMING_OR_EXCHANGING) == -9
+    assert {file.name for file in output.iterdir()} == set(before)
+    assert all((output / name).read_bytes() == content for name, content in before.items())
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_leaves_whole_files(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
     from semu_peft.adapter.saved import inspect_adapter
 
-    def run(command: list[object], before: str = "") -> int:
-        program = [sys.executable, "-c", f"{before}\nfrom semu_cli import main\nmain()"]
-        return subprocess.run([*program, *map(str, command), "--json"], capture_output=True).returncode
-
+    run = run_to_its_end
     output = tmp_path / "no-cats"
     data = ["--forget", images["data"], "--forget-class", "cat", "--no-progress"]
     forgets: list[object] = ["unlearn", "images", "--model", images["model"], *data, "--output-dir", output]
