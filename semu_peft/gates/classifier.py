@@ -217,16 +217,24 @@ def linear_gate(
     retain: Iterable[Any],
     inputs: HiddenStates,
     *,
-    threshold: float = 0.5,
+    false_alarms: float = 0.01,
+    penalty: float = 0.1,
 ) -> Classifier:
     """Fit a [`Classifier`][semu_peft.gates.classifier.Classifier] that tells the prompts of requests from all others.
+
+    It is fitted on every other retain example, and the threshold set on those between: the gate opens on at most a
+    share of them, half-way to the forget prompts where these are all likelier.
 
     Args:
         model: The model; the adapters of the requests are left out.
         requests: Forget batches by request.
-        retain: Batches on which the gate is to stay closed: no state that it may come to see of them is a request's.
+        retain: Batches on which the gate is to stay closed, in all states that it may come to see of them.
         inputs: The states that it reads.
-        threshold: From which probability on it opens.
+        false_alarms: On which share of the retain examples it may open.
+        penalty: Of the weights, see [`LinearScorer.fit`][semu_peft.gates.classifier.LinearScorer.fit].
+
+    Raises:
+        ValueError: There are no examples, or the share is out of range.
 
     Examples:
         >>> from semu_peft.gates import HiddenStates, linear_gate
@@ -236,14 +244,28 @@ def linear_gate(
         tensor(1.)
     """
     check_model(model)
+    check_number("false_alarms", false_alarms, low=0.0, high=1.0)
     check_batches(retain, "retain")
     plain = without_adapters(model, requests)
     with eval_mode(plain):
         groups = [torch.cat([inputs.of_prompts(plain, batch).cpu() for batch in each]) for each in requests.values()]
         seen = [inputs.of_batch(plain, batch) for batch in retain]
-    rest = [states[real].cpu() for states, real in seen]
-    scorer = LinearScorer.fit(groups, torch.cat(rest))
+    examples = [example[held].cpu() for states, real in seen for example, held in zip(states, real, strict=True)]
+    fitted, told = examples[::2], examples[1::2] or examples
+    scorer = LinearScorer.fit(groups, torch.cat(fitted) if fitted else groups[0][:0], penalty=penalty)
+    likely = torch.stack([scorer(states).amax() for states in told]).sort(descending=True).values
+    own = torch.cat([scorer(states)[:, place] for place, states in enumerate(groups)]).min()
+    threshold = _between(likely, own, int(false_alarms * len(likely)))
     return Classifier(scorer, tuple(requests), inputs=inputs, threshold=threshold)
+
+
+def _between(likely: Tensor, own: Tensor, allowed: int) -> float:
+    """The threshold that at most so many of the probabilities reach."""
+    if allowed >= len(likely):
+        return min(float(likely[-1]), float(own))
+    border = likely[allowed]
+    above = (border + own) / 2 if own > border else torch.nextafter(border, torch.ones_like(border))
+    return min(float(above), 1.0)
 
 
 def _logistic(x: Tensor, positive: Tensor, penalty: float) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def eco(
     strength: float = 100.0,
     kind: Literal["noise", "zero"] = "noise",
     dimensions: int | None = 1,
-    threshold: float = 0.99,
+    false_alarms: float = 0.01,
     score: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
 ) -> EmbeddingCorruption:
@@ -112,7 +112,7 @@ def eco(
         strength: `σ`, or where its search begins.
         kind: Noise or zeros.
         dimensions: In how many entries of an embedding.
-        threshold: From which probability on a prompt is corrupted.
+        false_alarms: On which share of the retain examples the gate may open.
         score: What to bring down by the strength, of the corrupted model; without it the strength stays.
         seed: Of the noise.
 
@@ -123,7 +123,7 @@ def eco(
         >>> methods.eco(decoder, forget, retain).strength
         100.0
     """
-    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), threshold=threshold)
+    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), false_alarms=false_alarms)
     made: dict[str, Any] = {"kind": kind, "dimensions": dimensions, "seed": seed}
     if score is not None:
         at = lambda sigma: score(EmbeddingCorruption(model, gate, sigma, **made))  # noqa: E731
@@ -138,7 +138,7 @@ def guard(
     *,
     layer: str = "model.norm",
     length: int = 3,
-    threshold: float = 0.5,
+    false_alarms: float = 0.01,
 ) -> ForbiddenAnswers:
     """GUARD: after prompts that a classifier takes for forget prompts, no run of tokens of a forgotten answer is said.
 
@@ -151,7 +151,7 @@ def guard(
         retain: Batches whose prompts are to stay, and whose runs of tokens may be said.
         layer: Whose states the classifier reads.
         length: How many tokens a run has.
-        threshold: From which probability on a prompt is guarded.
+        false_alarms: On which share of the retain examples the gate may open.
 
     Examples:
         >>> from semu_peft import methods
@@ -160,7 +160,7 @@ def guard(
         >>> type(methods.guard(decoder, forget, retain)).__name__
         'ForbiddenAnswers'
     """
-    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), threshold=threshold)
+    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), false_alarms=false_alarms)
     return ForbiddenAnswers(model, gate, answer_strings(forget, length, retain=retain))
 
 

@@ -161,7 +161,7 @@ _ROWS = (
            "SEUF, 2411.18797", ("MoE",), "mixtures of experts"),
     Method(gating.o3, "any", "(I − P Pᵀ) G (I − Q Qᵀ), open where h is near h_F", "add_request × NPO × Nearest × gated",
            "O3, 2407.10223", (), "many requests, each taken back alone; served, not handed out"),
-    Method(gating.eco, "language", "e + σ ε on prompts with p(F) ≥ .99", "linear_gate × EmbeddingCorruption",
+    Method(gating.eco, "language", "e + σ ε on prompts with p(F) ≥ τ", "linear_gate × EmbeddingCorruption",
            "ECO, 2406.07933", ("retain",), "nothing may be trained; served, not handed out"),
     Method(gating.guard, "language", "p(token that completes a run) = 0", "linear_gate × ForbiddenContinuations",
            "GUARD, 2505.13312", ("retain",), "words that must not be said; paraphrases are"),

@@ -70,7 +70,7 @@ def test_what_trains_nothing_leaves_the_weights_and_the_retain_prompts(name: str
     model = sharp()
     before = {key: each.clone() for key, each in model.state_dict().items()}
     makes: dict[str, Any] = {
-        "eco": lambda: methods.eco(model, FORGET, RETAIN, threshold=0.6),
+        "eco": lambda: methods.eco(model, FORGET, RETAIN),
         "guard": lambda: methods.guard(model, FORGET, RETAIN, length=1),
         "ksd": lambda: methods.ksd(model, FORGET, RETAIN, layer="model.layers.1.mlp.down_proj", answer=[5, 2]),
         "neuron_adjust": lambda: methods.neuron_adjust(

@@ -145,9 +145,12 @@ def test_files(tmp_path: Path) -> None:
         assert repr(again) == repr(gate) and again.adapter_names == ("a", "b")
         for name, weight in gate(model, x).items():
             assert torch.equal(again(model, x)[name], weight)
-    classifier = linear_gate(model, {"a": [x[:4]]}, [x[4:]], HiddenStates("0"), threshold=0.7)
+    classifier = linear_gate(model, {"a": [x[:4]]}, [x[4:]], HiddenStates("0"))
     loaded = Classifier.load(classifier.save(tmp_path / "other.safetensors"))
-    assert torch.equal(loaded.probabilities(model, x), classifier.probabilities(model, x)) and loaded.threshold == 0.7
+    assert (
+        torch.equal(loaded.probabilities(model, x), classifier.probabilities(model, x))
+        and loaded.threshold == classifier.threshold
+    )
     with pytest.raises(ValueError, match="`path` must be a file that `Nearest.save` wrote"):
         Nearest.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
@@ -220,6 +223,17 @@ def test_a_linear_scorer_is_at_the_minimum_of_its_loss() -> None:
     loss = nn.functional.softplus(-z[:5]).mean() + nn.functional.softplus(z[5:]).mean() + 0.1 * weight.square().sum()
     for gradient in torch.autograd.grad(loss, (weight, bias)):
         assert float(gradient.abs().max()) < 1e-4
+
+
+def test_a_linear_gates_false_alarms_are_bounded() -> None:
+    """Of the examples that its threshold is set by; where the sides are apart it lies between them."""
+    torch.manual_seed(0)
+    model, near, retain = nn.Sequential(nn.Linear(4, 4)), torch.randn(30, 4) + 1, torch.randn(400, 4)
+    for share in (0.0, 0.05, 1.0):
+        gate = linear_gate(model, {"a": [near]}, retain.split(100), HiddenStates("0", side="input"), false_alarms=share)
+        assert int(gate(model, retain[1::2])["a"].sum()) <= share * 200
+    apart = linear_gate(model, {"a": [near + 20]}, [retain], HiddenStates("0", side="input"), false_alarms=0)
+    assert apart(model, near + 20)["a"].min() == 1 and apart(model, retain)["a"].max() == 0
 
 
 def test_packed_rows_are_one_example() -> None:
