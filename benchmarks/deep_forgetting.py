@@ -7,6 +7,9 @@ Struck-out distillation at the weights alone, and under simulated relearning wit
 several margins. Five attackers, none with an image or a seed of the simulation: SGD at two rates (one simulated, with
 another number of steps, and one not), Adam and the head alone (kinds that were not simulated), and SGD on inputs that
 are varied. Forget and retain images are split in two: the first half is for unlearning, the other for the attackers.
+
+A run that was interrupted goes on where it was: finished rows are in the result file's `.partial`. For answers of
+language models: `tofu/deep_forgetting.py`.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
-from semu_peft.evaluation import RelearningCurve, predict, relearning
+from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict, relearning
 from semu_peft.objectives import Attacker, DecoupledDistillation, KLToOriginal, SimulatedRelearning
 from semu_peft.objectives.attackers import flip
 
 KL_WEIGHTS, MARGINS = (3.0, 10.0, 30.0), (0.0, 3.0)
 SHOWN = (0, 5, 10, 20, 50, 100, 200)
 SIMULATION_SEED, ATTACK_SEED = 0, 1_000
+METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,12 @@ def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -
         )
         for attacker in subject.attackers
     ]  # fmt: skip
+    judged = evaluate_forgetting(
+        model, batches(subject.forget), batches(subject.retain), on_retain, forgotten_test=on_forget,
+        progress=False,
+    )  # fmt: skip
     return {
+        "metrics": {name: getattr(judged, name) for name in METRICS},
         "unlearning accuracy": 100 - predict(model, on_forget, progress=False).accuracy,
         "test accuracy": predict(model, on_retain, progress=False).accuracy,
         "trained": trained,
@@ -214,8 +223,8 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     gold = rows["retrained (gold)"]
     names = list(next(iter(gold.values()))["attacks"])
     lines = [
-        f"| way | UA | TA | {' | '.join(names)} | held | trained | seconds |",
-        f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- | --- | --- |",
+        f"| way | UA | TA | gap | {' | '.join(names)} | held | trained | seconds |",
+        f"| --- | --- | --- | --- | {' | '.join('---' for _ in names)} | --- | --- | --- |",
     ]
     for way, by_subject in rows.items():
         each = list(by_subject.values())
@@ -227,11 +236,18 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         )
         lines.append(
             f"| {way} | {mean([row['unlearning accuracy'] for row in each]):.1f} | "
-            f"{mean([row['test accuracy'] for row in each]):.1f} | {' | '.join(f'{step:.0f}' for step in steps)} | "
+            f"{mean([row['test accuracy'] for row in each]):.1f} | "
+            f"{mean([gap(row, gold[subject]) for subject, row in by_subject.items()]):.2f} | "
+            f"{' | '.join(f'{step:.0f}' for step in steps)} | "
             f"{held} of {len(each) * len(names)} | {mean([row['trained'] for row in each]):.0f} | "
             f"{mean([row['seconds'] for row in each]):.1f} |"
         )
     return lines
+
+
+def gap(row: dict[str, Any], gold: dict[str, Any]) -> float:
+    """The mean distance to gold over UA, RA, TA and MIA."""
+    return mean([abs(row["metrics"][name] - gold["metrics"][name]) for name in METRICS])
 
 
 def reached(attack: dict[str, Any]) -> float:
@@ -257,20 +273,23 @@ def main() -> None:
         if arguments.data is None
         else cifar10(arguments.data, arguments.models, arguments.classes, arguments.seeds)
     )
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    name = f"deep_forgetting_{'digits' if arguments.data is None else 'cifar10'}.json"
+    path = arguments.output / name
+    temporary = path.with_suffix(".partial")
+    rows: dict[str, dict[str, dict[str, Any]]] = json.loads(temporary.read_text()) if temporary.exists() else {}
     for subject in subjects:
         for way, make in ways().items():
+            if subject.name in rows.get(way, {}):
+                continue
             started = time.perf_counter()
             model, trained = make(subject)
             row = measured(subject, model, trained, time.perf_counter() - started)
             rows.setdefault(way, {})[subject.name] = row
             steps = {name: attack["steps to half"] for name, attack in row["attacks"].items()}
             print(subject.name, way, f"TA {row['test accuracy']:.1f}", steps, sep=", ", flush=True)
+            write(temporary, rows)
     lines = table(rows)
     print(*lines, sep="\n")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"deep_forgetting_{'digits' if arguments.data is None else 'cifar10'}.json"
-    temporary = path.with_suffix(".partial")
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
         "command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]),
@@ -279,9 +298,17 @@ def main() -> None:
         "table": lines,
         "rows": rows,
     }
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    write(path, document)
+    temporary.unlink()
     print(f"Written to {path}")
+
+
+def write(path: Path, document: Any) -> None:
+    """Write a file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(document, indent=1, ensure_ascii=False))
+    new.rename(path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def relearnt(
         model, attacker, forget, None if has_forgotten else retain, CrossEntropy(), torch.Generator().manual_seed(seed)
     )
     drawn = {place for _, place in relearner.rows}
-    others = [place for place in range(len(subject.forget)) if place not in drawn]
+    others = [place for place in range(len(subject.forget)) if place not in drawn] or list(drawn)
     curve = relearner.curve(steps, lambda changed: subject.nll(changed, subject.told).neg().exp())
     return Relearnt(
         steps,
@@ -59,6 +61,14 @@ def relearnt(
 
 def _one_batch(subject: Subject, rows: list[Any]) -> list[Any]:
     return list(subject.examples(rows).loader(len(rows), shuffle=False))
+
+
+def damage(subject: Subject, original: nn.Module, model: nn.Module) -> float:
+    """`KL(original ‖ now)` on neutral text, in nats a token."""
+    texts: Any = subject.neutral
+    return neutral_kl(
+        model, subject.tokenizer, texts, reference=original, max_length=64, batch_size=8, progress=False
+    ).kl  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,7 @@ class Judge:
 
     def damage(self, model: nn.Module) -> float:
         """`KL(original ‖ now)` on neutral text, in nats a token."""
-        return neutral_kl(
-            model, self.subject.tokenizer, self.subject.neutral, reference=self.original, max_length=64, batch_size=8,
-            progress=False,
-        ).kl  # fmt: skip
+        return damage(self.subject, self.original, model)
 
     def reference(self, model: nn.Module) -> dict[str, Any]:
         """The row of gold, with what other rows are held against."""
@@ -118,3 +125,11 @@ class Judge:
 
 def _rounded(value: float) -> float:
     return round(value, 5) if abs(value) > 1e-3 else value
+
+
+def write(path: Path, table: Any) -> None:
+    """Write a file of results whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)

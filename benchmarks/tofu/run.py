@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Judge
+from measure import Judge, write
 from methods import CARRIERS, OBJECTIVES, run
 from subjects import Subject, load, read_subject
 
@@ -95,14 +95,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def write(path: Path, table: Any) -> None:
-    """Write a file of results whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def _arguments() -> argparse.Namespace:

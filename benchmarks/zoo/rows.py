@@ -102,7 +102,9 @@ def slug(case: Case, settings: Settings) -> Outcome:
 
 def size_of(model: nn.Module) -> int:
     """Bytes that are shipped: an adapter's file, or all weights."""
-    state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+    tied = {id(weight): name for name, weight in model.named_parameters()}  # one name each
+    kept = {name for name, value in model.state_dict(keep_vars=True).items() if tied.get(id(value), name) == name}
+    state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items() if name in kept}
     own = {name: value for name, value in state.items() if "semu_" in name or "lora_" in name}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shipped.safetensors"
@@ -152,6 +154,23 @@ def rows() -> list[Row]:
     ]  # fmt: skip
 
 
+def share_within(budget: float, damage: Callable[[float], float], halvings: int = 10) -> float:
+    """The largest share of a change whose damage is within the budget, by bisection.
+
+    Args:
+        budget: What the damage may be.
+        damage: Of a share of the change.
+        halvings: How often to halve.
+    """
+    if damage(1.0) <= budget:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (middle, high) if damage(middle) <= budget else (low, middle)
+    return low
+
+
 def blended(case: Case, outcome: Outcome, share: float) -> nn.Module:
     """The original with a share of the change, `W + share · ΔW`: how a change is dialled to an equal damage."""
     merged = merged_weights(case, outcome.model)
@@ -175,4 +194,4 @@ def merged_weights(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: found[name].detach() for name in names}
 
 
-__all__ = ["Outcome", "Row", "blended", "rows"]
+__all__ = ["Outcome", "Row", "blended", "edited", "rows", "share_within", "size_of"]

@@ -1,8 +1,8 @@
-"""All methods for classifiers under one protocol, as one table sorted by result.
+"""All methods under one protocol, as one table sorted by result.
 
     OMP_NUM_THREADS=1 python benchmarks/zoo/run.py                       # scikit-learn's digits, a few minutes
     python benchmarks/zoo/run.py --data DIR --models runs/cifar10        # CIFAR-10
-    python benchmarks/zoo/run.py --text --models DIR --data DIR --neutral FILE    # language: benchmarks/tofu/run.py
+    python benchmarks/zoo/run.py --text --models DIR --data DIR --neutral FILE    # language: text.py, two hours
 
 Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
 class, over UA, RA, TA and MIA, and reported on two other classes with three seeds. Beside that stands what is forgotten
@@ -12,10 +12,7 @@ at an equal budget of damage: the change dialled down, `W + s ΔW`, until `KL(or
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import platform
-import runpy
 import sys
 import time
 from pathlib import Path
@@ -29,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attack_columns
 from protocol import Case, accuracy, cifar10_cases, damage, digits_cases, judged
-from rows import Outcome, Row, blended, rows
+from results import mean, plain, write
+from rows import Outcome, Row, blended, rows, share_within
 
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
-CHOSEN_ON, BUDGET, HALVINGS = 0, 0.01, 10
+CHOSEN_ON, BUDGET = 0, 0.01
 
 
 def attacked(model: Any, case: Case) -> dict[str, Any]:
@@ -59,16 +57,8 @@ def measured(row: Row, case: Case, settings: Any, attacks: bool = False) -> dict
 
 
 def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
-    """UA and TA where the change is dialled to the budget, by bisection."""
-    low, high = 0.0, 1.0
-    if kl > BUDGET:
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            if damage(blended(case, outcome, middle), case) <= BUDGET:
-                low = middle
-            else:
-                high = middle
-    share = 1.0 if kl <= BUDGET else low
+    """UA and TA where the change is dialled to the budget."""
+    share = 1.0 if kl <= BUDGET else share_within(BUDGET, lambda part: damage(blended(case, outcome, part), case))
     model = blended(case, outcome, share)
     return {
         "share": share,
@@ -95,18 +85,6 @@ def chosen_settings(row: Row, case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """The settings with the smallest gap on the case that is for choosing."""
     tried = [{"settings": dict(settings), **measured(row, case, settings)} for settings in row.grid]
     return min(tried, key=lambda each: each["gap"])["settings"], tried
-
-
-def mean(by_case: dict[str, dict[str, Any]], *keys: str) -> float | None:
-    values = []
-    for each in by_case.values():
-        value: Any = each
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None:
-            return None
-        values.append(float(value))
-    return sum(values) / len(values)
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -160,11 +138,12 @@ def attack_table(results: dict[str, Any]) -> str:
 
 
 def text() -> None:
-    """The table for language models, which is TOFU's: the same arguments."""
-    script = Path(__file__).parents[1] / "tofu" / "run.py"
-    sys.argv = [str(script), *(argument for argument in sys.argv[1:] if argument != "--text")]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    """The table for language models: the rest of the arguments are those of `text.py`."""
+    sys.argv.remove("--text")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tofu"))
+    import text
+
+    text.main()
 
 
 def main() -> None:
@@ -204,23 +183,9 @@ def main() -> None:
         "table": lines, "rows": plain(results),
         **({"attack_table": attack_table(results)} if arguments.attacks else {}),
     }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"zoo_{document['data']}.json"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    write(path, document)
     print(f"Written to {path}")
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: no infinities."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return None if value == float("inf") else value
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Results of several cases: their means, and the file that they are in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+def mean(by_case: dict[str, dict[str, Any]], *keys: str) -> float | None:
+    values = []
+    for each in by_case.values():
+        value: Any = each
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            return None
+        values.append(float(value))
+    return sum(values) / len(values)
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: no infinities."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return None if value == float("inf") else value
+
+
+def write(path: Path, document: Any) -> None:
+    """Write a file of results whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(plain(document), indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
