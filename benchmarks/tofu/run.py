@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from measure import Judge, write
-from methods import CARRIERS, OBJECTIVES, run
+from methods import CARRIERS, OBJECTIVES, RETAIN, run
 from subjects import Subject, load, read_subject
 
 COLUMNS = {
@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu.json"))
     parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(CARRIERS))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    parser.add_argument("--retain", nargs="+", default=["answers", "neutral"], choices=["answers", "neutral"])
+    parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
     parser.add_argument("--weight", type=float, default=100.0, help="of the KL to the original on what is held")
     parser.add_argument("--steps", type=int, help="at most; by default the carrier's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
