@@ -73,7 +73,7 @@ class Subject:
 
 
 def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0, utility_rows: int | None = None) -> Subject:
-    """Read the files; the 400 retain rows that a run may use are drawn with `seed`.
+    """Read the files; the retain rows are in the order of `seed`.
 
     Args:
         models: Folder of the two models.
@@ -89,7 +89,7 @@ def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0, utility
     random.Random(seed).shuffle(retain)
     texts = [row["text"] for row in read_rows(neutral)]
     return Subject(
-        models / "full", models / "retain95", rows["forget05_perturbed"], retain[:400],
+        models / "full", models / "retain95", rows["forget05_perturbed"], retain,
         {name: evenly(rows[file], utility_rows) for name, file in SETS.items()},
         texts[:MEASURED_TEXTS], texts[MEASURED_TEXTS:500],
     )  # fmt: skip
