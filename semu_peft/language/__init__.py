@@ -7,6 +7,7 @@ from .forget import TextResult, forget_text
 from .pairing import ForgetRetainPairs, Part
 from .samples import own_samples
 from .shapes import TextExample, as_example, read_text
+from .stopping import UntilUnseen
 from .unseen import unseen_answers
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TextExamples",
     "TextResult",
     "TextStream",
+    "UntilUnseen",
     "as_example",
     "choose_alternates",
     "forget_text",

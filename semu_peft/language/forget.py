@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from semu_peft import objectives
@@ -23,6 +23,7 @@ from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
 from .samples import own_samples
+from .stopping import UntilUnseen
 from .unseen import unseen_answers
 
 _METHODS: dict[str, Callable[[], Objective]] = {
@@ -85,7 +86,8 @@ def forget_text(
     retain_weight: float | None = None,
     max_retain_kl: float | None = None,
     config: SemuConfig | None = None,
-    max_steps: int = 30,
+    until_unseen: bool = True,
+    max_steps: int = 60,
     batch_size: int = 32,
     callbacks: Any = (),
     seed: int = 0,
@@ -122,6 +124,8 @@ def forget_text(
         max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
             step exceeds.
         config: The adapter; by default all linear layers but the head.
+        until_unseen: Stop once the mean answer is as unlikely as answers that the model has never learnt, which
+            [`unseen_answers`][semu_peft.language.unseen.unseen_answers] makes; past this, everything only gets worse.
         max_steps: Steps at most.
         batch_size: Rows a step, and as many of what is to stay.
         callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
@@ -164,7 +168,9 @@ def forget_text(
         Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
     ]
     size = min(batch_size, len(examples))
-    objective = _objective(method, model, tokenizer, examples, size, reading)
+    unseen = _unseen_nll(model, tokenizer, examples, size, reading) if until_unseen or method == _UNSEEN else None
+    objective = _objective(method, unseen)
+    stop = [UntilUnseen(examples, float(unseen.mean()), batch_size=size)] if until_unseen and unseen is not None else []
     config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)
@@ -173,7 +179,7 @@ def forget_text(
         )
         result = unlearn(
             adapted, examples.loader(size), objective, retain=terms, max_retain_kl=max_retain_kl, max_steps=max_steps,
-            callbacks=callbacks, seed=seed, progress=progress, adapter_name=adapter_name, **training,
+            callbacks=[*stop, *callbacks], seed=seed, progress=progress, adapter_name=adapter_name, **training,
         )  # fmt: skip
     return TextResult(adapted, adapter_name, profile, result, examples)
 
@@ -186,23 +192,31 @@ def _check_method(method: Any) -> None:
         )
 
 
-def _objective(
-    method: str | Objective,
-    model: nn.Module,
-    tokenizer: Any,
-    examples: TextExamples,
-    batch_size: int,
-    reading: dict[str, Any],
-) -> Objective:
+def _objective(method: str | Objective, unseen: Tensor | None) -> Objective:
     if isinstance(method, Objective):
         return method
     if method != _UNSEEN:
         return _METHODS[method]()
-    if not examples.examples:
-        raise ValueError("`forget` must know its texts for 'unseen-answers'. Make it with `text_examples`.")
-    unseen = text_examples(tokenizer, unseen_answers(examples.examples, seed=reading["seed"]), **reading)
-    loader = unseen.loader(batch_size, shuffle=False)
-    return objectives.UnseenAnswer(objectives.sequence_nll(model, loader, progress=False))
+    if unseen is None:
+        raise ValueError(
+            "`forget` must know its texts for 'unseen-answers', and have some of more than a few words. Make it with "
+            "`text_examples`."
+        )
+    return objectives.UnseenAnswer(unseen)
+
+
+def _unseen_nll(
+    model: nn.Module, tokenizer: Any, examples: TextExamples, batch_size: int, reading: dict[str, Any]
+) -> Tensor | None:
+    """How unlikely answers are that the model has not learnt; None where none can be made."""
+    try:
+        answers = unseen_answers(examples.examples, seed=reading["seed"])
+    except ValueError:  # of a word or two each
+        return None
+    if not answers:
+        return None
+    loader = text_examples(tokenizer, answers, **reading).loader(batch_size, shuffle=False)
+    return objectives.sequence_nll(model, loader, progress=False)
 
 
 def _check(

@@ -43,12 +43,13 @@ class NaturalGradient:
             share of the loss at the start); where an objective has no minimum, the mean probability of the forgotten
             answers.
         curvature: `"whole"`, one matrix over all cores; `"kronecker"`, two factors a layer (K-FAC); by default the
-            whole matrix up to 4,096 trained numbers.
+            whole matrix up to 4,096 trained numbers, but for texts, few of which say too little of so many together.
         damping: `λ`, relative to the mean of the curvature's or a factor's diagonal. That of the whole matrix adapts
             itself.
         decay: What each new batch leaves of the running curvature's weight.
         refresh: Take the curvature anew every this many steps.
-        patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance.
+        patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
+            with factors, whose steps are shorter, after four times as many.
 
     Raises:
         TypeError: A dial is no number.

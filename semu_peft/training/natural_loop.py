@@ -13,7 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from semu_peft.gradients.core_rows import CaughtRows, catch_core_rows
+from semu_peft.gradients.core_rows import catch_core_rows
 from semu_peft.gradients.processes import processes_of_torch, sum_over_processes
 from semu_peft.objectives.base import Evaluation, Objective
 from semu_peft.objectives.distributions import probe
@@ -105,9 +105,9 @@ class NaturalLoop(Loop):
     def train(self) -> None:
         with ExitStack() as stack:
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
-            self.curvature = self._make_curvature(self.caught)
-            self.control = self._make_control()
+            self.slots = self._make_slots()
             if self._restored is not None:
+                self._choose_curvature(self._restored["is_whole"])
                 self.curvature.load_state_dict(self._restored["curvature"])
                 self.control.load_state_dict(self._restored["control"])
             self.held = self._held_terms()
@@ -122,20 +122,37 @@ class NaturalLoop(Loop):
 
     def _look_at_start(self, start: Tried) -> None:
         self.start_loss = start.values["loss"]
+        self._choose_curvature(self._affords_whole_matrix(start))
         if self._is_forgotten(start):
             self._stop(ALREADY_FORGOTTEN)
 
-    def _make_curvature(self, caught: CaughtRows) -> Curvature:
-        slots, start = [], 0
+    def _make_slots(self) -> list[CoreSlot]:
+        slots: list[CoreSlot] = []
         for name, core in zip(self.layers, self.cores, strict=True):
-            slots.append(CoreSlot(name, start, tuple(core.shape), name in caught))
-            start = slots[-1].place.stop
-        whole = {"whole": True, "kronecker": False}.get(self.natural.curvature, start <= _WHOLE_UP_TO)
-        return (WholeMatrix if whole else KroneckerFactors)(slots, self.natural.decay, self.cores[0].device)
+            start = slots[-1].place.stop if slots else 0
+            slots.append(CoreSlot(name, start, tuple(core.shape), name in self.caught))
+        return slots
 
-    def _make_control(self) -> StepControl:
-        kind = LevenbergMarquardt if isinstance(self.curvature, WholeMatrix) else TrustRegion
-        return kind(self.natural.kl, self.natural.damping)
+    def _affords_whole_matrix(self, start: Tried) -> bool:
+        """Whether the cores are few enough, and the batches tell enough of them: a few texts do not, by whole text."""
+        if self.natural.curvature != "auto":
+            return self.natural.curvature == "whole"
+        told = [
+            (output, term)
+            for term, evaluation in start.terms
+            if term.is_forget and term.objective.distribution == "categorical"
+            for output in evaluation.outputs
+        ]
+        tokens = any(len(output.values) > (count_examples(term.batch) or 1) for output, term in told)
+        are_tokens = self._mean_over_processes({"tokens": float(tokens)})["tokens"] > 0
+        return self.slots[-1].place.stop <= _WHOLE_UP_TO and not are_tokens
+
+    def _choose_curvature(self, is_whole: bool) -> None:
+        self.is_whole = is_whole
+        kind = WholeMatrix if is_whole else KroneckerFactors
+        self.curvature: Curvature = kind(self.slots, self.natural.decay, self.cores[0].device)
+        control = LevenbergMarquardt if is_whole else TrustRegion
+        self.control: StepControl = control(self.natural.kl, self.natural.damping)
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
@@ -172,7 +189,7 @@ class NaturalLoop(Loop):
         self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here) else 0
         if self.forgotten_batches >= min(2, batches_in(self.prepared.forget) or 2):
             self._stop(FORGOTTEN)
-        elif self.stalled >= self.natural.patience or self.failures >= self.natural.patience:
+        elif max(self.stalled / self.control.patience, self.failures) >= self.natural.patience:
             self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
 
     def _stop(self, reason: str) -> None:
@@ -277,10 +294,7 @@ class NaturalLoop(Loop):
     def _natural(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = torch.cat([whole(gradient[name]).flatten().float() for name in self.layers])
         solved = self.curvature.solve(flat, self.control.damping)
-        return {
-            name: solved[slot.place].view(slot.shape)
-            for name, slot in zip(self.layers, self.curvature.slots, strict=True)
-        }
+        return {name: solved[slot.place].view(slot.shape) for name, slot in zip(self.layers, self.slots, strict=True)}
 
     def _data_at(self, terms: list[Term]) -> StepData | None:
         return gradients_of_terms(self.parameters, self.trials, terms, self._mean) if self.rules else None
@@ -382,11 +396,11 @@ class NaturalLoop(Loop):
 
     @torch.no_grad()
     def _move_to(self, flat: Tensor) -> None:
-        for slot, core in zip(self.curvature.slots, self.cores, strict=True):
+        for slot, core in zip(self.slots, self.cores, strict=True):
             put_into(core, flat[slot.place].view(slot.shape))
 
     def _write_gradient(self, flat: Tensor) -> None:
-        for slot, core in zip(self.curvature.slots, self.cores, strict=True):
+        for slot, core in zip(self.slots, self.cores, strict=True):
             core.grad = torch.zeros_like(core)
             put_into(core.grad, flat[slot.place].view(slot.shape))
 
@@ -394,6 +408,7 @@ class NaturalLoop(Loop):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "is_whole": self.is_whole,
             "curvature": self.curvature.state_dict(),
             "control": self.control.state_dict(),
             "generator": self.generator.get_state(),

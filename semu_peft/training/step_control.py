@@ -48,6 +48,7 @@ class StepControl(ABC):
     """
 
     updates_a_batch: ClassVar[int]
+    patience: ClassVar[int]  # times the run's: how much longer a loss that does not fall is waited for
     numbers: ClassVar[tuple[str, ...]]  # that follow the run, for its checkpoints
 
     def __init__(self, kl: float, damping: float) -> None:
@@ -79,6 +80,7 @@ class LevenbergMarquardt(StepControl):
     """Whole steps of a curvature that is exact: its damping follows the ratio of the actual to the promised fall."""
 
     updates_a_batch = 2  # the second begins with the forward pass that tried the first
+    patience = 1
     numbers = ("damping",)
 
     def propose(self, curvature: Curvature, gradient: Tensor) -> tuple[Tensor, float]:
@@ -111,6 +113,7 @@ class TrustRegion(StepControl):
     """
 
     updates_a_batch = 1  # cores of many numbers fit one batch at the cost of others
+    patience = 4  # its steps are short by design, so batches differ by more than a step gains
     numbers = ("length", "radius")
 
     def __init__(self, kl: float, damping: float) -> None:

@@ -1,0 +1,67 @@
+"""Where forgetting is to stop, known without a model that never saw the answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from semu_peft.arguments import check_count, check_number
+from semu_peft.objectives.language import sequence_nll
+from semu_peft.training.callbacks import Callback, TrainingContext
+
+from .dataset import TextExamples
+
+_MOST = 256  # answers that are looked at; a mean needs no more
+
+
+@dataclass
+class UntilUnseen(Callback):
+    """Stop a run once the mean answer is as unlikely as answers that the model has never learnt.
+
+    A model that was trained without the answers finds them as unlikely as others it does not know; past this level
+    forgetting only costs. What the original says of unseen answers is known without retraining
+    ([`sequence_nll`][semu_peft.objectives.language.sequence_nll] of
+    [`unseen_answers`][semu_peft.language.unseen.unseen_answers]).
+
+    Args:
+        examples: What is being forgotten.
+        nll: The mean negative log-likelihood a token, in nats, that is reached then.
+        every: Steps between two looks, each a forward pass over up to 256 of the answers.
+        batch_size: Answers at a time.
+
+    Raises:
+        ValueError: A number is out of its range, or there is no example.
+
+    Examples:
+        >>> from semu_peft.language import UntilUnseen, text_examples
+        >>> examples = text_examples(tokenizer, [("What colour?", "blue"), ("How many?", "two or three")])
+        >>> UntilUnseen(examples, nll=5.5)
+        UntilUnseen(nll=5.5, every=5)
+    """
+
+    examples: TextExamples = field(repr=False)
+    nll: float
+    every: int = 5
+    batch_size: int = field(default=32, repr=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.examples):
+            raise ValueError("`examples` must hold what is being forgotten, got none. Give the run's own.")
+        check_number("nll", self.nll, low=0)
+        check_count("every", self.every)
+        check_count("batch_size", self.batch_size)
+        stride = -(-len(self.examples) // _MOST)
+        self._looked_at = TextExamples(self.examples.rows[::stride], [], self.examples.tokenizer)
+
+    def on_step_end(self, context: TrainingContext) -> None:
+        """Look, and stop where the answers are as unlikely."""
+        if context.progress.step % self.every and context.progress.step < context.total_steps:
+            return
+        now = self.of(context.model)
+        context.log(answer_nll=now)
+        if now >= self.nll:
+            context.control.stop("the answers are as unlikely as unseen ones")
+
+    def of(self, model: Any) -> float:
+        """The mean answer's negative log-likelihood a token, as a model has it now."""
+        return float(sequence_nll(model, self._looked_at.loader(self.batch_size, shuffle=False), progress=False).mean())
