@@ -117,7 +117,7 @@ def text(
     retain: Retain = None,
     neutral: Neutral = None,
     method: Annotated[str, typer.Option("--method", help="See `semu methods --job text`.")] = "npo",
-    max_steps: MaxSteps = 60,
+    max_steps: MaxSteps = 80,
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 32,
     template: Template = None,
@@ -152,7 +152,7 @@ def text(
         ).told()  # fmt: skip
     done = forget_text(
         base, tokenizer, forget, retain=retain, neutral=neutral, method=method, template=template,
-        max_retain_kl=max_retain_kl, max_steps=60 if max_steps is None else max_steps, batch_size=batch_size, seed=seed,
+        max_retain_kl=max_retain_kl, max_steps=80 if max_steps is None else max_steps, batch_size=batch_size, seed=seed,
         config=SemuConfig(target_modules=targets, task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"),
         progress=progress, adapter_name=adapter_name,
     )  # fmt: skip

@@ -40,7 +40,7 @@ class Carrier:
 
 # γ of 0.9 is the default; what is trained are 251,260 numbers of 5.1 million, as in LoRA of rank 13.
 CARRIERS = {
-    "SEMU, natural gradients": Carrier(lambda: SemuConfig(target_modules=LINEAR), None),
+    "SEMU, natural gradients": Carrier(lambda: SemuConfig(target_modules=LINEAR), None, 80),
     "SEMU, AdamW": Carrier(lambda: SemuConfig(target_modules=LINEAR), 1e-3),
     "LoRA, rank 13": Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
     "LoRA, rank 8": Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
@@ -129,7 +129,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run(
-    subject: Subject, carrier: str, objective: str, retain: str, *, weight: float = 100.0, seed: int = 0,
+    subject: Subject, carrier: str, objective: str, retain: str, *, weight: float = 30.0, seed: int = 0,
     steps: int | None = None, damage: Callable[[nn.Module], float],
 ) -> Unlearned:  # fmt: skip
     """Unlearn once.

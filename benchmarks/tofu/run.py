@@ -1,7 +1,7 @@
 """Forgetting 5% of TOFU's authors: objectives and carriers at equal damage, one table.
 
 Run it again to complete the table: rows that are in the file of results already are not run anew, and the measures of
-gold and of the original are taken once. A row takes some six minutes of one CPU core with the 5.1M decoders that
+gold and of the original are taken once. A row takes some fifteen minutes of one CPU core with the 5.1M decoders that
 `pretrain.py` makes, half a minute of them for each moment that is measured.
 
 Model utility is over `--utility-rows` of each of its three sets. The attacks, relearning after 20 steps on 20 forget
@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(CARRIERS))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
-    parser.add_argument("--weight", type=float, default=100.0, help="of the KL to the original on what is held")
+    parser.add_argument("--weight", type=float, default=30.0, help="of the KL to the original on what is held")
     parser.add_argument("--steps", type=int, help="at most; by default the carrier's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--utility-rows", type=int, default=100, help="of each set of model utility; 0 for all")
