@@ -151,8 +151,10 @@ class NaturalLoop(Loop):
         self.is_whole = is_whole
         kind = WholeMatrix if is_whole else KroneckerFactors
         self.curvature: Curvature = kind(self.slots, self.natural.decay, self.cores[0].device)
-        control = LevenbergMarquardt if is_whole else TrustRegion
-        self.control: StepControl = control(self.natural.kl, self.natural.damping)
+        kl, damping = self.natural.kl, self.natural.damping
+        self.control: StepControl = (
+            LevenbergMarquardt(kl, damping) if is_whole else TrustRegion(kl, damping, self._enough())
+        )
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]

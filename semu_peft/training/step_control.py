@@ -110,14 +110,21 @@ class TrustRegion(StepControl):
     Kronecker factors give good directions and bad lengths. Damping them until the length is right turns the direction
     into the gradient's; here the damping stays and the length alone follows from what the last step moved. No step is
     longer than Gauss–Newton's, and what it moves on retain data is held to a tenth of `kl`.
+
+    Args:
+        kl: How far a step may move the outputs.
+        damping: The damping of each factor.
+        first_fall: The fall of the loss that the first step is to promise, where a hundredth of Gauss–Newton's step
+            promises less: a model that is sure of what it knows has next to no gradient there.
     """
 
     updates_a_batch = 1  # cores of many numbers fit one batch at the cost of others
     patience = 4  # its steps are short by design, so batches differ by more than a step gains
     numbers = ("length", "radius")
 
-    def __init__(self, kl: float, damping: float) -> None:
+    def __init__(self, kl: float, damping: float, first_fall: float = 0.0) -> None:
         super().__init__(kl, damping)
+        self.first_fall = first_fall
         self.length = _FIRST_LENGTH  # as a share of Gauss–Newton's
         self.radius = 0.0  # √(step · F step), the unit in which it is carried from step to step; zero before the first
 
@@ -126,7 +133,10 @@ class TrustRegion(StepControl):
         slope = (gradient @ direction).item()
         bend = max((direction @ curvature.times(direction)).item(), 1e-30)
         newton = -slope / bend
-        self.radius = self.radius or _FIRST_LENGTH * newton * math.sqrt(bend)
+        if not self.radius:
+            promised = -slope * newton  # a small share of the step has that share of it
+            first = min(max(_FIRST_LENGTH, self.first_fall / promised), 1.0) if promised > 0 else _FIRST_LENGTH
+            self.radius = first * newton * math.sqrt(bend)
         length = min(self.radius / math.sqrt(bend), newton)
         self.radius, self.length = length * math.sqrt(bend), length / newton if newton else 0.0
         return length * direction, -(slope * length + 0.5 * bend * length**2)

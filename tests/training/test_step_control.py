@@ -49,6 +49,16 @@ def test_no_step_is_longer_than_gauss_newtons_and_its_fall_is_the_models() -> No
     assert (gradient + factors.times(step)) @ step == pytest.approx(0.0, abs=1e-4)
 
 
+def test_the_first_step_promises_what_is_worth_its_trial() -> None:
+    factors, gradient = curvature(), 1e-4 * torch.randn(9)
+    _, short = TrustRegion(0.1, 0.1).propose(factors, gradient)
+    _, worth = TrustRegion(0.1, 0.1, first_fall=10 * short).propose(factors, gradient)
+    assert 9 * short < worth < 10 * short
+    control = TrustRegion(0.1, 0.1, first_fall=1e6 * short)
+    control.propose(factors, gradient)
+    assert control.length == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("kind", [LevenbergMarquardt, TrustRegion])
 def test_what_a_bad_step_is_and_that_the_next_is_shorter(name: str, kind: type) -> None:
