@@ -31,8 +31,9 @@ class SeedAttack:
         >>> found = SeedAttack(samples=200, recognised=3, prompts=2, leaking=1)
         >>> found
         SeedAttack(recognised in 3 of 200 samples, 1.5%, 95% interval 0.5 to 4.3; by some seed under 1 of 2 prompts)
-        >>> SeedAttack(samples=50, recognised=0, prompts=1, leaking=0).interval[1]  # none seen is not none there
-        7.134759679382461
+        >>> low, high = SeedAttack(samples=50, recognised=0, prompts=1, leaking=0).interval
+        >>> round(high, 2)  # none seen is not none there
+        7.13
     """
 
     samples: int
