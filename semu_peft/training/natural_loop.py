@@ -137,6 +137,8 @@ class NaturalLoop(Loop):
         """Whether the cores are few enough, and the batches tell enough of them: a few texts do not, by whole text."""
         if self.natural.curvature != "auto":
             return self.natural.curvature == "whole"
+        if self.slots[-1].place.stop > _WHOLE_UP_TO:
+            return False
         told = [
             (output, term)
             for term, evaluation in start.terms
@@ -144,11 +146,9 @@ class NaturalLoop(Loop):
             for output in evaluation.outputs
         ]
         tokens = any(len(output.values) > (count_examples(term.batch) or 1) for output, term in told)
-        are_tokens = self._mean_over_processes({"tokens": float(tokens)})["tokens"] > 0
-        return self.slots[-1].place.stop <= _WHOLE_UP_TO and not are_tokens
+        return not self._mean_over_processes({"tokens": float(tokens)})["tokens"]  # of any process
 
     def _choose_curvature(self, is_whole: bool) -> None:
-        self.is_whole = is_whole
         kind = WholeMatrix if is_whole else KroneckerFactors
         self.curvature: Curvature = kind(self.slots, self.natural.decay, self.cores[0].device)
         kl, damping = self.natural.kl, self.natural.damping
@@ -410,7 +410,7 @@ class NaturalLoop(Loop):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "is_whole": self.is_whole,
+            "is_whole": isinstance(self.curvature, WholeMatrix),
             "curvature": self.curvature.state_dict(),
             "control": self.control.state_dict(),
             "generator": self.generator.get_state(),
