@@ -272,8 +272,8 @@ def undial(
         >>> from semu_peft.language import text_examples
         >>> model = get_peft_model(decoder, SemuConfig(target_modules="all-linear"))  # of a loaded model
         >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
-        >>> methods.undial(model, forget, max_steps=2, progress=False).steps
-        2
+        >>> methods.undial(model, forget, max_steps=2, progress=False).stop_reason
+        'the forget data are forgotten'
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, forget, UNDIAL(beta, reference), keep(retain, CrossEntropy(), retain_weight), **said)
@@ -310,8 +310,8 @@ def ceu(
         >>> from semu_peft.language import text_examples
         >>> model = get_peft_model(decoder, SemuConfig(target_modules="all-linear"))  # of a loaded model
         >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
-        >>> methods.ceu(model, forget, max_steps=2, progress=False).steps
-        2
+        >>> methods.ceu(model, forget, max_steps=2, progress=False).stop_reason
+        'the forget data are forgotten'
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, forget, CEU(ignore_first), keep(retain, CrossEntropy(), retain_weight), **said)
@@ -348,8 +348,8 @@ def wga(
         >>> from semu_peft.language import text_examples
         >>> model = get_peft_model(decoder, SemuConfig(target_modules="all-linear"))  # of a loaded model
         >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
-        >>> methods.wga(model, forget, max_steps=2, progress=False).steps
-        2
+        >>> methods.wga(model, forget, max_steps=2, progress=False).stop_reason
+        'the forget data are forgotten'
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, forget, WGA(beta), keep(retain, CrossEntropy(), retain_weight), **said)
