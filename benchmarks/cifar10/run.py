@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ Rows = dict[str, dict[str, ForgettingMetrics]]
 Attacked = dict[str, dict[str, dict[str, Any]]]
 
 
+def merged(before: dict[str, dict[str, Any]], rows: Rows) -> Rows:
+    """The rows of a file, with those measured now."""
+    known = {name: {task: ForgettingMetrics(**row) for task, row in each.items()} for name, each in before.items()}
+    return known | {name: known.get(name, {}) | each for name, each in rows.items()}
+
+
 def attacked(model: nn.Module, task: ForgettingTask, label: str) -> dict[str, Any]:
     """What attacks bring back of a class, measured on its test images."""
     assert task.test_forgotten is not None
@@ -120,7 +126,9 @@ def attacked(model: nn.Module, task: ForgettingTask, label: str) -> dict[str, An
     return found
 
 
-def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None, attacks: bool = False) -> tuple[Rows, Attacked]:
+def run(
+    tasks: Iterable[ForgettingTask], kind: str, only: Sequence[str], attacks: bool = False
+) -> tuple[Rows, Attacked]:
     """All methods on all tasks: metrics, and what attacks found, by method, by task."""
     rows: Rows = {}
     found: Attacked = {}
@@ -132,7 +140,7 @@ def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None, attacks: b
         rows.setdefault("retrained (gold)", {})[task.name] = evaluate(task.gold, task, 0, None, "retrained (gold)")
         rows.setdefault("original (do nothing)", {})[task.name] = evaluate(task.original, task, 0, None, "original")
         for method in methods(kind, semu_parameters):
-            if only and only not in method.name:
+            if only and method.name not in only:
                 continue
             done = method.run(task, method.learning_rate, method.epochs)
             semu_parameters.setdefault(task.name, done.trainable_parameters)
@@ -144,7 +152,22 @@ def run(tasks: Iterable[ForgettingTask], kind: str, only: str | None, attacks: b
     return rows, found
 
 
-def table(rows: dict[str, dict[str, ForgettingMetrics]]) -> str:
+def tables(rows: Rows) -> list[str]:
+    """One table for each set of tasks that rows have in common: the rows that were measured on all of these."""
+    sets = sorted({frozenset(by_task) for by_task in rows.values()}, key=len)
+    return [
+        table(
+            {
+                name: {task: by_task[task] for task in sorted(tasks)}
+                for name, by_task in rows.items()
+                if tasks <= set(by_task)
+            }
+        )
+        for tasks in sets
+    ]
+
+
+def table(rows: Rows) -> str:
     """Means over the tasks, with the standard deviation of the average gap, as Markdown."""
     gold = rows["retrained (gold)"]
     lines = [
@@ -176,7 +199,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     parser.add_argument("--compile", action="store_true", help="train the cached models with torch.compile")
     parser.add_argument("--attacks", action="store_true", help="attack each model too; for --task class")
-    parser.add_argument("--only", help="run only the methods whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[], help="run these methods alone, and keep the file's other rows")
     arguments = parser.parse_args()
     if arguments.attacks and arguments.task != "class":
         parser.error("--attacks is for --task class: random examples are no knowledge that relearning brings back")
@@ -188,17 +211,17 @@ def main() -> None:
     print(table(rows))
     if found:
         print(attack_columns.table(found))
-    if arguments.only:
-        return
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"cifar10_{arguments.task}.json"
+    if arguments.only and path.exists():
+        rows = merged(json.loads(path.read_text())["rows"], rows)
     temporary = path.with_suffix(".partial")
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
         "task": arguments.task,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
-        "table": table(rows),
+        "tables": tables(rows),
         "rows": {
             name: {task: dataclasses.asdict(metrics) for task, metrics in row.items()} for name, row in rows.items()
         },

@@ -16,7 +16,7 @@ from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.tuner.layer import SemuLayer
 
 from .base_weight import whole_weight
-from .ranks import explained_variance_of
+from .ranks import explained_variance_of, least_rank
 from .retain import Overlap, RetainRule, apart_from
 
 # Side by side are so many numbers of gradients. What is needed beside them to factorise them is about as much at the
@@ -61,6 +61,7 @@ def find_directions(
     }
     found: dict[str, SingularFactors] = {}
     overlaps: dict[str, Overlap | None] = {}
+    few = least_rank(layers, adapter_name)
     bar = tqdm(total=len(extents), desc="Factorising", disable=not progress, leave=False)
     for names in _portions(extents, sums, retained):
         gamma, least, most = extents[names[0]]
@@ -70,6 +71,11 @@ def find_directions(
             each = [_beyond(total, skip, least, most) for total in totals]
         else:
             each = type(totals[0]).factorize_each(totals, least, most)
+            wanted = few if most is None else min(few, most)
+            each = [
+                factors if factors.rank >= wanted else total.factorize(1.0, wanted)
+                for total, factors in zip(totals, each, strict=True)
+            ]
         kept_ones = [retained.pop(name) for name in names] if retained is not None else []
         kept = (
             type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance) if kept_ones else [None] * len(each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -125,8 +126,9 @@ def plan_ranks(
     """The rank of each layer, from the directions that were found and all that has been asked for.
 
     A layer gets the rank that `SemuConfig.rank_pattern` names for it, or else as many directions as explain γ of its
-    energy, `SemuConfig.r` at the most; in any case no more than were found. A budget is then spread over the layers,
-    with these ranks as upper bounds.
+    energy, `SemuConfig.r` at the most; in any case no more than were found. Where that leaves all cores together fewer
+    numbers than `SemuConfig.min_parameters`, the lowest ranks are raised. A budget is spread over the layers instead,
+    with the ranks by γ as upper bounds.
 
     Args:
         found: Each layer's directions by name.
@@ -144,7 +146,7 @@ def plan_ranks(
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SemuConfig(target_modules=["0"]))
         >>> found = {"0": leading_factors(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])), 1.0)}
         >>> plan_ranks(found, semu_layers(model)), plan_ranks(found, semu_layers(model), budget=RankBudget(1))
-        ({'0': 3}, {'0': 1})
+        ({'0': 4}, {'0': 1})
     """
     wishes = (
         {} if explained_variance is not None else {name: layers[name].requested_ranks[adapter_name] for name in found}
@@ -154,14 +156,17 @@ def plan_ranks(
     }
     for share in {*shares.values()}:
         check_explained_variance(share)
-    ranks = {}
+    ranks, most = {}, {}
     for name, rank in _ranks_by_energy(found, shares).items():
         wished = wishes.get(name)
         config = layers[name].configs[adapter_name]
         upper = found[name].rank if config.r is None or wished is not None else min(config.r, found[name].rank)
         ranks[name] = min(rank if wished is None else wished, upper)
-    if budget is None or not found:
+        most[name] = ranks[name] if wished is not None else upper
+    if not found:
         return ranks
+    if budget is None:
+        return _raised(ranks, most, found, layers, adapter_name)
     energies, totals = (
         _on_host({name: getattr(factors, part).double() for name, factors in found.items()})
         for part in ("singular_values", "energy")
@@ -175,6 +180,39 @@ def plan_ranks(
         for name in found
     }
     return spread_budget(bids, budget)
+
+
+def least_rank(layers: Mapping[str, SemuLayer], adapter_name: str = "default") -> int:
+    """The rank of every layer that gives all cores together the numbers that `SemuConfig.min_parameters` wants."""
+    config = next(iter(layers.values())).configs[adapter_name]
+    share = config.min_parameters / len(layers)
+    return math.ceil(share if config.core == "diagonal" else math.sqrt(share))
+
+
+def _raised(
+    ranks: dict[str, int],
+    upper: Mapping[str, int],
+    found: Mapping[str, SingularFactors],
+    layers: Mapping[str, SemuLayer],
+    adapter_name: str,
+) -> dict[str, int]:
+    """The ranks, none below the smallest one at which the cores have the numbers that are wanted at least."""
+    config = next(iter(layers.values())).configs[adapter_name]
+    matrices = {name: math.prod(factors.singular_values.shape[:-1]) for name, factors in found.items()}
+
+    def numbers(ranks: Mapping[str, int]) -> int:
+        return sum(matrices[name] * (rank if config.core == "diagonal" else rank**2) for name, rank in ranks.items())
+
+    if numbers(ranks) >= config.min_parameters:
+        return ranks
+    raised = ranks
+    # A direction that the gradient does not have, or that was taken out of it, is none.
+    there = _on_host({name: (factors.singular_values > 0).sum(-1).amax() for name, factors in found.items()})
+    for least in range(2, least_rank(layers, adapter_name) + 1):
+        raised = {name: rank and max(rank, min(least, upper[name], int(there[name]))) for name, rank in ranks.items()}
+        if numbers(raised) >= config.min_parameters:
+            break
+    return raised
 
 
 def _ranks_by_energy(found: Mapping[str, SingularFactors], shares: Mapping[str, float]) -> dict[str, int]:

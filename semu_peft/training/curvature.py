@@ -155,6 +155,11 @@ class WholeMatrix(Curvature):
         return result
 
     @property
+    def scale(self) -> float:
+        """What an average direction costs, the mean of the diagonal."""
+        return self.mean.diagonal().mean().item()
+
+    @property
     def mean(self) -> Tensor:
         """`F`, `(P, P)`."""
         return self.total / self.weight.clamp_min(1e-12).to(self.total.dtype)

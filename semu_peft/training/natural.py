@@ -46,6 +46,10 @@ class NaturalGradient:
             whole matrix up to 4,096 trained numbers, but for texts, few of which say too little of so many together.
         damping: `λ`, relative to the mean of the curvature's or a factor's diagonal. That of the whole matrix adapts
             itself.
+        proximal: What nothing is known of stays as it is: without retain data, half of this times the curvature of an
+            average direction times `‖R − R₀‖²` is added to what is minimised (a proximal term; the curvature is the
+            largest seen). Else the last steps buy a little loss along directions that the forget data hardly see and
+            all other data may. 0 leaves it out; factors, and runs with retain data, do without it.
         decay: What each new batch leaves of the running curvature's weight.
         refresh: Take the curvature anew every this many steps.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
@@ -68,6 +72,7 @@ class NaturalGradient:
     tolerance: float = 0.01
     curvature: CurvatureKind = "auto"
     damping: float = 0.1
+    proximal: float = 0.01
     decay: float = 0.8
     refresh: int = 2
     patience: int = 4
@@ -77,6 +82,8 @@ class NaturalGradient:
             value = getattr(self, name)
             if value is not None and finite_number(value, name) <= 0:
                 raise ValueError(f"`{name}` must be above zero, got {value!r}. {mend}")
+        if finite_number(self.proximal, "proximal") < 0:
+            raise ValueError(f"`proximal` must be zero or more, got {self.proximal!r}. Take 0.01.")
         if not 0 <= finite_number(self.decay, "decay") < 1:
             raise ValueError(f"`decay` must be from 0 up to below 1, got {self.decay!r}. Take 0.8.")
         for name in ("refresh", "patience"):

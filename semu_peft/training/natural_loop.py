@@ -78,6 +78,7 @@ class NaturalLoop(Loop):
         self.failures = self.stalled = 0
         self.running, self.lowest = math.nan, math.inf
         self.start = self.best = self._flat()
+        self.pull = 0.0  # towards the start, in nats a squared number
         self.start_loss = math.nan
         self.choose = choose
         self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
@@ -180,7 +181,7 @@ class NaturalLoop(Loop):
 
     def _note_running_loss(self, here: Tried) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
-        loss = here.values["loss"]
+        loss = here.values["loss"] + self._strain(self._flat())
         old = self.running
         self.running = loss if math.isnan(old) else _MEMORY * old + (1 - _MEMORY) * loss
         falls = _FALL_THAT_COUNTS * self._enough(self.lowest)
@@ -217,7 +218,8 @@ class NaturalLoop(Loop):
         else:
             ends = [self._flat(), self.best, self.start]
         tried = [self._at(end) for end in ends]
-        losses = [each.values["loss"] if math.isfinite(each.values["loss"]) else math.inf for each in tried]
+        losses = [each.values["loss"] + self._strain(end) for each, end in zip(tried, ends, strict=True)]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         lowest = losses.index(min(losses))
         self._move_to(ends[lowest])
         self._enter_into_history(tried[lowest].values)
@@ -237,7 +239,9 @@ class NaturalLoop(Loop):
         gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
         if is_due:
             self._observe(here)
-        gradient = self._under_rules(step, gradient)
+            if isinstance(self.curvature, WholeMatrix) and not self.retained:
+                self.pull = max(self.pull, self.natural.proximal * self.curvature.scale)
+        gradient = self._under_rules(step, gradient) + self.pull * (start - self.start)
         tried, kl = self._first_good(step, here, terms, start, gradient, keep_graph=keep_graph)
         self.progress.step += 1
         if self.choose is not None:
@@ -257,7 +261,8 @@ class NaturalLoop(Loop):
             self._move_to(start + direction)
             self._apply(step, "update")
             tried = self.trials.evaluate(terms, with_gradient=keep_graph)
-            outcome = self._outcome(here, tried, predicted)
+            relief = self._strain(start) - self._strain(self._flat())
+            outcome = self._outcome(here, tried, predicted, relief)
             if self.control.is_good(outcome):
                 self.failures = 0
                 return tried, outcome.kl
@@ -268,9 +273,13 @@ class NaturalLoop(Loop):
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
         return (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
 
-    def _outcome(self, here: Tried, tried: Tried, predicted: float) -> Outcome:
+    def _strain(self, place: Tensor) -> float:
+        """What it costs to be away from the start."""
+        return 0.5 * self.pull * (place - self.start).square().sum().item()
+
+    def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
         limit = self.natural.max_retain_kl
-        fall = here.values["loss"] - tried.values["loss"]
+        fall = here.values["loss"] - tried.values["loss"] + relief
         return Outcome(fall, predicted, *self.trials.moved(here, tried), limit is not None and tried.damage > limit)
 
     def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
@@ -430,7 +439,7 @@ class NaturalLoop(Loop):
             setattr(self, name, state[name])
 
 
-_NUMBERS = ("failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+_NUMBERS = ("pull", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

@@ -80,6 +80,11 @@ class SemuConfig(PeftConfig):
         explained_variance_pattern (`dict[str, float]`):
             Another γ for some layers: by name, name ending or regular expression, the first that matches. The paper
             uses 1.0 for the attention layers of diffusion models.
+        min_parameters (`int`, defaults to 48):
+            How many numbers all cores are to have together at least. Where γ gives fewer, as for a class that the model
+            is sure of, whose gradient has one direction a layer, every layer is raised to the same smallest rank that
+            is enough: in a handful of numbers nothing can be forgotten without taking other things along. `r` and
+            `rank_pattern` stay as they are. 0 leaves the ranks to γ alone, as in the paper.
         r (`int`, *optional*):
             Upper bound on every layer's rank. With `init_weights="weight"` or `False`, where no gradient decides, it
             *is* the rank.
@@ -161,6 +166,9 @@ class SemuConfig(PeftConfig):
     explained_variance_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Another explained_variance by layer name, ending or pattern."}
     )
+    min_parameters: int = field(
+        default=48, metadata={"help": "How many numbers all cores are to have together at least; 0: γ alone decides."}
+    )
     r: int | None = field(default=None, metadata={"help": "Upper bound on every layer's rank."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks that some layers are to have, by name, ending or pattern."}
@@ -227,6 +235,9 @@ class SemuConfig(PeftConfig):
             )
         if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ValueError(f"`r` must be a positive integer or None (no upper bound on the rank), got {self.r!r}.")
+        least = self.min_parameters
+        if not isinstance(least, int) or isinstance(least, bool) or least < 0:
+            raise ValueError(f"`min_parameters` must be an integer of zero or more, got {least!r}. Use 0 for γ alone.")
         _check_choice("conv_mode", self.conv_mode, ("flatten", "per_channel"))
         _check_choice("core", self.core, ("full", "diagonal"))
         _check_choice("init_weights", self.init_weights, (True, False, "weight"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models import Mlp, vector_batches
 from peft import get_peft_model
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.subspace import RankBudget
 from semu_peft.subspace.ranks import Candidate, spread_budget
 from semu_peft.tuner.adapted import semu_layers
@@ -97,6 +99,45 @@ def test_explained_variance_by_pattern() -> None:
     assert 0.9 <= profile.layers["head"].explained_variance < 1
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+@pytest.mark.parametrize("statistic", [GradientSum, Sketch.of_size(6)], ids=["exact", "sketch"])
+def test_a_handful_of_numbers_becomes_enough(core: str, statistic: Any) -> None:
+    """All layers are raised to the smallest common rank that is enough; the directions are the gradient's next ones."""
+    ranks, bases = {}, {}
+    for least in (0, 4, 27, 30):
+        config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.05, min_parameters=least, core=core)
+        torch.manual_seed(0)
+        model = get_peft_model(Mlp(), config)
+        profile = initialize_semu_weights(model, vector_batches(), FORGET, statistic=statistic, progress=False)
+        ranks[least] = list(profile.ranks.values())
+        bases[least] = {name: layer.semu_U["default"] for name, layer in semu_layers(model).items()}
+    numbers = {least: sum(r if core == "diagonal" else r * r for r in each) for least, each in ranks.items()}
+    assert ranks[0] == [1, 1, 1]
+    if core == "full":
+        assert ranks[4] == [2, 2, 2] and ranks[27] == [3, 3, 3] and ranks[30] == [4, 4, 3]
+    else:
+        assert ranks[4] == [2, 2, 2] and numbers[27] == sum(ranks[27]) and max(ranks[27]) > 5
+    for name, basis in bases[4].items():
+        torch.testing.assert_close(bases[27][name][:, :2].abs(), basis.abs(), atol=1e-4, rtol=1e-3)
+
+
+def test_other_wishes_come_before_the_least_number() -> None:
+    """`r` and `rank_pattern` stay, a budget counts from what γ gives, and no direction is made up."""
+    config = SemuConfig(
+        target_modules=Mlp.targets, explained_variance=0.05, min_parameters=10_000, r=2, rank_pattern={"head": 1}
+    )
+    assert initialize_semu_weights(get_peft_model(Mlp(), config), vector_batches(), FORGET, progress=False).ranks == {
+        "fc1": 2, "fc2": 2, "head": 1,
+    }  # fmt: skip
+    config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.05, min_parameters=10_000)
+    model = get_peft_model(Mlp(), config)
+    profile = initialize_semu_weights(model, vector_batches(), FORGET, rank_budget=RankBudget(3), progress=False)
+    assert sum(profile.ranks.values()) == 3
+    one = [tuple(part[:1] for part in batch) for batch in vector_batches()[:1]]
+    profile = initialize_semu_weights(get_peft_model(Mlp(), config), one, FORGET, progress=False)
+    assert set(profile.ranks.values()) == {1}  # the gradient of one example
+
+
 @pytest.mark.parametrize("pattern", [{"fc1": 0.0}, {"fc1": 1.5}, {"fc1": True}, ["fc1"]])
 def test_bad_explained_variance_pattern(pattern: object) -> None:
     with pytest.raises(ValueError, match="explained_variance_pattern"):
@@ -105,7 +146,7 @@ def test_bad_explained_variance_pattern(pattern: object) -> None:
 
 def test_rank_pattern_fixes_ranks_and_stays_as_it_was_written() -> None:
     """By ending or expression; a new initialisation goes by it again."""
-    config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.3, rank_pattern={r"fc.": 4})
+    config = SemuConfig(target_modules=Mlp.targets, explained_variance=0.3, min_parameters=0, rank_pattern={r"fc.": 4})
     model = get_peft_model(Mlp(), config)
     assert not any(layer.is_initialized("default") for layer in semu_layers(model).values())
     profile = initialize_semu_weights(model, vector_batches(), FORGET, progress=False)

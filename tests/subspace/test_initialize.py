@@ -82,7 +82,10 @@ def test_bases_are_those_of_the_dense_gradient(
         for name in names:
             weight = base.get_submodule(name).weight.detach()
             gradients[name] -= (gradients[name] * weight).sum() / (weight * weight).sum() * weight
-    config = SemuConfig(target_modules=names, explained_variance=gamma, conv_mode=mode, orthogonal_to_weight=orthogonal)
+    config = SemuConfig(
+        target_modules=names, explained_variance=gamma, min_parameters=0, conv_mode=mode,
+        orthogonal_to_weight=orthogonal,
+    )  # fmt: skip
     model = get_peft_model(base, config)
     profile = initialize_semu_weights(model, batches, FORGET, progress=False)
     assert profile.batches == 3
@@ -171,7 +174,9 @@ def test_two_runs_are_bit_identical(kind: type[Mlp | Cnn], mode: str) -> None:
 def test_ranks_are_written(way: str, tmp_path: Path) -> None:
     """The ranks stand in the configuration by full layer name, so that the adapter loads without data."""
     base = same(vit)
-    config = SemuConfig(target_modules=[VIT["query"], VIT["up"], "projection"], explained_variance=0.8)
+    config = SemuConfig(
+        target_modules=[VIT["query"], VIT["up"], "projection"], explained_variance=0.8, min_parameters=0
+    )
     if way == "peft":
         model: Any = get_peft_model(base, config)
     elif way == "injected":

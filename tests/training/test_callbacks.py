@@ -110,12 +110,12 @@ def test_the_best_weights_are_kept_across_a_resume(at: int, tmp_path: Path) -> N
             output_dir=tmp_path, **QUIET, **options,
         )  # fmt: skip
 
-    whole, resumed = semu(), semu()
+    whole, resumed = semu(min_parameters=0), semu(min_parameters=0)
     expected = run(whole)
     metrics = [entry["metric"] for entry in expected.history if "metric" in entry]
     assert metrics[0] == max(metrics)
     with pytest.raises(Interrupted):
-        run(semu(), dies_after=at, checkpointing_steps=at)
+        run(semu(min_parameters=0), dies_after=at, checkpointing_steps=at)
     assert run(resumed, resume_from_checkpoint="latest").history == expected.history
     assert_same_state(trained_state(resumed), trained_state(whole))
 

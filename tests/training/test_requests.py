@@ -17,7 +17,7 @@ from semu_peft.evaluation import predict
 from semu_peft.tuner.adapted import semu_layers
 
 CLASSES = 6
-CONFIG = SemuConfig(target_modules=["0", "2"])
+CONFIG = SemuConfig(target_modules=["0", "2"], min_parameters=0)
 
 
 def examples(label: int) -> list[Any]:

@@ -69,6 +69,8 @@ def test_explained_variance_inside_its_range(value: float) -> None:
         ({"r": 2.0}, ["`r`", "2.0"]),
         ({"r": True}, ["`r`", "True"]),
         ({"r": "4"}, ["`r`", "'4'"]),
+        ({"min_parameters": -1}, ["`min_parameters`", "-1"]),
+        ({"min_parameters": 2.5}, ["`min_parameters`", "2.5"]),
         ({"rank_pattern": {"fc": -1}}, ["`rank_pattern`", "fc"]),
         ({"rank_pattern": {"fc": 1.5}}, ["`rank_pattern`", "1.5"]),
         ({"rank_pattern": ["fc"]}, ["`rank_pattern`"]),

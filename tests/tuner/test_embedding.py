@@ -61,7 +61,9 @@ def test_initialisation_factorises_the_sum_of_gradients(sparse: bool) -> None:
     for batch in batches():
         loss(reference, batch).backward()
     left, _, right = torch.linalg.svd(reference.tokens.weight.grad, full_matrices=False)
-    model = get_peft_model(tagger(sparse=sparse), SemuConfig(target_modules=["tokens"], explained_variance=0.8))
+    model = get_peft_model(
+        tagger(sparse=sparse), SemuConfig(target_modules=["tokens"], explained_variance=0.8, min_parameters=0)
+    )
     profile = initialize_semu_weights(model, batches(), loss, progress=False)
     layer, rank = semu_layers(model)["tokens"], profile.ranks["tokens"]
     assert 0 < rank < DIMENSION

@@ -1,0 +1,122 @@
+"""Forget a CIFAR-10 class at every γ, step size and choice of layers: does any setting destroy or fail?
+
+    OMP_NUM_THREADS=1 python benchmarks/cifar10/settings.py --data DIR
+
+SEMU by natural gradients without retain data, everything else at its default. The gap is to the model retrained without
+the class. Run again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import TARGET_MODULES, best_objective, loader
+from peft import get_peft_model
+from run import evaluate
+from tasks import ForgettingTask, class_tasks
+
+from semu_peft import NaturalGradient, SemuConfig, initialize_semu_weights, unlearn
+from semu_peft.evaluation import ForgettingMetrics
+
+LAYERS = {"all layers": TARGET_MODULES, "classifier only": "classifier"}
+GAMMAS = (0.8, 0.9, 0.95, 0.99, 1.0)
+KLS = (0.02, 0.1, 0.3)
+
+
+def forget(task: ForgettingTask, layers: str, gamma: float, kl: float) -> dict[str, Any]:
+    """One run, and what it left."""
+    started, objective = time.process_time(), best_objective(task)
+    config = SemuConfig(target_modules=LAYERS[layers], explained_variance=gamma)
+    model = get_peft_model(copy.deepcopy(task.original), config)
+    initialize_semu_weights(model, loader(task.forget, task.seed), objective, progress=False)
+    result = unlearn(
+        model, loader(task.forget, task.seed), objective, optimizer=NaturalGradient(kl=kl), seed=task.seed,
+        progress=False,
+    )  # fmt: skip
+    seconds = time.process_time() - started
+    metrics = evaluate(model, task, result.trainable_parameters, seconds, f"{layers}, γ {gamma}, kl {kl}")
+    return {
+        **figures(metrics), "trained": result.trainable_parameters, "steps": result.steps, "seconds": seconds,
+        "stop reason": result.stop_reason,
+    }  # fmt: skip
+
+
+def figures(metrics: ForgettingMetrics) -> dict[str, float]:
+    named = {"UA": metrics.unlearning_accuracy, "RA": metrics.retain_accuracy, "TA": metrics.test_accuracy}
+    return named | {"MIA": metrics.membership_inference}
+
+
+def gap(row: dict[str, Any], gold: dict[str, Any]) -> float:
+    """The mean distance of the four figures."""
+    return sum(abs(row[key] - gold[key]) for key in ("UA", "RA", "TA", "MIA")) / 4
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Gaps by class, a line for each setting."""
+    names = sorted({key.split(" | ")[0] for key in rows})
+    lines = [
+        f"| layers | γ | kl | {' | '.join(f'gap, {name}' for name in names)} | trained | steps |",
+        "| --- " * (5 + len(names)) + "|",
+    ]
+    for layers in LAYERS:
+        for gamma in GAMMAS:
+            for kl in KLS:
+                found = [rows.get(f"{name} | {layers} | {gamma} | {kl}") for name in names]
+                if not all(found):
+                    continue
+                gaps = [f"{row['gap']:.2f}" for row in found if row]
+                trained, steps = (", ".join(f"{row[key]:,}" for row in found if row) for key in ("trained", "steps"))
+                lines.append(f"| {layers} | {gamma} | {kl} | {' | '.join(gaps)} | {trained} | {steps} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with CIFAR-10's train.parquet and test.parquet"
+    )
+    parser.add_argument("--classes", type=int, nargs="+", default=[0, 3, 8], help="classes to forget, one at a time")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cifar10"), help="folder of the trained models")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    arguments = parser.parse_args()
+    path = arguments.output / "cifar10_settings.json"
+    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for task in class_tasks(arguments.data, arguments.cache, arguments.classes, 0):
+        name = task.name.split(",")[0]
+        gold_key = f"{name} | retrained (gold)"
+        if gold_key not in rows:
+            rows[gold_key] = figures(evaluate(task.gold, task, 0, None, "retrained (gold)"))
+        for layers in LAYERS:
+            for gamma in GAMMAS:
+                for kl in KLS:
+                    key = f"{name} | {layers} | {gamma} | {kl}"
+                    if key not in rows:
+                        row = forget(task, layers, gamma, kl)
+                        rows[key] = {**row, "gap": gap(row, rows[gold_key])}
+                        write(rows, path)
+    print(table(rows))
+
+
+def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "torch": torch.__version__,
+        "seconds": "processor time",
+        "table": table(rows),
+        "rows": rows,
+    }
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
+    temporary.rename(path)
+
+
+if __name__ == "__main__":
+    main()
