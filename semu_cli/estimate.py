@@ -54,8 +54,8 @@ class Estimate:
         else:
             steps = "1 step (it stops by itself)" if self.steps is None else f"{self.steps} steps"
             lines.append(
-                f"Time: at least {self.seconds:.1f} s, for {self.batches} batches and {steps}, a pass of "
-                f"{self.step_seconds:.2f} s each; natural gradients and data to keep take more."
+                f"Time: {_time(self.seconds)}, for {self.batches} batches and {steps}, at {self.step_seconds:.2g} s "
+                "a pass; loading, natural gradients and data to keep come on top."
             )
         return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
 
@@ -120,6 +120,11 @@ def last_third(model: Any) -> list[str]:
 
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     return names[-math.ceil(len(names) / 3) :]
+
+
+def _time(seconds: float) -> str:
+    """No digit of what is too short to matter: 0.0 s would say that it takes none."""
+    return "under a second" if seconds < 1 else f"at least {seconds:.1f} s"
 
 
 def _size(count: int) -> str:

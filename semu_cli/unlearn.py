@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,8 +107,9 @@ def images(
         words.append(f"Images of the other classes: {before['retain']:.1f}% before, {after['retain']:.1f}% now.")
     if before.get("retain", 0.0) - after.get("retain", 0.0) > 1 and retain is None:
         words.append(f"To hold the others better, give them: --retain {forget}")
-    then = f"semu evaluate --model {model} --adapter {output_dir} --forget {forget}"
-    return _told(record, words, output_dir, then + (f" --forget-class {forget_class}" if forget_class else ""))
+    then = ["semu", "evaluate", "--model", model, "--adapter", str(output_dir), "--forget", str(forget)]
+    then += ["--forget-class", forget_class] if forget_class else []
+    return _told(record, words, output_dir, shlex.join(then))
 
 
 def text(
@@ -157,15 +159,20 @@ def text(
         progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
     first, last = done.training.history[0], done.training.history[-1]
-    probability = {"before": first.get("answer_probability"), "after": last.get("answer_probability")}
+    before, after = first.get("answer_probability"), last.get("answer_probability")
+    probability = {"before": before, "after": after}
     found = {"token_probability": probability, "examples": len(done.examples)}
     record = _record("text", settings, done.profile, done.training, found)
     write_adapter(output_dir, _saver(done.model, adapter_name), record)
     words = [f"{len(done.examples)} texts or answers."]
-    if None not in probability.values():
-        words[0] += f" Their tokens had probability {probability['before']:.3f} on average, and have now "
-        words[0] += f"{probability['after']:.3f}, in the batches that were trained on."
-    return _told(record, words, output_dir, f"semu evaluate --model {model} --adapter {output_dir} --forget {forget}")
+    if before is not None and after is not None:
+        words[0] += f" Their tokens had probability {before:.3f} on average, and have now "
+        words[0] += f"{after:.3f}, in the batches that were trained on."
+        if after > 0.9 * before:
+            words.append(_hardly_forgotten(retain, template))
+    then = ["semu", "evaluate", "--model", model, "--adapter", str(output_dir), "--forget", forget]
+    then += [] if settings["template"] is None else ["--template", settings["template"]]
+    return _told(record, words, output_dir, shlex.join([*then, "--metrics", "probability"]))
 
 
 def concept(
@@ -222,8 +229,16 @@ def concept(
     record = _record("concept", settings, done.profile, done.training, {"loss": losses, "examples": len(examples_made)})
     write_adapter(output_dir, lambda folder: save_adapter(denoiser, folder, adapter_name=adapter_name), record)
     words = [f"{', '.join(map(repr, forget))}: the loss went from {losses['before']:.4f} to {losses['after']:.4f}."]
-    then = f"semu export --model {model} --adapter {output_dir} --to diffusers --output-dir {output_dir}-lora"
-    return _told(record, words, output_dir, then)
+    then = ["semu", "export", "--model", model, "--adapter", str(output_dir), "--to", "diffusers"]
+    return _told(record, words, output_dir, shlex.join([*then, "--output-dir", f"{output_dir}-lora"]))
+
+
+def _hardly_forgotten(retain: str | None, template: str | None) -> str:
+    """What to try where a run ended with the answers as likely as before: it is no success because it ended."""
+    tries = [] if retain is not None else ["give data that must stay, --retain others.jsonl"]
+    tries += [] if template is not None else ["write --template as the model was trained"]
+    tries.append("take another --method")
+    return f"Hardly anything was forgotten. Things to try: {'; '.join(tries)}."
 
 
 def _others(retain: str, base: Any, forget_class: str | None) -> Any:

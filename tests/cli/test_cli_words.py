@@ -1,0 +1,39 @@
+"""What `semu` says in words: an honest estimate, a run that forgot nothing, and the command to type next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import cli_models
+from typer.testing import CliRunner
+
+from semu_cli import app
+from semu_cli.estimate import Estimate
+
+
+def estimated(seconds: float) -> str:
+    return " ".join(Estimate(1000, 2, 64, 2, 10, 4000, 2000, seconds / 12, seconds).told().words)
+
+
+def test_an_estimate_does_not_say_that_a_run_takes_no_time() -> None:
+    assert "Time: under a second, for 2 batches" in estimated(0.012) and "at 0.001 s a pass" in estimated(0.012)
+    assert "Time: at least 24.0 s," in estimated(24.0) and "at 2 s a pass" in estimated(24.0)
+
+
+def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_template(tmp_path: Path) -> None:
+    model, forget = cli_models.language_model(tmp_path / "a model"), cli_models.facts(
+        tmp_path / "facts.jsonl", cli_models.FACTS[:1]
+    )  # fmt: skip
+    template = "Question: {question}\\nAnswer: {answer}"
+    told = CliRunner().invoke(
+        app,
+        ["unlearn", "text", "--model", str(model), "--forget", str(forget), "--template", template, "--max-steps", "1",
+         "--output-dir", str(tmp_path / "out"), "--no-progress"],
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    said = " ".join(told.output.split())
+    assert "Hardly anything was forgotten." in said and "--retain" in said and "write --template" not in said
+    following = shlex.split(told.output[told.output.index("Next: ") + 6 :])
+    assert following[following.index("--template") + 1] == template
+    assert following[following.index("--model") + 1] == str(model)
