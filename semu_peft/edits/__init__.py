@@ -6,6 +6,7 @@ from .edit import Applied, Edit
 from .influence import influence_step, newton_step
 from .noise import noise_columns
 from .pruning import prune_weights
+from .reversal import concept_target, reverse_rows
 from .ridge import Certificate, RidgeHead
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "Certificate",
     "Edit",
     "RidgeHead",
+    "concept_target",
     "dampen",
     "influence_step",
     "newton_step",
     "noise_columns",
     "prune_weights",
+    "reverse_rows",
 ]

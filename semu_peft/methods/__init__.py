@@ -3,7 +3,7 @@
 from .baselines import bad_teacher, boundary_shrink, dmm, fine_tune, l1_sparse, laf, neg_grad_plus, scrub, unsir
 from .classification import amun, deep_delete, delete, salun, semu, unseen_confidence
 from .diffusion import concept_ablation, esd, uce
-from .editing import acu, chip, iau, k_fade, lfssd, needle, rocr, slug, ssd
+from .editing import acu, chip, iau, k_fade, lfssd, needle, rocr, slug, ssd, tars
 from .gating import eco, guard, ksd, neuron_adjust, o3, uld, whp
 from .geometry import cir, gu, lat, npo_sam, repselect, wagle
 from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
@@ -64,6 +64,7 @@ __all__ = [
     "simnpo",
     "slug",
     "ssd",
+    "tars",
     "tpo",
     "uce",
     "uld",

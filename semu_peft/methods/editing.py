@@ -6,7 +6,7 @@ carried as an adapter; the others put an adapter into the model that is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from semu_peft.adapter.search_scale import ScaleSearch, search_scale
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
-from semu_peft.edits import Certificate, Edit, RidgeHead, dampen, influence_step, newton_step, noise_columns
+from semu_peft.edits import (
+    Certificate,
+    Edit,
+    RidgeHead,
+    concept_target,
+    dampen,
+    influence_step,
+    newton_step,
+    noise_columns,
+    reverse_rows,
+)
 from semu_peft.gradients import CoreCovariance, GradientSum, InputMoment
 from semu_peft.gradients.gather import gather
 from semu_peft.gradients.parameters import AbsoluteSum, gather_parameters
@@ -358,3 +368,44 @@ def needle(model: nn.Module, columns: Mapping[str, Sequence[int]], *, std: float
         Edit(noise_columns(std=0.1, seed=0): 3 numbers of 1 parameters)
     """
     return noise_columns(model, columns, std=std, seed=seed)
+
+
+def tars(
+    model: nn.Module,
+    layers: Collection[str],
+    hidden: Tensor,
+    token: int,
+    *,
+    threshold: float = 0.5,
+    std: float = 0.1,
+    tries: int = 1000,
+    seed: int = 0,
+) -> Edit:
+    """TARS: the rows that read a concept are turned against it, `w ← −‖w‖ t / ‖t‖` where `cos(w, t) ≥ τ`.
+
+    Source: TARS, 2024, arXiv 2412.10257.
+
+    Args:
+        model: A transformers language model; it is not changed.
+        layers: Names of linear layers that read the hidden state, such as up- and gate-projections.
+        hidden: What the head reads at the end of a detailed prompt for the concept; noise is added until the head reads
+            the concept from it.
+        token: The index of the concept's first token.
+        threshold: `τ`.
+        std: Of the noise, in parts of the size of `hidden`.
+        tries: So many draws at the most.
+        seed: Of the draws.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import methods
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> up = model.model.layers[0].mlp.up_proj.weight
+        >>> up.data[2] = model.lm_head.weight.data[5] = torch.full((8,), 2.0)
+        >>> methods.tars(model, ["model.layers.0.mlp.up_proj"], up.detach()[2], 5, threshold=0.99)
+        Edit(reverse_rows(threshold=0.99): 8 numbers of 1 parameters)
+    """
+    target = concept_target(model, hidden, token, std=std, tries=tries, seed=seed)
+    return reverse_rows(model, layers, target, threshold=threshold)

@@ -177,6 +177,8 @@ _ROWS = (
            "Who's Harry Potter, 2310.02238", (), "a teacher for the model itself; served, not handed out"),
     Method(editing.needle, "language", "v + N(0, σ²)", "noise_columns", "ConceptVectors, 2406.11614", ("columns",),
            "an oracle: where it is known which neurons hold the concept"),
+    Method(editing.tars, "language", "w ← −‖w‖ t / ‖t‖ where cos(w, t) ≥ τ", "concept_target × reverse_rows",
+           "TARS, 2412.10257", ("layers", "concept tokens"), "a concept of one word, without data or training"),
     Method(diffusion.uce, "diffusion", "W′ = (Σ W c* cᵀ + W C)(Σ c cᵀ + C)⁻¹", "edit_concepts", "UCE, 2308.14761", (),
            "a hundred concepts in seconds"),
     Method(diffusion.esd, "diffusion", "‖ε − (ε₀(∅) − η (ε₀(c) − ε₀(∅)))‖²", "subspace × NegativeGuidance",

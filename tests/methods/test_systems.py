@@ -35,10 +35,12 @@ HERE = {
     "task vector": "adapter.search_scale.search_scale", "orthogonal LoRA": "subspace.retain.apart_from",
     "O3": "methods.o3", "ECO": "methods.eco", "GUARD": "methods.guard", "ULD": "methods.uld", "WHP": "methods.whp",
     "Neuron Adjust": "methods.neuron_adjust", "KSD": "methods.ksd",
+    "TARS": "methods.tars",
     # carriers
     "LoRA-SB": "methods.lora_sb", "SoRA": "training.rules.SoftThreshold", "CoDyRA": "training.rules.SoftThreshold",
     "ALLoRA": "training.rules.RowScale", "KaSA": "subspace.starts.WeightSplit", "LoLDU": "subspace.starts.WeightSplit",
     "RandLoRA": "training.unlearn.unlearn", "GaLore": "training.optimizers.make_optimizer",
+    "LoRAM": "export.pruned.embed", "SLTrain": "training.rules.Mask",
     # images and text, recommenders, measures
     "SIU": "methods.siu", "SafeEraser": "methods.safe_eraser", "SARR": "evaluation.count_refusals",
     "CHIP": "methods.chip", "ForgetMe": "evaluation.entangled.entangled", "MMRecUn": "methods.mmrecun",
