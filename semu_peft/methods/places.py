@@ -228,8 +228,8 @@ def sha256(
         >>> from semu_peft import methods
         >>> from semu_peft.language import text_examples
         >>> forget = text_examples(tokenizer, ["a b c", "d e f"]).loader(2)
-        >>> methods.sha256(decoder, forget, first=1, max_steps=2, progress=False).steps  # of a loaded model
-        2
+        >>> methods.sha256(decoder, forget, first=1, max_steps=2, progress=False).stop_reason  # of a loaded model
+        'the forget data are forgotten'
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     layers = causal_layers(model, first)
