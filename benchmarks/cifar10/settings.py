@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import time
@@ -28,10 +29,11 @@ from semu_peft.evaluation import ForgettingMetrics
 LAYERS = {"all layers": TARGET_MODULES, "classifier only": "classifier"}
 GAMMAS = (0.8, 0.9, 0.95, 0.99, 1.0)
 KLS = (0.02, 0.1, 0.3)
+SETTINGS = tuple(itertools.product(LAYERS, GAMMAS, KLS))
 
 
-def forget(task: ForgettingTask, layers: str, gamma: float, kl: float) -> dict[str, Any]:
-    """One run, and what it left."""
+def forget(task: ForgettingTask, gold: ForgettingMetrics, layers: str, gamma: float, kl: float) -> dict[str, Any]:
+    """One run, what it left, and how far that is from the retrained model."""
     started, objective = time.process_time(), best_objective(task)
     config = SemuConfig(target_modules=LAYERS[layers], explained_variance=gamma)
     model = get_peft_model(copy.deepcopy(task.original), config)
@@ -44,18 +46,13 @@ def forget(task: ForgettingTask, layers: str, gamma: float, kl: float) -> dict[s
     metrics = evaluate(model, task, result.trainable_parameters, seconds, f"{layers}, γ {gamma}, kl {kl}")
     return {
         **figures(metrics), "trained": result.trainable_parameters, "steps": result.steps, "seconds": seconds,
-        "stop reason": result.stop_reason,
+        "stop reason": result.stop_reason, "gap": metrics.average_gap(gold),
     }  # fmt: skip
 
 
 def figures(metrics: ForgettingMetrics) -> dict[str, float]:
     named = {"UA": metrics.unlearning_accuracy, "RA": metrics.retain_accuracy, "TA": metrics.test_accuracy}
     return named | {"MIA": metrics.membership_inference}
-
-
-def gap(row: dict[str, Any], gold: dict[str, Any]) -> float:
-    """The mean distance of the four figures."""
-    return sum(abs(row[key] - gold[key]) for key in ("UA", "RA", "TA", "MIA")) / 4
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -65,15 +62,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"| layers | γ | kl | {' | '.join(f'gap, {name}' for name in names)} | trained | steps |",
         "| --- " * (5 + len(names)) + "|",
     ]
-    for layers in LAYERS:
-        for gamma in GAMMAS:
-            for kl in KLS:
-                found = [rows.get(f"{name} | {layers} | {gamma} | {kl}") for name in names]
-                if not all(found):
-                    continue
-                gaps = [f"{row['gap']:.2f}" for row in found if row]
-                trained, steps = (", ".join(f"{row[key]:,}" for row in found if row) for key in ("trained", "steps"))
-                lines.append(f"| {layers} | {gamma} | {kl} | {' | '.join(gaps)} | {trained} | {steps} |")
+    for layers, gamma, kl in SETTINGS:
+        found = [rows.get(f"{name} | {layers} | {gamma} | {kl}") for name in names]
+        if not all(found):
+            continue
+        gaps = [f"{row['gap']:.2f}" for row in found if row]
+        trained, steps = (", ".join(f"{row[key]:,}" for row in found if row) for key in ("trained", "steps"))
+        lines.append(f"| {layers} | {gamma} | {kl} | {' | '.join(gaps)} | {trained} | {steps} |")
     return "\n".join(lines)
 
 
@@ -90,17 +85,15 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     for task in class_tasks(arguments.data, arguments.cache, arguments.classes, 0):
         name = task.name.split(",")[0]
-        gold_key = f"{name} | retrained (gold)"
-        if gold_key not in rows:
-            rows[gold_key] = figures(evaluate(task.gold, task, 0, None, "retrained (gold)"))
-        for layers in LAYERS:
-            for gamma in GAMMAS:
-                for kl in KLS:
-                    key = f"{name} | {layers} | {gamma} | {kl}"
-                    if key not in rows:
-                        row = forget(task, layers, gamma, kl)
-                        rows[key] = {**row, "gap": gap(row, rows[gold_key])}
-                        write(rows, path)
+        keys = {f"{name} | {layers} | {gamma} | {kl}": (layers, gamma, kl) for layers, gamma, kl in SETTINGS}
+        missing = {key: setting for key, setting in keys.items() if key not in rows}
+        if not missing:
+            continue
+        gold = evaluate(task.gold, task, 0, None, "retrained (gold)")
+        rows[f"{name} | retrained (gold)"] = figures(gold)
+        for key, setting in missing.items():
+            rows[key] = forget(task, gold, *setting)
+            write(rows, path)
     print(table(rows))
 
 

@@ -72,10 +72,10 @@ def find_directions(
         else:
             each = type(totals[0]).factorize_each(totals, least, most)
             wanted = few if most is None else min(few, most)
-            each = [
-                factors if factors.rank >= wanted else total.factorize(1.0, wanted)
-                for total, factors in zip(totals, each, strict=True)
-            ]
+            short = [index for index, factors in enumerate(each) if factors.rank < wanted]
+            longer = type(totals[0]).factorize_each([totals[index] for index in short], 1.0, wanted) if short else []
+            for index, factors in zip(short, longer, strict=True):
+                each[index] = factors
         kept_ones = [retained.pop(name) for name in names] if retained is not None else []
         kept = (
             type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance) if kept_ones else [None] * len(each)

@@ -78,7 +78,7 @@ class Candidate:
 
     def cost(self, rank: int) -> int:
         """Trainable parameters at this rank."""
-        return self.matrices * (rank if self.diagonal else rank * rank)
+        return _numbers(rank, self.diagonal, self.matrices)
 
 
 def spread_budget(candidates: Mapping[str, Candidate], budget: RankBudget) -> dict[str, int]:
@@ -182,6 +182,11 @@ def plan_ranks(
     return spread_budget(bids, budget)
 
 
+def _numbers(rank: int, diagonal: bool, matrices: int) -> int:
+    """How many numbers a layer's cores are."""
+    return matrices * (rank if diagonal else rank * rank)
+
+
 def least_rank(layers: Mapping[str, SemuLayer], adapter_name: str = "default") -> int:
     """The rank of every layer that gives all cores together the numbers that `SemuConfig.min_parameters` wants."""
     config = next(iter(layers.values())).configs[adapter_name]
@@ -201,7 +206,7 @@ def _raised(
     matrices = {name: math.prod(factors.singular_values.shape[:-1]) for name, factors in found.items()}
 
     def numbers(ranks: Mapping[str, int]) -> int:
-        return sum(matrices[name] * (rank if config.core == "diagonal" else rank**2) for name, rank in ranks.items())
+        return sum(_numbers(rank, config.core == "diagonal", matrices[name]) for name, rank in ranks.items())
 
     if numbers(ranks) >= config.min_parameters:
         return ranks

@@ -275,6 +275,8 @@ class NaturalLoop(Loop):
 
     def _strain(self, place: Tensor) -> float:
         """What it costs to be away from the start."""
+        if not self.pull:  # nothing to wait for a device for
+            return 0.0
         return 0.5 * self.pull * (place - self.start).square().sum().item()
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
