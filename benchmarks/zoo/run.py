@@ -7,14 +7,18 @@
 Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
 class, over UA, RA, TA and MIA, and reported on two other classes with three seeds. Beside that stands what is forgotten
 at an equal budget of damage: the change dialled down, `W + s ΔW`, until `KL(original ‖ now)` on retain data is 0.01.
+
+Each row is written when it is done; `--resume` leaves the rows that the result file has.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attack_columns
 from protocol import Case, accuracy, cifar10_cases, damage, digits_cases, judged
-from results import mean, plain, write
+from results import mean, write
 from rows import Outcome, Row, blended, rows, share_within
 
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
@@ -113,19 +117,24 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def compared(tuning: Case, cases: list[Case], only: str | None, attacks: bool = False) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+def compared(
+    results: dict[str, Any], tuning: Case, cases: list[Case], only: str | None, attacks: bool, done: Callable[[], None]
+) -> None:
+    """Run the rows that are not in the results yet; `done` is called after each."""
     for case in cases:
+        if case.name in results.get("original (do nothing)", {"cases": {}})["cases"]:
+            continue
         for name, found in references(case, attacks).items():
             results.setdefault(name, {"cases": {}})["cases"][case.name] = found
+        done()
     for row in rows():
-        if only and only not in row.name:
+        if row.name in results or (only and only not in row.name):
             continue
         settings, tried = chosen_settings(row, tuning)
         by_case = {case.name: measured(row, case, settings, attacks) for case in cases}
         results[row.name] = {"settings": settings, "tried": tried, "cases": by_case}
         print(f"{row.name}: {settings}, gap {mean(by_case, 'gap')}", file=sys.stderr, flush=True)
-    return results
+        done()
 
 
 def attack_table(results: dict[str, Any]) -> str:
@@ -157,7 +166,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     parser.add_argument("--attacks", action="store_true", help="a second table: what attacks bring back")
-    parser.add_argument("--only", help="only the methods whose name contains this, and no file")
+    parser.add_argument("--only", help="only the methods whose name contains this")
+    parser.add_argument("--resume", action="store_true", help="complete the result file")
     arguments = parser.parse_args()
     started, used = time.perf_counter(), time.process_time()
 
@@ -167,25 +177,43 @@ def main() -> None:
         return list(cifar10_cases(arguments.data, arguments.models, classes, seeds))
 
     (tuning,) = cases([CHOSEN_ON], arguments.seeds[:1])
-    results = compared(tuning, cases(arguments.classes, arguments.seeds), arguments.only, arguments.attacks)
-    lines = table(results)
-    print("\n".join(lines))
-    if arguments.attacks:
-        print(attack_table(results))
-    if arguments.only:
-        return
-    document = {
+    asked = {
         "data": "digits" if arguments.data is None else "cifar10",
         "classes": arguments.classes, "seeds": arguments.seeds, "chosen on": tuning.name, "budget": BUDGET,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
-        "minutes": (time.perf_counter() - started) / 60, "processor minutes": (time.process_time() - used) / 60,
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
-        "table": lines, "rows": plain(results),
-        **({"attack_table": attack_table(results)} if arguments.attacks else {}),
     }  # fmt: skip
-    path = arguments.output / f"zoo_{document['data']}.json"
-    write(path, document)
+    path = arguments.output / f"zoo_{asked['data']}.json"
+    document = begun(path, asked, resume=arguments.resume)
+    before = document.get("minutes", 0.0), document.get("processor minutes", 0.0)
+
+    def done() -> None:
+        results = document["rows"]
+        document["minutes"] = before[0] + (time.perf_counter() - started) / 60
+        document["processor minutes"] = before[1] + (time.process_time() - used) / 60
+        document["table"] = table(results)
+        if arguments.attacks:
+            document["attack_table"] = attack_table(results)
+        write(path, document)
+
+    reported = cases(arguments.classes, arguments.seeds)
+    compared(document["rows"], tuning, reported, arguments.only, arguments.attacks, done)
+    print("\n".join(table(document["rows"])))
+    if arguments.attacks:
+        print(attack_table(document["rows"]))
     print(f"Written to {path}")
+
+
+def begun(path: Path, asked: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """What the results are written into: those of an earlier run that was asked the same, or nothing yet."""
+    if resume and path.exists():
+        document: dict[str, Any] = json.loads(path.read_text())
+        if all(document.get(name) == value for name, value in asked.items()):
+            return document
+        raise SystemExit(f"{path} was made with other classes, seeds or data than {asked}. Give another `--output`.")
+    return {
+        **asked, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
+        "rows": {},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -161,7 +161,9 @@ def forget_text(
         for name, data in (("retain", retain), ("neutral", neutral))
         if data is not None
     ]
-    kept = kept or [own_samples(model, tokenizer, number=4 * batch_size, batch_size=batch_size, seed=seed)]
+    if not kept:
+        own = own_samples(model, tokenizer, number=4 * batch_size, batch_size=batch_size, without=examples, seed=seed)
+        kept = [own]
     default = _RETAIN_WEIGHT if max_retain_kl is None else 0.0
     weight = default if retain_weight is None else retain_weight
     terms = [
@@ -170,7 +172,11 @@ def forget_text(
     size = min(batch_size, len(examples))
     unseen = _unseen_nll(model, tokenizer, examples, size, reading) if until_unseen or method == _UNSEEN else None
     objective = _objective(method, unseen)
-    stop = [UntilUnseen(examples, float(unseen.mean()), batch_size=size)] if until_unseen and unseen is not None else []
+    # Where one batch is all, a look costs little, and a few steps more would go far past.
+    every = 2 if size == len(examples) else 5
+    stop = []
+    if until_unseen and unseen is not None and method != _UNSEEN:  # which ends by itself, answer by answer
+        stop = [UntilUnseen(examples, float(unseen.mean()), every=every, batch_size=size)]
     config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)

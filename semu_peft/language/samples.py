@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,19 @@ from semu_peft.objectives.batches import IGNORED
 
 from .dataset import TextExamples
 
+_MOST_DRAWS = 4  # times the number asked for, where texts are left out
+
 
 @torch.no_grad()
 def own_samples(
-    model: nn.Module, tokenizer: Any, *, number: int = 64, max_new_tokens: int = 64, batch_size: int = 16, seed: int = 0
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    number: int = 64,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    without: TextExamples | None = None,
+    seed: int = 0,
 ) -> TextExamples:
     """Sample texts from a model, from its beginning token on, with labels on each token that it chose.
 
@@ -28,6 +38,8 @@ def own_samples(
         number: How many texts.
         max_new_tokens: The most tokens of one.
         batch_size: Texts at a time.
+        without: What is to be forgotten. Texts that say one of its answers, token by token, are left out: held, they
+            would keep it. There may then be fewer than `number`.
         seed: Seed of the samples. The global random state stays as it is.
 
     Returns:
@@ -35,7 +47,7 @@ def own_samples(
 
     Raises:
         TypeError: The model cannot generate.
-        ValueError: The tokenizer has no token to begin with.
+        ValueError: The tokenizer has no token to begin with, or the model says nothing but what is to be left out.
 
     Examples:
         >>> from semu_peft.language import own_samples
@@ -53,18 +65,39 @@ def own_samples(
     device, generate = device_of(model), cast(Any, model.generate)
     devices = [device] if device.type == "cuda" else []
     rows: list[list[int]] = []
+    banned = [] if without is None else [_answer(row, tokenizer.eos_token_id) for row in without.rows]
+    drawn = 0
     with eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        while len(rows) < number:
+        while len(rows) < number and drawn < _MOST_DRAWS * number:
             begun = torch.full((min(batch_size, number - len(rows)), 1), start, device=device)
+            drawn += len(begun)
             texts = generate(
                 input_ids=begun, attention_mask=torch.ones_like(begun), do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=start, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-            rows += [_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()]
+            said = [_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()]
+            rows += [text for text in said if not any(_says(text, answer) for answer in banned)]
+    if not rows:
+        raise ValueError(
+            f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
+            "own. Give `retain` or `neutral` texts."
+        )
     return TextExamples([{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in rows], [], tokenizer)
 
 
 def _until_end(text: list[int], end: int | None) -> list[int]:
     """Without what was generated after the end of the text, for the sake of longer ones beside it."""
     return text[: text.index(end, 1) + 1] if end in text[1:] else text
+
+
+def _answer(row: dict[str, Any], end: int | None) -> list[int]:
+    """The tokens that a row teaches, without the end."""
+    return [label for label in row["labels"] if label not in (IGNORED, end)]
+
+
+def _says(text: Sequence[int], answer: Sequence[int]) -> bool:
+    """Whether tokens follow each other in a text just so."""
+    return bool(answer) and any(
+        text[at : at + len(answer)] == answer for at in range(len(text) - len(answer) + 1) if text[at] == answer[0]
+    )

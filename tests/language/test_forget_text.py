@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,22 @@ def test_own_samples() -> None:
     for row in samples.rows:
         assert row["input_ids"][0] == 1 and row["labels"] == [-100, *row["input_ids"][1:]]
         assert 2 <= len(row["input_ids"]) <= 8 and 2 not in row["input_ids"][:-1]
+
+
+def test_own_samples_say_nothing_of_what_is_to_be_forgotten() -> None:
+    """Held, they would keep it: a model that knows few facts recites them when it is asked for nothing."""
+    model, some = decoder(), {"number": 20, "max_new_tokens": 7}
+    said = [row["input_ids"] for row in own_samples(model, tokenizer(), **some).rows]
+    pair = next(text[1:3] for text in said if len(text) > 4)
+    one = Counter(token for text in said for token in text[1:] if token != 2).most_common(1)[0][0]
+    forget = [{"input_ids": [1, *ids, 2], "labels": [-100, *ids, 2]} for ids in (pair, [one])]
+    kept = own_samples(model, tokenizer(), without=TextExamples(forget, [], tokenizer()), **some).rows
+    assert len(kept) == 20 and [row["input_ids"] for row in kept] != said
+    for text in (row["input_ids"] for row in kept):
+        assert one not in text and pair not in [text[at : at + 2] for at in range(len(text))]
+    words = [{"input_ids": [1, word], "labels": [-100, word]} for word in range(len(tokenizer()))]
+    with pytest.raises(ValueError, match="in none of 8 samples of its own. Give `retain` or `neutral`"):
+        own_samples(model, tokenizer(), number=2, without=TextExamples(words, [], tokenizer()))
 
 
 def initialised(examples: TextExamples) -> PeftModel:
