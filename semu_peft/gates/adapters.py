@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_path
 from semu_peft.objectives.adapter_parts import Part, adapter_configs, adapter_parts
 from semu_peft.objectives.original import left_out
+from semu_peft.objectives.replica import replicate
 
 from .closed import has_adapter, without_adapters
 from .intervention import Gate, Intervention, Weights, weights_of_rows
@@ -52,6 +54,10 @@ class GatedModel(Intervention):
     are. The layers of an open adapter are computed twice for the examples that it is open for, and the gate of a prompt
     costs what it costs to look (one more pass for [`Nearest`][semu_peft.gates.nearest.Nearest]); tokens that follow a
     prompt cost nothing while everything is closed.
+
+    Fused experts of a mixture, whose parameters are corrected one inside the other, are one layer. A router cannot be
+    half-way between two choices of experts: for an example it is that of an adapter with a weight above ½. While an
+    adapter on parameters is open, its layers have other values for a moment: serve it from one thread at a time.
 
     A gate hides: whoever holds the weights takes it off, `model.model` is the model without it.
 
@@ -176,22 +182,32 @@ class _Tree:
         closed = without_adapters(model, live)
         layers: dict[int, tuple[nn.Module, dict[str, nn.Module]]] = {}
         for name in live:
-            pairs = zip(adapter_parts(model, name), adapter_parts(closed, name), strict=True)
-            for with_it, without_it in pairs:
-                layer = without_it.layer
-                opened = _with_adapter(with_it, layer, [each for each in names if each != name])
-                layers.setdefault(id(layer), (layer, {}))[1][name] = opened
+            others = [each for each in names if each != name]
+            pairs = list(zip(adapter_parts(model, name), adapter_parts(closed, name), strict=True))
+            opened: dict[int, nn.Module] = {}
+            for with_it, without_it in reversed(pairs):  # what is inside first
+                opened[id(without_it.layer)] = _with_adapter(with_it, without_it.layer, others, opened)
+            inside = {id(vars(part.layer)["_modules"].get("base_layer")) for _, part in pairs}
+            for _, part in pairs:
+                if id(part.layer) not in inside:  # of layers inside each other, the outermost
+                    layers.setdefault(id(part.layer), (part.layer, {}))[1][name] = opened[id(part.layer)]
         for layer, opened_ones in layers.values():
             layer.register_forward_hook(partial(_put_in, opened=opened_ones), with_kwargs=True)
         return cls(model, names, closed)
 
 
-def _with_adapter(part: Part, closed: Any, others: list[str]) -> nn.Module:
-    """A layer as it is with one gated adapter, over the closed one's base layer."""
+def _with_adapter(part: Part, closed: Any, others: list[str], inside: dict[int, nn.Module]) -> nn.Module:
+    """A layer as it is with one gated adapter, over the closed one's base layer, or over what is opened inside."""
     opened = object.__new__(type(part.layer))
     vars(opened).update(vars(part.layer))  # past `__setattr__`, as a module and not a part of one
     inner = vars(closed)["_modules"]
     replaced = {key: inner[key] for key in ("base_layer", "original_module") if key in inner}
+    base: Any = replaced.get("base_layer")
+    if id(base) in inside:
+        replaced["base_layer"] = inside[id(base)]
+    elif hasattr(part.layer, "parameter_name") and not isinstance(base, BaseTunerLayer):
+        # It runs with another parameter for a moment, of which whoever calls the closed one is to see nothing.
+        replaced["base_layer"] = (replicate(base) or {}).get(id(base), base)
     vars(opened)["_modules"] = {**vars(opened)["_modules"], **replaced}
     staying = [] if closed._disable_adapters else list(closed.active_adapters)
     staying = [name for name in staying if name not in (part.adapter_name, *others)]
@@ -231,6 +247,8 @@ def _run(layer: nn.Module, chosen: Tensor, args: tuple[Any, ...], kwargs: dict[s
 
 def _mixed(base: Any, result: Any, added: Any, chosen: Tensor, weights: Tensor, exactly: Tensor) -> Any:
     if isinstance(base, (tuple, list)):
+        if any(isinstance(part, Tensor) and not part.is_floating_point() for part in base):  # a choice, as a router's
+            exactly, weights = weights > 0.5, (weights > 0.5).to(weights)
         parts = zip(base, result, added, strict=True)
         return type(base)(_mixed(*part, chosen, weights, exactly) for part in parts)
     if not isinstance(base, Tensor) or len(base) != len(weights):
