@@ -48,7 +48,7 @@ def loaded_pipeline(request: pytest.FixtureRequest, doctest_namespace: dict[str,
 def loaded_tokenizer(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> Iterator[None]:
     """`tokenizer` in the examples of docstrings, and `decoder`, a tiny language model with random weights for it."""
     examples = getattr(getattr(request.node, "dtest", None), "examples", ())
-    if any("tokenizer" in example.source for example in examples):
+    if any(word in example.source for example in examples for word in ("tokenizer", "decoder")):
         import text_models
 
         doctest_namespace |= {"tokenizer": text_models.tokenizer(), "decoder": text_models.decoder()}

@@ -8,8 +8,8 @@ several margins. Five attackers, none with an image or a seed of the simulation:
 another number of steps, and one not), Adam and the head alone (kinds that were not simulated), and SGD on inputs that
 are varied. Forget and retain images are split in two: the first half is for unlearning, the other for the attackers.
 
-A run that was interrupted goes on where it was: finished rows are in the result file's `.partial`. For answers of
-language models: `tofu/deep_forgetting.py`.
+A run that was interrupted goes on where it was, if it is asked for the same: finished rows are in the result file's
+`.partial`. For answers of language models: `tofu/deep_forgetting.py`.
 """
 
 from __future__ import annotations
@@ -276,7 +276,10 @@ def main() -> None:
     name = f"deep_forgetting_{'digits' if arguments.data is None else 'cifar10'}.json"
     path = arguments.output / name
     temporary = path.with_suffix(".partial")
-    rows: dict[str, dict[str, dict[str, Any]]] = json.loads(temporary.read_text()) if temporary.exists() else {}
+    models = None if arguments.data is None else str(arguments.models)
+    asked = {"classes": arguments.classes, "seeds": arguments.seeds, "models": models}
+    begun = resumed(temporary, asked)
+    rows: dict[str, dict[str, dict[str, Any]]] = begun["rows"]
     for subject in subjects:
         for way, make in ways().items():
             if subject.name in rows.get(way, {}):
@@ -287,12 +290,13 @@ def main() -> None:
             rows.setdefault(way, {})[subject.name] = row
             steps = {name: attack["steps to half"] for name, attack in row["attacks"].items()}
             print(subject.name, way, f"TA {row['test accuracy']:.1f}", steps, sep=", ", flush=True)
-            write(temporary, rows)
+            write(temporary, begun)
     lines = table(rows)
     print(*lines, sep="\n")
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
         "command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]),
+        "asked": asked,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
         "table": lines,
@@ -301,6 +305,14 @@ def main() -> None:
     write(path, document)
     temporary.unlink()
     print(f"Written to {path}")
+
+
+def resumed(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The finished rows of a run that was interrupted, or none; of a run that was asked for the same alone."""
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"asked": asked, "rows": {}}
+    if (known := document.get("asked", "other settings")) != asked:
+        raise SystemExit(f"{path} was made with {known}, got {asked}. Give another `--output`, or remove it.")
+    return document
 
 
 def write(path: Path, document: Any) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_positive, check_share
-from semu_peft.tuner.adapted import base_model, own_modules
+from semu_peft.tuner.adapted import own_modules, token_head
 
 from .deltas import Sparse, at_places
 from .edit import Edit
@@ -107,10 +106,7 @@ def concept_target(
     check_positive("std", std)
     check_count("tries", tries)
     check_count("seed", seed, least=0)
-    plain: Any = base_model(model)
-    head: Any = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    if head is None:
-        raise ValueError(f"`model` must have a head over tokens, got {type(plain).__name__}. Load a language model.")
+    head = token_head(model)
     tokens, size = head.weight.shape
     if hidden.shape != (size,) or not bool(torch.isfinite(hidden).all()):
         raise ValueError(f"`hidden` must be ({size},) and finite, got {tuple(hidden.shape)}. Take one position's.")

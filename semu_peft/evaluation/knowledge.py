@@ -15,7 +15,7 @@ from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import split_batch
 from semu_peft.objectives.examples import count_examples
-from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.adapted import find_token_head
 
 from .classification import predict
 
@@ -108,6 +108,5 @@ def task_of(model: nn.Module, batch: Any, learn: LossFunction | None = None) -> 
     if (isinstance(batch, Mapping) and "latents" in batch) or (loss is not None and loss.distribution == "gaussian"):
         return "diffusion"
     labels = split_batch(batch)[2]
-    head: Any = getattr(base_model(model), "get_output_embeddings", lambda: None)
-    speaks = isinstance(labels, Tensor) and labels.dim() == 2 and head() is not None
+    speaks = isinstance(labels, Tensor) and labels.dim() == 2 and find_token_head(model) is not None
     return "language" if speaks else "classification"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import Tokens, read_tokens, split_batch
-from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
 
 FEWEST_EXAMPLES = 4  # of each side: half of them fit the probe
@@ -140,8 +140,7 @@ def logit_lens(
     found = _lens(model, data)
     other = () if reference is None else tuple(_lens(reference, data))
     layers = ("embeddings", *(f"layer {number}" for number in range(1, len(found))))
-    vocabulary: Any = base_model(model)
-    return Probes(kind, layers, tuple(found), other, 100 / vocabulary.get_output_embeddings().weight.shape[0])
+    return Probes(kind, layers, tuple(found), other, 100 / token_head(model).weight.shape[0])
 
 
 @dataclass(frozen=True)
@@ -328,13 +327,7 @@ def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
 
 def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tokens]]:
     """What each layer predicts at the tokens that count, batch by batch."""
-    root: Any = base_model(model)
-    head = getattr(root, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise ValueError(
-            f"`model` must be a language model with a head, as transformers has them, got {type(root).__name__}. "
-            "`get_output_embeddings` gives none."
-        )
+    root, head = base_model(model), token_head(model)
     with eval_mode(model):
         for batch in batches:
             batch = send_to_device(batch, device_of(model))

@@ -15,7 +15,7 @@ from semu_peft.arguments import check_count, check_model
 from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.attackers import weights_of
 from semu_peft.objectives.original import with_values, without_adapter
-from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.adapted import find_token_head
 from semu_peft.tuner.keys import without_wrappers
 
 from .knowledge import Measure, accuracy
@@ -205,8 +205,7 @@ def weights_to_round(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
         >>> list(weights_to_round(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))))
         ['1.weight']
     """
-    find = getattr(base_model(model), "get_output_embeddings", None)
-    head = getattr(find() if find is not None else None, "weight", None)
+    head = getattr(find_token_head(model), "weight", None)
     owners = {id(weight): (module, own) for module in model.modules() for own, weight in module._parameters.items()}
     found = {}
     for name, weight in weights_of(model).items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft.arguments import check_count, check_model
-from semu_peft.tuner.adapted import base_model
+from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
 
 _ROWS_AT_ONCE = 4096
@@ -67,10 +67,7 @@ def decode_neurons(model: nn.Module, topk: int = 1) -> DecodedNeurons:
     """
     check_model(model)
     check_count("topk", topk)
-    plain: Any = base_model(model)
-    head: Any = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    if head is None:
-        raise ValueError(f"`model` must have a head over tokens, got {type(plain).__name__}. Load a language model.")
+    plain, head = base_model(model), token_head(model)
     readout = head.weight.detach().float()
     labels, scores = {}, {}
     for name, rows in _input_rows(plain, head):

@@ -24,6 +24,37 @@ def base_model(model: nn.Module) -> nn.Module:
     return uncompiled(root.get_base_model()) if hasattr(root, "get_base_model") else root
 
 
+def find_token_head(model: nn.Module) -> Any:
+    """The layer that reads tokens from hidden states (the unembedding); None where a model has none.
+
+    Examples:
+        >>> from semu_peft.tuner.adapted import find_token_head
+        >>> find_token_head(decoder) is decoder.lm_head, find_token_head(nn.Linear(2, 2))
+        (True, None)
+    """
+    return getattr(base_model(model), "get_output_embeddings", lambda: None)()
+
+
+def token_head(model: nn.Module) -> Any:
+    """The layer that reads tokens from hidden states, of a model that must have one.
+
+    Raises:
+        ValueError: It has none.
+
+    Examples:
+        >>> from semu_peft.tuner.adapted import token_head
+        >>> token_head(decoder) is decoder.lm_head
+        True
+    """
+    head = find_token_head(model)
+    if head is None:
+        raise ValueError(
+            f"`model` must be a language model with a head over tokens, got {type(base_model(model)).__name__}, whose "
+            "`get_output_embeddings` gives none. Load it with `AutoModelForCausalLM`."
+        )
+    return head
+
+
 def semu_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SemuLayer]:
     """The layers that carry the adapter, by their full names in the base model (the keys of `SemuConfig.ranks`).
 
