@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bases import check_new, classifier, job_of, language_model, pipeline, write_model
+from .bases import check_adapter, check_new, classifier, job_of, language_model, pipeline, write_model
 from .options import Model, OutputDir, RequiredAdapter
 from .verbs import Told
 
@@ -16,6 +16,7 @@ from .verbs import Told
 def merge(model: Model, adapter: RequiredAdapter, output_dir: OutputDir) -> Told:
     """Write a whole model with the adapter merged in: nothing of SEMU is needed to load it."""
     check_new(output_dir)
+    check_adapter(adapter)
     job = job_of(model)
     parts: list[Any] = []
     if job == "concept":
@@ -44,6 +45,7 @@ def export(
     if to not in ("lora", "diffusers", "kohya"):
         raise typer.BadParameter(f"`--to` must be lora, diffusers or kohya, got {to!r}.")
     check_new(output_dir)
+    check_adapter(adapter)
     job = job_of(model)
     if to != "lora" and job != "concept":
         raise typer.BadParameter(f"`--to {to}` is for pipelines of diffusers, and this model is for {job}. Take lora.")
@@ -66,6 +68,7 @@ def export(
 
 def inspect(adapter: RequiredAdapter) -> Told:
     """Show ranks, norms and energies of an adapter, what it was made for, and whether its files are whole."""
+    check_adapter(adapter)
     from rich.table import Table
 
     from semu_peft.adapter.saved import inspect_adapter
@@ -81,6 +84,7 @@ def inspect(adapter: RequiredAdapter) -> Told:
     words: list[Any] = [
         table,
         f"Base model: {found.base_model or 'not said'}. {found.file_bytes:,} bytes, ‖ΔW‖ = {found.norm:.4g}.",
+        *([] if found.norm else ["It changes nothing: the model is as it was without it."]),
         *(f"Forgets {prompt!r}, and gives {', '.join(map(repr, given))}." for prompt, given in found.forgotten.items()),
         {"ok": "The digest fits.", "absent": "The configuration has no digest of the weights."}.get(
             found.digest, found.digest
@@ -97,6 +101,8 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Folder of another one, of the same base model.")],
 ) -> Told:
     """Show how far two adapters correct the same directions, layer by layer."""
+    check_adapter(first, "`first`")
+    check_adapter(second, "`second`")
     from rich.table import Table
 
     from semu_peft.adapter.saved import compare_adapters

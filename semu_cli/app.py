@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .adapters import compare, export, inspect, merge
 from .audit import audit
@@ -14,14 +18,40 @@ from .judge import attack, evaluate
 from .unlearn import concept, images, text
 from .verbs import verb
 
+
+class _UnlearnFirst(TyperGroup):
+    """Lists what one begins with first; typer would put it last, as it has verbs of its own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "unlearn")
+
+
 app = typer.Typer(
     name="semu",
+    cls=_UnlearnFirst,
     help="Make a trained model forget, as a small adapter: a class of images, texts and facts, or a concept.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"semu {version('semu-peft')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 forgetting = typer.Typer(help="Train an adapter that makes a model forget.", no_args_is_help=True)
 app.add_typer(forgetting, name="unlearn")
 
@@ -49,6 +79,7 @@ def main() -> None:
         exit code 0
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it misses; nothing here waits for them
     for library in ("transformers", "diffusers", "peft"):  # what they are to drop some day is no affair of a user here
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     app()

@@ -69,18 +69,40 @@ def check_job(model: str, job: Job) -> None:
 def device() -> str:
     """Where to work: the first GPU there is (`CUDA_VISIBLE_DEVICES` chooses), or the CPU."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of loading and saving; those of the work stay
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _silently() -> None:
+    """No progress bars of reading and writing weights, which take a moment; those of downloads and of the work stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    are_wanted = not are_progress_bars_disabled()
+    disable_progress_bar()
+    if are_wanted:
+        enable_progress_bars()
+
+
+def models_beside(model: str, adapter: Path | None, reference: str | None) -> list[tuple[str, str, Path | None]]:
+    """The models to set beside each other: a name, a place and an adapter of each.
+
+    Examples:
+        >>> from semu_cli.bases import models_beside
+        >>> models_beside("base", Path("no-cats"), None)
+        [('original', 'base', None), ('unlearned', 'base', PosixPath('no-cats'))]
+    """
+    rows: list[tuple[str, str, Path | None]] = [("original" if adapter else "model", model, None)]
+    if adapter is not None:
+        rows.append(("unlearned", model, adapter))
+    return rows if reference is None else [*rows, ("reference", reference, None)]
 
 
 def classifier(model: str, adapter: Path | None = None) -> Any:
     """An image classifier of transformers."""
     from transformers import AutoModelForImageClassification
 
-    return _adapted(AutoModelForImageClassification.from_pretrained(model).to(device()).eval(), adapter)
+    return _loaded(AutoModelForImageClassification, model, adapter)
 
 
 def language_model(model: str, adapter: Path | None = None) -> tuple[Any, Any]:
@@ -95,28 +117,40 @@ def language_model(model: str, adapter: Path | None = None) -> tuple[Any, Any]:
         ) from None
     is_seq2seq = AutoConfig.from_pretrained(model).is_encoder_decoder
     kind: Any = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    return _adapted(kind.from_pretrained(model).to(device()).eval(), adapter), tokenizer
+    return _loaded(kind, model, adapter), tokenizer
 
 
 def pipeline(model: str, adapter: Path | None = None) -> Any:
     """A text-to-image pipeline of diffusers; the adapter goes into its denoiser."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
     from semu_peft.concept.families import denoiser_of
 
+    _silently()
+    disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(model).to(device())
     pipe.set_progress_bar_config(disable=True)
     _adapted(denoiser_of(pipe), adapter)
     return pipe
 
 
+def _loaded(kind: Any, model: str, adapter: Path | None) -> Any:
+    _silently()
+    return _adapted(kind.from_pretrained(model).to(device()).eval(), adapter)
+
+
+def check_adapter(adapter: Path | None, flag: str = "`--adapter`") -> None:
+    """Raise a usage error unless the folder has an adapter in it, or none is asked for."""
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise typer.BadParameter(
+            f"{flag}: there is no adapter_config.json in {adapter}. Give the folder that `semu unlearn` wrote."
+        )
+
+
 def _adapted(model: Any, adapter: Path | None) -> Any:
     if adapter is None:
         return model
-    if not (adapter / "adapter_config.json").is_file():
-        raise typer.BadParameter(
-            f"`--adapter`: there is no adapter_config.json in {adapter}. Give the folder that `semu unlearn` wrote."
-        )
     from peft import PeftModel
 
     import semu_peft  # noqa: F401  registers the method

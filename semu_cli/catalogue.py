@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -108,10 +108,10 @@ def methods(
     """List the methods, what each needs, and the paper."""
     from rich.table import Table
 
-    known = (*METHODS, *zoo())
-    jobs = list(dict.fromkeys(method.job for method in known))
+    jobs = get_args(Job)
     if job is not None and job not in jobs:
         raise typer.BadParameter(f"`--job` must be one of {', '.join(jobs)}, got {job!r}.")
+    known = (*METHODS, *(zoo() if job in (None, "python") else ()))  # which waits for torch
     chosen = [method for method in known if job in (None, method.job)]
     table = Table("job", "--method", "needs", "source", "")
     for method in chosen:

@@ -46,15 +46,15 @@ class Estimate:
         memory = f"{_size(self.weight_bytes)} weights + {_size(self.gradient_bytes)} sums of gradients"
         lines = [
             f"Would correct {self.target_layers} layers of a model of {self.parameters:,} parameters.",
-            f"Data: {self.examples} examples in {self.batches} batches.",
+            f"Data: {_counted(self.examples, 'example')} in {_batches(self.batches)}.",
             f"Memory: {memory}; activations come on top and were not estimated.",
         ]
         if self.seconds is None:
             lines.append("Time: unknown. Give --step-seconds.")
         else:
-            steps = "1 step (it stops by itself)" if self.steps is None else f"{self.steps} steps"
+            steps = "1 step (it stops by itself)" if self.steps is None else _counted(self.steps, "step")
             lines.append(
-                f"Time: {_time(self.seconds)}, for {self.batches} batches and {steps}, at {self.step_seconds:.2g} s "
+                f"Time: {_time(self.seconds)}, for {_batches(self.batches)} and {steps}, at {self.step_seconds:.2g} s "
                 "a pass; loading, natural gradients and data to keep come on top."
             )
         return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
@@ -125,6 +125,14 @@ def last_third(model: Any) -> list[str]:
 def _time(seconds: float) -> str:
     """No digit of what is too short to matter: 0.0 s would say that it takes none."""
     return "under a second" if seconds < 1 else f"at least {seconds:.1f} s"
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _batches(number: int) -> str:
+    return "1 batch" if number == 1 else f"{number:,} batches"
 
 
 def _size(count: int) -> str:

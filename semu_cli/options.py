@@ -63,12 +63,24 @@ AtATime = Annotated[
     int | None,
     typer.Option("--batch-size", help="Examples at a time; by default 32, and of pictures that are drawn 4.", min=1),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", help="Of files of text: their names for columns, such as question=prompt,answer=reply."),
+]
 Template = Annotated[
     str | None,
-    typer.Option("--template", help="How question and answer are written, such as 'Q: {prompt}\\nA: {answer}'."),
+    typer.Option(
+        "--template",
+        help="How question and answer are written, such as 'Q: {question}\\nA: {answer}'; by default as the chat "
+        "template of the tokenizer says, or as 'Question: {question}\\nAnswer: {answer}'.",
+    ),
 ]
 TargetModules = Annotated[
     str | None, typer.Option("--target-modules", help="Layers to correct: all-linear or a regular expression.")
+]
+ExplainedVariance = Annotated[
+    float,
+    typer.Option("--explained-variance", help="Share of each layer's gradient energy to keep, γ.", min=0, max=1),
 ]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", help="Begin no attack after so many seconds.", min=0)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.", min=0)]

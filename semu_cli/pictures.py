@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bases import pipeline
+from .bases import models_beside, pipeline
 
 _SHOWN = 4  # pictures of each prompt in a report
-DRAWN = 4
-"""Pictures at a time, by default."""
 
 
 @dataclass(frozen=True)
 class Drawing:
     """A pipeline, the prompts that it is judged by, and how many pictures it draws of each.
+
+    Fields are named as the flags.
 
     Attributes:
         model: The pipeline.
@@ -42,15 +41,20 @@ class Drawing:
     model: str
     adapter: Path | None
     forget: list[str]
-    retain: list[str]
+    retain: list[str] = field(default_factory=list)
     reference: str | None = None
     classifier: str | None = None
     forget_class: str | None = None
     samples: int = 16
     num_inference_steps: int = 25
-    batch_size: int = DRAWN
+    batch_size: int = 4
     seed: int = 0
     progress: bool = True
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """There are no data: prompts are in the report themselves."""
+        return {}
 
     @property
     def seeds(self) -> list[int]:
@@ -66,7 +70,8 @@ class Drawing:
         judge = self.judge()
         batches: dict[str, list[Any]] = {}
         rows, shown = {}, []
-        for name, pipe in self._pipelines():
+        for name, place, own in models_beside(self.model, self.adapter, self.reference):
+            pipe = self._pipeline(own, place)
             batches = batches or self._latents(pipe)  # drawn by the original, for all
             loss = self._loss(pipe)
             rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
@@ -107,6 +112,12 @@ class Drawing:
         missing = evaluation.NotRun("other seeds", "no --classifier was given, which tells what a picture shows")
         return dataclasses.replace(report, not_run=(*report.not_run, missing))
 
+    def unlearned(self) -> Any:
+        """The denoiser with its adapter."""
+        from semu_peft.concept.families import denoiser_of
+
+        return denoiser_of(self._pipeline(self.adapter))
+
     def judge(self) -> Any:
         """The classifier with what it calls each prompt; None where there is none."""
         if self.classifier is None:
@@ -114,13 +125,6 @@ class Drawing:
         from .recognition import judge_of
 
         return judge_of(self.classifier, self.forget, self.retain, self.forget_class)
-
-    def _pipelines(self) -> Iterator[tuple[str, Any]]:
-        yield ("model" if self.adapter is None else "original"), self._pipeline(None)
-        if self.adapter is not None:
-            yield "unlearned", self._pipeline(self.adapter)
-        if self.reference is not None:
-            yield "reference", self._pipeline(None, self.reference)
 
     def _pipeline(self, adapter: Path | None, model: str | None = None) -> Any:
         pipe = pipeline(model or self.model, adapter)

@@ -17,7 +17,9 @@ from .image_folder import read_images, read_others
 from .options import (
     AdapterName,
     BatchSize,
+    Columns,
     DryRun,
+    ExplainedVariance,
     ForgetClass,
     ImageData,
     MaxRetainKl,
@@ -35,6 +37,7 @@ from .options import (
     Template,
     Texts,
 )
+from .text_file import check_texts, read_texts, written_out
 from .verbs import Told
 
 
@@ -49,6 +52,7 @@ def images(
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 64,
     target_modules: TargetModules = None,
+    explained_variance: ExplainedVariance = 0.9,
     seed: Seed = 0,
     adapter_name: AdapterName = "default",
     dry_run: DryRun = False,
@@ -64,33 +68,19 @@ def images(
     check_job(model, "images")
     from peft import get_peft_model
 
-    from semu_peft import Retain as Keep
     from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
-    from semu_peft.evaluation import predict
 
     base = classifier(model)
     data = read_images(forget, base, only=forget_class)
     targets = target_modules or last_third(base)
     if dry_run:
-        loader = data.loader(batch_size)
-        return estimate(
-            base, targets, examples=len(data), batches=len(loader), steps=max_steps, step_seconds=step_seconds,
-            trial=_trial(base, loader),
-        ).told()  # fmt: skip
+        return _estimated(base, targets, data.loader(batch_size), len(data), max_steps, step_seconds)
     objective = getattr(objectives, way.objective)()
-    kept = None
-    if retain is not None:
-        held = _others(retain, base, forget_class).loader(batch_size, shuffle=True)
-        kept = Keep(held, objectives.KLToOriginal(), 0.0 if max_retain_kl is not None else 1.0)
-    others = None if forget_class is None else read_others(forget, base, forget_class, "forget")
-
-    def recognised(model: Any) -> dict[str, float]:
-        parts = {"forget": data} if others is None else {"forget": data, "retain": others}
-        said = {name: predict(model, part.loader(batch_size), progress=False) for name, part in parts.items()}
-        return {name: each.accuracy for name, each in said.items()}
-
-    before = recognised(base)
-    adapted = get_peft_model(base, SemuConfig(target_modules=targets), adapter_name=adapter_name)
+    kept = None if retain is None else _kept_images(retain, base, forget_class, batch_size, max_retain_kl)
+    parts = {"forget": data} | _other_classes(forget, base, forget_class)
+    before = _recognised(base, parts, batch_size)
+    config = SemuConfig(target_modules=targets, explained_variance=explained_variance)
+    adapted = get_peft_model(base, config, adapter_name=adapter_name)
     profile = initialize_semu_weights(
         adapted, data.loader(batch_size), objective, adapter_name=adapter_name, progress=progress
     )
@@ -98,18 +88,12 @@ def images(
         adapted, data.loader(batch_size, shuffle=True), objective, retain=kept, max_retain_kl=max_retain_kl,
         max_steps=max_steps, seed=seed, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
-    after = recognised(adapted)
+    after = _recognised(adapted, parts, batch_size)
     found = {f"{name}_accuracy": {"before": before[name], "after": after[name]} for name in before}
     record = _record("images", settings, profile, result, {**found, "examples": len(data)})
     write_adapter(output_dir, _saver(adapted, adapter_name), record)
-    words = [f"{len(data)} images: {before['forget']:.1f}% were recognised before, {after['forget']:.1f}% are now."]
-    if "retain" in before:
-        words.append(f"Images of the other classes: {before['retain']:.1f}% before, {after['retain']:.1f}% now.")
-    if before.get("retain", 0.0) - after.get("retain", 0.0) > 1 and retain is None:
-        words.append(f"To hold the others better, give them: --retain {forget}")
-    then = ["semu", "evaluate", "--model", model, "--adapter", str(output_dir), "--forget", str(forget)]
-    then += ["--forget-class", forget_class] if forget_class else []
-    return _told(record, words, output_dir, shlex.join(then))
+    then = ["--forget", str(forget), *(["--forget-class", forget_class] if forget_class else [])]
+    return _told(record, _of_images(record, forget, retain), output_dir, _evaluation(settings, *then))
 
 
 def text(
@@ -122,8 +106,10 @@ def text(
     max_steps: MaxSteps = 80,
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 32,
+    columns: Columns = None,
     template: Template = None,
     target_modules: TargetModules = None,
+    explained_variance: ExplainedVariance = 0.9,
     seed: Seed = 0,
     adapter_name: AdapterName = "default",
     dry_run: DryRun = False,
@@ -133,46 +119,41 @@ def text(
     """Make a language model forget facts, answers or texts."""
     settings = dict(locals())
     method_of("text", method)
-    for flag, path in (("forget", forget), ("retain", retain), ("neutral", neutral)):
-        if path is not None and not Path(path).exists():
-            raise typer.BadParameter(f"`--{flag}`: there is no file {path}. Give one with texts or questions.")
+    files = {"forget": forget, "retain": retain, "neutral": neutral}
+    check_texts(columns, **files)
     check_output(output_dir)
     check_job(model, "text")
+    data: dict[str, Any] = {
+        flag: None if path is None else read_texts(path, flag, columns) for flag, path in files.items()
+    }
     from semu_peft import SemuConfig, forget_text
     from semu_peft.language import text_examples
 
-    template = None if template is None else template.replace("\\n", "\n")
     base, tokenizer = language_model(model)
     is_seq2seq = bool(base.config.is_encoder_decoder)
     targets = target_modules or "all-linear"
     if dry_run:
-        rows = text_examples(tokenizer, forget, template=template, seq2seq=is_seq2seq)
-        loader = rows.loader(min(batch_size, len(rows)))
-        return estimate(
-            base, targets, examples=len(rows), batches=len(loader), steps=max_steps, step_seconds=step_seconds,
-            trial=_trial(base, loader),
-        ).told()  # fmt: skip
+        rows = text_examples(tokenizer, data["forget"], template=written_out(template), seq2seq=is_seq2seq)
+        return _estimated(
+            base, targets, rows.loader(min(batch_size, len(rows))), len(rows), max_steps, step_seconds
+        )  # fmt: skip
+    config = SemuConfig(
+        target_modules=targets, task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM",
+        explained_variance=explained_variance,
+    )  # fmt: skip
     done = forget_text(
-        base, tokenizer, forget, retain=retain, neutral=neutral, method=method, template=template,
-        max_retain_kl=max_retain_kl, max_steps=80 if max_steps is None else max_steps, batch_size=batch_size, seed=seed,
-        config=SemuConfig(target_modules=targets, task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"),
-        progress=progress, adapter_name=adapter_name,
+        base, tokenizer, **data, method=method, template=written_out(template), max_retain_kl=max_retain_kl,
+        max_steps=max_steps or 80, batch_size=batch_size, seed=seed, config=config, progress=progress,
+        adapter_name=adapter_name,
     )  # fmt: skip
     first, last = done.training.history[0], done.training.history[-1]
-    before, after = first.get("answer_probability"), last.get("answer_probability")
-    probability = {"before": before, "after": after}
+    probability = {"before": first.get("answer_probability"), "after": last.get("answer_probability")}
     found = {"token_probability": probability, "examples": len(done.examples)}
     record = _record("text", settings, done.profile, done.training, found)
     write_adapter(output_dir, _saver(done.model, adapter_name), record)
-    words = [f"{len(done.examples)} texts or answers."]
-    if before is not None and after is not None:
-        words[0] += f" Their tokens had probability {before:.3f} on average, and have now "
-        words[0] += f"{after:.3f}, in the batches that were trained on."
-        if after > 0.9 * before:
-            words.append(_hardly_forgotten(retain, template))
-    then = ["semu", "evaluate", "--model", model, "--adapter", str(output_dir), "--forget", forget]
-    then += [] if settings["template"] is None else ["--template", settings["template"]]
-    return _told(record, words, output_dir, shlex.join([*then, "--metrics", "probability"]))
+    then = ["--forget", forget, *(["--columns", columns] if columns else [])]
+    then += [] if template is None else ["--template", template]
+    return _told(record, _of_texts(record), output_dir, _evaluation(settings, *then, "--metrics", "probability"))
 
 
 def concept(
@@ -192,6 +173,7 @@ def concept(
     num_inference_steps: Annotated[
         int, typer.Option("--num-inference-steps", help="Steps of sampling one of them.", min=1)
     ] = 25,
+    explained_variance: ExplainedVariance = 0.9,
     seed: Seed = 0,
     adapter_name: AdapterName = "default",
     dry_run: DryRun = False,
@@ -203,7 +185,7 @@ def concept(
     method_of("concept", method)
     check_output(output_dir)
     check_job(model, "concept")
-    from semu_peft import unlearn_concept
+    from semu_peft import SemuConfig, unlearn_concept
     from semu_peft.concept import concept_examples
     from semu_peft.concept.families import denoiser_of
     from semu_peft.concept.targets import denoiser_targets
@@ -211,19 +193,21 @@ def concept(
 
     pipe = pipeline(model)
     denoiser = denoiser_of(pipe)
+    targets = denoiser_targets(denoiser)
     if dry_run:
         examples = samples_per_prompt * len(forget)
         return estimate(
-            denoiser, denoiser_targets(denoiser), examples=examples, batches=-(-examples // batch_size),
-            steps=max_steps, step_seconds=step_seconds,
+            denoiser, targets, examples=examples, batches=-(-examples // batch_size), steps=max_steps,
+            step_seconds=step_seconds,
         ).told()  # fmt: skip
     examples_made = concept_examples(
         pipe, forget, anchor=anchor or "", retain=retain or "", samples_per_prompt=samples_per_prompt,
         num_inference_steps=num_inference_steps, batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
     done = unlearn_concept(
-        pipe, examples_made, objective=method, max_steps=max_steps, batch_size=batch_size, seed=seed,
-        progress=progress, adapter_name=adapter_name,
+        pipe, examples_made, objective=method,
+        config=SemuConfig(target_modules=targets, explained_variance=explained_variance), max_steps=max_steps,
+        batch_size=batch_size, seed=seed, progress=progress, adapter_name=adapter_name,
     )  # fmt: skip
     losses = {"before": done.training.history[0]["loss"], "after": done.training.history[-1]["loss"]}
     record = _record("concept", settings, done.profile, done.training, {"loss": losses, "examples": len(examples_made)})
@@ -233,19 +217,84 @@ def concept(
     return _told(record, words, output_dir, shlex.join([*then, "--output-dir", f"{output_dir}-lora"]))
 
 
-def _hardly_forgotten(retain: str | None, template: str | None) -> str:
-    """What to try where a run ended with the answers as likely as before: it is no success because it ended."""
-    tries = [] if retain is not None else ["give data that must stay, --retain others.jsonl"]
-    tries += [] if template is not None else ["write --template as the model was trained"]
-    tries.append("take another --method")
-    return f"Hardly anything was forgotten. Things to try: {'; '.join(tries)}."
+def _recognised(model: Any, parts: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+    """How much of each part is recognised, in percent."""
+    from semu_peft.evaluation import predict
+
+    return {name: predict(model, part.loader(batch_size), progress=False).accuracy for name, part in parts.items()}
 
 
-def _others(retain: str, base: Any, forget_class: str | None) -> Any:
+def _other_classes(forget: Path, base: Any, forget_class: str | None) -> dict[str, Any]:
+    """The images beside those of the class to forget, which are looked at and not trained on."""
+    others = None if forget_class is None else read_others(forget, base, forget_class, "forget")
+    return {} if others is None else {"retain": others}
+
+
+def _kept_images(retain: str, base: Any, forget_class: str | None, batch_size: int, max_retain_kl: float | None) -> Any:
+    """What is held while training: by a weight or, with a budget, by that alone."""
+    from semu_peft import Retain as Keep
+    from semu_peft.objectives import KLToOriginal
+
     kept = read_others(retain, base, forget_class)
     if kept is None:
         raise typer.BadParameter(f"`--retain`: {retain} has no class but {forget_class!r}. Add images of others.")
-    return kept
+    return Keep(kept.loader(batch_size, shuffle=True), KLToOriginal(), 1.0 if max_retain_kl is None else 0.0)
+
+
+def _of_images(record: Mapping[str, Any], forget: Path, retain: str | None) -> list[str]:
+    """What became of the images, in words."""
+    of = record["forget_accuracy"]
+    words = [f"{_count(record, 'image')}: {of['before']:.1f}% were recognised before, {of['after']:.1f}% are now."]
+    if (others := record.get("retain_accuracy")) is not None:
+        words.append(f"Images of the other classes: {others['before']:.1f}% before, {others['after']:.1f}% now.")
+        if others["before"] - others["after"] > 1 and retain is None:
+            words.append(f"To hold the others better, give them: --retain {forget}")
+    return words
+
+
+def _of_texts(record: Mapping[str, Any]) -> list[str]:
+    """What became of the texts, in words."""
+    before, after = (record["token_probability"][when] for when in ("before", "after"))
+    if before is None or after is None:
+        return [f"{_count(record, 'text or answer', 'texts or answers')}."]
+    words = [
+        f"{_count(record, 'text or answer', 'texts or answers')}. The tokens had probability {before:.3f} on average, "
+        f"and have now {after:.3f}, in the batches that were trained on."
+    ]
+    return [*words, _hardly_forgotten(record["settings"])] if after > 0.9 * before else words
+
+
+def _hardly_forgotten(settings: Mapping[str, Any]) -> str:
+    """What to try where a run ended with the answers as likely as before: it is no success because it ended."""
+    tries = ["take another --method"]
+    if settings["explained_variance"] < 0.99:
+        tries.insert(0, "keep more directions, --explained-variance 0.99")
+    if settings["template"] is None:
+        tries.insert(0, "write --template as the model was trained")
+    if settings["retain"] is None and settings["neutral"] is None:
+        tries.insert(0, "say what must stay, --retain others.jsonl or rather texts of any kind, --neutral texts.txt")
+    return f"Hardly anything was forgotten. Things to try: {'; '.join(tries)}."
+
+
+def _count(record: Mapping[str, Any], one: str, more: str | None = None) -> str:
+    number = record["examples"]
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def _evaluation(settings: Mapping[str, Any], *flags: str) -> str:
+    """The command that measures what was done."""
+    model, adapter = settings["model"], str(settings["output_dir"])
+    return shlex.join(["semu", "evaluate", "--model", model, "--adapter", adapter, *flags])
+
+
+def _estimated(
+    base: Any, targets: Any, loader: Any, examples: int, steps: int | None, step_seconds: float | None
+) -> Told:
+    """What training on such batches takes."""
+    return estimate(
+        base, targets, examples=examples, batches=len(loader), steps=steps, step_seconds=step_seconds,
+        trial=_trial(base, loader),
+    ).told()  # fmt: skip
 
 
 def _trial(model: Any, loader: Any) -> Any:

@@ -62,10 +62,11 @@ class LanguageMetrics:
         extraction_strength: See [`extraction_strength`][semu_peft.evaluation.memorisation.extraction_strength].
         exact_memorisation: See [`exact_memorisation`][semu_peft.evaluation.memorisation.exact_memorisation].
         forget_quality: See [`forget_quality`][semu_peft.evaluation.memorisation.forget_quality]; needs gold.
-        model_utility: Harmonic mean of what `utility` holds.
+        model_utility: Harmonic mean of what `utility` holds; needs wrong answers in all of its sets.
         neutral_kl: `KL(original ‖ now)` on neutral text, in nats per token.
         fluency: Entropy of the n-grams of the greedy forget answers, in bits.
-        utility: Probability, ROUGE-L recall and truth ratio of each set that is to be kept, by "set metric".
+        utility: Probability, ROUGE-L recall and, of a set with wrong answers, truth ratio of each set that is to be
+            kept, by "set metric".
         membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
         privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
@@ -99,6 +100,8 @@ class LanguageMetrics:
         """The numbers that were measured as text, by the head of their column."""
         forms = {"forget_quality": ".2g", "neutral_kl": ".4f", "fluency": ".2f", "privacy_leakage": ".1f"}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values |= self.utility if self.model_utility is None else {}  # else it sums them up
+        values |= {"membership AUC": self.membership["min_k"]} if "min_k" in self.membership else {}
         return {
             name.replace("_", " "): format(value, forms.get(name, ".3f"))
             for name, value in values.items()
@@ -151,7 +154,8 @@ def evaluate_language(
         forget: Rows to forget, with `question` and `answer`; the truth ratio also takes `perturbed_answer`, a list, and
             `paraphrased_answer`.
         utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
-            all three measures of each. In sets without `paraphrased_answer`, the probability is that among the options.
+            all three measures of each. In sets with wrong answers and without `paraphrased_answer`, the probability is
+            that among the options. Sets without wrong answers have no truth ratio, and then there is no model utility.
         neutral: Plain texts for the KL to the original model.
         holdout: Questions with answers like the forgotten ones that no model was trained on, for membership.
         gold: Metrics of the model that never saw the forget set, for the forget quality and the privacy leakage.
@@ -192,7 +196,8 @@ def evaluate_language(
             found[metric] = suite.membership(others or [])
         elif metric == "model_utility":
             found["utility"] = suite.utility()
-            found[metric] = model_utility(found["utility"])
+            is_whole = len(found["utility"]) == 3 * len(utility or {})
+            found[metric] = model_utility(found["utility"]) if is_whole else None
         else:
             found[metric] = suite.forget(metric)
     if "truth_ratio" in wanted:
@@ -203,8 +208,9 @@ def evaluate_language(
 
 def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any, holdout: Any) -> list[str]:
     """The metrics to compute, in the order of the table; each must have its data."""
+    without = [name for name, rows in sets.items() if not all(row.perturbed_answers for row in rows)]
     there = {
-        "truth": all(row.perturbed_answers for row in sets["forget"]),
+        "truth": "forget" not in without,
         "utility": len(sets) > 1,
         "neutral": neutral is not None,
         "holdout": holdout is not None,
@@ -215,6 +221,8 @@ def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutra
     }
     if metrics is None:
         return [name for name, need in _NEEDS.items() if there.get(need, True)]
+    if poor := [name for name in without if name != "forget"]:  # part of the utility is to be had, but no mean of it
+        there["utility"], lacking["utility"] = False, f"`perturbed_answer` in the rows of `{poor[0]}`"
     asked = [metrics] if isinstance(metrics, str) else list(metrics)
     names = [name for name in asked if name != "forget_quality"]
     names += ["truth_ratio"] if "forget_quality" in asked else []
@@ -256,9 +264,13 @@ class _Suite:
         return _mean_probability(answers["nll"]) if metric == "probability" else _mean(answers[metric])
 
     def utility(self) -> dict[str, float]:
-        """The three measures of each set that is to be kept."""
+        """The three measures of each set that is to be kept; two of one without wrong answers."""
         parts = {}
         for name in list(self.sets)[1:]:
+            if not all(row.perturbed_answers for row in self.sets[name]):
+                parts[f"{name} probability"] = _mean_probability(self.answers(name)["nll"])
+                parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+                continue
             truth = self.truth(name)
             parts[f"{name} probability"] = (
                 _mean_probability(self.answers(name)["nll"])
@@ -290,7 +302,7 @@ class _Suite:
         """Of a set's right answers (paraphrased, where all rows have that) and wrong ones: mean NLL per token."""
         rows = self.sets[name]
         paraphrased = all(row.paraphrased_answer for row in rows)
-        groups = [_options(row, paraphrased, name) for row in rows]
+        groups = [_options(row, paraphrased) for row in rows]
 
         def measure() -> Any:
             pairs = [(row.prompt, answer) for row, group in zip(rows, groups, strict=True) for answer in group]
@@ -366,12 +378,8 @@ class _Suite:
         return encoder_for(self.model, self.tokenizer, self.template).answer(row.prompt or "", row.answer)
 
 
-def _options(row: TextExample, paraphrased: bool, name: str) -> list[str]:
+def _options(row: TextExample, paraphrased: bool) -> list[str]:
     """The right answer and the wrong ones."""
-    if not row.perturbed_answers:
-        raise ValueError(
-            f"`{name}` must have wrong answers in each row, under `perturbed_answer`, got none to {row!r}."
-        )
     return [str(row.paraphrased_answer) if paraphrased else row.answer, *row.perturbed_answers]
 
 

@@ -6,12 +6,13 @@ from .encode import TextEncoder
 from .forget import TextResult, forget_text
 from .pairing import ForgetRetainPairs, Part
 from .samples import own_samples
-from .shapes import TextExample, as_example, read_text
+from .shapes import ColumnsError, TextExample, as_example, read_text
 from .stopping import UntilUnseen
 from .unseen import unseen_answers
 
 __all__ = [
     "REFUSALS",
+    "ColumnsError",
     "ForgetRetainPairs",
     "Part",
     "TextCollator",

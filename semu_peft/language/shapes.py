@@ -61,6 +61,29 @@ class TextExample:
         return self.prompt is None
 
 
+class ColumnsError(ValueError):
+    """A row has none of the known columns.
+
+    Attributes:
+        columns: Those that it has.
+
+    Examples:
+        >>> try:
+        ...     as_example({"q": "What colour?", "a": "blue"})
+        ... except ColumnsError as error:
+        ...     error.columns
+        ['a', 'q']
+    """
+
+    def __init__(self, name: str, columns: list[str]) -> None:
+        self.columns = columns
+        super().__init__(
+            f"`{name}` must have the columns 'question' and 'answer' (or 'prompt' and 'response'), 'messages' or "
+            f"'text', got {columns}. Rename them, or say which they are: `read_text(..., columns={{'question': ..., "
+            "'answer': ...})`, whose rows can be given instead."
+        )
+
+
 def read_text(source: Any, *, columns: Mapping[str, str] | None = None, name: str = "forget") -> Iterator[TextExample]:
     """Read text from wherever it lies, one example after the other, so that a large file is never held whole.
 
@@ -95,7 +118,8 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
 
     Raises:
         TypeError: It is none of these.
-        ValueError: A mapping has none of the known columns, or a chat does not end with an answer.
+        ColumnsError: A mapping has none of the known columns; it is a `ValueError`.
+        ValueError: A chat does not end with an answer.
 
     Examples:
         >>> as_example({"question": "The capital?", "choices": ["Rome", "Paris"], "answer": 1}).answer
@@ -121,10 +145,7 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
         return _question_and_answer(given, prompt, answer, name)
     if isinstance(given.get("text"), str):
         return TextExample(given["text"])
-    raise ValueError(
-        f"`{name}` must have the columns 'question' and 'answer' (or 'prompt' and 'response'), 'messages' or 'text', "
-        f"got {sorted(map(str, row))}. Say which they are: `columns={{'question': ..., 'answer': ...}}`."
-    )
+    raise ColumnsError(name, sorted(map(str, row)))
 
 
 def _question_and_answer(row: Mapping[str, Any], prompt: str, answer: str, name: str) -> TextExample:

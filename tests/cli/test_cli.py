@@ -249,6 +249,7 @@ def test_an_unknown_class_is_told_with_those_there_are(images: dict[str, Path], 
 
 
 def test_a_failure_is_one_sentence_and_with_traceback_the_error(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")  # and no weights
     found = semu("inspect", "--adapter", tmp_path, code=1)
     assert found["status"] == "failed" and found["error"]["kind"] == "FileNotFoundError"
     result = CliRunner().invoke(app, ["inspect", "--adapter", str(tmp_path), "--traceback"])

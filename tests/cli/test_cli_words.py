@@ -21,6 +21,12 @@ def test_an_estimate_does_not_say_that_a_run_takes_no_time() -> None:
     assert "Time: at least 24.0 s," in estimated(24.0) and "at 2 s a pass" in estimated(24.0)
 
 
+def test_one_is_not_many() -> None:
+    assert "Data: 1 example in 1 batch." in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, 2.0).told().words)
+    assert "for 1 batch and 1 step," in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, 2.0).told().words)
+    assert "Data: 64 examples in 2 batches." in estimated(24.0) and "2 batches and 10 steps" in estimated(24.0)
+
+
 def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_template(tmp_path: Path) -> None:
     model, forget = cli_models.language_model(tmp_path / "a model"), cli_models.facts(
         tmp_path / "facts.jsonl", cli_models.FACTS[:1]
@@ -33,7 +39,10 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
     )  # fmt: skip
     assert told.exit_code == 0, told.output
     said = " ".join(told.output.split())
-    assert "Hardly anything was forgotten." in said and "--retain" in said and "write --template" not in said
+    assert "1 text or answer. The tokens had" in said
+    assert "Hardly anything was forgotten." in said and "write --template" not in said
+    for flag in ("--retain others.jsonl", "--neutral texts.txt", "--explained-variance 0.99", "--method"):
+        assert flag in said[said.index("Things to try") :]
     following = shlex.split(told.output[told.output.index("Next: ") + 6 :])
     assert following[following.index("--template") + 1] == template
     assert following[following.index("--model") + 1] == str(model)

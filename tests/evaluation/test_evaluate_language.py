@@ -185,3 +185,15 @@ def test_pairs_are_enough_for_what_needs_no_wrong_answers() -> None:
     found = evaluate_language(decoder(), word_tokenizer(), pairs, **QUIET)
     assert found.probability is not None and found.truth_ratio is None
     assert truth_ratio([0.0], [[0.0]]).item() == 1.0
+
+
+def test_what_is_kept_may_come_without_wrong_answers() -> None:
+    plain = [{"question": row["question"], "answer": row["answer"]} for row in FORGET[:2]]
+    found = evaluate_language(decoder(), word_tokenizer(), FORGET, utility={**UTILITY, "plain": plain}, **QUIET)
+    assert found.utility["plain probability"] == pytest.approx(found.utility["retain probability"])
+    assert "plain truth_ratio" not in found.utility and len(found.utility) == 8
+    assert found.model_utility is None and "plain rouge 0." in repr(found)
+    with pytest.raises(ValueError, match="needs `perturbed_answer` in the rows of `plain`"):
+        evaluate_language(
+            decoder(), word_tokenizer(), FORGET, utility={"plain": plain}, metrics="model_utility", **QUIET
+        )

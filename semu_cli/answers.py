@@ -1,0 +1,102 @@
+"""What a language model says, for `semu evaluate`, `attack` and `audit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bases import language_model, models_beside
+from .text_file import read_texts, written_out
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A language model, and the files that it is judged by. Fields are named as the flags.
+
+    Attributes:
+        model: The model.
+        adapter: The adapter, or None for the bare model.
+        forget: What was to be forgotten.
+        retain: What was to be kept.
+        test: Questions with answers that no model was trained on.
+        neutral: Texts of any kind.
+        reference: A model that never knew.
+        columns: As `--columns` has them.
+        template: How question and answer are written.
+        metrics: Only these.
+        batch_size: Answers at a time.
+        seed: Of everything drawn.
+        progress: Show progress bars.
+
+    Examples:
+        >>> from semu_cli.answers import Answers
+        >>> Answers("my-llm", None, "facts.jsonl", retain="others.jsonl").files
+        {'forget': 'facts.jsonl', 'retain': 'others.jsonl'}
+    """
+
+    model: str
+    adapter: Path | None
+    forget: str
+    retain: str | None = None
+    test: str | None = None
+    neutral: str | None = None
+    reference: str | None = None
+    columns: str | None = None
+    template: str | None = None
+    metrics: list[str] | None = None
+    batch_size: int = 32
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """Where the data lie, by flag."""
+        paths = {"forget": self.forget, "retain": self.retain, "test": self.test, "neutral": self.neutral}
+        return {flag: path for flag, path in paths.items() if path is not None}
+
+    def measured(self) -> tuple[dict[str, Any], None]:
+        """`LanguageMetrics` of each model; there are no pictures."""
+        from semu_peft.evaluation import evaluate_language
+
+        data = self._read()
+        kept = None if "retain" not in data else {"retain": data["retain"]}
+        options: dict[str, Any] = {
+            "utility": kept, "neutral": data.get("neutral"), "holdout": data.get("test"), "metrics": self.metrics,
+            "template": written_out(self.template), "batch_size": self.batch_size, "progress": self.progress,
+        }  # fmt: skip
+        rows = {}
+        for name, place, own in models_beside(self.model, self.adapter, self.reference):
+            measured, tokenizer = language_model(place, own)
+            rows[name] = evaluate_language(measured, tokenizer, data["forget"], **options)
+        return rows, None
+
+    def attacked(self, time_limit: float | None) -> Any:
+        """All attacks that the data allow, as an `AttackReport`."""
+        from semu_peft import evaluation
+        from semu_peft.language import text_examples
+
+        data, template, batches = self._read(), written_out(self.template), {}
+        base, tokenizer = language_model(self.model, self.adapter)
+        other = None if self.reference is None else language_model(self.reference)[0]
+        for name in ("forget", "retain", "test"):
+            if name in data:
+                rows = text_examples(tokenizer, data[name], template=template, name=name)
+                batches[name] = list(rows.loader(min(self.batch_size, len(rows)), shuffle=False))
+        asking: dict[str, Any] = {"gold": other, "template": template, "batch_size": self.batch_size, "seed": self.seed}
+        further = {}
+        if not any(row.is_plain for row in data["forget"]):  # answers to questions, which can be asked otherwise
+            further["prompts"] = lambda attacked: evaluation.prompt_attacks(
+                attacked, tokenizer, data["forget"], progress=False, **asking
+            )
+        return evaluation.attack(
+            base, batches["forget"], batches.get("retain"), test=batches.get("test"), reference=other, further=further,
+            time_limit=time_limit, seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+
+    def unlearned(self) -> Any:
+        """The model with its adapter."""
+        return language_model(self.model, self.adapter)[0]
+
+    def _read(self) -> dict[str, list[Any]]:
+        return {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}

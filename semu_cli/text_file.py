@@ -1,0 +1,70 @@
+"""Files of texts, questions and answers, and how they are written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def check_texts(columns: str | None, **paths: str | None) -> None:
+    """Raise a usage error unless the files, by flag, are there and `--columns` can be read; nothing is loaded."""
+    columns_of(columns)
+    for flag, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise typer.BadParameter(f"`--{flag}`: there is no file {path}. Give one with texts or questions.")
+
+
+def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
+    """The rows of a file, as `TextExample`s.
+
+    Args:
+        path: The file, or a folder of such.
+        flag: The flag, for errors.
+        columns: As `--columns` has them.
+
+    Raises:
+        typer.BadParameter: There is no such file, or its columns have other names.
+
+    Examples:
+        >>> import tempfile
+        >>> from semu_cli.text_file import read_texts
+        >>> path = Path(tempfile.mkdtemp(), "facts.jsonl")
+        >>> _ = path.write_text('{"q": "What colour?", "a": "blue"}')
+        >>> read_texts(str(path), "forget", "question=q,answer=a")[0].answer
+        'blue'
+    """
+    check_texts(columns, **{flag: path})
+    from semu_peft.language import ColumnsError, read_text
+
+    try:
+        return list(read_text(path, columns=columns_of(columns), name=flag))
+    except ColumnsError as error:
+        raise typer.BadParameter(
+            f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
+            "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
+        ) from None
+
+
+def columns_of(columns: str | None) -> dict[str, str]:
+    """The data's names for columns, by ours.
+
+    Raises:
+        typer.BadParameter: It is no list of pairs.
+
+    Examples:
+        >>> from semu_cli.text_file import columns_of
+        >>> columns_of("question=prompt, answer=reply")
+        {'question': 'prompt', 'answer': 'reply'}
+    """
+    pairs = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+    named = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(named) < len(pairs) or not all(ours and theirs for ours, theirs in named.items()):
+        raise typer.BadParameter(f"`--columns` must be like question=prompt,answer=reply, got {columns!r}.")
+    return named
+
+
+def written_out(template: str | None) -> str | None:
+    """A template with the line breaks that a shell passes on as two signs."""
+    return None if template is None else template.replace("\\n", "\n")

@@ -1,0 +1,95 @@
+"""`semu` on files of text: columns by other names, what is to be kept without wrong answers, and templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cli_models
+import pytest
+from typer.testing import CliRunner
+
+from semu_cli import app
+from semu_cli.text_file import columns_of
+
+QUESTION, ANSWER = "What colour is the sky?", "blue"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cli_models.language_model(tmp_path_factory.mktemp("text") / "model")
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fact under names that no data set has."""
+    return cli_models.facts(tmp_path_factory.mktemp("data") / "renamed.jsonl", [{"q": QUESTION, "a": ANSWER}])
+
+
+def semu(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == code, (result.output, result.exception)
+    found, _ = json.JSONDecoder().raw_decode(result.stdout, result.stdout.index('{\n  "command"'))
+    return found
+
+
+def test_columns_by_other_names_are_asked_for_in_flags_and_read(model: Path, renamed: Path, tmp_path: Path) -> None:
+    how = ("--model", model, "--forget", renamed)
+    writes = ("unlearn", "text", *how, "--max-steps", 1, "--output-dir", tmp_path / "out", "--no-progress")
+    error = semu(*writes, code=2)["error"]
+    assert error["kind"] == "usage" and "columns a, q," in error["message"]
+    assert "`--columns question=NAME,answer=NAME`" in error["message"] and not (tmp_path / "out").exists()
+    done = semu(*writes, "--columns", "question=q,answer=a")
+    assert done["examples"] == 1 and "--columns question=q,answer=a" in done["next"]
+    assert done["settings"]["columns"] == "question=q,answer=a"
+
+
+def test_columns_mean_the_same_to_every_verb(model: Path, renamed: Path, tmp_path: Path) -> None:
+    plain = cli_models.facts(tmp_path / "plain.jsonl", [{"question": QUESTION, "answer": ANSWER}])
+    settings = tmp_path / "semu.yaml"
+    settings.write_text(f"forget: {renamed}\ncolumns: question=q, answer=a\n")
+    few = ("--model", model, "--metrics", "probability", "--no-progress")
+    found = semu("evaluate", *few, "--config", settings)["models"]
+    assert found == semu("evaluate", *few, "--forget", plain)["models"]
+    tried = semu("attack", "--model", model, "--config", settings, "--time-limit", 0, "--no-progress")
+    assert "prompts" in [each["attack"] for each in tried["not_run"]]  # its rows are known as questions
+
+
+@pytest.mark.parametrize("columns", ["question", "question=", "=q", "question=q,question=p"])
+def test_columns_that_are_no_pairs(columns: str) -> None:
+    import typer
+
+    with pytest.raises(typer.BadParameter, match="must be like question=prompt,answer=reply"):
+        columns_of(columns)
+
+
+def test_what_is_kept_needs_no_wrong_answers(model: Path, tmp_path: Path) -> None:
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS[:1])
+    retain = cli_models.facts(tmp_path / "retain.jsonl", cli_models.FACTS[1:])
+    how = ("--model", model, "--forget", forget, "--retain", retain, "--no-progress")
+    row = semu("evaluate", *how)["models"]["model"]
+    assert set(row["utility"]) == {"retain probability", "retain rouge"} and row["utility"]["retain probability"] > 0.5
+    assert row["model_utility"] is None  # a mean over three measures is not to be had of two
+    shown = CliRunner().invoke(app, ["evaluate", *map(str, how)], env={"COLUMNS": "200"})
+    assert "retain probability" in shown.output
+    asked = semu("evaluate", *how, "--metrics", "model_utility", code=1)["error"]["message"]
+    assert "`perturbed_answer` in the rows of `retain`" in asked
+
+
+def test_questions_that_no_model_knew_give_membership(model: Path, tmp_path: Path) -> None:
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS)
+    others = [{"question": "What?", "answer": "g h"}, {"question": "How?", "answer": "a e"}]
+    test = cli_models.facts(tmp_path / "test.jsonl", others)
+    how = ("--model", model, "--forget", forget, "--test", test, "--metrics", "membership", "--no-progress")
+    assert semu("evaluate", *how)["models"]["model"]["membership"]["min_k"] == 1  # it learnt the one, not the other
+
+
+def test_help_and_reader_agree_on_templates() -> None:
+    from semu_peft.language.encode import DEFAULT_TEMPLATE
+
+    for verb in (["unlearn", "text"], ["evaluate"], ["attack"], ["audit"]):
+        page = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "250"}).output
+        shown = " ".join(page.replace("│", " ").split())
+        assert "'Q: {question}\\nA: {answer}'" in shown and repr(DEFAULT_TEMPLATE) in shown
+        assert "{prompt}" not in shown
