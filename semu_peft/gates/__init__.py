@@ -3,12 +3,20 @@
 from .activations import ActivationGate, Clamp, Moments, NeuronAdjust, adjust_neurons, neuron_moments
 from .adapters import GATE_FILE, GatedModel, gated
 from .classifier import Classifier, LinearScorer, linear_gate
-from .embeddings import EmbeddingCorruption, StrengthSearch, secant, zeroth_order
+from .embeddings import EmbeddingCorruption, EntityTokens, StrengthSearch, secant, zeroth_order
 from .hidden import HiddenStates
 from .intervention import Gate, Intervention, always
 from .logits import LogitCombination, truncated
 from .nearest import Calibration, Nearest
-from .speech import Abstention, ForbiddenAnswers, ForbiddenContinuations, answer_strings
+from .retrieval import Retrieval
+from .speech import (
+    Abstention,
+    ForbiddenAnswers,
+    ForbiddenContinuations,
+    SimilarTokens,
+    answer_strings,
+    strings_of_answers,
+)
 
 __all__ = [
     "GATE_FILE",
@@ -18,6 +26,7 @@ __all__ = [
     "Clamp",
     "Classifier",
     "EmbeddingCorruption",
+    "EntityTokens",
     "ForbiddenAnswers",
     "ForbiddenContinuations",
     "Gate",
@@ -29,6 +38,8 @@ __all__ = [
     "Moments",
     "Nearest",
     "NeuronAdjust",
+    "Retrieval",
+    "SimilarTokens",
     "StrengthSearch",
     "adjust_neurons",
     "always",
@@ -37,6 +48,7 @@ __all__ = [
     "linear_gate",
     "neuron_moments",
     "secant",
+    "strings_of_answers",
     "truncated",
     "zeroth_order",
 ]

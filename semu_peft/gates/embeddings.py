@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,18 +15,91 @@ from semu_peft.tuner.adapted import base_model
 
 from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
 
-Positions = Callable[[Tensor], Tensor]
+Positions = Callable[[Tensor, Tensor], Tensor]
+"""Which tokens are meant, `(N, L)`: of `input_ids` and of which of these are no padding, `(N, L)` both."""
+
+Find = Callable[[str], Iterable[tuple[int, int]]]
+"""Where in a text something is: each time from which character on, and up to which."""
 
 
-def all_but_last(real: Tensor) -> Tensor:
-    """Of real tokens `(N, L)` all but each row's last, which is ECO's choice where no names are found.
+def all_but_last(input_ids: Tensor, real: Tensor) -> Tensor:
+    """All real tokens but each row's last, which is ECO's choice where no names are found.
+
+    Args:
+        input_ids: Token indices `(N, L)`.
+        real: Which of them are no padding.
 
     Examples:
-        >>> all_but_last(torch.tensor([[True, True, True], [False, True, True]])).int().tolist()
+        >>> from semu_peft.gates.embeddings import all_but_last
+        >>> real = torch.tensor([[True, True, True], [False, True, True]])
+        >>> all_but_last(torch.zeros(2, 3), real).int().tolist()
         [[1, 1, 0], [0, 1, 0]]
     """
     rest = real.flip(-1).int().cumsum(-1).flip(-1)
     return real & (rest > 1)
+
+
+class EntityTokens:
+    """The tokens that a text's names are made of; of a text in which none is found, all but the last.
+
+    Source: ECO, arXiv 2406.07933, where `dslim/bert-base-NER` finds the names. Here anything does that says where in a
+    text they stand:
+
+    - words with a capital letter: `lambda text: [m.span() for m in re.finditer(r"[A-Z]\\w+", text)]`;
+    - spaCy: `lambda text: [(e.start_char, e.end_char) for e in nlp(text).ents]`;
+    - a `pipeline("ner", aggregation_strategy="simple")` of transformers:
+      `lambda text: [(e["start"], e["end"]) for e in ner(text)]`.
+
+    A token belongs to a name where it shares a character with it. Special tokens belong to none.
+
+    Args:
+        tokenizer: The model's.
+        find: Where in a text the names are.
+
+    Raises:
+        TypeError: The tokenizer cannot decode, or `find` cannot be called.
+
+    Examples:
+        >>> import re
+        >>> from semu_peft.gates import EntityTokens
+        >>> find = lambda text: [match.span() for match in re.finditer("blue|red", text)]
+        >>> ids = tokenizer("the sky is blue", return_tensors="pt").input_ids
+        >>> EntityTokens(tokenizer, find)(ids, torch.ones_like(ids)).int().tolist()
+        [[0, 0, 0, 1]]
+    """
+
+    def __init__(self, tokenizer: Any, find: Find) -> None:
+        if not hasattr(tokenizer, "decode"):
+            raise TypeError(
+                f"`tokenizer` must be the model's, got {type(tokenizer).__name__}. Load it beside the model."
+            )
+        check_kind("find", find, Callable, "a function", "Give `text -> [(start, end), …]`.")  # type: ignore[arg-type]
+        self.tokenizer, self.find = tokenizer, find
+
+    def __call__(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """See [`Positions`][semu_peft.gates.embeddings.Positions]."""
+        real = real.bool().cpu()
+        chosen = torch.zeros_like(real)
+        for row, held in enumerate(real):
+            places = held.nonzero()[:, 0]
+            chosen[row, places] = torch.tensor(self._of_text(input_ids[row].cpu()[places].tolist()), dtype=torch.bool)
+        return torch.where(chosen.any(-1, keepdim=True), chosen, all_but_last(input_ids, real))
+
+    def _of_text(self, tokens: list[int]) -> list[bool]:
+        spans = [(int(first), int(last)) for first, last in self.find(self._decoded(tokens))]
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        start = end = 0
+        chosen = []
+        for count, token in enumerate(tokens, 1):
+            reached = len(self._decoded(tokens[:count]))
+            if reached > end:  # else a further byte of the same character
+                start, end = end, reached
+            meant = any(max(start, first) < min(end, last) for first, last in spans)
+            chosen.append(meant and token not in special)
+        return chosen
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class EmbeddingCorruption(Intervention):
@@ -43,7 +116,8 @@ class EmbeddingCorruption(Intervention):
         strength: `σ` of the noise; for `"zero"` 1 leaves nothing.
         kind: Gaussian noise, or zeros in the largest entries.
         dimensions: In how many entries of an embedding: the first for noise, the largest for zeros; by default all.
-        positions: Which of the real tokens `(N, L)`; by default all but the last.
+        positions: Which tokens, `(input_ids, real) -> mask`, all `(N, L)`; by default all real ones but the last.
+            [`EntityTokens`][semu_peft.gates.embeddings.EntityTokens] are those of names.
         seed: Of the noise.
 
     Examples:
@@ -69,6 +143,7 @@ class EmbeddingCorruption(Intervention):
         seed: int = 0,
     ) -> None:
         super().__init__(model, gate)
+        check_kind("positions", positions, Callable, "a function", "Give `(input_ids, real) -> mask`.")  # type: ignore[arg-type]
         check_number("strength", strength, low=0.0)
         check_count("dimensions", dimensions, optional=True)
         if kind not in ("noise", "zero"):
@@ -88,7 +163,7 @@ class EmbeddingCorruption(Intervention):
         def corrupt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if "chosen" not in state:  # the prompt
                 real = state["real"] if "real" in state else torch.ones(output.shape[:2], dtype=torch.bool)
-                state["chosen"] = self.positions(real).to(output.device)
+                state["chosen"] = self._chosen(args[0], real).to(output.device)
                 state["noise"] = self._noise(output)
             chosen = state["chosen"]
             if output.shape[1] < chosen.shape[1]:  # a token that follows
@@ -105,6 +180,15 @@ class EmbeddingCorruption(Intervention):
 
         found: Any = layer.get_input_embeddings()
         return self.hooked([(found, corrupt)], before=[(layer, look)])
+
+    def _chosen(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        chosen = torch.as_tensor(self.positions(input_ids, real.to(input_ids.device)))
+        if chosen.shape != input_ids.shape:
+            raise ValueError(
+                f"`positions` must say of each token whether it is meant, {tuple(input_ids.shape)}, got a mask of "
+                f"shape {tuple(chosen.shape)}. Return one like `input_ids`."
+            )
+        return chosen.bool()
 
     def _noise(self, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

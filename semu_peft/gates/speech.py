@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from semu_peft.arguments import check_count, check_kind
+from semu_peft.arguments import check_count, check_kind, check_number
 from semu_peft.objectives.batches import IGNORED, check_batches, logits_of, split_batch
 from semu_peft.tuner.adapted import base_model
 
@@ -79,11 +79,6 @@ class ForbiddenContinuations(LogitsProcessor):
                 masked[row, tokens] = -torch.inf
         return masked
 
-    def along(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """The logits `(N, L, V)` of whole texts, masked at each place by what stands up to it."""
-        steps = [self(input_ids[:, : place + 1], logits[:, place]) for place in range(logits.shape[1])]
-        return torch.stack(steps, 1)
-
 
 def answer_strings(
     forget: Iterable[Any], length: int = 3, *, retain: Iterable[Any] | None = None
@@ -105,34 +100,113 @@ def answer_strings(
         >>> answer_strings([{"input_ids": None, "labels": torch.tensor([[-100, 4, 5, 6], [-100, -100, -100, 7]])}], 2)
         [(4, 5), (5, 6), (7,)]
     """
+    every = strings_of_answers(forget, length, retain=retain)
+    return list(dict.fromkeys(run for runs in every for run in runs))
+
+
+def strings_of_answers(
+    forget: Iterable[Any], length: int = 3, *, retain: Iterable[Any] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """For each example its own runs of tokens, see [`answer_strings`][semu_peft.gates.speech.answer_strings].
+
+    Args:
+        forget: Batches with labels of tokens.
+        length: How many tokens a run has.
+        retain: Batches whose runs may be said.
+
+    Returns:
+        One list for each row of the batches; it is empty where retain answers have all of a row's runs.
+
+    Raises:
+        ValueError: No run is left.
+
+    Examples:
+        >>> from semu_peft.gates.speech import strings_of_answers
+        >>> batch = {"input_ids": None, "labels": torch.tensor([[-100, 4, 5, 6], [-100, 4, 5, -100]])}
+        >>> strings_of_answers([batch], 2)
+        [[(4, 5), (5, 6)], [(4, 5)]]
+    """
     check_count("length", length)
     check_batches(forget, "forget")
-    kept = set() if retain is None else set(_runs(retain, length))
-    found = [run for run in dict.fromkeys(_runs(forget, length)) if run not in kept]
-    if not found:
+    said = set() if retain is None else {run for runs in _runs(retain, length) for run in runs}
+    found = [[run for run in dict.fromkeys(runs) if run not in said] for runs in _runs(forget, length)]
+    if not any(found):
         raise ValueError("`forget` must have runs of tokens of its own, got none. Check the labels, or give a length.")
     return found
 
 
-def _runs(batches: Iterable[Any], length: int) -> Iterator[tuple[int, ...]]:
+def _runs(batches: Iterable[Any], length: int) -> Iterator[list[tuple[int, ...]]]:
     for batch in batches:
         for row in split_batch(batch)[2].tolist():
+            found = []
             for counts, group in groupby(row, key=lambda token: token != IGNORED):
                 tokens = tuple(group)
                 if counts:
                     size = min(length, len(tokens))
-                    yield from (tokens[start : start + size] for start in range(len(tokens) - size + 1))
+                    found += [tokens[start : start + size] for start in range(len(tokens) - size + 1)]
+            yield found
+
+
+class SimilarTokens(LogitsProcessor):
+    """Lowers tokens that are like forbidden ones: `z_v ← z_v − β max_f cos(e_v, e_f)`, where the cosine is above δ.
+
+    Source: GUARD, arXiv 2505.13312, its semantic matching with δ .5, where a sentence encoder compares words. Neither
+    code nor equation of it was to be had; this compares tokens, by any vectors of them, such as the model's embeddings.
+
+    Args:
+        embeddings: A vector of each token, `(V, D)`.
+        tokens: Indices of the forbidden tokens.
+        penalty: `β`, in logits.
+        threshold: `δ`.
+
+    Raises:
+        ValueError: There is no token, or a number is out of range.
+
+    Examples:
+        >>> from semu_peft.gates.speech import SimilarTokens
+        >>> embeddings = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+        >>> SimilarTokens(embeddings, [0], penalty=10.0)(None, torch.zeros(1, 3))
+        tensor([[-10.,  -6.,   0.]])
+    """
+
+    def __init__(
+        self, embeddings: Tensor, tokens: Iterable[int], penalty: float = 1.0, *, threshold: float = 0.5
+    ) -> None:
+        check_number("penalty", penalty, low=0.0)
+        check_number("threshold", threshold, low=0.0, high=1.0)
+        places = torch.tensor(sorted(set(tokens)), device=embeddings.device)
+        if not len(places):
+            raise ValueError("`tokens` must hold at least one token, got none. Name what is forbidden.")
+        rows = nn.functional.normalize(embeddings.detach().float(), dim=-1)
+        cosines = (rows @ rows[places].mT).amax(-1)
+        cosines[places] = 1.0  # whatever rounding says
+        self.lowered = torch.where(cosines > threshold, cosines * penalty, 0.0)
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        """The scores `(…, V)`, lowered; of models whose logits are more than their tokens, the first."""
+        lowered = self.lowered.to(scores)[: scores.shape[-1]]
+        return scores - nn.functional.pad(lowered, (0, scores.shape[-1] - len(lowered)))
 
 
 class ForbiddenAnswers(Intervention):
     """A model that cannot complete strings of tokens after the prompts on which a gate opens.
+
+    The strings are the same for all prompts or, given by name, those of the names that the gate opens: with
+    [`Retrieval`][semu_peft.gates.retrieval.Retrieval] those of the answers whose prompts are nearest.
 
     Source: GUARD, arXiv 2505.13312, where the strings are the answers that are to be forgotten.
 
     Args:
         model: A language model.
         gate: Which prompts.
-        sequences: Token indices of each string.
+        sequences: Token indices of each string, or such by the gate's names; names without a string forbid nothing.
+        penalty: By how many logits tokens are lowered that are like those which are a string of their own, see
+            [`SimilarTokens`][semu_peft.gates.speech.SimilarTokens]; by the model's own embeddings.
+        threshold: From which cosine on they are alike.
+
+    Raises:
+        ValueError: There is no string, or `penalty` has none of one token; when it is called, the gate gives a name
+            that has no list.
 
     Examples:
         >>> from semu_peft.gates import ForbiddenAnswers
@@ -143,15 +217,28 @@ class ForbiddenAnswers(Intervention):
     """
 
     def __init__(
-        self, model: nn.Module, gate: Gate | Callable[..., Weights], sequences: Iterable[Sequence[int]]
+        self,
+        model: nn.Module,
+        gate: Gate | Callable[..., Weights],
+        sequences: Iterable[Sequence[int]] | Mapping[str, Iterable[Sequence[int]]],
+        *,
+        penalty: float = 0.0,
+        threshold: float = 0.5,
     ) -> None:
         super().__init__(model, gate)
-        self.forbidden = ForbiddenContinuations(sequences)
-
-    def _processor(self, weights: dict[str, Tensor]) -> ForbiddenContinuations:
-        made = ForbiddenContinuations.__new__(ForbiddenContinuations)
-        vars(made).update(vars(self.forbidden), open_rows=any_open(weights))
-        return made
+        kind = "lists of token indices"
+        check_kind("sequences", sequences, Iterable, kind, "Write `[[1, 2]]`.")
+        check_number("penalty", penalty, low=0.0)
+        named = sequences if isinstance(sequences, Mapping) else {_ALL: sequences}
+        self.sequences = {name: [tuple(map(int, each)) for each in strings] for name, strings in named.items()}
+        every = [string for strings in self.sequences.values() for string in strings]
+        ForbiddenContinuations(every)  # whose mistakes are told now
+        if penalty > 0 and not any(len(string) == 1 for string in every):
+            raise ValueError(
+                "`penalty` must be 0 where no string is of one token, got strings of more. Give `length=1` to what "
+                "makes them."
+            )
+        self.penalty, self.threshold = penalty, threshold
 
     def opened(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
         processor = self._processor(weights)
@@ -169,6 +256,51 @@ class ForbiddenAnswers(Intervention):
 
     def generation_options(self, weights: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
         return with_processor(options, self._processor(weights))
+
+    def _processor(self, weights: dict[str, Tensor]) -> _OfExamples:
+        unknown = sorted(set(weights) - set(self.sequences))
+        if unknown and _ALL not in self.sequences:
+            raise ValueError(
+                f"`sequences` must have strings of the names that the gate gives, got none of {unknown[0]!r}. Give it "
+                "an empty list where nothing is forbidden."
+            )
+        made: dict[frozenset[str], list[LogitsProcessor]] = {}
+        opened = []
+        for example in range(len(next(iter(weights.values())))):
+            names = frozenset(name for name, each in weights.items() if float(each[example]) > 0)
+            names = frozenset({_ALL}) if names and _ALL in self.sequences else names
+            if names not in made:
+                made[names] = self._processors([string for name in sorted(names) for string in self.sequences[name]])
+            opened.append(made[names])
+        return _OfExamples(opened)
+
+    def _processors(self, strings: list[tuple[int, ...]]) -> list[LogitsProcessor]:
+        alone = [string[0] for string in strings if len(string) == 1]
+        made: list[LogitsProcessor] = [ForbiddenContinuations(strings)] if strings else []
+        if self.penalty > 0 and alone:
+            model: Any = base_model(self.model)
+            embeddings = model.get_input_embeddings().weight
+            made.append(SimilarTokens(embeddings, alone, self.penalty, threshold=self.threshold))
+        return made
+
+
+class _OfExamples(LogitsProcessor):
+    """For each example of a batch processors of its own; beams follow their example."""
+
+    def __init__(self, processors: Sequence[Sequence[LogitsProcessor]]) -> None:
+        self.processors = processors
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        result = scores.clone()
+        for row, example in enumerate(weights_of_rows(torch.arange(len(self.processors)), scores).tolist()):
+            for processor in self.processors[example]:
+                result[row] = processor(input_ids[row : row + 1], result[row : row + 1])[0]
+        return result
+
+    def along(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """The logits `(N, L, V)` of whole texts, at each place by what stands up to it."""
+        steps = [self(input_ids[:, : place + 1], logits[:, place]) for place in range(logits.shape[1])]
+        return torch.stack(steps, 1)
 
 
 class Abstention(Intervention):
@@ -256,3 +388,4 @@ def with_logits(output: Any, logits: Tensor) -> Any:
 
 
 _END = -1
+_ALL = ""  # the name of strings that hold whatever name is open

@@ -21,14 +21,17 @@ from semu_peft.gates import (
     HiddenStates,
     LogitCombination,
     Nearest,
+    Retrieval,
     adjust_neurons,
     answer_strings,
     gated,
     linear_gate,
     neuron_moments,
+    strings_of_answers,
     truncated,
     zeroth_order,
 )
+from semu_peft.gates.embeddings import Positions, all_but_last
 from semu_peft.objectives import NPO, CrossEntropy, UniformDistribution
 from semu_peft.objectives.base import LossFunction
 from semu_peft.objectives.original import without_adapter
@@ -95,6 +98,7 @@ def eco(
     strength: float = 100.0,
     kind: Literal["noise", "zero"] = "noise",
     dimensions: int | None = 1,
+    positions: Positions = all_but_last,
     false_alarms: float = 0.01,
     score: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
@@ -102,7 +106,8 @@ def eco(
     """ECO: corrupt the embeddings of prompts that a classifier takes for forget prompts.
 
     Source: Liu et al. 2024, arXiv 2406.07933: a RoBERTa as classifier, threshold .99, noise of σ 100 in one entry or
-    zeros in the largest 670 to 1000. Here the classifier is a logistic regression on the model's own states.
+    zeros in the largest 670 to 1000, on the tokens of names. Here the classifier is a logistic regression on the
+    model's own states, and no recogniser of names comes with it: `positions` takes yours.
 
     Args:
         model: A language model.
@@ -112,6 +117,8 @@ def eco(
         strength: `σ`, or where its search begins.
         kind: Noise or zeros.
         dimensions: In how many entries of an embedding.
+        positions: Of which tokens, such as [`EntityTokens`][semu_peft.gates.embeddings.EntityTokens]; by default of all
+            but the last.
         false_alarms: On which share of the retain examples the gate may open.
         score: What to bring down by the strength, of the corrupted model; without it the strength stays.
         seed: Of the noise.
@@ -124,7 +131,7 @@ def eco(
         100.0
     """
     gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), false_alarms=false_alarms)
-    made: dict[str, Any] = {"kind": kind, "dimensions": dimensions, "seed": seed}
+    made: dict[str, Any] = {"kind": kind, "dimensions": dimensions, "positions": positions, "seed": seed}
     if score is not None:
         at = lambda sigma: score(EmbeddingCorruption(model, gate, sigma, **made))  # noqa: E731
         strength = zeroth_order(at, strength).strength
@@ -138,19 +145,27 @@ def guard(
     *,
     layer: str = "model.norm",
     length: int = 3,
+    answers: int | None = 1,
+    penalty: float = 0.0,
+    threshold: float = 0.5,
     false_alarms: float = 0.01,
 ) -> ForbiddenAnswers:
-    """GUARD: after prompts that a classifier takes for forget prompts, no run of tokens of a forgotten answer is said.
+    """GUARD: after prompts that a classifier takes for forget prompts, no run of tokens of the answer found is said.
 
-    Source: 2025, arXiv 2505.13312: a small network on the model's penultimate state, and a trie of forbidden tokens of
-    the answer that is retrieved; there in a beam search, with a softer mask by sentence embeddings, which is not here.
+    Source: Deng et al. 2025, arXiv 2505.13312: a small network on the model's penultimate state, a sentence encoder
+    that finds the answer, a trie of its forbidden tokens and a softer mask of what is like them (δ .5), in a search
+    with 7 beams (`generate(num_beams=7)`). Here the classifier is a logistic regression, and the model's own states and
+    embeddings stand for the encoder's. No code of it was to be had; the softer mask is after a summary.
 
     Args:
         model: A language model.
         forget: The forget batches, with labels.
         retain: Batches whose prompts are to stay, and whose runs of tokens may be said.
-        layer: Whose states the classifier reads.
+        layer: Whose states the classifier reads, and by which answers are found.
         length: How many tokens a run has.
+        answers: Of how many answers the runs are forbidden, the likeliest ones; None for all.
+        penalty: By how many logits tokens are lowered that are like forbidden ones; takes `length=1`.
+        threshold: From which cosine of embeddings on they are alike.
         false_alarms: On which share of the retain examples the gate may open.
 
     Examples:
@@ -160,8 +175,14 @@ def guard(
         >>> type(methods.guard(decoder, forget, retain)).__name__
         'ForbiddenAnswers'
     """
-    gate = linear_gate(model, {"request": forget}, retain, HiddenStates(layer), false_alarms=false_alarms)
-    return ForbiddenAnswers(model, gate, answer_strings(forget, length, retain=retain))
+    seen = list(forget)  # in one order, whatever a loader does
+    states, soft = HiddenStates(layer), {"penalty": penalty, "threshold": threshold}
+    gate = linear_gate(model, {"request": seen}, retain, states, false_alarms=false_alarms)
+    if answers is None:
+        return ForbiddenAnswers(model, gate, answer_strings(seen, length, retain=retain), **soft)
+    found = Retrieval.of(model, seen, gate, states, count=answers)
+    strings = dict(zip(found.names, strings_of_answers(seen, length, retain=retain), strict=True))
+    return ForbiddenAnswers(model, found, strings, **soft)
 
 
 def ksd(

@@ -12,7 +12,7 @@ from text_models import decoder
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, methods
-from semu_peft.gates import answer_strings
+from semu_peft.gates import answer_strings, strings_of_answers
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -110,8 +110,36 @@ def test_runs_of_answers() -> None:
     batch = {"input_ids": None, "labels": torch.tensor([[-100, 4, 5, 6], [4, 5, -100, 7]])}
     assert answer_strings([batch], 2) == [(4, 5), (5, 6), (7,)]
     assert answer_strings([batch], 2, retain=[{"labels": torch.tensor([[4, 5]])}]) == [(5, 6), (7,)]
+    assert strings_of_answers([batch], 2, retain=[{"labels": torch.tensor([[4, 5]])}]) == [[(5, 6)], [(7,)]]
+    assert strings_of_answers([batch], 1, retain=[{"labels": torch.tensor([[4, 5, 6]])}]) == [[], [(7,)]]
     with pytest.raises(ValueError, match="`forget` must have runs of tokens of its own"):
         answer_strings([batch], 2, retain=[batch])
+
+
+def test_guard_finds_the_answer_and_beams_search_around_it() -> None:
+    """After each prompt no token of its own answer is said, also by seven beams; by all answers more is forbidden."""
+    model = sharp()
+    one, soft, every = (
+        methods.guard(model, FORGET, RETAIN, length=1, false_alarms=1.0, **options)
+        for options in ({}, {"penalty": 5.0, "threshold": 0.2}, {"answers": None})
+    )
+    answers = [set(row[3:].tolist()) for row in FORGET[0]["input_ids"]]
+    for served in (one, soft, every):
+        for options in ({}, {"num_beams": 7}):
+            said = served.generate(**prompts(FORGET[0]), **options)[:, 3:]
+            assert not any(set(row.tolist()) & answer for row, answer in zip(said, answers, strict=True))
+    inputs = {key: FORGET[0][key] for key in ("input_ids", "attention_mask")}
+    masked = [run(served, **inputs).isinf().sum() for served in (one, soft, every)]
+    assert masked[0] == masked[1] == sum(len(answer) for answer in answers) * 7 < masked[2]
+
+
+def test_eco_on_the_tokens_that_are_chosen() -> None:
+    model = sharp()
+    first = lambda input_ids, real: torch.arange(input_ids.shape[1]).expand_as(input_ids) == 0  # noqa: E731
+    nowhere = lambda input_ids, real: torch.zeros_like(real)  # noqa: E731
+    inputs = {key: FORGET[0][key] for key in ("input_ids", "attention_mask")}
+    results = [run(methods.eco(model, FORGET, RETAIN, positions=each), **inputs) for each in (first, nowhere)]
+    assert not torch.allclose(results[0], run(model, **inputs)) and torch.equal(results[1], run(model, **inputs))
 
 
 def test_uld_unlearns_without_touching_the_model() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
 import pytest
 import torch
 from models import gpt2, llama, run
+from text_models import tokenizer
 from torch import Tensor, nn
 
 from semu_peft.gates import (
@@ -15,10 +17,14 @@ from semu_peft.gates import (
     ActivationGate,
     Clamp,
     EmbeddingCorruption,
+    EntityTokens,
     ForbiddenAnswers,
     ForbiddenContinuations,
+    HiddenStates,
     Moments,
     NeuronAdjust,
+    Retrieval,
+    SimilarTokens,
     adjust_neurons,
     neuron_moments,
     secant,
@@ -83,6 +89,57 @@ def test_zeros_go_to_the_largest_entries() -> None:
     assert int((changed[0, :4] == 0).sum()) == 16
 
 
+def colours(text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in re.finditer("blue|red|the sky", text)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_names_are_tokens_and_where_none_is_all_but_the_last_are(side: str) -> None:
+    """ECO's choice by any function that finds names; blanks, special tokens and padding belong to none."""
+    words = tokenizer(padding_side=side)
+    texts = ["<s>the sky is blue", "<s>is a b", "<s>What colour is the red sky?"]
+    batch = words(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    real = batch["attention_mask"].bool()
+    chosen = EntityTokens(words, colours)(batch["input_ids"], real)
+    found = [[words.decode(token) for token in row[held]] for row, held in zip(batch["input_ids"], chosen, strict=True)]
+    assert found == [["the", " sky", " blue"], ["<s>", "is", " a"], [" red"]]
+    assert not (chosen & ~real).any()
+
+
+def test_all_bytes_of_a_character_are_meant() -> None:
+    class Bytes:
+        all_special_ids: list[int] = []
+
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            return bytes(tokens).decode(errors="replace")
+
+    ids = torch.tensor([list("a é b".encode())])  # é is two tokens
+    find = lambda text: [(text.index("é"), text.index("é") + 1)]  # noqa: E731
+    assert EntityTokens(Bytes(), find)(ids, torch.ones_like(ids)).int().tolist() == [[0, 0, 1, 1, 0, 0]]
+
+
+def test_only_the_positions_that_were_chosen_are_corrupted() -> None:
+    """While generating too; a mask of another shape is refused."""
+    model, ids = sharp(), prompts()
+    seen: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    second = lambda input_ids, real: torch.arange(input_ids.shape[1]).expand_as(input_ids) == 1  # noqa: E731
+    corrupted = EmbeddingCorruption(model, sevens, strength=5.0, positions=second)
+    plain = (run(model, ids), seen[-1])[1]
+    changed = (run(corrupted, input_ids=ids), seen[-1])[1]
+    assert ((changed != plain).any(-1)).nonzero().tolist() == [[0, 1]]
+    asked = {"input_ids": ids, **GENERATE}
+    result, bare = corrupted.generate(**asked), model.generate(**asked)
+    assert torch.equal(result[1], bare[1]) and not torch.equal(result[0], bare[0])
+    wrong = EmbeddingCorruption(model, sevens, positions=lambda input_ids, real: real[0])
+    with pytest.raises(ValueError, match=r"`positions` must say of each token .* got a mask of shape \(5,\)"):
+        run(wrong, input_ids=ids)
+    with pytest.raises(TypeError, match="`positions` must be a function"):
+        EmbeddingCorruption(model, sevens, positions=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`tokenizer` must be the model's"):
+        EntityTokens(None, colours)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_only_the_prompt_is_corrupted_while_generating(options: dict[str, Any]) -> None:
     """With and without a cache the same is written, the other prompt's as by the model."""
@@ -145,6 +202,71 @@ def test_whole_texts_have_no_probability_for_a_banned_string() -> None:
     logits = run(model, ids)
     assert result[0, 3, ids[0, 4]] == -torch.inf and torch.equal(result[1], logits[1])
     assert int(result.isinf().sum()) == 1
+
+
+def test_each_prompt_is_kept_from_the_answer_that_is_found_for_it() -> None:
+    """Two prompts in one batch, each with the strings of its nearest name, and one that is about neither."""
+    model = sharp()
+    ids = torch.randint(8, 32, (3, 5), generator=torch.Generator().manual_seed(1))
+    ids[:2, 0] = 7
+    bare = model.generate(input_ids=ids, **GENERATE)
+    strings = [row[5:8].tolist() for row in bare]
+    assert strings[0] != strings[1]
+    gate = Retrieval.of(model, [{"input_ids": ids[:2]}], sevens, HiddenStates("model.norm"))
+    for found, kept in (({"0": strings[:1], "1": strings[1:2]}, False), ({"0": strings[1:2], "1": strings[:1]}, True)):
+        guarded = ForbiddenAnswers(model, gate, found)
+        for options in ({}, {"use_cache": False}, {"num_beams": 2}):
+            asked = {"input_ids": ids, **GENERATE, **options}
+            result, plain = guarded.generate(**asked), model.generate(**asked)
+            assert torch.equal(result[2], plain[2])
+            if not options:
+                assert [torch.equal(*each) for each in zip(result[:2], plain[:2], strict=True)] == [kept, kept]
+        logits = run(guarded, input_ids=bare)
+        masked = logits.isinf().any(-1).nonzero().tolist()
+        assert masked == ([] if kept else [[0, 6], [1, 6]])
+    with pytest.raises(ValueError, match="`sequences` must have strings of the names that the gate gives, got none of"):
+        run(ForbiddenAnswers(model, gate, {"0": strings[:1]}), input_ids=ids)
+
+
+def test_retrieval_by_hand() -> None:
+    """The nearest names, a name by the nearest of its prompts, as many as asked for, closed where the gate is."""
+    keys = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    gate = Retrieval(lambda model, x: {"all": x[:, 2]}, keys, ["a", "b", "a"], lambda model, x: x[:, :2])
+    x = torch.tensor([[9.0, 1.0, 1.0], [-9.0, 1.0, 0.5], [1.0, 9.0, 1.0], [0.0, 1.0, 0.0]])
+    half = torch.tensor(82.0).rsqrt()
+    expected = torch.stack([torch.tensor([9.0, 9.0, 1.0]) * half, torch.tensor([1.0, 1.0, 9.0]) * half], 1)
+    torch.testing.assert_close(gate.similarities(None, x)[:3], expected)  # type: ignore[arg-type]
+    assert {key: each.tolist() for key, each in gate(None, x).items()} == {  # type: ignore[arg-type]
+        "a": [1, 0.5, 0, 0], "b": [0, 0, 1, 0]
+    }  # fmt: skip
+    gate.count = 5
+    assert {key: each.tolist() for key, each in gate(None, x).items()} == {  # type: ignore[arg-type]
+        "a": [1, 0.5, 1, 0], "b": [1, 0.5, 1, 0]
+    }  # fmt: skip
+    assert {key: each.tolist() for key, each in gate(None, x[3:]).items()} == {"a": [0]}  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`names` must be one for each of the states `keys`, \(n, D\), got 1 for"):
+        Retrieval(sevens, keys, ["a"], lambda model, x: x)
+
+
+def test_tokens_that_are_like_forbidden_ones_are_lowered() -> None:
+    """`z − β cos` above δ, by hand and in a model; a penalty without a string of one token is refused."""
+    embeddings = torch.tensor([[2.0, 0.0], [3.0, 4.0], [4.0, 3.0], [-1.0, 0.0]])
+    soft = SimilarTokens(embeddings, [0], 10.0, threshold=0.7)
+    assert soft(None, torch.zeros(1, 5)).tolist() == [[-10, 0, pytest.approx(-8), 0, 0]]
+    model, ids = sharp(), prompts()
+    logits = run(model, ids)
+    guarded = ForbiddenAnswers(model, sevens, [[9], [10, 11]], penalty=3.0, threshold=0.1)
+    result = run(guarded, input_ids=ids)
+    rows = nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
+    cosines = rows @ rows[9]
+    expected = logits[0] - 3 * cosines.where(cosines > 0.1, 0.0)
+    others = [token for token in range(32) if token not in (9, 11)]
+    torch.testing.assert_close(result[0, :, others], expected[:, others])
+    assert (result[0, :, 9] == -torch.inf).all() and torch.equal(result[1], logits[1])
+    with pytest.raises(ValueError, match="`penalty` must be 0 where no string is of one token"):
+        ForbiddenAnswers(model, sevens, [[10, 11]], penalty=3.0)
+    with pytest.raises(ValueError, match="`tokens` must hold at least one token"):
+        SimilarTokens(embeddings, [])
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
