@@ -18,7 +18,7 @@ from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
 from semu_peft.evaluation.drift import token_kl
 
 HERE = Path(__file__).parent
-SHOWN = 4_000  # retain images that RA and the KL are measured on, at most
+SHOWN = 2_000  # images of each kind that a model is judged on, at most
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ class Case:
         """In an order that the seed fixes."""
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
         return list(zip(*(part[order].split(size) for part in dataset.tensors), strict=True))
-
-    def shown(self) -> TensorDataset:
-        return TensorDataset(*(part[:SHOWN] for part in self.retain.tensors))
 
 
 def digits_cases(classes: list[int], seeds: list[int]) -> Iterator[Case]:
@@ -80,14 +77,19 @@ def cifar10_cases(data: Path, cache: Path, classes: list[int], seeds: list[int])
             )  # fmt: skip
 
 
+def shown(dataset: TensorDataset) -> TensorDataset:
+    """The images that a model is judged on."""
+    return TensorDataset(*(part[:SHOWN] for part in dataset.tensors))
+
+
 def judged(model: nn.Module, case: Case, **cost: Any) -> tuple[ForgettingMetrics, float]:
     """The four metrics, and `KL(original ‖ now)` in nats an image of the retain data."""
 
     def loader(dataset: TensorDataset) -> DataLoader[Any]:
-        return DataLoader(dataset, 1000)
+        return DataLoader(shown(dataset), 1000)
 
     metrics = evaluate_forgetting(
-        model, loader(case.forget), loader(case.shown()), loader(case.test),
+        model, loader(case.forget), loader(case.retain), loader(case.test),
         forgotten_test=loader(case.test_forgotten), seed=case.seed, progress=False, **cost,
     )  # fmt: skip
     return metrics, damage(model, case)
@@ -95,7 +97,7 @@ def judged(model: nn.Module, case: Case, **cost: Any) -> tuple[ForgettingMetrics
 
 @torch.no_grad()
 def damage(model: nn.Module, case: Case) -> float:
-    images = case.shown().tensors[0]
+    images = shown(case.retain).tensors[0]
     was_training, before = model.training, case.original.eval()(images)
     after = model.eval()(images)
     model.train(was_training)
@@ -104,8 +106,8 @@ def damage(model: nn.Module, case: Case) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
-    images, labels = dataset.tensors
-    return 100 * (model.eval()(images[:SHOWN]).argmax(1) == labels[:SHOWN]).float().mean().item()
+    images, labels = shown(dataset).tensors
+    return 100 * (model.eval()(images).argmax(1) == labels).float().mean().item()
 
 
 def fresh(case: Case) -> nn.Module:

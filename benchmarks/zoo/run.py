@@ -41,8 +41,8 @@ def attacked(model: Any, case: Case) -> dict[str, Any]:
     return attack_columns.attacked(model, case.forget, case.retain, case.test_forgotten, case.test, case.seed)
 
 
-def measured(row: Row, case: Case, settings: Any, attacks: bool = False) -> dict[str, Any]:
-    """One run: the metrics, the gap, the damage, the same at the budget, and what attacks bring back."""
+def measured(row: Row, case: Case, settings: Any, *, full: bool, attacks: bool = False) -> dict[str, Any]:
+    """One run: the metrics, the gap and the damage; in full with the same at the budget and what attacks bring back."""
     started = time.perf_counter()
     try:
         outcome = row.run(case, settings)
@@ -55,7 +55,8 @@ def measured(row: Row, case: Case, settings: Any, attacks: bool = False) -> dict
         **{name: getattr(metrics, name) for name in METRICS},
         "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
         "gap": metrics.average_gap(gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
-        "shipped": outcome.shipped, "at_budget": at_budget(case, outcome, kl),
+        "shipped": outcome.shipped,
+        **({"at_budget": at_budget(case, outcome, kl)} if full else {}),
         **({"attacks": attacked(outcome.model, case)} if attacks else {}),
     }  # fmt: skip
 
@@ -87,7 +88,7 @@ def references(case: Case, attacks: bool = False) -> dict[str, dict[str, Any]]:
 
 def chosen_settings(row: Row, case: Case) -> tuple[Any, list[dict[str, Any]]]:
     """The settings with the smallest gap on the case that is for choosing."""
-    tried = [{"settings": dict(settings), **measured(row, case, settings)} for settings in row.grid]
+    tried = [{"settings": dict(settings), **measured(row, case, settings, full=False)} for settings in row.grid]
     return min(tried, key=lambda each: each["gap"])["settings"], tried
 
 
@@ -131,7 +132,7 @@ def compared(
         if row.name in results or (only and only not in row.name):
             continue
         settings, tried = chosen_settings(row, tuning)
-        by_case = {case.name: measured(row, case, settings, attacks) for case in cases}
+        by_case = {case.name: measured(row, case, settings, full=True, attacks=attacks) for case in cases}
         results[row.name] = {"settings": settings, "tried": tried, "cases": by_case}
         print(f"{row.name}: {settings}, gap {mean(by_case, 'gap')}", file=sys.stderr, flush=True)
         done()
