@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="output folder of examples/diffusion_digits")
     parser.add_argument("--train-steps", type=int, default=400, help="steps of training the pipeline, else")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
-    parser.add_argument("--steps", type=int, default=200, help="steps of AdamW")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16, 48])
+    parser.add_argument("--steps", type=int, default=200, help="steps of AdamW, of four examples; fewer of more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "concept_training.json")
     return parser.parse_args()
@@ -90,8 +90,8 @@ def main() -> None:
             started = time.process_time()
             result = unlearn_concept(
                 pipe, train, config=SemuConfig(**CONFIG), preserve=PRESERVE, batch_size=batch_size, learning_rate=rate,
-                max_steps=args.steps if rate else None, optimizer=None if rate else NaturalGradient(), seed=args.seed,
-                progress=False,
+                max_steps=max(1, args.steps * 4 // batch_size) if rate else None,
+                optimizer=None if rate else NaturalGradient(), seed=args.seed, progress=False,
             ).training  # fmt: skip
             seconds = time.process_time() - started
             row = {"batch_size": batch_size, "learning_rate": rate, **unseen(pipe, test)}

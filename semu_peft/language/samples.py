@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from semu_peft.objectives.batches import IGNORED
 from .dataset import TextExamples
 
 _MOST_DRAWS = 4  # times the number asked for, where texts are left out
+_RUN = 6  # tokens in a row that give an answer away
 
 
 @torch.no_grad()
@@ -38,8 +39,8 @@ def own_samples(
         number: How many texts.
         max_new_tokens: The most tokens of one.
         batch_size: Texts at a time.
-        without: What is to be forgotten. Texts that say one of its answers, token by token, are left out: held, they
-            would keep it. There may then be fewer than `number`.
+        without: What is to be forgotten. Texts that say six tokens in a row of one of its answers, or all of a shorter
+            one, are left out: held, they would keep it. There may then be fewer than `number`.
         seed: Seed of the samples. The global random state stays as it is.
 
     Returns:
@@ -65,7 +66,8 @@ def own_samples(
     device, generate = device_of(model), cast(Any, model.generate)
     devices = [device] if device.type == "cuda" else []
     rows: list[list[int]] = []
-    banned = [] if without is None else [_answer(row, tokenizer.eos_token_id) for row in without.rows]
+    forgotten = [] if without is None else without.rows
+    banned = {run for row in forgotten for run in _runs(_answer(row, tokenizer.eos_token_id))}
     drawn = 0
     with eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -77,7 +79,7 @@ def own_samples(
                 top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=start, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
             said = [_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()]
-            rows += [text for text in said if not any(_says(text, answer) for answer in banned)]
+            rows += [text for text in said if not _says(text, banned)]
     if not rows:
         raise ValueError(
             f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
@@ -96,8 +98,12 @@ def _answer(row: dict[str, Any], end: int | None) -> list[int]:
     return [label for label in row["labels"] if label not in (IGNORED, end)]
 
 
-def _says(text: Sequence[int], answer: Sequence[int]) -> bool:
-    """Whether tokens follow each other in a text just so."""
-    return bool(answer) and any(
-        text[at : at + len(answer)] == answer for at in range(len(text) - len(answer) + 1) if text[at] == answer[0]
-    )
+def _runs(tokens: list[int], length: int = _RUN) -> list[tuple[int, ...]]:
+    """All runs of so many tokens; of fewer, the one that there is."""
+    if len(tokens) <= length:
+        return [tuple(tokens)] if tokens else []
+    return [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
+
+
+def _says(text: list[int], banned: Collection[tuple[int, ...]]) -> bool:
+    return any(run in banned for length in {len(run) for run in banned} for run in _runs(text, length))

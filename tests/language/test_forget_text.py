@@ -211,12 +211,14 @@ def test_own_samples_say_nothing_of_what_is_to_be_forgotten() -> None:
     model, some = decoder(), {"number": 20, "max_new_tokens": 7}
     said = [row["input_ids"] for row in own_samples(model, tokenizer(), **some).rows]
     pair = next(text[1:3] for text in said if len(text) > 4)
+    long = next(text[1:7] for text in said if len(text) > 6 and 2 not in text[1:7])
     one = Counter(token for text in said for token in text[1:] if token != 2).most_common(1)[0][0]
-    forget = [{"input_ids": [1, *ids, 2], "labels": [-100, *ids, 2]} for ids in (pair, [one])]
+    forget = [{"input_ids": [1, *ids, 2], "labels": [-100, *ids, 2]} for ids in (pair, [one], [7, *long])]
     kept = own_samples(model, tokenizer(), without=TextExamples(forget, [], tokenizer()), **some).rows
     assert len(kept) == 20 and [row["input_ids"] for row in kept] != said
     for text in (row["input_ids"] for row in kept):
         assert one not in text and pair not in [text[at : at + 2] for at in range(len(text))]
+        assert long not in [text[at : at + 6] for at in range(len(text))]  # six tokens of a longer answer are enough
     words = [{"input_ids": [1, word], "labels": [-100, word]} for word in range(len(tokenizer()))]
     with pytest.raises(ValueError, match="in none of 8 samples of its own. Give `retain` or `neutral`"):
         own_samples(model, tokenizer(), number=2, without=TextExamples(words, [], tokenizer()))
