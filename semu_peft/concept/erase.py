@@ -119,8 +119,8 @@ def unlearn_concept(
         config: The adapter; by default keys and values of cross-attention.
         max_steps: Optimiser steps. By default 200, and with natural gradients as many as it takes.
         batch_size: Examples a step.
-        learning_rate: Of AdamW, falling linearly to zero. By default 1e-2, and none with natural gradients, which
-            `optimizer=NaturalGradient()` chooses.
+        learning_rate: Of AdamW, falling linearly to zero. By default 1e-2, and none with natural gradients. These end
+            lower where there is memory for large batches: `optimizer=NaturalGradient(), batch_size=48`.
         gradient_checkpointing: Compute activations twice rather than keep them.
         park: Keep text encoders and VAE on the CPU while training; not done where a
             [`Preview`][semu_peft.concept.preview.Preview] needs them.
@@ -186,8 +186,8 @@ def _length(
 ) -> dict[str, int | float | None]:
     """How long to train: so many steps at a rate, or until it is done by natural gradients.
 
-    These are not the default: on few examples with a timestep and noise each, AdamW reaches a lower loss
-    (`benchmarks/concept_training.py`).
+    These are not the default: in batches as small as a large pipeline has memory for, with a timestep and noise each,
+    AdamW reaches a lower loss (`benchmarks/concept_training.py`).
     """
     if isinstance(optimizer, NaturalGradient) or optimizer is NaturalGradient:
         return {"max_steps": max_steps, "learning_rate": learning_rate}
