@@ -112,7 +112,8 @@ def compare(
     for name, layer in found.items():
         largest = f"{layer.angles[0]:.3f}" if layer.angles else "–"
         table.add_row(name, f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", largest)
-    words: list[Any] = [table] if found else ["They have no layer in common."]
+    meaning = "1: the same directions, 0: none in common. Where the cosine of ΔW is negative, one undoes the other."
+    words: list[Any] = [table, meaning] if found else ["They have no layer in common."]
     return Told({"layers": found}, words)
 
 

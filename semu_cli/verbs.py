@@ -7,12 +7,13 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -84,7 +85,7 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
         }  # fmt: skip
 
         def run(*, config: Path | None, as_json: bool, traceback: bool, **arguments: Any) -> None:
-            _run(name, lambda: function(**arguments), as_json, traceback)
+            _run(name, lambda: function(**arguments), as_json, traceback, _flags(own))
 
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
         run.__signature__ = inspect.Signature([*parameters, *common.values()])  # type: ignore[attr-defined]
@@ -100,7 +101,27 @@ def _switch(name: str, flag: str, words: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 
-def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool) -> None:
+def _flags(own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """How the parameters of a verb are written that are flags."""
+    return {
+        name: f"--{name.replace('_', '-')}"
+        for name, each in own.items()
+        if not any(isinstance(part, typer.models.ArgumentInfo) for part in get_args(each.annotation))
+    }
+
+
+def _in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """The library's words for a mistake with its arguments as flags, which have the same names.
+
+    Examples:
+        >>> from semu_cli.verbs import _in_flags
+        >>> _in_flags("`max_steps` must be at least 1, and `forget[0]` a text.", {"max_steps": "--max-steps"})
+        '`--max-steps` must be at least 1, and `forget[0]` a text.'
+    """
+    return re.sub(r"`(\w+)(?=(\[\d+\])?`)", lambda found: f"`{flags.get(found[1], found[1])}", message)
+
+
+def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool, flags: Mapping[str, str]) -> None:
     from rich.console import Console
 
     words = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -124,7 +145,7 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
     except Exception as error:
         if traceback:
             raise
-        message = f"{error or type(error).__name__}"
+        message = _in_flags(f"{error or type(error).__name__}", flags)
         raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
     if as_json:
         _write(name, "failed" if told.code else "done", told.data)

@@ -32,8 +32,8 @@ from .memorisation import (
     retain_truth_ratio,
     truth_ratio,
 )
-from .prompts import encoder_for, read_plain, read_questions
-from .token_scores import score_answers
+from .prompts import are_plain, encoder_for, read_plain, read_texts
+from .token_scores import score_answers, score_texts
 
 # What each metric is made from.
 _NEEDS = {
@@ -152,7 +152,7 @@ def evaluate_language(
         model: A causal language model of transformers, with any adapter or none.
         tokenizer: Its tokenizer.
         forget: Rows to forget, with `question` and `answer`; the truth ratio also takes `perturbed_answer`, a list, and
-            `paraphrased_answer`.
+            `paraphrased_answer`. Or plain texts, which no question can be asked for: then what needs one is left out.
         utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
             all three measures of each. In sets with wrong answers and without `paraphrased_answer`, the probability is
             that among the options. Sets without wrong answers have no truth ratio, and then there is no model utility.
@@ -181,9 +181,9 @@ def evaluate_language(
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    sets = {name: read_questions(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
+    sets = {name: read_texts(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
     texts = None if neutral is None else read_plain(neutral, "neutral")
-    others = None if holdout is None else read_questions(holdout, "holdout")
+    others = None if holdout is None else read_texts(holdout, "holdout")
     wanted = _wanted(metrics, sets, texts, others)
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
@@ -213,10 +213,12 @@ def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutra
         "truth": "forget" not in without,
         "utility": len(sets) > 1,
         "neutral": neutral is not None,
-        "holdout": holdout is not None,
+        "holdout": holdout is not None and not are_plain(holdout) and not are_plain(sets["forget"]),
+        "rouge": not are_plain(sets["forget"]),
     }
     lacking = {
         "truth": "`perturbed_answer` in the rows of `forget`",
+        "rouge": "questions in `forget`",
         **{need: f"`{need}`" for need in ("utility", "neutral", "holdout")},
     }
     if metrics is None:
@@ -264,12 +266,13 @@ class _Suite:
         return _mean_probability(answers["nll"]) if metric == "probability" else _mean(answers[metric])
 
     def utility(self) -> dict[str, float]:
-        """The three measures of each set that is to be kept; two of one without wrong answers."""
+        """The three measures of each set that is to be kept; two of one without wrong answers, one of plain texts."""
         parts = {}
         for name in list(self.sets)[1:]:
             if not all(row.perturbed_answers for row in self.sets[name]):
                 parts[f"{name} probability"] = _mean_probability(self.answers(name)["nll"])
-                parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+                if not are_plain(self.sets[name]):
+                    parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
                 continue
             truth = self.truth(name)
             parts[f"{name} probability"] = (
@@ -289,7 +292,9 @@ class _Suite:
         """Of a set's own answers: mean negative log likelihood, and what of them is known by heart."""
 
         def measure() -> Any:
-            scores = self._score(self._pairs(name), f"{name}: answers")
+            scores = (
+                self._read(name) if are_plain(self.sets[name]) else self._score(self._pairs(name), f"{name}: answers")
+            )
             return {
                 "nll": scores.nll.tolist(),
                 "extraction_strength": extraction_strength(scores).tolist(),
@@ -360,6 +365,12 @@ class _Suite:
     def _pairs(self, name: str) -> list[Any]:
         return [(row.prompt, row.answer) for row in self.sets[name]]
 
+    def _read(self, name: str) -> Any:
+        return score_texts(
+            self.model, self.tokenizer, [row.answer for row in self.sets[name]], batch_size=self.batch_size,
+            progress=self.progress, name=f"{name}: texts",
+        )  # fmt: skip
+
     def _score(self, pairs: list[Any], name: str) -> Any:
         return score_answers(
             self.model, self.tokenizer, pairs, template=self.template, batch_size=self.batch_size,
@@ -374,8 +385,8 @@ class _Suite:
     @property
     def _first(self) -> dict[str, list[int]]:
         """The first row as the model reads it: another tokenizer or chat template makes other measurements."""
-        row = self.sets["forget"][0]
-        return encoder_for(self.model, self.tokenizer, self.template).answer(row.prompt or "", row.answer)
+        row, encoder = self.sets["forget"][0], encoder_for(self.model, self.tokenizer, self.template)
+        return encoder.windows(row.answer)[0] if row.prompt is None else encoder.answer(row.prompt, row.answer)
 
 
 def _options(row: TextExample, paraphrased: bool) -> list[str]:

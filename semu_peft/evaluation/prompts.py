@@ -38,6 +38,33 @@ def read_questions(source: Any, name: str = "pairs") -> list[TextExample]:
     return examples
 
 
+def read_texts(source: Any, name: str = "texts") -> list[TextExample]:
+    """Questions with their answers, or plain texts alone.
+
+    Raises:
+        TypeError: It is of no such kind.
+        ValueError: There are none, or of both kinds.
+
+    Examples:
+        >>> from semu_peft.evaluation.prompts import read_texts
+        >>> [example.is_plain for example in read_texts(["one", "another"])]
+        [True, True]
+    """
+    examples = list(read_text(source, name=name))
+    return examples if examples and are_plain(examples) else read_questions(examples, name)
+
+
+def are_plain(examples: Sequence[TextExample]) -> bool:
+    """Whether they are plain texts, which answer no question.
+
+    Examples:
+        >>> from semu_peft.evaluation.prompts import are_plain
+        >>> are_plain([TextExample("blue", "What colour?")])
+        False
+    """
+    return all(example.is_plain for example in examples)
+
+
 def read_plain(source: Any, name: str = "texts") -> list[str]:
     """Plain texts, from strings, mappings with `text`, or what else `read_text` takes.
 

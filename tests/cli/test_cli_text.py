@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_what_is_kept_needs_no_wrong_answers(model: Path, tmp_path: Path) -> Non
     shown = CliRunner().invoke(app, ["evaluate", *map(str, how)], env={"COLUMNS": "200"})
     assert "retain probability" in shown.output
     asked = semu("evaluate", *how, "--metrics", "model_utility", code=1)["error"]["message"]
-    assert "`perturbed_answer` in the rows of `retain`" in asked
+    assert "`perturbed_answer` in the rows of `--retain`" in asked
 
 
 def test_questions_that_no_model_knew_give_membership(model: Path, tmp_path: Path) -> None:
@@ -93,3 +94,24 @@ def test_help_and_reader_agree_on_templates() -> None:
         shown = " ".join(page.replace("│", " ").split())
         assert "'Q: {question}\\nA: {answer}'" in shown and repr(DEFAULT_TEMPLATE) in shown
         assert "{prompt}" not in shown
+
+
+def test_a_plain_text_is_forgotten_measured_and_reported(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the sky is blue")
+    adapter, few = tmp_path / "out", ("--max-steps", 1, "--no-progress")
+    done = semu("unlearn", "text", "--model", model, "--forget", text, "--output-dir", adapter, *few)
+    measured = semu(*shlex.split(done["next"])[1:], "--no-progress")["models"]
+    assert 0 < measured["original"]["probability"] < 1 and measured["unlearned"]["probability"] is not None
+    how = ("--model", model, "--adapter", adapter, "--forget", text, "--no-attacks", "--no-progress")
+    assert semu("audit", *how, "--output-dir", tmp_path / "report")["files"]
+
+
+def test_the_librarys_words_for_a_mistake_name_the_flag(model: Path, tmp_path: Path) -> None:
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS)
+    how = ("--model", model, "--forget", forget, "--no-progress")
+    assert "`--metrics` must be among" in semu("evaluate", *how, "--metrics", "bleu", code=1)["error"]["message"]
+    asked = semu("evaluate", *how, "--template", "Q: {question}", "--metrics", "probability", code=1)["error"][
+        "message"
+    ]
+    assert asked.startswith("`--template` must have the places {question} and, after it, {answer}")

@@ -20,6 +20,7 @@ from semu_peft.evaluation import (
     privacy_leakage,
     rouge_l,
     score_answers,
+    score_texts,
     text_membership,
     truth_ratio,
 )
@@ -197,3 +198,16 @@ def test_what_is_kept_may_come_without_wrong_answers() -> None:
         evaluate_language(
             decoder(), word_tokenizer(), FORGET, utility={"plain": plain}, metrics="model_utility", **QUIET
         )
+
+
+def test_plain_texts_are_read_where_no_question_can_be_asked() -> None:
+    model, tokenizer, texts = decoder(), word_tokenizer(), ["Ada lives in Rome", "the Paris of Eve"]
+    found = evaluate_language(model, tokenizer, texts, utility={"kept": texts[:1]}, holdout=FACTS, **QUIET)
+    scores = score_texts(model, tokenizer, texts, progress=False)
+    assert found.probability == pytest.approx(scores.probability.mean().item())
+    assert found.exact_memorisation is not None and found.rouge is None and found.fluency is None
+    assert found.membership == {} and list(found.utility) == ["kept probability"]
+    with pytest.raises(ValueError, match="`metrics` has 'rouge', which needs questions in `forget`"):
+        evaluate_language(model, tokenizer, texts, metrics=["rouge"], **QUIET)
+    with pytest.raises(ValueError, match="`forget` must have a question to each answer"):
+        evaluate_language(model, tokenizer, [*texts, FORGET[0]], **QUIET)
