@@ -187,8 +187,12 @@ def _reader(own: Mapping[str, inspect.Parameter]) -> Callable[[typer.Context, Pa
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             settings = read_settings(path, set(own))
-            for name in repeated & set(settings):  # one value is a list of one; a text would be taken letter by letter
-                settings[name] = settings[name] if isinstance(settings[name], list) else [settings[name]]
+            for name, value in settings.items():
+                if name in repeated:  # one value is a list of one; a text would be taken letter by letter
+                    settings[name] = value if isinstance(value, list) else [value]
+                elif isinstance(value, list):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise typer.BadParameter(f"`--config`: `{flag}` in {path} takes one value, got {value}. Give one.")
             context.default_map = {**(context.default_map or {}), **settings}
         return path
 
@@ -234,7 +238,10 @@ def read_settings(path: Path, names: set[str]) -> dict[str, Any]:
             raise typer.BadParameter(f"`--config`: {path} has {name!r}, which is no flag here. There are: {known}.")
         parts = value if isinstance(value, list) else [value]
         if any(not isinstance(part, (str, int, float, bool)) for part in parts):
-            raise typer.BadParameter(f"`--config`: `{flag}` in {path} must be a value or a list of values.")
+            raise typer.BadParameter(
+                f"`--config`: `{flag}` in {path} must be a value or a list of values, got {value!r}. Leave it "
+                "out for its default."
+            )
     return found
 
 

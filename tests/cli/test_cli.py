@@ -233,6 +233,8 @@ def test_wrong_usage_has_its_exit_code_and_says_the_mend(
         ("c.json", "{", "damaged"),
         ("d.yaml", "model: {a: 1}", "--model"),
         ("e.ini", "", ".toml"),
+        ("f.yaml", "forget: [a.jsonl, b.jsonl]", "takes one value"),
+        ("g.yaml", "max-steps: null", "got None"),
     ],
 )
 def test_a_configuration_file_with_a_mistake(name: str, content: str, words: str, tmp_path: Path) -> None:
