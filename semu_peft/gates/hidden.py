@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_kind
 from semu_peft.model_state import aside
 from semu_peft.objectives.batches import ALTERNATE, IGNORED, TOKEN_MASK, as_labels, split_batch
 from semu_peft.tuner.adapted import base_model
@@ -25,7 +28,8 @@ class HiddenStates:
     """The states of a named layer for each example of a batch, padding left out.
 
     Attributes:
-        layer: The layer's name, such as `"model.norm"` or `"model.layers.5"`, in the bare model.
+        layer: The layer's name, such as `"model.norm"` or `"model.layers.5"`, in the bare model; or several, whose
+            states, of one size, stand side by side.
         side: What it gives, or what it takes in: the keys of a feed-forward block are the inputs of its last layer.
         pool: `"last"`: the state of the last token. `"mean"`: over all tokens. `"any"`: every token's state, so that a
             text can only be found nearer as it goes on; of a prompt that is remembered, the last.
@@ -38,14 +42,25 @@ class HiddenStates:
         (torch.Size([2, 1, 3]), torch.Size([2, 1]))
     """
 
-    layer: str
+    layer: str | Sequence[str]
     side: Literal["output", "input"] = "output"
     pool: Pool = "any"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer, str):
+            kind, mend = "the name of a layer, or several", "`model.named_modules()` lists them."
+            check_kind("layer", self.layer, Sequence, kind, mend)
+            object.__setattr__(self, "layer", tuple(self.layer))  # also where it comes out of a file
+            if not self.layer or not all(isinstance(name, str) for name in self.layer):
+                raise ValueError(f"`layer` must be {kind}, got {self.layer!r}. {mend}")
         for name, known in (("side", ("output", "input")), ("pool", ("any", "last", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}. Use one of these.")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers."""
+        return (self.layer,) if isinstance(self.layer, str) else tuple(self.layer)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -104,28 +119,39 @@ class HiddenStates:
         return pooled, real.any(-1, keepdim=True)
 
     def _states(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        seen: list[Tensor] = []
+        seen: dict[str, Any] = {}
 
-        def look(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-            value = output if self.side == "output" else (*inputs, *named.values())[0]
-            seen.append(value[0] if isinstance(value, (tuple, list)) else value)
+        def look(module: nn.Module, inputs: Any, named: dict[str, Any], output: Any, *, name: str) -> None:
+            seen[name] = output if self.side == "output" else (*inputs, *named.values())[0]
 
-        with aside(), Hooks([(find_layer(model, self.layer), look)], with_kwargs=True):
+        hooks = [(find_layer(model, name), partial(look, name=name)) for name in self.layers]
+        with aside(), Hooks(hooks, with_kwargs=True):
             model(*args, **for_a_look(model, kwargs))
-        if not seen:
+        missing = [name for name in self.layers if name not in seen]
+        if missing:
             raise ValueError(
-                f"`layer` must be called when the model is, got {self.layer!r}, which is not. Name another."
+                f"`layer` must be called when the model is, got {missing[0]!r}, which is not. Name another."
             )
-        states = torch.as_tensor(seen[-1]).detach()
-        if states.dim() == 4:  # of an image: the mean over its places
-            states = states.flatten(2).mean(-1)
-        states = states.unsqueeze(1) if states.dim() == 2 else states
-        if states.dim() != 3:
+        states = [_as_states(seen[name], name) for name in self.layers]
+        if len({each.shape for each in states}) > 1:
+            sizes = [tuple(each.shape) for each in states]
             raise ValueError(
-                f"`layer` must have states `(N, D)`, `(N, L, D)` or `(N, C, H, W)`, got {tuple(states.shape)} at "
-                f"{self.layer!r}. Name another."
+                f"`layer` must name layers whose states have one size, got {sizes}. Name blocks of one kind."
             )
-        return states.float()
+        return torch.cat(states, -1)
+
+
+def _as_states(value: Any, name: str) -> Tensor:
+    states = torch.as_tensor(value[0] if isinstance(value, (tuple, list)) else value).detach()
+    if states.dim() == 4:  # of an image: the mean over its places
+        states = states.flatten(2).mean(-1)
+    states = states.unsqueeze(1) if states.dim() == 2 else states
+    if states.dim() != 3:
+        raise ValueError(
+            f"`layer` must have states `(N, D)`, `(N, L, D)` or `(N, C, H, W)`, got {tuple(states.shape)} at {name!r}. "
+            "Name another."
+        )
+    return states.float()
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from semu_peft.arguments import check_adapter_name, check_kind, check_model, check_number, check_switch
+from semu_peft.arguments import check_adapter_name, check_model, check_number, check_switch
 from semu_peft.files import load_tensors, save_tensors
 from semu_peft.model_state import eval_mode
 from semu_peft.objectives.batches import check_batches
@@ -51,15 +51,17 @@ class Nearest:
     request's own prompts, until `calibrate` sets it by false alarms on retain data.
 
     Source: O3, arXiv 2407.10223, whose detector is another encoder and whose score subtracts two terms of opposite
-    meaning; here each metric stands alone. The box is KSD's, arXiv 2503.21730.
+    meaning; here each metric stands alone, or both in several layers before a one-class SVM, as there. Its soft weight,
+    which is never below .12 and above 1 for some, is not here: `ramp` is. The box is KSD's, arXiv 2503.21730.
 
     Args:
-        layer: The layer's name, such as `"model.norm"`.
-        metric: `"cosine"` (to the nearest prompt), `"mahalanobis"` or `"box"`.
+        layer: The layer's name, such as `"model.norm"`, or several, whose states stand side by side.
+        metric: `"cosine"` (to the nearest prompt), `"mahalanobis"`, `"box"` or `"one-class"`
+            ([`OneClass`][semu_peft.gates.signatures.OneClass], which needs scikit-learn to remember a request).
         side: What the layer gives, or what it takes in.
         pool: Of which token the state is, see [`HiddenStates`][semu_peft.gates.hidden.HiddenStates]. By default any of
             them may be near, so that nothing that is added to a text closes the gate.
-        ramp: Between the threshold and `1 + ramp` times it the weight falls from 1 to 0; 0 decides hard.
+        ramp: Beyond the threshold the weight falls from 1 to 0 over `ramp` times the threshold's size; 0 decides hard.
 
     Examples:
         >>> import torch
@@ -70,7 +72,7 @@ class Nearest:
         {'request': tensor([1.])}
     """
 
-    layer: str
+    layer: str | Sequence[str]
     metric: Metric = "cosine"
     side: Literal["output", "input"] = "output"
     pool: Pool = "any"
@@ -78,7 +80,6 @@ class Nearest:
     signatures: dict[str, Signature] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        check_kind("layer", self.layer, str, "the name of a layer", "`model.named_modules()` lists them.")
         if self.metric not in METRICS:
             raise ValueError(f"`metric` must be one of {tuple(METRICS)}, got {self.metric!r}. Use one of these.")
         check_number("ramp", self.ramp, low=0.0)
@@ -123,9 +124,9 @@ class Nearest:
                 f"`forget` must have at least {metric.least} examples for {self.metric!r}, got {len(states)}. Give "
                 "more, or use `metric='cosine'`, which needs one."
             )
-        tensors = metric.fit(states)
+        tensors = metric.fit(states, len(self.states.layers))
         own = float(metric.own_scores(tensors, states).max())
-        self.signatures[name] = Signature(tensors, own, own * (1 + _SLACK) + _ROUNDING)
+        self.signatures[name] = Signature(tensors, own, _above(own))
         return self
 
     def remove(self, name: str) -> None:
@@ -199,7 +200,8 @@ class Nearest:
         threshold = self.signatures[name].threshold
         if self.ramp == 0:
             return (scores <= threshold).float()
-        return (1 - (scores / threshold - 1) / self.ramp).clamp(0, 1)
+        size = max(abs(threshold), torch.finfo(scores.dtype).tiny)
+        return (1 - (scores - threshold) / size / self.ramp).clamp(0, 1)
 
     def _check_known(self) -> None:
         if not self.signatures:
@@ -235,12 +237,17 @@ class Nearest:
         return gate
 
 
+def _above(own: float) -> float:
+    """The threshold that a score of the request's own stays within."""
+    return own + abs(own) * _SLACK + _ROUNDING
+
+
 def _calibrated(signature: Signature, scores: Tensor, allowed: int) -> Signature:
     """The threshold at which at most so many of the scores are within."""
     if allowed >= len(scores):
         return replace(signature, threshold=max(float(scores.max()), signature.own))
     border = float(scores.sort().values[allowed])  # the nearest that must stay out
-    own = signature.own * (1 + _SLACK) + _ROUNDING
+    own = _above(signature.own)
     if own < border:
         return replace(signature, threshold=(own + border) / 2)
-    return replace(signature, threshold=float(torch.nextafter(torch.tensor(border), torch.tensor(-1.0))))
+    return replace(signature, threshold=float(torch.nextafter(torch.tensor(border), torch.tensor(-torch.inf))))

@@ -58,7 +58,8 @@ def o3(
     Call it once a request, with the gate of the last one (`served.gate`) and its model (`served.model`).
 
     Source: Gao et al. 2024, arXiv 2407.10223, where one LoRA (r 8) is trained on over the requests with the overlap of
-    one side penalised, cross entropy to random labels or refusals, and the detector is another encoder.
+    one side penalised, cross entropy to random labels or refusals, and the detector is another encoder with one-class
+    SVMs over its layers: `gate=Nearest(layers, "one-class")` has these.
 
     Args:
         model: A model with a SEMU adapter.

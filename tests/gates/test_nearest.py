@@ -90,7 +90,7 @@ def test_the_prompt_is_what_is_remembered_and_what_follows_cannot_close() -> Non
     assert gate(model, **asked)["request"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("metric", ["cosine", "mahalanobis", "box"])
+@pytest.mark.parametrize("metric", ["cosine", "mahalanobis", "box", "one-class"])
 def test_false_alarms_are_bounded_by_the_calibration(metric: Any) -> None:
     """With two requests the gate opens on at most the share asked for, and on all that it knows where that is apart."""
     torch.manual_seed(0)
