@@ -247,7 +247,7 @@ def _run(layer: nn.Module, chosen: Tensor, args: tuple[Any, ...], kwargs: dict[s
 
 def _mixed(base: Any, result: Any, added: Any, chosen: Tensor, weights: Tensor, exactly: Tensor) -> Any:
     if isinstance(base, (tuple, list)):
-        if any(isinstance(part, Tensor) and not part.is_floating_point() for part in base):  # a choice, as a router's
+        if any(_is_choice(part, len(weights)) for part in base):
             exactly, weights = weights > 0.5, (weights > 0.5).to(weights)
         parts = zip(base, result, added, strict=True)
         return type(base)(_mixed(*part, chosen, weights, exactly) for part in parts)
@@ -257,6 +257,13 @@ def _mixed(base: Any, result: Any, added: Any, chosen: Tensor, weights: Tensor, 
     weight, full = weights[chosen].view(shape).to(base.dtype), exactly[chosen].view(shape)
     changed = torch.where(full, added, result[chosen] + weight * (added - base[chosen]))
     return result.index_copy(0, chosen, changed.to(base.dtype))
+
+
+def _is_choice(part: Any, rows: int) -> bool:
+    """Whether a layer gives indices for each row, as a router does of the experts that it chooses."""
+    return (
+        isinstance(part, Tensor) and part.dim() > 0 and len(part) == rows and part.dtype in (torch.int32, torch.int64)
+    )
 
 
 def _first(output: Any) -> Tensor:

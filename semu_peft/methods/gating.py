@@ -164,7 +164,8 @@ def guard(
         retain: Batches whose prompts are to stay, and whose runs of tokens may be said.
         layer: Whose states the classifier reads, and by which answers are found.
         length: How many tokens a run has.
-        answers: Of how many answers the runs are forbidden, the likeliest ones; None for all.
+        answers: Of how many answers the runs are forbidden, the likeliest ones; None for all. More of them catch more
+            paraphrases, whose answer is often not the first that is found.
         penalty: By how many logits tokens are lowered that are like forbidden ones; takes `length=1`.
         threshold: From which cosine of embeddings on they are alike.
         false_alarms: On which share of the retain examples the gate may open.
