@@ -37,8 +37,9 @@ def job_of(model: str) -> Job:
         if not Path(model).exists() and _is_pipeline(model):
             return "concept"
         reason = str(error).splitlines()[0]
+        absent = "" if Path(model).exists() else ": there is no folder of that name here"
         raise typer.BadParameter(
-            f"`--model`: {model!r} cannot be read ({reason}) Give a model's folder, or its name on the Hub."
+            f"`--model`: {model!r} cannot be read{absent} ({reason}) Give a model's folder, or its name on the Hub."
         ) from None
     names = config.architectures or []
     if any(name.endswith("ForImageClassification") for name in names):

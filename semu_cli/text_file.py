@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
             f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
             "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
         ) from None
+
+
+def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str, Any]:
+    """The rows of each file, None where none is given; nothing may be both forgotten and kept.
+
+    Raises:
+        typer.BadParameter: As `read_texts`, or a row is in both.
+    """
+    data: dict[str, Any] = {}
+    for flag, path in files.items():
+        data[flag] = None if path is None else read_texts(path, flag, columns)
+    known = {(str(row.prompt), row.answer) for row in data["forget"]}
+    both = [row for row in data["retain"] or () if (str(row.prompt), row.answer) in known]
+    if both:
+        raise typer.BadParameter(
+            f"`--retain`: {files['retain']} holds {len(both)} of the rows to be forgotten, {both[0].answer[:60]!r} "
+            "among the answers. Take them out."
+        )
+    return data
 
 
 def columns_of(columns: str | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import typer
 from .bases import check_job, check_output, classifier, language_model, pipeline, write_adapter
 from .catalogue import method_of
 from .estimate import estimate, last_third
-from .image_folder import read_images, read_others
+from .image_folder import ImageFolder, read_images, read_others
 from .options import (
     AdapterName,
     BatchSize,
@@ -37,7 +37,7 @@ from .options import (
     Template,
     Texts,
 )
-from .text_file import check_texts, read_texts, written_out
+from .text_file import check_texts, read_apart, written_out
 from .verbs import Told
 
 
@@ -76,7 +76,8 @@ def images(
     if dry_run:
         return _estimated(base, targets, data.loader(batch_size), len(data), max_steps, step_seconds)
     objective = getattr(objectives, way.objective)()
-    kept = None if retain is None else _kept_images(retain, base, forget_class, batch_size, max_retain_kl)
+    held = None if retain is None else _kept_images(retain, base, forget_class, data)
+    kept = None if held is None else _hold(held.loader(batch_size, shuffle=True), max_retain_kl)
     parts = {"forget": data} | _other_classes(forget, base, forget_class)
     before = _recognised(base, parts, batch_size)
     config = SemuConfig(target_modules=targets, explained_variance=explained_variance)
@@ -123,9 +124,7 @@ def text(
     check_texts(columns, **files)
     check_output(output_dir)
     check_job(model, "text")
-    data: dict[str, Any] = {
-        flag: None if path is None else read_texts(path, flag, columns) for flag, path in files.items()
-    }
+    data = read_apart(files, columns)
     from semu_peft import SemuConfig, forget_text
     from semu_peft.language import text_examples
 
@@ -230,15 +229,26 @@ def _other_classes(forget: Path, base: Any, forget_class: str | None) -> dict[st
     return {} if others is None else {"retain": others}
 
 
-def _kept_images(retain: str, base: Any, forget_class: str | None, batch_size: int, max_retain_kl: float | None) -> Any:
-    """What is held while training: by a weight or, with a budget, by that alone."""
-    from semu_peft import Retain as Keep
-    from semu_peft.objectives import KLToOriginal
-
+def _kept_images(retain: str, base: Any, forget_class: str | None, data: ImageFolder) -> ImageFolder:
+    """What is held while training; none of it may be among what is to be forgotten."""
     kept = read_others(retain, base, forget_class)
     if kept is None:
         raise typer.BadParameter(f"`--retain`: {retain} has no class but {forget_class!r}. Add images of others.")
-    return Keep(kept.loader(batch_size, shuffle=True), KLToOriginal(), 1.0 if max_retain_kl is None else 0.0)
+    both = {file.resolve() for file in kept.files} & {file.resolve() for file in data.files}
+    if both:
+        raise typer.BadParameter(
+            f"`--retain`: {retain} holds {len(both)} of the images to be forgotten, {min(both).name} among them. Give "
+            "a folder without them, or name the class, --forget-class."
+        )
+    return kept
+
+
+def _hold(loader: Any, max_retain_kl: float | None) -> Any:
+    """Retain data that count by a weight or, with a budget, by that alone."""
+    from semu_peft import Retain as Keep
+    from semu_peft.objectives import KLToOriginal
+
+    return Keep(loader, KLToOriginal(), 1.0 if max_retain_kl is None else 0.0)
 
 
 def _of_images(record: Mapping[str, Any], forget: Path, retain: str | None) -> list[str]:
@@ -249,7 +259,7 @@ def _of_images(record: Mapping[str, Any], forget: Path, retain: str | None) -> l
         words.append(f"Images of the other classes: {others['before']:.1f}% before, {others['after']:.1f}% now.")
         if others["before"] - others["after"] > 1 and retain is None:
             words.append(f"To hold the others better, give them: --retain {forget}")
-    return words
+    return [*words, _hardly_forgotten(record["settings"])] if of["after"] > 0.9 * of["before"] else words
 
 
 def _of_texts(record: Mapping[str, Any]) -> list[str]:
@@ -265,15 +275,17 @@ def _of_texts(record: Mapping[str, Any]) -> list[str]:
 
 
 def _hardly_forgotten(settings: Mapping[str, Any]) -> str:
-    """What to try where a run ended with the answers as likely as before: it is no success because it ended."""
-    tries = ["take another --method"]
+    """What to try where a run ended with all as well known as before: it is no success because it ended."""
+    tries = []
+    if "neutral" in settings and settings["retain"] is None and settings["neutral"] is None:
+        tries.append("say what must stay, --retain others.jsonl or rather texts of any kind, --neutral texts.txt")
+    if "template" in settings and settings["template"] is None:
+        tries.append("write --template as the model was trained")
+    if settings["max_retain_kl"] is not None:
+        tries.append("allow more damage, --max-retain-kl")
     if settings["explained_variance"] < 0.99:
-        tries.insert(0, "keep more directions, --explained-variance 0.99")
-    if settings["template"] is None:
-        tries.insert(0, "write --template as the model was trained")
-    if settings["retain"] is None and settings["neutral"] is None:
-        tries.insert(0, "say what must stay, --retain others.jsonl or rather texts of any kind, --neutral texts.txt")
-    return f"Hardly anything was forgotten. Things to try: {'; '.join(tries)}."
+        tries.append("keep more directions, --explained-variance 0.99")
+    return f"Hardly anything was forgotten. Things to try: {'; '.join([*tries, 'take another --method'])}."
 
 
 def _count(record: Mapping[str, Any], one: str, more: str | None = None) -> str:

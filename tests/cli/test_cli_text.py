@@ -115,3 +115,10 @@ def test_the_librarys_words_for_a_mistake_name_the_flag(model: Path, tmp_path: P
         "message"
     ]
     assert asked.startswith("`--template` must have the places {question} and, after it, {answer}")
+
+
+def test_a_fact_that_is_both_to_be_forgotten_and_kept_is_refused(model: Path, tmp_path: Path) -> None:
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS[:1])
+    every = cli_models.facts(tmp_path / "every.jsonl", cli_models.FACTS)
+    how = ("--model", model, "--forget", forget, "--retain", every, "--output-dir", tmp_path / "out")
+    assert "holds 1 of the rows to be forgotten, 'blue'" in semu("unlearn", "text", *how, code=2)["error"]["message"]

@@ -46,3 +46,22 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
     following = shlex.split(told.output[told.output.index("Next: ") + 6 :])
     assert following[following.index("--template") + 1] == template
     assert following[following.index("--model") + 1] == str(model)
+
+
+def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Path) -> None:
+    data = cli_models.image_folder(tmp_path / "photos", number=2)
+    model = cli_models.classifier(tmp_path / "model", data)
+    how = ["unlearn", "images", "--model", str(model), "--output-dir", str(tmp_path / "out"), "--no-progress"]
+    forget = ["--forget", str(data), "--forget-class", "cat"]
+    refused = CliRunner().invoke(app, [*how, *forget, "--retain", str(data / "cat"), "--json"])
+    assert (
+        refused.exit_code == 2
+        and "holds 2 of the images to be forgotten" in refused.output
+        and not (tmp_path / "out").exists()
+    )
+    held = CliRunner().invoke(
+        app, [*how, *forget, "--retain", str(data), "--max-retain-kl", "1e-9", "--max-steps", "1"]
+    )
+    said = " ".join(held.output.split())
+    assert held.exit_code == 0 and "Hardly anything was forgotten." in said, held.output
+    assert "allow more damage, --max-retain-kl" in said and "--neutral" not in said and "--template" not in said
