@@ -12,7 +12,7 @@ from typing import Any
 from semu_peft.methods import METHODS, Method
 
 ROOT = Path(__file__).parents[1]
-PAGE, MEASURED = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results" / "zoo_digits.json"
+PAGE, RESULTS = ROOT / "docs" / "zoo.md", ROOT / "benchmarks" / "results"
 TITLES = {
     "classification": "Classifiers",
     "language": "Language models",
@@ -20,6 +20,7 @@ TITLES = {
     "diffusion": "Text-to-image pipelines",
     "recommender": "Recommenders",
 }
+MEASURED = {"classification": ["digits"], "language": ["text"], "any": ["digits", "text"]}
 
 
 def main() -> None:
@@ -34,9 +35,9 @@ def written(page: str) -> str:
 
 
 def sections() -> list[str]:
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"] if MEASURED.exists() else {}
     made = []
     for kind, title in TITLES.items():
+        measured = {name: results(name) for name in MEASURED.get(kind, [])}
         rows = [method for method in METHODS.values() if method.kind == kind]
         lines = [
             f"## {title}\n", "| method | equation | sentence | needs | source | when | measured |",
@@ -47,25 +48,36 @@ def sections() -> list[str]:
     return made
 
 
-def row(method: Method, measured: dict[str, Any]) -> str:
+def results(name: str) -> dict[str, Any]:
+    """The rows of one table of the benchmark, by their titles."""
+    rows: dict[str, Any] = json.loads((RESULTS / f"zoo_{name}.json").read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def row(method: Method, measured: dict[str, dict[str, Any]]) -> str:
     needs = ", ".join(method.needs) or "–"
     cells = [method.equation.replace("|", "\\|"), method.sentence, needs, method.source, method.use]
-    return f"| `{method.name}` | " + " | ".join(cells) + f" | {told(method.name, measured)} |"
+    found = {name: told(method.name, rows) for name, rows in measured.items()}
+    found = {name: each for name, each in found.items() if each}
+    named = len(measured) > 1
+    figures = "; ".join(f"on {name}: {each}" if named else each for name, each in found.items()) or "–"
+    return f"| `{method.name}` | " + " | ".join(cells) + f" | {figures} |"
 
 
-def told(name: str, measured: dict[str, Any]) -> str:
+def told(name: str, rows: dict[str, Any]) -> str:
     """The average gap of each row of the benchmark that is this method."""
     found = []
-    for title, results in measured.items():
-        cases = list(results["cases"].values())
-        if title.split(",")[0].split(" (")[0] != name:
+    for title, measured in rows.items():
+        cases, (said, _, carrier) = list(measured["cases"].values()), title.partition(", ")
+        if said.split()[0] != name:
             continue
         if any("failed" in case for case in cases):
             found.append(f"fails on {sum('failed' in case for case in cases)} of {len(cases)}")
             continue
-        on = title.partition(", ")[2]
+        how = said.removeprefix(name).strip()
+        on = ", ".join(part for part in (carrier, how if not how.startswith("(") else "") if part)
         found.append(f"{on + ': ' if on else ''}{sum(case['gap'] for case in cases) / len(cases):.1f}")
-    return "; ".join(found) or "–"
+    return "; ".join(found)
 
 
 if __name__ == "__main__":
