@@ -90,7 +90,7 @@ def test_mistakes() -> None:
     model[0].weight.data = -torch.ones(4, 2)
     with pytest.raises(ValueError, match="the highest cosine is -1.000"):
         reverse_rows(model, ["0"], torch.ones(2))
-    with pytest.raises(ValueError, match="`model` must have a head"):
+    with pytest.raises(ValueError, match="`model` must be a language model with a head over tokens"):
         concept_target(model, torch.ones(2), 0)
     for hidden, token, wrong in ((torch.ones(3), 0, "hidden"), (torch.ones(16), 32, "token")):
         with pytest.raises(ValueError, match=f"`{wrong}`"):
