@@ -43,9 +43,9 @@ class Method:
     epochs: int | None = None
 
 
-def loader(dataset: TensorDataset, seed: int) -> DataLoader[tuple[Tensor, ...]]:
+def loader(dataset: TensorDataset, seed: int, batch_size: int = BATCH_SIZE) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled batches, in an order that `seed` fixes."""
-    return DataLoader(dataset, BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def best_objective(task: ForgettingTask) -> Objective:
@@ -72,12 +72,14 @@ def _train(
     learning_rate: float | None,
     epochs: int | None,
     retain: float,
+    batch_size: int = BATCH_SIZE,
 ) -> int:
+    kept = Retain(loader(task.retain, task.seed, batch_size), objectives.CrossEntropy(), retain) if retain else None
     result = unlearn(
         model,
-        loader(task.forget, task.seed),
+        loader(task.forget, task.seed, batch_size),
         objective,
-        retain=Retain(loader(task.retain, task.seed), objectives.CrossEntropy(), retain) if retain else None,
+        retain=kept,
         epochs=epochs,
         learning_rate=learning_rate,
         seed=task.seed,
@@ -86,7 +88,10 @@ def _train(
 
 
 def semu(
-    objective: Callable[[ForgettingTask], Objective], retain: float = 0.0, **settings: object
+    objective: Callable[[ForgettingTask], Objective],
+    retain: float = 0.0,
+    batch_size: int = BATCH_SIZE,
+    **settings: object,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """SEMU with an objective, and `retain` times the loss on retain data."""
 
@@ -96,7 +101,7 @@ def semu(
         config = SemuConfig(**{"target_modules": TARGET_MODULES, **settings})
         model = get_peft_model(copy.deepcopy(task.original), config)
         initialize_semu_weights(model, loader(task.forget, task.seed), loss)
-        count = _train(model, task, loss, learning_rate, epochs, retain)
+        count = _train(model, task, loss, learning_rate, epochs, retain, batch_size)
         return Unlearned(model, count, time.perf_counter() - started)
 
     return run
