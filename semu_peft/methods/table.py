@@ -130,7 +130,7 @@ _ROWS = (
     Method(language.undial, "language", "KL(softmax(z₀ − β 1_y) ‖ p)", "UNDIAL", "2402.10052", (),
            "stable over many steps"),
     Method(language.ceu, "language", "−log(1 − p(y))", "CEU", "CE-U, 2503.01224", (), "without a reference"),
-    Method(language.wga, "language", "p^β log p, weight held", "WGA", "2502.19301", (), "a baseline"),
+    Method(language.wga, "language", "p^β log p, weight held", "WGA", "2502.19301", (), "answers, with retain data"),
     Method(language.satimp, "language", "p^β (1 − p)^β₂ log p, weight held", "SatImp", "2505.11953", (), "a baseline"),
     Method(language.unseen_answers, "language", "relu(tᵢ − nᵢ)²", "UnseenAnswer", "this library", ("unseen",),
            "to look as retrained, at least damage"),
