@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     parser.add_argument("--attacks", action="store_true", help="a second table: what attacks bring back")
-    parser.add_argument("--only", help="only the methods whose name contains this")
+    parser.add_argument("--only", help="only the methods whose name contains this; without --resume no file")
     parser.add_argument("--resume", action="store_true", help="complete the result file")
     arguments = parser.parse_args()
     started, used = time.perf_counter(), time.process_time()
@@ -184,6 +184,7 @@ def main() -> None:
     }  # fmt: skip
     path = arguments.output / f"zoo_{asked['data']}.json"
     document = begun(path, asked, resume=arguments.resume)
+    keeps = arguments.resume or not arguments.only  # a few rows alone are not to take the place of a whole table
     before = document.get("minutes", 0.0), document.get("processor minutes", 0.0)
 
     def done() -> None:
@@ -193,14 +194,16 @@ def main() -> None:
         document["table"] = table(results)
         if arguments.attacks:
             document["attack_table"] = attack_table(results)
-        write(path, document)
+        if keeps:
+            write(path, document)
 
     reported = cases(arguments.classes, arguments.seeds)
     compared(document["rows"], tuning, reported, arguments.only, arguments.attacks, done)
     print("\n".join(table(document["rows"])))
     if arguments.attacks:
         print(attack_table(document["rows"]))
-    print(f"Written to {path}")
+    if keeps:
+        print(f"Written to {path}")
 
 
 def begun(path: Path, asked: dict[str, Any], *, resume: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from semu_peft.arguments import check_count, check_kind, check_number
-from semu_peft.objectives.batches import IGNORED, check_batches, logits_of, split_batch
+from semu_peft.objectives.batches import IGNORED, check_batches, logits_of, split_batch, token_runs
 from semu_peft.tuner.adapted import base_model
 
 from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
@@ -140,10 +140,8 @@ def _runs(batches: Iterable[Any], length: int) -> Iterator[list[tuple[int, ...]]
         for row in split_batch(batch)[2].tolist():
             found = []
             for counts, group in groupby(row, key=lambda token: token != IGNORED):
-                tokens = tuple(group)
                 if counts:
-                    size = min(length, len(tokens))
-                    found += [tokens[start : start + size] for start in range(len(tokens) - size + 1)]
+                    found += token_runs(tuple(group), length)
             yield found
 
 

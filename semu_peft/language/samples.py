@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from semu_peft.arguments import check_count
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import IGNORED
+from semu_peft.objectives.batches import IGNORED, token_runs
 
 from .dataset import TextExamples
 
@@ -67,7 +66,8 @@ def own_samples(
     devices = [device] if device.type == "cuda" else []
     rows: list[list[int]] = []
     forgotten = [] if without is None else without.rows
-    banned = {run for row in forgotten for run in _runs(_answer(row, tokenizer.eos_token_id))}
+    banned = {run for row in forgotten for run in token_runs(_answer(row, tokenizer.eos_token_id), _RUN)}
+    lengths = {len(run) for run in banned}
     drawn = 0
     with eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -78,8 +78,9 @@ def own_samples(
                 input_ids=begun, attention_mask=torch.ones_like(begun), do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=start, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-            said = [_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()]
-            rows += [text for text in said if not _says(text, banned)]
+            for text in (_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()):
+                if banned.isdisjoint(run for length in lengths for run in token_runs(text, length)):
+                    rows.append(text)
     if not rows:
         raise ValueError(
             f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
@@ -96,14 +97,3 @@ def _until_end(text: list[int], end: int | None) -> list[int]:
 def _answer(row: dict[str, Any], end: int | None) -> list[int]:
     """The tokens that a row teaches, without the end."""
     return [label for label in row["labels"] if label not in (IGNORED, end)]
-
-
-def _runs(tokens: list[int], length: int = _RUN) -> list[tuple[int, ...]]:
-    """All runs of so many tokens; of fewer, the one that there is."""
-    if len(tokens) <= length:
-        return [tuple(tokens)] if tokens else []
-    return [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
-
-
-def _says(text: list[int], banned: Collection[tuple[int, ...]]) -> bool:
-    return any(run in banned for length in {len(run) for run in banned} for run in _runs(text, length))

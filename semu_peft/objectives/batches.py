@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -309,6 +309,18 @@ def as_labels(labels: Any) -> Tensor:
             f"Labels must be integer class indices in a tensor, an array or a list, got {type(labels).__name__}: "
             f"{error}. Number the classes from 0 first."
         ) from error
+
+
+def token_runs(tokens: Sequence[int], length: int) -> list[tuple[int, ...]]:
+    """All runs of so many tokens in a row; of fewer tokens, the one that there is.
+
+    Examples:
+        >>> from semu_peft.objectives.batches import token_runs
+        >>> token_runs([4, 5, 6], 2), token_runs([4], 2), token_runs([], 2)
+        ([(4, 5), (5, 6)], [(4,)], [])
+    """
+    size = min(length, len(tokens))
+    return [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)] if size else []
 
 
 def _is_one_logit(logits: Tensor, labels: Tensor, model: nn.Module) -> bool:
