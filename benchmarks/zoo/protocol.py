@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,17 @@ class Case:
         """In an order that the seed fixes."""
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
         return list(zip(*(part[order].split(size) for part in dataset.tensors), strict=True))
+
+    @cached_property
+    def judged_gold(self) -> ForgettingMetrics:
+        """The retrained model's metrics: every row is held against them."""
+        return judged(self.gold, self)[0]
+
+    @cached_property
+    def retain_outputs(self) -> Tensor:
+        """The original's, on the retain images that a model is judged on."""
+        with torch.no_grad():
+            return self.original.eval()(shown(self.retain).tensors[0])
 
 
 def digits_cases(classes: list[int], seeds: list[int]) -> Iterator[Case]:
@@ -97,11 +108,10 @@ def judged(model: nn.Module, case: Case, **cost: Any) -> tuple[ForgettingMetrics
 
 @torch.no_grad()
 def damage(model: nn.Module, case: Case) -> float:
-    images = shown(case.retain).tensors[0]
-    was_training, before = model.training, case.original.eval()(images)
-    after = model.eval()(images)
+    was_training = model.training
+    after = model.eval()(shown(case.retain).tensors[0])
     model.train(was_training)
-    return float(token_kl(before, after).mean())
+    return float(token_kl(case.retain_outputs, after).mean())
 
 
 @torch.no_grad()

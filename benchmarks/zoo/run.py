@@ -50,11 +50,10 @@ def measured(row: Row, case: Case, settings: Any, *, full: bool, attacks: bool =
         return {"failed": str(error), "gap": float("inf")}
     seconds = time.perf_counter() - started
     metrics, kl = judged(outcome.model, case, trainable_parameters=outcome.trained, seconds=seconds)
-    gold, _ = judged(case.gold, case)
     return {
         **{name: getattr(metrics, name) for name in METRICS},
         "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
-        "gap": metrics.average_gap(gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
+        "gap": metrics.average_gap(case.judged_gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
         "shipped": outcome.shipped,
         **({"at_budget": at_budget(case, outcome, kl)} if full else {}),
         **({"attacks": attacked(outcome.model, case)} if attacks else {}),
@@ -74,14 +73,14 @@ def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
 
 def references(case: Case, attacks: bool = False) -> dict[str, dict[str, Any]]:
     """What every table needs: the retrained model, and doing nothing."""
-    gold, gold_kl = judged(case.gold, case)
     found = {}
     for name, model in (("retrained (gold)", case.gold), ("original (do nothing)", case.original)):
         metrics, kl = judged(model, case)
         found[name] = {
             **{key: getattr(metrics, key) for key in METRICS},
             "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
-            "gap": metrics.average_gap(gold), "kl": kl, **({"attacks": attacked(model, case)} if attacks else {}),
+            "gap": metrics.average_gap(case.judged_gold), "kl": kl,
+            **({"attacks": attacked(model, case)} if attacks else {}),
         }  # fmt: skip
     return found
 

@@ -145,6 +145,7 @@ def chip(case: TextCase, settings: Settings) -> Outcome:
 BUDGET = 0.01  # nats a token on retain answers
 SHARES_OF_TEXT: list[Settings] = [{"explained_variance": share} for share in (0.5, 0.9)]
 RATES: list[Settings] = [{"learning_rate": rate} for rate in (1e-3, 3e-4, 1e-4)]
+WEIGHTS: list[Settings] = [{"retain_weight": weight} for weight in (1.0, 10.0, 100.0)]
 LORA_RATES: list[Settings] = [{"learning_rate": rate} for rate in (1e-2, 3e-3)]
 ON_SEMU = (
     "npo", "simnpo", "dpo", "flat", "tpo", "undial", "ceu", "wga", "satimp", "unseen_answers", "delete", "gu",
@@ -172,15 +173,15 @@ def text_rows() -> list[Row]:
         Row("npo without retain data, SEMU", trained("npo", "SEMU", retain=False), SHARES_OF_TEXT),
         Row("npo within the budget, SEMU", trained("npo", "SEMU", max_retain_kl=BUDGET), SHARES_OF_TEXT),
         Row("gradient ascent, all weights", trained("neg_grad_plus", "all weights", retain=False), RATES),
-        Row("rmu, SEMU", trained("rmu", "SEMU", layer=2), SHARES_OF_TEXT),
+        Row("rmu, SEMU", trained("rmu", "SEMU", layer=2, coefficient=None), WEIGHTS),
         Row("rmu without retain data, all weights", trained("rmu", "all weights", retain=False, layer=2), RATES),
         Row("sha256, SEMU of its own", trained("sha256", "none", first=2)),
-        Row("repselect, all weights", repselect, [{"learning_rate": rate} for rate in (0.1, 0.03, 0.01)]),
+        Row("repselect, all weights", repselect, [{"learning_rate": rate} for rate in (10.0, 3.0, 1.0)]),
         Row("slug", slug, [{"layer": None}]),
         Row("chip", chip, [{"explained_variance": share} for share in (0.95, 0.5)]),
         Row("ssd", edited("ssd"), few),
         Row("lfssd", edited("lfssd"), few),
-        Row("iau", edited("iau"), [{"step_size": value} for value in (0.01, 0.03, 0.1)]),
+        Row("iau", edited("iau"), [{"step_size": value} for value in (0.3, 1.0, 3.0)]),
     ]  # fmt: skip
 
 

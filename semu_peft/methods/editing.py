@@ -96,6 +96,7 @@ def ssd(
     threshold: float | None = None,
     share: float | None = None,
     lower: float = 1.0,
+    targets: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Edit:
     """SSD: `θ ← θ · min(λ I_D / I_F, 1)` wherever `I_F > α I_D`, with the Fisher information example by example.
@@ -109,7 +110,9 @@ def ssd(
         retain: All others.
         threshold: `α`; 1.5 to 4 for one class of ten.
         share: In its place, the share of weights to dampen.
-        lower: `λ`.
+        lower: `λ`; with 0 the selected weights go.
+        targets: The parameters, or modules that hold them, to choose from; by default all, as the paper. A class is
+            often forgotten at less cost in the last block and the head alone, with a `lower` of 0.
         progress: Show progress bars.
 
     Examples:
@@ -120,7 +123,7 @@ def ssd(
         Edit(dampen(threshold=..., share=0.2, lower=1): 3 numbers of ... parameters)
     """
     loss, everything = CrossEntropy(), chain(forget, retain)
-    seen = [gather_parameters(model, data, loss, progress=progress) for data in (forget, everything)]
+    seen = [gather_parameters(model, data, loss, targets=targets, progress=progress) for data in (forget, everything)]
     return dampen(*seen, threshold=threshold, share=share, lower=lower)
 
 
@@ -132,6 +135,7 @@ def lfssd(
     threshold: float | None = None,
     share: float | None = None,
     lower: float = 1.0,
+    targets: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Edit:
     """LFSSD: dampening without labels, by the importance `|∂ ‖logits‖²|`.
@@ -145,6 +149,7 @@ def lfssd(
         threshold: `α`.
         share: In its place, the share of weights to dampen.
         lower: `λ`.
+        targets: The parameters, or modules that hold them, to choose from; by default all.
         progress: Show progress bars.
 
     Examples:
@@ -154,7 +159,7 @@ def lfssd(
         >>> methods.lfssd(nn.Linear(4, 3), forget, retain, share=0.2, progress=False).settings["share"]
         0.2
     """
-    options: dict[str, Any] = {"statistic": AbsoluteSum, "progress": progress}
+    options: dict[str, Any] = {"statistic": AbsoluteSum, "targets": targets, "progress": progress}
     seen = [gather_parameters(model, data, SquaredLogits(), **options) for data in (forget, chain(forget, retain))]
     return dampen(*seen, threshold=threshold, share=share, lower=lower)
 

@@ -185,6 +185,19 @@ def test_a_method_that_is_a_start_needs_a_fresh_adapter() -> None:
         methods.lora_sb(model, vector_batches(1), progress=False)
 
 
+@pytest.mark.parametrize("name", ["ssd", "lfssd"])
+def test_dampening_chooses_among_the_targets_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    forget, retain = vector_batches(2, seed=0), vector_batches(2, seed=1)
+    everywhere = getattr(methods, name)(model, forget, retain, share=0.3, progress=False)
+    assert {place.split(".")[0] for place in everywhere.deltas} == set(TARGETS)
+    edit = getattr(methods, name)(model, forget, retain, share=0.3, targets=["fc2", "head.weight"], progress=False)
+    assert set(edit.deltas) <= {"fc2.weight", "fc2.bias", "head.weight"} and "head.weight" in edit.deltas
+    with pytest.raises(ValueError, match="`targets`: no parameter"):
+        getattr(methods, name)(model, forget, retain, share=0.3, targets=["elsewhere"], progress=False)
+
+
 @pytest.mark.parametrize("name", ["slug", "chip", "rocr", "sha256"])
 def test_what_puts_an_adapter_in_takes_it_out_again_on_an_error(name: str) -> None:
     model, forget, retain = adapted("bare"), vector_batches(1), vector_batches(1)
