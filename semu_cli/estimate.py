@@ -98,6 +98,24 @@ def estimate(
     )  # fmt: skip
 
 
+def estimate_on(
+    model: Any,
+    target_modules: str | list[str],
+    loader: Any,
+    examples: int,
+    steps: int | None,
+    step_seconds: float | None,
+) -> Estimate:
+    """Estimate a run on batches of transformers' form, a pass forward and backward on the first of which is tried."""
+    from semu_peft.objectives import CrossEntropy
+
+    batch = {key: value.to(model.device) for key, value in next(iter(loader)).items()}
+    return estimate(
+        model, target_modules, examples=examples, batches=len(loader), steps=steps, step_seconds=step_seconds,
+        trial=lambda: CrossEntropy()(model, batch).backward(),
+    )  # fmt: skip
+
+
 def target_names(model: Any, target_modules: str | Iterable[str]) -> list[str]:
     """The layers that an adapter would correct: it is put in for a moment, without values, and taken out."""
     from semu_peft import SemuConfig

@@ -1,0 +1,143 @@
+"""A class of an image classifier, or the images of a folder, for `semu unlearn images`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import typer
+
+from .bases import classifier
+from .catalogue import Job, method_of
+from .estimate import Estimate, estimate_on, last_third
+from .image_folder import ImageFolder, read_images, read_others
+from .request import Outcome, counted, hardly_forgotten, saver
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """An image classifier, and the folders that it is to forget and to keep. Fields are named as the flags.
+
+    Examples:
+        >>> from semu_cli.forget_images import ImageRequest
+        >>> ImageRequest.job
+        'images'
+    """
+
+    job: ClassVar[Job] = "images"
+    model: str
+    forget: Path
+    output_dir: Path
+    forget_class: str | None
+    retain: str | None
+    method: str
+    max_steps: int | None
+    max_retain_kl: float | None
+    batch_size: int
+    target_modules: str | None
+    explained_variance: float
+    seed: int
+    adapter_name: str
+    progress: bool
+
+    def check(self) -> None:
+        """Raise a usage error for a mistake that can be seen while nothing is loaded."""
+        if self.max_retain_kl is not None and self.retain is None:
+            raise typer.BadParameter("`--max-retain-kl` is measured on what is to be kept: give --retain as well.")
+
+    def estimate(self, step_seconds: float | None) -> Estimate:
+        """Load model and data, and say what training would take."""
+        base, data = self._read()
+        loader = data.loader(self.batch_size)
+        return estimate_on(base, self._targets(base), loader, len(data), self.max_steps, step_seconds)
+
+    def train(self) -> Outcome:
+        """Load model and data, and train; what is recognised is looked at before and after."""
+        from peft import get_peft_model
+
+        from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+
+        base, data = self._read()
+        retain, parts = self._hold(base, data), {"forget": data, **self._others(base)}
+        before = self._recognised(base, parts)
+        objective = getattr(objectives, method_of(self.job, self.method).objective)()
+        config = SemuConfig(target_modules=self._targets(base), explained_variance=self.explained_variance)
+        adapted: Any = get_peft_model(base, config, adapter_name=self.adapter_name)
+        profile = initialize_semu_weights(
+            adapted, data.loader(self.batch_size), objective, adapter_name=self.adapter_name, progress=self.progress
+        )
+        result = unlearn(
+            adapted, data.loader(self.batch_size, shuffle=True), objective, retain=retain,
+            max_retain_kl=self.max_retain_kl, max_steps=self.max_steps, seed=self.seed, progress=self.progress,
+            adapter_name=self.adapter_name,
+        )  # fmt: skip
+        after = self._recognised(adapted, parts)
+        found = {f"{part}_accuracy": {"before": before[part], "after": after[part]} for part in parts}
+        words = self._words(len(data), found)
+        save = saver(adapted, self.adapter_name)
+        return Outcome(profile, result, {**found, "examples": len(data)}, words, self._then(), save)
+
+    def _read(self) -> tuple[Any, ImageFolder]:
+        base = classifier(self.model)
+        return base, read_images(self.forget, base, only=self.forget_class)
+
+    def _targets(self, base: Any) -> Any:
+        return self.target_modules or last_third(base)
+
+    def _others(self, base: Any) -> dict[str, ImageFolder]:
+        """The images beside those of the class to forget, which are looked at and not trained on."""
+        if self.forget_class is None:
+            return {}
+        others = read_others(self.forget, base, self.forget_class, "forget")
+        return {} if others is None else {"retain": others}
+
+    def _hold(self, base: Any, data: ImageFolder) -> Any:
+        """What is held while training: by a weight or, with a budget, by that alone. Nothing in it may be forgotten."""
+        if self.retain is None:
+            return None
+        kept = read_others(self.retain, base, self.forget_class)
+        if kept is None:
+            raise typer.BadParameter(
+                f"`--retain`: {self.retain} has no class but {self.forget_class!r}. Add images of others."
+            )
+        both = {file.resolve() for file in kept.files} & {file.resolve() for file in data.files}
+        if both:
+            raise typer.BadParameter(
+                f"`--retain`: {self.retain} holds {len(both)} of the images to be forgotten, {min(both).name} among "
+                "them. Give a folder without them, or name the class, --forget-class."
+            )
+        from semu_peft import Retain
+        from semu_peft.objectives import KLToOriginal
+
+        loader = kept.loader(self.batch_size, shuffle=True)
+        return Retain(loader, KLToOriginal(), 1.0 if self.max_retain_kl is None else 0.0)
+
+    def _recognised(self, model: Any, parts: Mapping[str, ImageFolder]) -> dict[str, float]:
+        """How much of each part is recognised, in percent."""
+        from semu_peft.evaluation import predict
+
+        return {
+            name: predict(model, part.loader(self.batch_size), progress=False).accuracy for name, part in parts.items()
+        }
+
+    def _words(self, examples: int, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+        """What became of the images."""
+        of = found["forget_accuracy"]
+        words = [
+            f"{counted(examples, 'image')}: {of['before']:.1f}% were recognised before, {of['after']:.1f}% are now."
+        ]
+        if (others := found.get("retain_accuracy")) is not None:
+            words.append(f"Images of the other classes: {others['before']:.1f}% before, {others['after']:.1f}% now.")
+            if others["before"] - others["after"] > 1 and self.retain is None:
+                words.append(f"To hold the others better, give them: --retain {self.forget}")
+        if of["after"] > 0.9 * of["before"]:
+            words.append(hardly_forgotten([], self.max_retain_kl, self.explained_variance))
+        return words
+
+    def _then(self) -> list[str]:
+        """The command that measures what was done."""
+        only = ["--forget-class", self.forget_class] if self.forget_class else []
+        adapted = ["--model", self.model, "--adapter", str(self.output_dir)]
+        return ["semu", "evaluate", *adapted, "--forget", str(self.forget), *only]

@@ -1,0 +1,146 @@
+"""A request to forget, of whatever kind of model: checked, estimated or trained, saved with its record, and told."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from .bases import check_job, check_output, write_adapter
+from .catalogue import Job, method_of
+from .estimate import Estimate
+from .verbs import Told
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to, before anything is saved.
+
+    Attributes:
+        profile: The spectra and ranks of the forget gradients.
+        training: What `unlearn` returned.
+        found: What was measured before and after, for the record.
+        words: The same for people.
+        then: The command that comes next.
+        save: Writes the adapter into a folder.
+
+    Examples:
+        >>> Outcome(None, None, {"examples": 2}, ["2 images."], ["semu", "evaluate"], print).found["examples"]
+        2
+    """
+
+    profile: Any
+    training: Any
+    found: Mapping[str, Any]
+    words: list[str]
+    then: list[str]
+    save: Callable[[Path], Any]
+
+
+class Request(Protocol):
+    """A model, what it is to forget, and how: a dataclass whose fields are named as the flags."""
+
+    job: ClassVar[Job]
+
+    def check(self) -> None:
+        """Raise a usage error for a mistake that can be seen while nothing is loaded."""
+
+    def estimate(self, step_seconds: float | None) -> Estimate:
+        """Load model and data, and say what training would take."""
+
+    def train(self) -> Outcome:
+        """Load model and data, and train."""
+
+
+def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
+    """Do what a verb was asked to: nothing is loaded before all is checked, nothing is written before all is done.
+
+    Args:
+        kind: The kind of [`Request`][semu_cli.request.Request].
+        flags: What the verb was given, by the names of its parameters.
+    """
+    fields = {each.name for each in dataclasses.fields(kind)}
+    request: Request = kind(**{name: value for name, value in flags.items() if name in fields})
+    method_of(request.job, flags["method"])
+    request.check()
+    check_output(flags["output_dir"])
+    check_job(flags["model"], request.job)
+    if flags["dry_run"]:
+        return request.estimate(flags["step_seconds"]).told()
+    outcome = request.train()
+    record = _record(request.job, flags, outcome)
+    write_adapter(flags["output_dir"], outcome.save, record)
+    return _told(record, outcome, flags["output_dir"])
+
+
+def saver(model: Any, adapter_name: str) -> Callable[[Path], None]:
+    """Saves an adapter of a `PeftModel`, which puts all names but `default` into a folder of their own, without one."""
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+        inside = folder / adapter_name
+        if adapter_name != "default" and inside.is_dir():
+            for file in inside.iterdir():
+                file.replace(folder / file.name)
+            inside.rmdir()
+
+    return save
+
+
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """So many of something.
+
+    Examples:
+        >>> counted(1, "image"), counted(2000, "image")
+        ('1 image', '2,000 images')
+    """
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def hardly_forgotten(tries: list[str], max_retain_kl: float | None, explained_variance: float) -> str:
+    """What to try where a run ended with all as well known as before: it is no success because it ended."""
+    if max_retain_kl is not None:
+        tries = [*tries, "allow more damage, --max-retain-kl"]
+    if explained_variance < 0.99:
+        tries = [*tries, "keep more directions, --explained-variance 0.99"]
+    return f"Hardly anything was forgotten. Things to try: {'; '.join([*tries, 'take another --method'])}."
+
+
+def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """What was done, for the file beside the adapter and for `--json`."""
+    import torch
+
+    import semu_peft
+
+    training = outcome.training
+    return {
+        "job": job,
+        "settings": {name: value for name, value in flags.items() if name not in ("dry_run", "progress")},
+        **outcome.found,
+        "ranks": {name: layer.rank for name, layer in outcome.profile.layers.items()},
+        "training": {
+            "steps": training.steps, "examples_seen": training.examples_seen, "seconds": training.seconds,
+            "trainable_parameters": training.trainable_parameters,
+            "stopped_early": training.stopped_early, "stop_reason": training.stop_reason,
+            "history": training.history,
+        },
+        "versions": {
+            "semu_peft": semu_peft.__version__, "torch": torch.__version__, "python": platform.python_version()
+        },
+    }  # fmt: skip
+
+
+def _told(record: Mapping[str, Any], outcome: Outcome, output_dir: Path) -> Told:
+    training, then = outcome.training, shlex.join(outcome.then)
+    words = [
+        *outcome.words,
+        f"{training.trainable_parameters:,} numbers were trained, {training.steps} steps in {training.seconds:.1f} s "
+        f"({training.stop_reason}).",
+        f"The adapter is in {output_dir}.",
+        f"Next: {then}",
+    ]
+    return Told({"output_dir": str(output_dir), "next": then, **record}, words)
