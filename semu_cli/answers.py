@@ -8,6 +8,7 @@ from typing import Any
 
 from .bases import language_model, models_beside
 from .text_file import read_texts, written_out
+from .verbs import usage
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,16 @@ class Answers:
     def measured(self) -> tuple[dict[str, Any], None]:
         """`LanguageMetrics` of each model; there are no pictures."""
         from semu_peft.evaluation import evaluate_language
+        from semu_peft.evaluation.language import metrics_to_measure
 
-        data = self._read()
+        template, data = written_out(self.template), self._read()
+        sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}
+        with usage():
+            metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
         kept = None if "retain" not in data else {"retain": data["retain"]}
         options: dict[str, Any] = {
             "utility": kept, "neutral": data.get("neutral"), "holdout": data.get("test"), "metrics": self.metrics,
-            "template": written_out(self.template), "batch_size": self.batch_size, "progress": self.progress,
+            "template": template, "batch_size": self.batch_size, "progress": self.progress,
         }  # fmt: skip
         rows = {}
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
@@ -76,7 +81,7 @@ class Answers:
         from semu_peft import evaluation
         from semu_peft.language import text_examples
 
-        data, template, batches = self._read(), written_out(self.template), {}
+        template, data, batches = written_out(self.template), self._read(), {}
         base, tokenizer = language_model(self.model, self.adapter)
         other = None if self.reference is None else language_model(self.reference)[0]
         for name in ("forget", "retain", "test"):

@@ -45,6 +45,7 @@ class TextRequest:
     def check(self) -> None:
         """Raise a usage error for a mistake that can be seen while nothing is loaded."""
         check_texts(self.columns, **self._files)
+        written_out(self.template)
 
     def estimate(self, step_seconds: float | None) -> Estimate:
         """Load model and data, and say what training would take."""

@@ -80,7 +80,9 @@ TargetModules = Annotated[
 ]
 ExplainedVariance = Annotated[
     float,
-    typer.Option("--explained-variance", help="Share of each layer's gradient energy to keep, γ.", min=0, max=1),
+    typer.Option(
+        "--explained-variance", help="Share of each layer's gradient energy to keep, γ, above 0.", min=0, max=1
+    ),
 ]
 TimeLimit = Annotated[float | None, typer.Option("--time-limit", help="Begin no attack after so many seconds.", min=0)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.", min=0)]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import typer
+
 from .bases import check_job, check_output, write_adapter
 from .catalogue import Job, method_of
 from .estimate import Estimate
@@ -66,6 +68,7 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
     fields = {each.name for each in dataclasses.fields(kind)}
     request: Request = kind(**{name: value for name, value in flags.items() if name in fields})
     method_of(request.job, flags["method"])
+    _check_share(flags["explained_variance"])
     request.check()
     check_output(flags["output_dir"])
     check_job(flags["model"], request.job)
@@ -108,6 +111,14 @@ def hardly_forgotten(tries: list[str], max_retain_kl: float | None, explained_va
     if explained_variance < 0.99:
         tries = [*tries, "keep more directions, --explained-variance 0.99"]
     return f"Hardly anything was forgotten. Things to try: {'; '.join([*tries, 'take another --method'])}."
+
+
+def _check_share(explained_variance: float) -> None:
+    if not 0 < explained_variance <= 1:
+        raise typer.BadParameter(
+            f"`--explained-variance` must be above 0 and at most 1, got {explained_variance:g}. Take 0.9, or 1 to keep "
+            "every direction."
+        )
 
 
 def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from .verbs import usage
+
 
 def check_texts(columns: str | None, **paths: str | None) -> None:
     """Raise a usage error unless the files, by flag, are there and `--columns` can be read; nothing is loaded."""
@@ -86,5 +88,16 @@ def columns_of(columns: str | None) -> dict[str, str]:
 
 
 def written_out(template: str | None) -> str | None:
-    """A template with the line breaks that a shell passes on as two signs."""
-    return None if template is None else template.replace("\\n", "\n")
+    """A template with the line breaks that a shell passes on as two signs.
+
+    Raises:
+        typer.BadParameter: It has no place for a question, or none for the answer after it.
+    """
+    if template is None:
+        return None
+    from semu_peft.language.encode import check_template
+
+    written = template.replace("\\n", "\n")
+    with usage():
+        check_template(written)
+    return written

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 FAILED, STOPPED = 1, 130
+_OTHER_NAMES = {"holdout": "test", "utility": "retain"}  # arguments of the library that are called otherwise as flags
 VERSION = 1
 """Of what `--json` writes; a key that goes away or changes its meaning raises it."""
 
@@ -102,16 +103,37 @@ def _switch(name: str, flag: str, words: str) -> inspect.Parameter:
 
 
 def _flags(own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """How the parameters of a verb are written that are flags."""
-    return {
+    """How the parameters of a verb are written that are flags, and the library's other names for them."""
+    flags = {
         name: f"--{name.replace('_', '-')}"
         for name, each in own.items()
         if not any(isinstance(part, typer.models.ArgumentInfo) for part in get_args(each.annotation))
     }
+    return flags | {theirs: flags[ours] for theirs, ours in _OTHER_NAMES.items() if ours in flags}
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """What the library says against an argument here is a usage error: the flag is wrong, and nothing was begun.
+
+    Raises:
+        typer.BadParameter: With the library's words.
+
+    Examples:
+        >>> from semu_cli.verbs import usage
+        >>> with usage():
+        ...     raise ValueError("`template` must be a text.")
+        Traceback (most recent call last):
+        typer.BadParameter: `template` must be a text.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """The library's words for a mistake with its arguments as flags, which have the same names.
+    """The library's words with its arguments as flags.
 
     Examples:
         >>> from semu_cli.verbs import _in_flags
@@ -137,6 +159,7 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             told = function()
     except typer.BadParameter as error:
+        error.message = _in_flags(error.message, flags)
         if as_json:
             _write(name, "failed", {"error": {"kind": "usage", "message": error.message}})
         raise

@@ -184,7 +184,7 @@ def evaluate_language(
     sets = {name: read_texts(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
     texts = None if neutral is None else read_plain(neutral, "neutral")
     others = None if holdout is None else read_texts(holdout, "holdout")
-    wanted = _wanted(metrics, sets, texts, others)
+    wanted = metrics_to_measure(metrics, sets, texts, others)
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -206,8 +206,27 @@ def evaluate_language(
     return measured if gold is None or not {"truth_ratio", "membership"} & set(wanted) else measured.against(gold)
 
 
-def _wanted(metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any, holdout: Any) -> list[str]:
-    """The metrics to compute, in the order of the table; each must have its data."""
+def metrics_to_measure(
+    metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any = None, holdout: Any = None
+) -> list[str]:
+    """The metrics to compute, in the order of the table, before any model is there; each must have its data.
+
+    Args:
+        metrics: Those that are asked for; None: all that the data allow.
+        sets: Rows by name, as [`read_text`][semu_peft.language.shapes.read_text] gives them: `forget`, and those of the
+            utility.
+        neutral: Whether there are texts to stay as they are: None where not.
+        holdout: Rows that no model was trained on.
+
+    Raises:
+        ValueError: There is no such metric, or its data are missing.
+
+    Examples:
+        >>> from semu_peft.evaluation.language import metrics_to_measure
+        >>> from semu_peft.language import read_text
+        >>> metrics_to_measure(None, {"forget": list(read_text(["the sky is blue"]))})
+        ['probability', 'extraction_strength', 'exact_memorisation']
+    """
     without = [name for name, rows in sets.items() if not all(row.perturbed_answers for row in rows)]
     there = {
         "truth": "forget" not in without,

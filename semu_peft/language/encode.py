@@ -64,15 +64,7 @@ class TextEncoder:
                 + _TOKENIZER_MEND
             )
         check_count("max_length", self.max_length, least=2)
-        if self.template is None:
-            return
-        check_kind("template", self.template, str, "a text or None", f"Write {DEFAULT_TEMPLATE!r}.")
-        before, found, _ = self.template.partition("{answer}")
-        if not found or not any(place in before for place in _PLACES):
-            raise ValueError(
-                f"`template` must have the places {{question}} and, after it, {{answer}}, got {self.template!r}. Write "
-                f"{DEFAULT_TEMPLATE!r}."
-            )
+        check_template(self.template)
 
     @property
     def uses_chat(self) -> bool:
@@ -177,6 +169,30 @@ class TextEncoder:
                 "Give more, or a shorter prompt."
             )
         return {"input_ids": prefix, "labels": labels[: self.max_length]}
+
+
+def check_template(template: str | None) -> None:
+    """Check how prompts and answers are to be written, before there is a tokenizer.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It lacks a place.
+
+    Examples:
+        >>> from semu_peft.language.encode import check_template
+        >>> check_template("Q: {question}")
+        Traceback (most recent call last):
+        ValueError: `template` must have the places {question} and, after it, {answer}, got 'Q: {question}'. Write ...
+    """
+    if template is None:
+        return
+    check_kind("template", template, str, "a text or None", f"Write {DEFAULT_TEMPLATE!r}.")
+    before, found, _ = template.partition("{answer}")
+    if not found or not any(place in before for place in _PLACES):
+        raise ValueError(
+            f"`template` must have the places {{question}} and, after it, {{answer}}, got {template!r}. Write "
+            f"{DEFAULT_TEMPLATE!r}."
+        )
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -74,7 +74,7 @@ def test_what_is_kept_needs_no_wrong_answers(model: Path, tmp_path: Path) -> Non
     assert row["model_utility"] is None  # a mean over three measures is not to be had of two
     shown = CliRunner().invoke(app, ["evaluate", *map(str, how)], env={"COLUMNS": "200"})
     assert "retain probability" in shown.output
-    asked = semu("evaluate", *how, "--metrics", "model_utility", code=1)["error"]["message"]
+    asked = semu("evaluate", *how, "--metrics", "model_utility", code=2)["error"]["message"]
     assert "`perturbed_answer` in the rows of `--retain`" in asked
 
 
@@ -110,11 +110,33 @@ def test_a_plain_text_is_forgotten_measured_and_reported(model: Path, tmp_path: 
 def test_the_librarys_words_for_a_mistake_name_the_flag(model: Path, tmp_path: Path) -> None:
     forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS)
     how = ("--model", model, "--forget", forget, "--no-progress")
-    assert "`--metrics` must be among" in semu("evaluate", *how, "--metrics", "bleu", code=1)["error"]["message"]
-    asked = semu("evaluate", *how, "--template", "Q: {question}", "--metrics", "probability", code=1)["error"][
-        "message"
-    ]
-    assert asked.startswith("`--template` must have the places {question} and, after it, {answer}")
+    assert "which needs `--test`" in semu("evaluate", *how, "--metrics", "membership", code=2)["error"]["message"]
+    assert "which needs `--retain`" in semu("evaluate", *how, "--metrics", "model_utility", code=2)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "value", "expected"),
+    [
+        (("evaluate",), "--metrics", "bleu", "must be among ['probability', "),
+        (("evaluate",), "--template", "Q: {question}", "{question} and, after it, {answer}, got 'Q: {question}'."),
+        (("attack",), "--template", "{answer}\\n{question}", "got '{answer}\\n{question}'."),
+        (("unlearn", "text"), "--template", "Q", "got 'Q'. Write 'Question: {question}\\nAnswer: {answer}'."),
+        (("unlearn", "text"), "--explained-variance", 0, "above 0 and at most 1, got 0. Take 0.9"),
+    ],
+)
+def test_a_wrong_flag_is_refused_before_a_model_is_loaded(
+    verb: tuple[str, ...], flag: str, value: object, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for module in ("answers", "forget_text"):
+        monkeypatch.setattr(f"semu_cli.{module}.language_model", loaded)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    output = () if verb in (("evaluate",), ("attack",)) else ("--output-dir", tmp_path / "out")
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS)
+    error = semu(*verb, "--model", tmp_path, "--forget", forget, *output, flag, value, code=2)["error"]
+    assert error["kind"] == "usage" and error["message"].startswith(f"`{flag}` ") and expected in error["message"]
 
 
 def test_a_fact_that_is_both_to_be_forgotten_and_kept_is_refused(model: Path, tmp_path: Path) -> None:
