@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .bases import RECORD
-from .judge import judged
+from .judge import attacked, judged
 from .options import (
     AtATime,
     Classifier,
@@ -58,12 +58,13 @@ def audit(
     """Write a report to sign and to doubt: what was asked, done, measured, attacked, and what was not tested."""
     if output_dir.exists() and not output_dir.is_dir():
         raise typer.BadParameter(f"`--output-dir` must be a folder, got {output_dir}, a file. Choose another path.")
-    subject = judged(dict(locals()))
+    flags = dict(locals())
+    subject = judged(flags)
     from semu_peft.report import audit as report_on
 
     settings, training = _recorded(adapter)
     metrics, pictures = subject.measured()
-    found = subject.attacked(time_limit) if attacks else None
+    found = attacked(subject, flags) if attacks else None
     report = report_on(
         request, model=subject.unlearned(), data=subject.files, adapter_file=adapter, settings=settings,
         training=training, metrics=metrics, attacks=found, samples=pictures, forgotten=forget if pictures else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from inspect import signature
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -31,7 +32,7 @@ from .options import (
 )
 from .pictures import Drawing
 from .recognised import Recognised
-from .verbs import Told
+from .verbs import Told, flags_by_name, in_flags
 
 
 class Judged(Protocol):
@@ -68,6 +69,26 @@ def judged(flags: Mapping[str, Any]) -> Judged:
         given |= {name: _one(given[name], name) for name in ("forget", "retain") if name in given}
     fields = {each.name for each in dataclasses.fields(kind)}
     return kind(**{"adapter": None, **{name: value for name, value in given.items() if name in fields}})
+
+
+def attacked(subject: Judged, flags: Mapping[str, Any]) -> Any:
+    """All attacks that fit, as an `AttackReport`; why others were not run is said in flags, as far as there are such.
+
+    Args:
+        subject: What is attacked.
+        flags: What the verb was given, by the names of its parameters.
+    """
+    from semu_peft.evaluation import attack as attack_from_python
+
+    report, names = subject.attacked(flags["time_limit"]), flags_by_name(flags)
+    further = [f"`{name}`" for name in signature(attack_from_python).parameters if name not in names]
+
+    def said(reason: str) -> str:
+        is_for_python = any(name in reason for name in further)
+        return in_flags(reason, names) + (" (from Python: `semu_peft.evaluation.attack`)" if is_for_python else "")
+
+    not_run = tuple(dataclasses.replace(each, reason=said(each.reason)) for each in report.not_run)
+    return dataclasses.replace(report, not_run=not_run)
 
 
 def evaluate(
@@ -116,11 +137,12 @@ def attack(
     progress: Progress = True,
 ) -> Told:
     """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions and seeds."""
-    report = judged(dict(locals())).attacked(time_limit)
+    flags = dict(locals())
+    report = attacked(judged(flags), flags)
     rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
     missing = [dataclasses.asdict(each) for each in report.not_run]
     data = {"has_reference": report.has_reference, "attacks": rows, "not_run": missing, "seconds": report.seconds}
-    return Told(data, [str(report)])
+    return Told(data, [in_flags(str(report), flags_by_name(flags))])
 
 
 def _one(values: list[str], flag: str) -> str:

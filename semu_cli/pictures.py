@@ -109,7 +109,7 @@ class Drawing:
         )  # fmt: skip
         if judge is not None:
             return report
-        missing = evaluation.NotRun("other seeds", "no --classifier was given, which tells what a picture shows")
+        missing = evaluation.NotRun("other seeds", "`classifier` was not given, which tells what a picture shows")
         return dataclasses.replace(report, not_run=(*report.not_run, missing))
 
     def unlearned(self) -> Any:

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -103,12 +103,23 @@ def _switch(name: str, flag: str, words: str) -> inspect.Parameter:
 
 
 def _flags(own: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """How the parameters of a verb are written that are flags, and the library's other names for them."""
-    flags = {
-        name: f"--{name.replace('_', '-')}"
+    """How the parameters of a verb are written that are flags."""
+    return flags_by_name(
+        name
         for name, each in own.items()
         if not any(isinstance(part, typer.models.ArgumentInfo) for part in get_args(each.annotation))
-    }
+    )
+
+
+def flags_by_name(names: Iterable[str]) -> dict[str, str]:
+    """How flags are written that are called so in Python, and those that the library calls otherwise.
+
+    Examples:
+        >>> from semu_cli.verbs import flags_by_name
+        >>> flags_by_name(["max_steps", "test"])
+        {'max_steps': '--max-steps', 'test': '--test', 'holdout': '--test'}
+    """
+    flags = {name: f"--{name.replace('_', '-')}" for name in names}
     return flags | {theirs: flags[ours] for theirs, ours in _OTHER_NAMES.items() if ours in flags}
 
 
@@ -121,10 +132,12 @@ def usage() -> Iterator[None]:
 
     Examples:
         >>> from semu_cli.verbs import usage
-        >>> with usage():
-        ...     raise ValueError("`template` must be a text.")
-        Traceback (most recent call last):
-        typer.BadParameter: `template` must be a text.
+        >>> try:
+        ...     with usage():
+        ...         raise ValueError("`template` must be a text.")
+        ... except typer.BadParameter as error:
+        ...     print(error.message)
+        `template` must be a text.
     """
     try:
         yield
@@ -132,12 +145,12 @@ def usage() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def _in_flags(message: str, flags: Mapping[str, str]) -> str:
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """The library's words with its arguments as flags.
 
     Examples:
-        >>> from semu_cli.verbs import _in_flags
-        >>> _in_flags("`max_steps` must be at least 1, and `forget[0]` a text.", {"max_steps": "--max-steps"})
+        >>> from semu_cli.verbs import in_flags
+        >>> in_flags("`max_steps` must be at least 1, and `forget[0]` a text.", {"max_steps": "--max-steps"})
         '`--max-steps` must be at least 1, and `forget[0]` a text.'
     """
     return re.sub(r"`(\w+)(?=(\[\d+\])?`)", lambda found: f"`{flags.get(found[1], found[1])}", message)
@@ -159,7 +172,7 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             told = function()
     except typer.BadParameter as error:
-        error.message = _in_flags(error.message, flags)
+        error.message = in_flags(error.message, flags)
         if as_json:
             _write(name, "failed", {"error": {"kind": "usage", "message": error.message}})
         raise
@@ -168,7 +181,7 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
     except Exception as error:
         if traceback:
             raise
-        message = _in_flags(f"{error or type(error).__name__}", flags)
+        message = in_flags(f"{error or type(error).__name__}", flags)
         raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
     if as_json:
         _write(name, "failed" if told.code else "done", told.data)

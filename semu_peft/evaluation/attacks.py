@@ -105,7 +105,7 @@ class AttackReport:
         lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
         lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
         if not self.has_reference:
-            lines += ["", "No retrained model was given: what an attack finds may be what any model would give."]
+            lines += ["", "No retrained model was given, `reference`: an attack may find what any model would give."]
         if self.not_run:
             lines += ["", "Not run:", "", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
         return "\n".join(lines)
@@ -292,8 +292,8 @@ class _Plan:
         planned: dict[str, Run | str] = {}
         if self.measure is None:
             planned["stripping, quantisation, relearning"] = (
-                "a denoiser is measured by its training loss beside the original's: give `learn=DenoisingLoss(...)`, "
-                "and the model with its adapter, or `measure`"
+                "a denoiser is measured by its training loss beside the original's: give `learn`, a `DenoisingLoss`, and the "
+                "model with its `adapter`, or `measure`"
             )
         else:
             planned.update(self._on_weights(self.measure))
@@ -319,7 +319,7 @@ class _Plan:
                     attacker, data.related, data.forget_test or data.forget
                 )
         if data.related is None:
-            planned["relearning from related data"] = "no `related` batches were given"
+            planned["relearning from related data"] = "`related` was not given"
         return planned
 
     def _attackers(self) -> Sequence[Attacker]:
@@ -360,7 +360,7 @@ class _Plan:
         if self.task == "diffusion":
             planned["linear probes"] = "a denoiser's activations are of noise: none was built"
         elif data.retain is None:
-            planned["linear probes"] = "no `retain` batches were given"
+            planned["linear probes"] = "`retain` was not given"
         elif min(examples_in(data.forget), examples_in(data.retain)) < FEWEST_EXAMPLES:
             planned["linear probes"] = f"they need at least {FEWEST_EXAMPLES} examples to forget and to retain"
         else:
@@ -392,10 +392,10 @@ class _Plan:
         if self.task != "classification":
             return {plain: f"these see one answer an example, and this is a {self.task} model"}
         if self.data.retain is None or self.data.test is None:
-            return {with_shadows: "no `test` batches were given", plain: "it needs `retain` and `test` batches"}
+            return {with_shadows: "it needs `retain` and `test`", plain: "it needs `retain` and `test`"}
         planned: dict[str, Run | str] = {plain: self._confidence}
         if not self.shadow:
-            return {with_shadows: "no predictions of shadow models were given", **planned}
+            return {with_shadows: "`shadow` was not given: predictions of models that never knew", **planned}
         return {**planned, "membership: LiRA": self._lira, "membership: RMIA": self._rmia}
 
     def _confidence(self) -> Compared:

@@ -109,6 +109,15 @@ def test_attack_names_what_was_tried_and_what_was_not(images: dict[str, Path], n
     assert "stripping" in found["not_run"][0]["attack"]
 
 
+def test_what_was_not_run_is_asked_for_in_flags(images: dict[str, Path], no_cats: Any) -> None:
+    how = ("--model", images["model"], "--adapter", images["adapter"], "--forget", images["data"] / "cat")
+    told = CliRunner().invoke(app, ["attack", *map(str, how), "--time-limit", "0", "--no-progress"])
+    assert "linear probes: `--retain` was not given\n" in told.output
+    assert "threshold: it needs `--retain` and `--test`\n" in told.output
+    assert "related data: `related` was not given (from Python: `semu_peft.evaluation.attack`)" in told.output
+    assert "No retrained model was given, `--reference`:" in told.output
+
+
 def test_an_audit_says_what_was_asked_done_and_not_tested(
     images: dict[str, Path], no_cats: Any, tmp_path: Path
 ) -> None:
