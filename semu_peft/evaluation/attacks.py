@@ -292,8 +292,8 @@ class _Plan:
         planned: dict[str, Run | str] = {}
         if self.measure is None:
             planned["stripping, quantisation, relearning"] = (
-                "a denoiser is measured by its training loss beside the original's: give `learn`, a `DenoisingLoss`, and "
-                "the model with its `adapter`, or `measure`"
+                "a denoiser is measured by its training loss beside the original's: give `learn`, a `DenoisingLoss`, "
+                "and the model with its `adapter`, or `measure`"
             )
         else:
             planned.update(self._on_weights(self.measure))
