@@ -108,12 +108,19 @@ def compare(
     from semu_peft.adapter.saved import compare_adapters
 
     found = compare_adapters(first, second)
+    if not found:
+        return Told({"layers": found}, ["They have no layer in common."])
     table = Table("layer", "outputs in common", "inputs in common", "cosine of ΔW", "largest cosine")
-    for name, layer in found.items():
-        largest = f"{layer.angles[0]:.3f}" if layer.angles else "–"
-        table.add_row(name, f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", largest)
+    alike = {name: layer for name, layer in found.items() if layer.cosine is not None}
+    for name, layer in alike.items():
+        numbers = (f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", f"{layer.angles[0]:.3f}")
+        table.add_row(name, *numbers)
     meaning = "1: the same directions, 0: none in common. Where the cosine of ΔW is negative, one undoes the other."
-    words: list[Any] = [table, meaning] if found else ["They have no layer in common."]
+    words: list[Any] = [table, meaning] if alike else []
+    for side, folder in enumerate((first, second)):
+        if idle := [name for name, layer in found.items() if not layer.norms[side]]:
+            where = "any layer that both correct" if len(idle) == len(found) else ", ".join(idle)
+            words.append(f"Nothing to compare: {folder} changes nothing in {where}.")
     return Told({"layers": found}, words)
 
 

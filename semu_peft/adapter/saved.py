@@ -89,18 +89,21 @@ class LayerOverlap:
         left: `‖U₁ᵀ U₂‖²_F / min(r₁, r₂)`: 1 where one space of output directions holds the other, 0 where they are
             orthogonal.
         right: The same of the input directions `V`.
-        cosine: `⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖)`: 1 where both do the same, −1 where one undoes the other.
+        cosine: `⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖)`: 1 where both do the same, −1 where one undoes the other; None where one of
+            them is zero, so that there is nothing to compare.
         angles: Cosines of the principal angles between the output directions, the largest first.
+        norms: `‖ΔW₁‖_F` and `‖ΔW₂‖_F`.
 
     Examples:
-        >>> LayerOverlap(left=1.0, right=0.5, cosine=0.0, angles=(1.0,)).right
+        >>> LayerOverlap(left=1.0, right=0.5, cosine=0.0, angles=(1.0,), norms=(2.0, 3.0)).right
         0.5
     """
 
     left: float
     right: float
-    cosine: float
+    cosine: float | None
     angles: tuple[float, ...] = field(repr=False)
+    norms: tuple[float, float] = field(repr=False)
 
 
 def inspect_adapter(folder: str | Path) -> AdapterSummary:
@@ -174,14 +177,15 @@ def _overlap(name: str, first: LowRank, second: LowRank) -> LayerOverlap:
             f"`second` must correct layer {name!r} in the shape that `first` has, got other rows or columns. Compare "
             "adapters of the same base model."
         )
+    norms = float(first.core.norm()), float(second.core.norm())
     if not (first.core.shape[-1] and second.core.shape[-1]):
-        return LayerOverlap(0.0, 0.0, 0.0, ())
+        return LayerOverlap(0.0, 0.0, None, (), norms)
     cosines = [principal_cosines(ours, theirs) for ours, theirs in zip(first[:2], second[:2], strict=True)]
     across = (first.left.mT @ second.left) @ second.core @ (second.right.mT @ first.right)
-    norms = float(first.core.norm() * second.core.norm())
-    inner = float((first.core * across).sum()) / norms if norms else 0.0
+    inner = float((first.core * across).sum()) / (norms[0] * norms[1]) if all(norms) else None
     left, right = (round(float(each.square().mean()), 6) for each in cosines)
-    return LayerOverlap(left, right, round(inner, 6), tuple(cosines[0].mean(0).tolist()))
+    cosine = None if inner is None else round(inner, 6)
+    return LayerOverlap(left, right, cosine, tuple(cosines[0].mean(0).tolist()), norms)
 
 
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, LowRank], Path]:

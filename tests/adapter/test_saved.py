@@ -51,6 +51,19 @@ def test_the_cosine_is_that_of_the_dense_corrections(tmp_path: Path) -> None:
     assert compare_adapters(first, first)["3"].cosine == pytest.approx(1)
 
 
+def test_a_correction_of_zero_is_at_no_angle(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    model.save_pretrained(str(tmp_path / "moved"))
+    with torch.no_grad():
+        semu_layers(model, "default")["0"].semu_core["default"].zero_()
+    model.save_pretrained(str(tmp_path / "idle"))
+    found = compare_adapters(tmp_path / "moved", tmp_path / "idle")["0"]
+    assert found.cosine is None and found.norms[0] > 0 and found.norms[1] == 0
+    assert found.left == found.right == 1, "the directions are the same, whatever is done in them"
+
+
 def test_angles_of_planes_that_share_a_line() -> None:
     angle = torch.tensor(0.3)
     first = torch.eye(4)[:, :2]

@@ -58,6 +58,9 @@ def test_an_adapter_that_changes_nothing_is_told(tmp_path: Path) -> None:
     initialize_semu_weights(model, [batch], objectives.CrossEntropy(), progress=False)
     model.save_pretrained(tmp_path)
     assert "It changes nothing" in said("inspect", "--adapter", str(tmp_path))
+    compared = said("compare", str(tmp_path), str(tmp_path))
+    assert f"Nothing to compare: {tmp_path} changes nothing in any layer that both correct." in compared
+    assert "+0.000" not in compared and "cosine" not in compared
 
 
 def test_methods_of_the_command_line_do_not_wait_for_torch() -> None:
