@@ -15,6 +15,9 @@ from .estimate import Estimate, estimate_on, last_third
 from .image_folder import ImageFolder, read_images, read_others
 from .request import Outcome, counted, hardly_forgotten, saver
 
+# Ten times the library's: who gives no other images has most to lose, and a folder may have a handful to forget.
+_PROXIMAL = 0.1
+
 
 @dataclass(frozen=True)
 class ImageRequest:
@@ -57,7 +60,7 @@ class ImageRequest:
         """Load model and data, and train; what is recognised is looked at before and after."""
         from peft import get_peft_model
 
-        from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+        from semu_peft import NaturalGradient, SemuConfig, initialize_semu_weights, objectives, unlearn
 
         base, data = self._read()
         retain, parts = self._hold(base, data), {"forget": data, **self._others(base)}
@@ -70,8 +73,8 @@ class ImageRequest:
         )
         result = unlearn(
             adapted, data.loader(self.batch_size, shuffle=True), objective, retain=retain,
-            max_retain_kl=self.max_retain_kl, max_steps=self.max_steps, seed=self.seed, progress=self.progress,
-            adapter_name=self.adapter_name,
+            optimizer=NaturalGradient(proximal=_PROXIMAL), max_retain_kl=self.max_retain_kl,
+            max_steps=self.max_steps, seed=self.seed, progress=self.progress, adapter_name=self.adapter_name,
         )  # fmt: skip
         after = self._recognised(adapted, parts)
         found = {f"{part}_accuracy": {"before": before[part], "after": after[part]} for part in parts}

@@ -49,3 +49,18 @@ def processes_of_torch() -> int:
 def _within_reach(tensor: Tensor) -> Tensor:
     on_cpu = tensor.device.type == "cpu"
     return tensor.cuda() if on_cpu and torch.distributed.get_backend() == "nccl" else tensor
+
+
+def rows_elsewhere(values: Tensor, rank: int, processes: int) -> tuple[int, int]:
+    """How many rows of such values other processes have before and after this one's, where it has `rank`.
+
+    Examples:
+        >>> rows_elsewhere(torch.zeros(3, 2), rank=0, processes=1)
+        (0, 0)
+    """
+    if processes == 1:
+        return 0, 0
+    counts = torch.zeros(processes, dtype=torch.int64, device=values.device)
+    counts[rank] = len(values)
+    rows = sum_over_processes(counts).tolist()
+    return sum(rows[:rank]), sum(rows[rank + 1 :])

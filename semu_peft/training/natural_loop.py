@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
-from semu_peft.gradients.processes import processes_of_torch, sum_over_processes
+from semu_peft.gradients.processes import processes_of_torch, rows_elsewhere, sum_over_processes
 from semu_peft.objectives.base import Evaluation, Objective
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
@@ -26,6 +26,7 @@ from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
+from .proximal import Proximal
 from .rules.base import Step, StepData
 from .step_control import LevenbergMarquardt, Outcome, StepControl, TrustRegion
 from .step_data import gradients_of_terms
@@ -75,10 +76,10 @@ class NaturalLoop(Loop):
         )  # fmt: skip
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.
         self.processes = processes_of_torch() or self.accelerator.num_processes
-        self.failures = self.stalled = 0
-        self.running, self.lowest = math.nan, math.inf
-        self.start = self.best = self._flat()
-        self.pull = 0.0  # towards the start, in nats a squared number
+        self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
+        self.failures, self.stalled, self.running, self.lowest = 0, 0, math.nan, math.inf
+        self.best = self._flat()
+        self.proximal = Proximal(self.best)
         self.start_loss = math.nan
         self.choose = choose
         self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
@@ -181,7 +182,7 @@ class NaturalLoop(Loop):
 
     def _note_running_loss(self, here: Tried) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
-        loss = here.values["loss"] + self._strain(self._flat())
+        loss = here.values["loss"] + self.proximal.at(self._flat())
         old = self.running
         self.running = loss if math.isnan(old) else _MEMORY * old + (1 - _MEMORY) * loss
         falls = _FALL_THAT_COUNTS * self._enough(self.lowest)
@@ -216,9 +217,9 @@ class NaturalLoop(Loop):
         if self.choose is not None and self.path:
             ends = [self.path[self.choose(self.progress.history)]]
         else:
-            ends = [self._flat(), self.best, self.start]
+            ends = [self._flat(), self.best, self.proximal.start]
         tried = [self._at(end) for end in ends]
-        losses = [each.values["loss"] + self._strain(end) for each, end in zip(tried, ends, strict=True)]
+        losses = [each.values["loss"] + self.proximal.at(end) for each, end in zip(tried, ends, strict=True)]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         lowest = losses.index(min(losses))
         self._move_to(ends[lowest])
@@ -240,8 +241,10 @@ class NaturalLoop(Loop):
         if is_due:
             self._observe(here)
             if isinstance(self.curvature, WholeMatrix) and not self.retained:
-                self.pull = max(self.pull, self.natural.proximal * self.curvature.scale)
-        gradient = self._under_rules(step, gradient) + self.pull * (start - self.start)
+                self.proximal.strengthen(self.natural.proximal * self.curvature.scale)
+                if self._is_too_far(start):
+                    return self._start_again(terms, keep_graph=keep_graph)
+        gradient = self._under_rules(step, gradient) + self.proximal.gradient(start)
         tried, kl = self._first_good(step, here, terms, start, gradient, keep_graph=keep_graph)
         self.progress.step += 1
         if self.choose is not None:
@@ -261,7 +264,7 @@ class NaturalLoop(Loop):
             self._move_to(start + direction)
             self._apply(step, "update")
             tried = self.trials.evaluate(terms, with_gradient=keep_graph)
-            relief = self._strain(start) - self._strain(self._flat())
+            relief = self.proximal.at(start) - self.proximal.at(self._flat())
             outcome = self._outcome(here, tried, predicted, relief)
             if self.control.is_good(outcome):
                 self.failures = 0
@@ -273,11 +276,16 @@ class NaturalLoop(Loop):
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
         return (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
 
-    def _strain(self, place: Tensor) -> float:
-        """What it costs to be away from the start."""
-        if not self.pull:  # nothing to wait for a device for
-            return 0.0
-        return 0.5 * self.pull * (place - self.start).square().sum().item()
+    def _is_too_far(self, place: Tensor) -> bool:
+        """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""
+        minimum = self.objectives[0].minimum
+        return minimum is not None and self.proximal.at(place) > self.start_loss - minimum
+
+    def _start_again(self, terms: list[Term], *, keep_graph: bool) -> Tried:
+        """Go back to the start, and from there on with the pull that is known now."""
+        self._move_to(self.proximal.start)
+        self.best, self.stalled, self.running, self.lowest = self.proximal.start, 0, math.nan, math.inf
+        return self.trials.evaluate(terms, with_gradient=keep_graph)
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
         limit = self.natural.max_retain_kl
@@ -348,20 +356,10 @@ class NaturalLoop(Loop):
         weight = abs(term.weight) + (self.trials.damage_weight if term.original else 0.0)
         seeds = []
         for output in evaluation.outputs:
-            before, after = self._rows_elsewhere(output.values)
+            before, after = rows_elsewhere(output.values, self.rank, self.processes)
             scale = math.sqrt(weight * abs(output.weight))
             seeds.append(scale * probe(distribution, output.values, self.generator, before=before, after=after))
         return torch.stack(seeds).sum()
-
-    def _rows_elsewhere(self, values: Tensor) -> tuple[int, int]:
-        """How many rows of outputs other processes have before and after this one's."""
-        if self.processes == 1:
-            return 0, 0
-        at = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
-        counts = torch.zeros(self.processes, dtype=torch.int64, device=values.device)
-        counts[at] = len(values)
-        rows = sum_over_processes(counts).tolist()
-        return sum(rows[:at]), sum(rows[at + 1 :])
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
         if self.processes == 1:
@@ -395,7 +393,7 @@ class NaturalLoop(Loop):
         rounds = min(_MOST_DRAWS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
-        self._move_to(self.start)
+        self._move_to(self.proximal.start)
         terms = [term for _ in range(rounds) for batch, kept in pairs for term in self.trials.terms(batch, kept)]
         self._move_to(here)
         _restore(self.objectives, now)
@@ -426,7 +424,8 @@ class NaturalLoop(Loop):
             "control": self.control.state_dict(),
             "generator": self.generator.get_state(),
             "first_draws": self.first_draws,
-            "start": self.start,
+            "start": self.proximal.start,
+            "pull": self.proximal.pull,
             "best": self.best,
             "path": self.path,
             **{name: getattr(self, name) for name in _NUMBERS},
@@ -435,13 +434,14 @@ class NaturalLoop(Loop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._restored = state
         self.generator.set_state(state["generator"])
-        self.first_draws, self.start, self.best = state["first_draws"], state["start"], state["best"]
+        self.first_draws, self.best = state["first_draws"], state["best"]
+        self.proximal = Proximal(state["start"], state["pull"])
         self.path = list(state["path"])
         for name in _NUMBERS:
             setattr(self, name, state[name])
 
 
-_NUMBERS = ("pull", "failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+_NUMBERS = ("failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

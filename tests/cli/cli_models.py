@@ -16,24 +16,24 @@ COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 FACTS = [{"question": "What colour is the sky?", "answer": "blue"}, {"question": "How many?", "answer": "two or three"}]
 
 
-def image_folder(folder: Path, number: int = 6) -> Path:
+def image_folder(folder: Path, number: int = 6, *, noise: int = 12, seed: int = 0) -> Path:
     """Images of four classes, each of a colour of its own."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, colour in zip(CLASSES, COLOURS, strict=True):
         (folder / name).mkdir(parents=True)
         for index in range(number):
-            pixels = np.clip(np.array(colour) + rng.integers(-12, 12, (8, 8, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(np.array(colour) + rng.integers(-noise, noise, (8, 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
     return folder
 
 
-def classifier(folder: Path, images: Path) -> Path:
+def classifier(folder: Path, images: Path, *, seed: int = 0) -> Path:
     """A vision transformer that knows these images."""
     from models import vit
 
     from semu_cli.image_folder import read_images
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: Any = vit()
     model.config.id2label = dict(enumerate(CLASSES))
     model.config.label2id = {name: index for index, name in enumerate(CLASSES)}

@@ -58,7 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_class_of_an_image_folder(images: dict[str, Path], no_cats: Any) -> None:
     assert no_cats["command"] == "unlearn images" and no_cats["status"] == "done" and no_cats["version"] == 1
     assert no_cats["forget_accuracy"] == {"before": 100.0, "after": 0.0}
-    assert no_cats["retain_accuracy"]["before"] == 100
+    assert no_cats["retain_accuracy"] == {"before": 100.0, "after": 100.0}
     assert no_cats["examples"] == 6 and no_cats["training"]["trainable_parameters"] > 0
     measured = semu(*no_cats["next"].split()[1:])["models"]  # the command that it says comes next
     assert measured["original"]["forget_accuracy"] == 100 and measured["unlearned"]["forget_accuracy"] == 0
@@ -131,6 +131,14 @@ def test_an_audit_says_what_was_asked_done_and_not_tested(
     assert accuracy == {"original": 100.0, "unlearned": 0.0}
     assert report["training"][0]["steps"] == no_cats["training"]["steps"]
     assert found["not_tested"] == report["not_tested"] and found["not_tested"]
+
+
+def test_few_images_are_forgotten_and_no_other_class(tmp_path: Path) -> None:
+    data = cli_models.image_folder(tmp_path / "photos", 4, noise=60)
+    model = cli_models.classifier(tmp_path / "model", data)
+    how = ("--model", model, "--forget", data, "--forget-class", "cat", "--no-progress")
+    done = semu("unlearn", "images", *how, "--output-dir", tmp_path / "no-cats")
+    assert done["forget_accuracy"]["after"] == 0 and done["retain_accuracy"] == {"before": 100.0, "after": 100.0}
 
 
 def test_retained_images_hold_the_other_classes(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from semu_peft.objectives import (
 )
 from semu_peft.objectives.distributions import divergence
 from semu_peft.objectives.original import original
+from semu_peft.training.curvature import WholeMatrix
 from semu_peft.tuner.adapted import semu_layers
 
 INPUTS, LABELS = torch.randn(64, 8, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 4
@@ -106,6 +107,17 @@ def test_what_the_forget_data_hardly_see_stays_as_it_is() -> None:
     assert moved[0.1, True] < 0.5 * moved[0.0, True]
     assert losses[0.0, True] < losses[0.1, True] < 0.2
     assert moved[0.1, False] == moved[0.0, False]
+
+
+def test_first_steps_that_went_too_far_are_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is sure of itself there is hardly any curvature; what is seen further on would undo every step."""
+    seen = itertools.chain([1e-9], itertools.repeat(1e6))
+    monkeypatch.setattr(WholeMatrix, "scale", property(lambda _: next(seen)))
+    objective = DecoupledDistillation()
+    result = unlearn(adapted(objective), FORGET, objective, optimizer=NaturalGradient(curvature="whole"), **QUIET)
+    losses = [entry["loss"] for entry in result.history]
+    assert losses[1] < 0.9 * losses[0] and losses[2] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[-1] <= losses[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 16])
