@@ -74,10 +74,10 @@ def inspect(adapter: RequiredAdapter) -> Told:
     from semu_peft.adapter.saved import inspect_adapter
 
     found = inspect_adapter(adapter)
-    table = Table("layer", "shape", "rank", "‖ΔW‖", "largest", "energy")
+    table = Table(_layer_column(), "shape", "rank", "‖ΔW‖", "largest", "energy")
     for name, layer in found.layers.items():
         count, rows, columns = layer.shape
-        shape = f"{f'{count} × ' if count > 1 else ''}{rows} × {columns}"
+        shape = f"{f'{count}×' if count > 1 else ''}{rows}×{columns}"
         numbers = (f"{layer.norm:.4g}", f"{layer.largest:.4g}", f"{layer.energy:.1%}")
         table.add_row(name, shape, str(layer.rank), *numbers)
     is_sound = found.digest in ("ok", "absent")
@@ -110,7 +110,7 @@ def compare(
     found = compare_adapters(first, second)
     if not found:
         return Told({"layers": found}, ["They have no layer in common."])
-    table = Table("layer", "outputs in common", "inputs in common", "cosine of ΔW", "largest cosine")
+    table = Table(_layer_column(), "outputs in common", "inputs in common", "cosine of ΔW", "largest cosine")
     alike = {name: layer for name, layer in found.items() if layer.cosine is not None}
     for name, layer in alike.items():
         numbers = (f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", f"{layer.angles[0]:.3f}")
@@ -122,6 +122,13 @@ def compare(
             where = "any layer that both correct" if len(idle) == len(found) else ", ".join(idle)
             words.append(f"Nothing to compare: {folder} changes nothing in {where}.")
     return Told({"layers": found}, words)
+
+
+def _layer_column() -> Any:
+    """A column of layers' names, which begin alike and are told apart by their ends: the others are narrowed first."""
+    from rich.table import Column
+
+    return Column("layer", no_wrap=True, overflow="fold")
 
 
 def _processor(model: str) -> list[Any]:

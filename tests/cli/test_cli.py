@@ -92,6 +92,14 @@ def test_inspect_tells_what_is_in_the_folder(images: dict[str, Path], no_cats: A
     assert sum(layer["energy"] for layer in found["layers"].values()) == pytest.approx(1)
 
 
+def test_names_of_layers_are_whole_in_a_narrow_terminal(images: dict[str, Path], no_cats: Any) -> None:
+    folder = str(images["adapter"])
+    for verb in (["inspect", "--adapter", folder], ["compare", folder, folder]):
+        shown = CliRunner().invoke(app, verb, env={"COLUMNS": "80"}).output
+        rows = [line for line in shown.splitlines() if line.startswith("│")]
+        assert all(any(name in row for row in rows) for name in no_cats["ranks"]) and max(map(len, rows)) <= 80
+
+
 def test_inspect_fails_on_weights_that_were_changed(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
