@@ -21,6 +21,7 @@ from semu_peft.edits import Edit
 from semu_peft.objectives import DecoupledDistillation
 
 Settings = Mapping[str, Any]
+GATHERED = 80  # batches that an edit takes its statistics of, at most: some go example by example
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ def edited(name: str) -> Callable[[Case, Settings], Outcome]:
 
     def run(case: Case, settings: Settings) -> Outcome:
         model = fresh(case)
-        edit: Edit = getattr(methods, name)(
-            model, case.batches(case.forget), case.batches(case.retain), progress=False, **settings
-        )
+        edit: Edit = getattr(methods, name)(model, *gathered_from(case), progress=False, **settings)
         with tempfile.TemporaryDirectory() as folder:
             shipped = edit.save(Path(folder) / "edit.safetensors").stat().st_size
         edit.apply(model, undoable=False)
@@ -90,13 +89,20 @@ def edited(name: str) -> Callable[[Case, Settings], Outcome]:
     return run
 
 
+def gathered_from(case: Case) -> tuple[list[Any], list[Any]]:
+    """Forget and retain batches for statistics: all of them, or a part of `GATHERED` with the same share of each."""
+    forget, retain = case.batches(case.forget), case.batches(case.retain)
+    share = min(1.0, GATHERED / (len(forget) + len(retain)))
+    return forget[: max(1, round(share * len(forget)))], retain[: max(1, round(share * len(retain)))]
+
+
 def slug(case: Case, settings: Settings) -> Outcome:
     model = fresh(case)
 
     def score(candidate: nn.Module) -> float:
         return accuracy(candidate, case.retain) - accuracy(candidate, case.forget)
 
-    methods.slug(model, case.batches(case.forget), case.batches(case.retain), score=score, progress=False, **settings)
+    methods.slug(model, *gathered_from(case), score=score, progress=False, **settings)
     return Outcome(model, 0, size_of(model))
 
 

@@ -7,6 +7,7 @@
 Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
 class, over UA, RA, TA and MIA, and reported on two other classes with three seeds. Beside that stands what is forgotten
 at an equal budget of damage: the change dialled down, `W + s ΔW`, until `KL(original ‖ now)` on retain data is 0.01.
+Edits take their statistics of 80 batches at most.
 
 Each row is written when it is done; `--resume` leaves the rows that the result file has.
 """

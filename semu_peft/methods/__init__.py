@@ -9,6 +9,7 @@ from .geometry import cir, gu, lat, npo_sam, repselect, wagle
 from .language import ceu, dpo, flat, npo, satimp, simnpo, tpo, undial, unseen_answers, wga
 from .multimodal import mmrecun, safe_eraser, siu
 from .places import loku, lora_sb, pdu, rmu, seuf, sha256
+from .recovery import repair
 from .table import METHODS, Method
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Method",
     "acu",
     "amun",
+    "bad_teacher",
+    "boundary_shrink",
     "ceu",
     "chip",
     "cir",
@@ -42,26 +45,24 @@ __all__ = [
     "mmrecun",
     "needle",
     "neg_grad_plus",
-    "bad_teacher",
-    "boundary_shrink",
-    "scrub",
-    "unsir",
     "neuron_adjust",
     "npo",
     "npo_sam",
     "o3",
     "pdu",
+    "repair",
     "repselect",
     "rmu",
     "rocr",
     "safe_eraser",
     "salun",
-    "siu",
     "satimp",
+    "scrub",
     "semu",
     "seuf",
     "sha256",
     "simnpo",
+    "siu",
     "slug",
     "ssd",
     "tars",
@@ -71,6 +72,7 @@ __all__ = [
     "undial",
     "unseen_answers",
     "unseen_confidence",
+    "unsir",
     "wagle",
     "wga",
     "whp",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from . import baselines, classification, diffusion, editing, gating, geometry, language, multimodal, places
+from . import baselines, classification, diffusion, editing, gating, geometry, language, multimodal, places, recovery
 
 Kind = Literal["classification", "language", "diffusion", "recommender", "any"]
 Need = Literal[
@@ -85,6 +85,8 @@ _ROWS = (
            "Mask of the largest forget gradients × RandomLabel", "SalUn, 2310.12508", (), "the baseline of others"),
     Method(baselines.fine_tune, "any", "CE(R)", "CrossEntropy on retain data", "2108.11577", ("retain",),
            "a baseline"),
+    Method(recovery.repair, "any", "CE(R) + w KL(p₁ ‖ p) on F, p₁ after forgetting", "CrossEntropy × KLToOriginal(now)",
+           "this library; the order is UNSIR's", ("retain",), "after a fast method: win back what it took along"),
     Method(baselines.l1_sparse, "classification", "CE(R) + γₜ ‖θ‖₁", "CrossEntropy × SoftThreshold(Ramp)",
            "2304.04934", ("retain",), "random examples, with all retain data"),
     Method(baselines.scrub, "classification", "−KL(p₀ ‖ p) on F, then α KL(p₀ ‖ p) + γ CE on R",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 import pkgutil
@@ -183,6 +184,31 @@ def test_a_method_that_is_a_start_needs_a_fresh_adapter() -> None:
     methods.lora_sb(model, vector_batches(1), max_steps=1, progress=False)
     with pytest.raises(ValueError, match="not initialised"):
         methods.lora_sb(model, vector_batches(1), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["bare", "lora", "semu"])
+def test_repair_learns_the_retain_data_and_holds_what_is_forgotten(kind: str) -> None:
+    model, forget, retain = adapted(kind).eval(), vector_batches(2, seed=0), vector_batches(2, seed=1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if kind == "semu":
+        initialize_semu_weights(model, forget, CrossEntropy(), progress=False)
+    unlearn(model, forget, GradientAscent(), max_steps=10, learning_rate=1e-2, progress=False)
+
+    def told(model: nn.Module) -> tuple[float, Tensor]:
+        with torch.no_grad():
+            lost = sum(CrossEntropy()(model, batch).item() for batch in retain)
+            return lost, torch.cat([model(inputs) for inputs, _ in forget]).log_softmax(-1)
+
+    (lost, before), plain = told(model), copy.deepcopy(model)
+    said: dict[str, Any] = {"max_steps": 40, "epochs": 40, "learning_rate": 1e-2, "progress": False}
+    unlearn(plain, retain, CrossEntropy(), **said)
+    methods.repair(model, forget, retain, hold_weight=5.0, **said)
+    (repaired, held), (_, moved) = told(model), told(plain)
+    assert repaired < lost
+    divergence = [float(nn.functional.kl_div(now, before, log_target=True)) for now in (held, moved)]
+    assert divergence[0] < 0.7 * divergence[1]
 
 
 @pytest.mark.parametrize("name", ["ssd", "lfssd"])
