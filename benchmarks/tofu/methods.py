@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from subjects import Subject, load
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 
-from semu_peft import Callback, Retain, SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft import Callback, Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
 from semu_peft.language import unseen_answers
 from semu_peft.language.shapes import as_example
 from semu_peft.objectives import Objective
@@ -42,22 +43,43 @@ class Carrier:
 CARRIERS = {
     "SEMU, natural gradients": Carrier(lambda: SemuConfig(target_modules=LINEAR), None, 80),
     "SEMU, AdamW": Carrier(lambda: SemuConfig(target_modules=LINEAR), 1e-3),
+    "SEMU of γ 0.99, AdamW": Carrier(lambda: SemuConfig(target_modules=LINEAR, explained_variance=0.99), 1e-3),
     "LoRA, rank 13": Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
     "LoRA, rank 8": Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
     "all weights": Carrier(None, 1e-4),
 }
 RETAIN = {"answers": ("answers",), "neutral": ("neutral",), "both": ("answers", "neutral")}
 
-# By name, made for the original model where a copy of it is the reference, and for the answers it never learnt.
-OBJECTIVES: dict[str, Callable[[nn.Module | None, Tensor], Objective]] = {
-    "NPO 0.03": lambda reference, unseen: objectives.NPO(beta=0.03, reference=reference),
-    "NPO 0.1": lambda reference, unseen: objectives.NPO(beta=0.1, reference=reference),
-    "SimNPO": lambda reference, unseen: objectives.SimNPO(),
-    "unseen answers": lambda reference, unseen: objectives.UnseenAnswer(unseen),
-    "DELETE": lambda reference, unseen: objectives.DecoupledDistillation(reference=reference),
-    "inverted hinge": lambda reference, unseen: objectives.InvertedHinge(),
-    "gradient ascent": lambda reference, unseen: objectives.GradientAscent(),
-    "uniform": lambda reference, unseen: objectives.UniformDistribution(),
+
+@dataclass(frozen=True)
+class Sentence:
+    """An objective, and what is minimised beside it.
+
+    Attributes:
+        make: The objective, of the original model where a copy of it is the reference, and of the negative
+            log-likelihoods of answers that the model never learnt.
+        weight: Of what is held.
+        keeps: What is minimised on retain answers; on neutral text it is the KL to the original, and so it is here by
+            default.
+        learning_rate: Of AdamW for all weights, where it is not the carrier's.
+    """
+
+    make: Callable[[nn.Module | None, Tensor], Objective]
+    weight: float = 30.0
+    keeps: Callable[[], Objective] | None = None
+    learning_rate: float | None = None
+
+
+OBJECTIVES = {
+    "NPO 0.03": Sentence(lambda reference, unseen: objectives.NPO(beta=0.03, reference=reference)),
+    "NPO 0.1": Sentence(lambda reference, unseen: objectives.NPO(beta=0.1, reference=reference)),
+    "SimNPO": Sentence(lambda reference, unseen: objectives.SimNPO()),
+    "WGA": Sentence(lambda reference, unseen: objectives.WGA(), 1.0, objectives.CrossEntropy, 3e-4),
+    "unseen answers": Sentence(lambda reference, unseen: objectives.UnseenAnswer(unseen)),
+    "DELETE": Sentence(lambda reference, unseen: objectives.DecoupledDistillation(reference=reference)),
+    "inverted hinge": Sentence(lambda reference, unseen: objectives.InvertedHinge()),
+    "gradient ascent": Sentence(lambda reference, unseen: objectives.GradientAscent()),
+    "uniform": Sentence(lambda reference, unseen: objectives.UniformDistribution()),
 }
 
 
@@ -129,8 +151,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def run(
-    subject: Subject, carrier: str, objective: str, retain: str, *, weight: float = 30.0, seed: int = 0,
-    steps: int | None = None, damage: Callable[[nn.Module], float],
+    subject: Subject, carrier: str, objective: str, retain: str, *, weight: float | None = None, seed: int = 0,
+    steps: int | None = None, repair: int = 0, damage: Callable[[nn.Module], float],
 ) -> Unlearned:  # fmt: skip
     """Unlearn once.
 
@@ -139,31 +161,54 @@ def run(
         carrier: Of `CARRIERS`.
         objective: Of `OBJECTIVES`.
         retain: Of `RETAIN`: what is held, answers of the retain set, neutral text, or both.
-        weight: Of the KL to the original on each.
+        weight: Of what is held, of each; by default the objective's.
         seed: Seed of the order.
         steps: At most; by default the carrier's.
+        repair: Steps after it by `methods.repair`, which make a moment of their own.
         damage: Measures the damage of a model.
     """
-    how, model = CARRIERS[carrier], load(subject.original)
+    how, said, model = CARRIERS[carrier], OBJECTIVES[objective], load(subject.original)
     forget = subject.examples(subject.forget)
-    texts = {"answers": subject.retain, "neutral": subject.more_neutral}
-    kept = [subject.examples(texts[name]) for name in RETAIN[retain]]
     wrong = unseen_answers([as_example(row) for row in subject.forget], seed=seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
-    loss = OBJECTIVES[objective](reference, unseen)
+    loss = said.make(reference, unseen)
+    kept = held(subject, retain, said, reference, said.weight if weight is None else weight, seed)
+    rate = (said.learning_rate if how.config is None else None) or how.learning_rate
     began = time.process_time()
     if how.config is not None:
         model = get_peft_model(model, how.config())
     if "SEMU" in carrier:
         initialize_semu_weights(model, forget.loader(BATCH_SIZE, shuffle=False), loss, progress=False)
     watch = Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(unseen.mean()))
-    held = objectives.KLToOriginal(reference=reference)
     unlearn(
-        model, forget.loader(BATCH_SIZE, seed=seed), loss,
-        retain=[Retain(each.loader(RETAIN_BATCH_SIZE, seed=seed + at), held, weight) for at, each in enumerate(kept)],
-        learning_rate=how.learning_rate, max_steps=steps or how.steps, callbacks=[watch], progress=False, seed=seed,
+        model, forget.loader(BATCH_SIZE, seed=seed), loss, retain=kept, learning_rate=rate,
+        max_steps=steps or how.steps, callbacks=[watch], progress=False, seed=seed,
     )  # fmt: skip
+    if repair:
+        first, *others = kept
+        methods.repair(
+            model, forget.loader(BATCH_SIZE, seed=seed), first.batches, others=others, max_steps=repair,
+            learning_rate=rate, scheduler=_to_nothing, progress=False, seed=seed,
+        )  # fmt: skip
+        watch.keep("repaired", model, watch.steps["end"] + repair)
     seconds = time.process_time() - began - watch.seconds
     count = sum(parameter.numel() for parameter in trained(model))
     return Unlearned(model, watch.moments, watch.steps, count, seconds, watch.path)
+
+
+def held(
+    subject: Subject, retain: str, said: Sentence, reference: nn.Module | None, weight: float, seed: int
+) -> list[Retain]:
+    """What is minimised beside the objective, on retain answers, on neutral text or on both."""
+    texts = {"answers": subject.retain, "neutral": subject.more_neutral}
+    kept = []
+    for at, name in enumerate(RETAIN[retain]):
+        as_before = said.keeps is None or name == "neutral"
+        term = objectives.KLToOriginal(reference=reference) if as_before else said.keeps()
+        kept.append(Retain(subject.examples(texts[name]).loader(RETAIN_BATCH_SIZE, seed=seed + at), term, weight))
+    return kept
+
+
+def _to_nothing(optimizer: Any, steps: int) -> Any:
+    return LinearLR(optimizer, 1.0, 0.05, total_iters=steps)

@@ -6,6 +6,7 @@ gold and of the original are taken once. A row takes some fifteen minutes of one
 
 Model utility is over `--utility-rows` of each of its three sets. The attacks, relearning after 20 steps on 20 forget
 answers and rounding to 4 bits, are on the model at the end of its run; `--attack-all` has them at each moment.
+`--repair 60` goes on with 60 steps of `methods.repair`.
 """
 
 from __future__ import annotations
@@ -42,16 +43,25 @@ def main() -> None:
     size = sum(parameter.numel() for parameter in judge.original.parameters())
     cells = itertools.product(args.carriers, args.objectives, args.retain, args.seeds)
     for carrier, objective, retain, seed in cells:
+        last = "repaired" if args.repair else "end"
         name = f"{objective} | {carrier} | {retain} | seed {seed}"
-        if f"{name} | path" in table:
+        if f"{name} | {last}" in table:
             continue
         done = run(
-            subject, carrier, objective, retain, weight=args.weight, seed=seed, steps=args.steps, damage=judge.damage
+            subject,
+            carrier,
+            objective,
+            retain,
+            weight=args.weight,
+            seed=seed,
+            steps=args.steps,
+            repair=args.repair,
+            damage=judge.damage,
         )
         seen: dict[int, dict[str, Any]] = {}
-        for moment, step in sorted(done.steps.items(), key=lambda each: each[0] != "end"):  # the end first: attacked
+        for moment, step in sorted(done.steps.items(), key=lambda each: each[0] != last):  # the last first: attacked
             if step not in seen:
-                seen[step] = judge.row(done.go_to(moment), attacks=args.attack_all or moment == "end")
+                seen[step] = judge.row(done.go_to(moment), attacks=args.attack_all or moment == last)
             cost = {"steps": step, "seconds": round(done.seconds, 1)}
             row = {**seen[step], **cost, "trained_share": done.trainable_parameters / size}
             table[f"{name} | {moment}"] = row
@@ -106,11 +116,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(CARRIERS))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
-    parser.add_argument("--weight", type=float, default=30.0, help="of the KL to the original on what is held")
+    parser.add_argument("--weight", type=float, help="of what is held, by default the objective's")
     parser.add_argument("--steps", type=int, help="at most; by default the carrier's")
+    parser.add_argument("--repair", type=int, default=0, help="steps of `methods.repair` behind it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--utility-rows", type=int, default=100, help="of each set of model utility; 0 for all")
-    parser.add_argument("--attack-all", action="store_true", help="attack the model at every moment, not at its end")
+    parser.add_argument("--attack-all", action="store_true", help="attack the model at every moment, not the last")
     return parser.parse_args()
 
 
