@@ -20,7 +20,7 @@ TITLES = {
     "diffusion": "Text-to-image pipelines",
     "recommender": "Recommenders",
 }
-MEASURED = {"classification": ["digits"], "language": ["text"], "any": ["digits", "text"]}
+MEASURED = {"classification": ["digits", "CIFAR-10"], "language": ["text"], "any": ["digits", "CIFAR-10", "text"]}
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def sections() -> list[str]:
 
 def results(name: str) -> dict[str, Any]:
     """The rows of one table of the benchmark, by their titles."""
-    rows: dict[str, Any] = json.loads((RESULTS / f"zoo_{name}.json").read_text(encoding="utf-8"))["rows"]
+    rows: dict[str, Any] = json.loads((RESULTS / f"zoo_{name.lower().replace('-', '')}.json").read_text(encoding="utf-8"))["rows"]
     return rows
 
 
