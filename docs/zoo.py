@@ -50,7 +50,8 @@ def sections() -> list[str]:
 
 def results(name: str) -> dict[str, Any]:
     """The rows of one table of the benchmark, by their titles."""
-    rows: dict[str, Any] = json.loads((RESULTS / f"zoo_{name.lower().replace('-', '')}.json").read_text(encoding="utf-8"))["rows"]
+    path = RESULTS / f"zoo_{name.lower().replace('-', '')}.json"
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
