@@ -86,7 +86,7 @@ _ROWS = (
     Method(baselines.fine_tune, "any", "CE(R)", "CrossEntropy on retain data", "2108.11577", ("retain",),
            "a baseline"),
     Method(recovery.repair, "any", "CE(R) + w KL(p₁ ‖ p) on F, p₁ after forgetting", "CrossEntropy × KLToOriginal(now)",
-           "this library; the order is UNSIR's", ("retain",), "after a fast method: win back what it took along"),
+           "this library", ("retain",), "after a fast method: win back what it took along"),
     Method(baselines.l1_sparse, "classification", "CE(R) + γₜ ‖θ‖₁", "CrossEntropy × SoftThreshold(Ramp)",
            "2304.04934", ("retain",), "random examples, with all retain data"),
     Method(baselines.scrub, "classification", "−KL(p₀ ‖ p) on F, then α KL(p₀ ‖ p) + γ CE on R",
