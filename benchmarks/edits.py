@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
 import sys
@@ -29,11 +28,13 @@ from transformers import AutoModelForImageClassification
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parent / "zoo"))
 
 from image_data import PreparedImages, image_preparation, match_classes, read_image, read_images
+from results import write
 
 from semu_peft import methods
-from semu_peft.evaluation import evaluate_forgetting
+from semu_peft.evaluation import evaluate_forgetting, predict
 
 RESULT = Path(__file__).parent / "results" / "edits.json"
 FORGOTTEN = 3  # the demo's digit
@@ -48,7 +49,8 @@ def last_block(model: nn.Module) -> list[str]:
 
 def slug(model: nn.Module, batches: Batches) -> nn.Module:
     def score(candidate: nn.Module) -> float:
-        return accuracy(candidate, batches["retain"]) - accuracy(candidate, batches["forget"])
+        kept, gone = (predict(candidate, batches[part], progress=False).accuracy for part in ("retain", "forget"))
+        return kept - gone
 
     methods.slug(model, batches["forget"], batches["retain"], score=score, progress=False)
     return model
@@ -76,12 +78,6 @@ def edits() -> dict[str, Callable[[nn.Module, Batches], nn.Module]]:
     return made
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: list[Any]) -> float:
-    right = [model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"] for batch in batches]
-    return 100 * float(torch.cat(right).float().mean())
-
-
 def batches_of(model: Any) -> Batches:
     """The demo's images as it splits them."""
     train, test, names = read_images(None, 0)
@@ -97,7 +93,7 @@ def batches_of(model: Any) -> Batches:
 
 
 def measured(model: nn.Module, batches: Batches) -> dict[str, float]:
-    found = evaluate_forgetting(model, **{name: batches[name] for name in batches}, progress=False)  # type: ignore[arg-type]
+    found = evaluate_forgetting(model, **batches, progress=False)  # type: ignore[arg-type]
     return {
         "FA": round(100 - found.unlearning_accuracy, 2), "RA": round(found.retain_accuracy, 2),
         "TA": round(found.test_accuracy or 0.0, 2), "forgotten, test": round(found.forgotten_test_accuracy or 0.0, 2),
@@ -121,7 +117,7 @@ def main() -> None:
         rows[name] = {**measured(model, batches), "seconds": round(seconds, 1)}
         print(name, rows[name], flush=True)
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    args.output.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+    write(args.output, {"machine": machine, "torch": torch.__version__, "rows": rows})
     print(f"Written to {args.output}")
 
 

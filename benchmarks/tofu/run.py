@@ -48,16 +48,9 @@ def main() -> None:
         if f"{name} | {last}" in table:
             continue
         done = run(
-            subject,
-            carrier,
-            objective,
-            retain,
-            weight=args.weight,
-            seed=seed,
-            steps=args.steps,
-            repair=args.repair,
+            subject, carrier, objective, retain, weight=args.weight, seed=seed, steps=args.steps, repair=args.repair,
             damage=judge.damage,
-        )
+        )  # fmt: skip
         seen: dict[int, dict[str, Any]] = {}
         for moment, step in sorted(done.steps.items(), key=lambda each: each[0] != last):  # the last first: attacked
             if step not in seen:
