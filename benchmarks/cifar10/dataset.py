@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
@@ -33,3 +33,30 @@ def load_cifar10(folder: Path, split: str) -> TensorDataset:
 def subset(dataset: TensorDataset, keep: Tensor) -> TensorDataset:
     """The rows of `dataset` named by `keep`, a boolean mask or an index tensor."""
     return TensorDataset(*(tensor[keep] for tensor in dataset.tensors))
+
+
+def batches(
+    dataset: TensorDataset, batch_size: int = 1000, generator: torch.Generator | None = None
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of `dataset`, in its order or in one that `generator` draws; on a GPU where it lies there."""
+    return DataLoader(
+        _Rows(dataset), batch_size, shuffle=generator is not None, generator=generator, collate_fn=_as_it_is
+    )
+
+
+class _Rows(Dataset[tuple[Tensor, ...]]):
+    """Looks a batch up at once: item by item, images on a GPU would take two launches each."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.tensors = dataset.tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, ...]:
+        index = torch.tensor(rows, device=self.tensors[0].device)
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from dataset import batches
 from peft import LoraConfig, get_peft_model
 from tasks import ForgettingTask
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from semu_peft.objectives import Objective
 # Every convolution and the classifier of the ResNet.
 TARGET_MODULES = r".*(conv1|conv2|stem|shortcut\.0|classifier)"
 BATCH_SIZE = 64
+PROGRESS = sys.stderr.isatty()  # bars are for a terminal, not for a log
 
 
 @dataclass
@@ -45,7 +49,16 @@ class Method:
 
 def loader(dataset: TensorDataset, seed: int, batch_size: int = BATCH_SIZE) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled batches, in an order that `seed` fixes."""
-    return DataLoader(dataset, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return batches(dataset, batch_size, torch.Generator().manual_seed(seed))
+
+
+def weight_layers(model: nn.Module) -> dict[str, int]:
+    """Every convolution and linear layer by name, with what LoRA of rank 1 trains in it."""
+    return {
+        name: module.weight[0].numel() + module.weight.shape[0]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
 
 
 def best_objective(task: ForgettingTask) -> Objective:
@@ -61,7 +74,7 @@ def best_objective_with_copy(task: ForgettingTask) -> Objective:
 def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Objective:
     if task.held_out is None:
         return objectives.DecoupledDistillation(reference)
-    confidences = predict(task.original, DataLoader(task.held_out, 1000), progress=False).confidence
+    confidences = predict(task.original, batches(task.held_out), progress=False).confidence
     return objectives.UnseenConfidence(confidences, reference)
 
 
@@ -73,16 +86,18 @@ def _train(
     epochs: int | None,
     retain: float,
     batch_size: int = BATCH_SIZE,
+    forget: Iterable[Any] | None = None,
 ) -> int:
     kept = Retain(loader(task.retain, task.seed, batch_size), objectives.CrossEntropy(), retain) if retain else None
     result = unlearn(
         model,
-        loader(task.forget, task.seed, batch_size),
+        loader(task.forget, task.seed, batch_size) if forget is None else forget,
         objective,
         retain=kept,
         epochs=epochs,
         learning_rate=learning_rate,
         seed=task.seed,
+        progress=PROGRESS,
     )
     return result.trainable_parameters
 
@@ -98,9 +113,9 @@ def semu(
     def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
         loss = objective(task)
-        config = SemuConfig(**{"target_modules": TARGET_MODULES, **settings})
+        config = SemuConfig(**{"target_modules": list(weight_layers(task.original)), **settings})
         model = get_peft_model(copy.deepcopy(task.original), config)
-        initialize_semu_weights(model, loader(task.forget, task.seed), loss)
+        initialize_semu_weights(model, loader(task.forget, task.seed, batch_size), loss, progress=PROGRESS)
         count = _train(model, task, loss, learning_rate, epochs, retain, batch_size)
         return Unlearned(model, count, time.perf_counter() - started)
 
@@ -108,7 +123,10 @@ def semu(
 
 
 def all_weights(
-    objective: Callable[[ForgettingTask], Objective], saliency: bool = False, retain: float = 0.0
+    objective: Callable[[ForgettingTask], Objective],
+    saliency: bool = False,
+    retain: float = 0.0,
+    batch_size: int = BATCH_SIZE,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """Every weight is trained, or with `saliency` the half with the largest forget gradients (SalUn, 2310.12508)."""
 
@@ -120,7 +138,8 @@ def all_weights(
         if saliency:
             sources = {name: WeightSource(weight) for name, weight in weights.items()}
             sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
-            stream_gradients(model, sources, sums, loader(task.forget, task.seed), objectives.GradientAscent())
+            forget = loader(task.forget, task.seed, batch_size)
+            stream_gradients(model, sources, sums, forget, objectives.GradientAscent(), progress=PROGRESS)
             magnitudes = {name: total.total.abs() for name, total in sums.items()}
             threshold = torch.cat([magnitude.flatten() for magnitude in magnitudes.values()]).median()
             count = 0
@@ -128,14 +147,35 @@ def all_weights(
                 mask = (magnitudes[name] >= threshold).to(weight.dtype)
                 weight.register_hook(lambda gradient, mask=mask: gradient * mask)
                 count += int(mask.sum())
-        _train(model, task, objective(task), learning_rate, epochs, retain)
+        _train(model, task, objective(task), learning_rate, epochs, retain, batch_size)
+        return Unlearned(model, count, time.perf_counter() - started)
+
+    return run
+
+
+def amun(
+    retain: float, batch_size: int = BATCH_SIZE
+) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
+    """All weights learn the forget images beside their nearest adversarial ones (AMUN, ICML 2025)."""
+
+    def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
+        started = time.perf_counter()
+        model = copy.deepcopy(task.original)
+        # In units of normalised pixels, where most boundaries are about one away; 15 steps of a tenth reach the radius.
+        forget = loader(task.forget, task.seed, batch_size)
+        pairs = objectives.adversarial_examples(model, forget, radius=0.4, steps=15)
+        objective = objectives.AdversarialUnlearning()
+        count = _train(model, task, objective, learning_rate, epochs, retain, batch_size, pairs)
         return Unlearned(model, count, time.perf_counter() - started)
 
     return run
 
 
 def lora(
-    objective: Callable[[ForgettingTask], Objective], retain: float, budget: Callable[[ForgettingTask], int]
+    objective: Callable[[ForgettingTask], Objective],
+    retain: float,
+    budget: Callable[[ForgettingTask], int],
+    batch_size: int = BATCH_SIZE,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """PEFT's LoRA with the same objective and about as many trained parameters as the budget says.
 
@@ -146,11 +186,7 @@ def lora(
     def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
         model = copy.deepcopy(task.original)
-        costs = {
-            name: module.weight[0].numel() + module.weight.shape[0]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))
-        }
+        costs = weight_layers(model)
         rank, names = round(budget(task) / sum(costs.values())), list(costs)
         if rank == 0:
             rank, names, left = 1, [], budget(task)
@@ -160,7 +196,7 @@ def lora(
                 names, left = [*names, name], left - cost
         torch.manual_seed(task.seed)
         adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-        count = _train(adapted, task, objective(task), learning_rate, epochs, retain)
+        count = _train(adapted, task, objective(task), learning_rate, epochs, retain, batch_size)
         return Unlearned(adapted, count, time.perf_counter() - started)
 
     return run

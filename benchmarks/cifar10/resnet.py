@@ -30,12 +30,15 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-14 (two blocks a stage), 32-64-128 channels, stride-2 stem: 0.70M parameters.
 
-    The stride in the stem makes it several times cheaper than ResNet-20 on a CPU at about its accuracy.
+    The stride in the stem makes it several times cheaper than ResNet-20 on a CPU at about its accuracy. Without it and
+    with 64-128-256-512 channels this is the ResNet-18 of the papers, 11.2M parameters.
     """
 
-    def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (32, 64, 128), blocks: int = 2) -> None:
+    def __init__(
+        self, num_classes: int = 10, widths: tuple[int, ...] = (32, 64, 128), blocks: int = 2, stem_stride: int = 2
+    ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
+        self.stem = nn.Conv2d(3, widths[0], 3, stem_stride, 1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
         layers: list[nn.Module] = []
         channels = widths[0]

@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attack_columns
-from dataset import subset
+from dataset import batches, subset
 from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, semu
 from tasks import ForgettingTask, class_tasks, random_tasks
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import nn
 
 from semu_peft import objectives
 from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
@@ -87,9 +86,6 @@ def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
 def evaluate(
     model: nn.Module, task: ForgettingTask, trainable: int, seconds: float | None, label: str
 ) -> ForgettingMetrics:
-    def batches(dataset: TensorDataset) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(dataset, 1000)
-
     # 4,000 retained images give RA to about half a point; all of them would double the time of the benchmark.
     order = torch.randperm(len(task.retain), generator=torch.Generator().manual_seed(0))
     retain = subset(task.retain, order[:RETAIN_IMAGES])
@@ -213,25 +209,31 @@ def main() -> None:
     print(table(rows))
     if found:
         print(attack_columns.table(found))
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"cifar10_{arguments.task}.json"
     if arguments.only and path.exists():
         rows = merged(json.loads(path.read_text())["rows"], rows)
+    attacks = {"attack_table": attack_columns.table(found), "attacks": found} if found else {}
+    write(path, {"task": arguments.task}, rows, attacks)
+    print(f"Written to {path}")
+
+
+def write(path: Path, said: Mapping[str, Any], rows: Rows, attacks: Mapping[str, Any]) -> None:
+    """The file of results, whole or as it was: what is `said` of the run, its machine, tables, rows and attacks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
-        "task": arguments.task,
+        **said,
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
         "tables": tables(rows),
         "rows": {
             name: {task: dataclasses.asdict(metrics) for task, metrics in row.items()} for name, row in rows.items()
         },
-        **({"attack_table": attack_columns.table(found), "attacks": found} if found else {}),
+        **attacks,
     }
     temporary.write_text(json.dumps(document, indent=1))
     temporary.rename(path)
-    print(f"Written to {path}")
 
 
 if __name__ == "__main__":
