@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import TOGETHER
 from subjects import Subject
 from torch import nn
 
@@ -67,7 +68,7 @@ def damage(subject: Subject, original: nn.Module, model: nn.Module) -> float:
     """`KL(original ‖ now)` on neutral text, in nats a token."""
     texts: Any = subject.neutral
     return neutral_kl(
-        model, subject.tokenizer, texts, reference=original, max_length=64, batch_size=8, progress=False
+        model, subject.tokenizer, texts, reference=original, max_length=64, batch_size=TOGETHER, progress=False
     ).kl  # fmt: skip
 
 
@@ -79,11 +80,13 @@ class Judge:
         subject: Models and texts.
         original: The model before.
         gold: What `reference` gave for the model that never saw the answers; None while that is made.
+        attacker: Who relearns.
     """
 
     subject: Subject
     original: nn.Module
     gold: dict[str, Any] | None = None
+    attacker: Attacker = ATTACKER
 
     def damage(self, model: nn.Module) -> float:
         """`KL(original ‖ now)` on neutral text, in nats a token."""
@@ -113,7 +116,7 @@ class Judge:
             row[kind] = {key: round(value, 4) for key, value in found[kind].items()}
         row["neutral_kl"] = round(self.damage(model), 5)
         if attacks:
-            again = relearnt(self.subject, model)
+            again = relearnt(self.subject, model, self.attacker)
             row["relearnt_others"], row["relearnt_all"] = again.others[-1], again.everything[-1]
             row["probability_4bit"] = round(self._rounded_probability(model), 5)
         return row

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from cells import ADAMW, ADAMW_99, ALL, NATURAL, NATURAL_99, Cell
+from machine import clock
 from peft import LoraConfig, get_peft_model
 from subjects import Subject, load
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from semu_peft import Callback, Retain, SemuConfig, initialize_semu_weights, met
 from semu_peft.language import unseen_answers
 from semu_peft.language.shapes import as_example
 from semu_peft.objectives import Objective
+from semu_peft.training.natural import NaturalGradient
 
 BATCH_SIZE, RETAIN_BATCH_SIZE = 40, 60
 BUDGETS = (0.01, 0.05)  # nats a token on neutral text
@@ -39,15 +41,20 @@ class Carrier:
     steps: int = 60
 
 
+def _semu(gamma: float) -> Callable[[], SemuConfig]:
+    return lambda: SemuConfig(target_modules=LINEAR, explained_variance=gamma)
+
+
 # γ of 0.9 is the default; what is trained are 251,260 numbers of 5.1 million, as in LoRA of rank 13.
 CARRIERS = {
-    "SEMU, natural gradients": Carrier(lambda: SemuConfig(target_modules=LINEAR), None, 80),
-    "SEMU, AdamW": Carrier(lambda: SemuConfig(target_modules=LINEAR), 1e-3),
-    "SEMU of γ 0.99, AdamW": Carrier(lambda: SemuConfig(target_modules=LINEAR, explained_variance=0.99), 1e-3),
+    NATURAL: Carrier(_semu(0.9), None, 80),
+    ADAMW: Carrier(_semu(0.9), 1e-3),
+    ADAMW_99: Carrier(_semu(0.99), 1e-3),
     "LoRA, rank 13": Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
     "LoRA, rank 8": Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
-    "all weights": Carrier(None, 1e-4),
+    ALL: Carrier(None, 1e-4),
 }
+MORE_CARRIERS = {NATURAL_99: Carrier(_semu(0.99), None, 80)}  # not a part of the grid
 RETAIN = {"answers": ("answers",), "neutral": ("neutral",), "both": ("answers", "neutral")}
 
 
@@ -92,7 +99,8 @@ class Unlearned:
         moments: Values of what was trained, by moment.
         steps: The step of each moment.
         trainable_parameters: How many numbers were trained.
-        seconds: Of one processor, for initialising and training, without the looks at damage.
+        seconds: For initialising and training, without the looks at damage.
+        path: What was seen at each look.
     """
 
     model: nn.Module
@@ -122,23 +130,32 @@ class Watch(Callback):
     unseen: float
     moments: dict[str, list[Tensor]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
-    path: list[dict[str, float]] = field(default_factory=list)
+    looks: dict[int, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
+    before: int = 0  # steps of runs before this one
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether the answers were as unlikely as unseen ones when they were last looked at."""
+        return bool(self.looks) and list(self.looks.values())[-1]["answer_nll"] >= self.unseen
 
     def on_step_end(self, context: Any) -> None:
-        step = context.progress.step
-        if step % EVERY and step != context.total_steps:
+        if context.progress.step % EVERY:
             return
-        began = time.process_time()
-        damage, nll = self.damage(context.model), self.answers(context.model)
-        self.path.append({"step": step, "neutral_kl": damage, "answer_nll": nll})
+        self.look(context.model, self.before + context.progress.step)
+        if self.is_unseen:
+            context.control.stop("the answers are as unlikely as unseen ones")
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Measure the model as it is now; its values are the end of the run until the next look."""
+        began = clock()
+        damage, nll = self.damage(model), self.answers(model)
+        self.looks[step] = {"step": step, "neutral_kl": damage, "answer_nll": nll}
         for budget in BUDGETS:
             if damage <= budget:
-                self.keep(f"KL {budget}", context.model, step)
-        self.keep("end", context.model, step)
-        if nll >= self.unseen:
-            context.control.stop("the answers are as unlikely as unseen ones")
-        self.seconds += time.process_time() - began
+                self.keep(f"KL {budget}", model, step)
+        self.keep("end", model, step)
+        self.seconds += clock() - began
 
     def keep(self, moment: str, model: nn.Module, step: int) -> None:
         self.moments[moment] = [parameter.detach().clone() for parameter in trained(model)]
@@ -150,63 +167,78 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def run(
-    subject: Subject, carrier: str, objective: str, retain: str, *, weight: float | None = None, seed: int = 0,
-    steps: int | None = None, repair: int = 0, damage: Callable[[nn.Module], float],
-) -> Unlearned:  # fmt: skip
+def run(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]) -> Unlearned:
     """Unlearn once.
 
     Args:
         subject: Models and texts.
-        carrier: Of `CARRIERS`.
-        objective: Of `OBJECTIVES`.
-        retain: Of `RETAIN`: what is held, answers of the retain set, neutral text, or both.
-        weight: Of what is held, of each; by default the objective's.
-        seed: Seed of the order.
-        steps: At most; by default the carrier's.
-        repair: Steps after it by `methods.repair`, which make a moment of their own.
+        cell: The settings.
         damage: Measures the damage of a model.
     """
-    how, said, model = CARRIERS[carrier], OBJECTIVES[objective], load(subject.original)
-    forget = subject.examples(subject.forget)
-    wrong = unseen_answers([as_example(row) for row in subject.forget], seed=seed)
+    how, said = {**CARRIERS, **MORE_CARRIERS}[cell.carrier], OBJECTIVES[cell.objective]
+    model = load(subject.original)
+    wrong = unseen_answers([as_example(row) for row in subject.forget], seed=cell.seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
-    loss = said.make(reference, unseen)
-    kept = held(subject, retain, said, reference, said.weight if weight is None else weight, seed)
-    rate = (said.learning_rate if how.config is None else None) or how.learning_rate
-    began = time.process_time()
+    forget, loss = subject.examples(subject.forget), said.make(reference, unseen)
+    kept = held(subject, cell.retain, cell, reference)
+    watch = Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(unseen.mean()))
+    began = clock()
     if how.config is not None:
         model = get_peft_model(model, how.config())
-    if "SEMU" in carrier:
+    if "SEMU" in cell.carrier:
         initialize_semu_weights(model, forget.loader(BATCH_SIZE, shuffle=False), loss, progress=False)
-    watch = Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(unseen.mean()))
-    unlearn(
-        model, forget.loader(BATCH_SIZE, seed=seed), loss, retain=kept, learning_rate=rate,
-        max_steps=steps or how.steps, callbacks=[watch], progress=False, seed=seed,
-    )  # fmt: skip
-    if repair:
-        first, *others = kept
-        methods.repair(
-            model, forget.loader(BATCH_SIZE, seed=seed), first.batches, others=others, max_steps=repair,
-            learning_rate=rate, scheduler=_to_nothing, progress=False, seed=seed,
+    dials: tuple[dict[str, Any], ...] = ({"learning_rate": _rate(cell)},)
+    if cell.kl:
+        dials = tuple({"optimizer": NaturalGradient(kl=kl)} for kl in cell.kl)
+    for dial in dials:
+        result = unlearn(
+            model, forget.loader(BATCH_SIZE, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
+            max_steps=(cell.steps or how.steps) // len(dials), seed=cell.seed, **dial,
         )  # fmt: skip
-        watch.keep("repaired", model, watch.steps["end"] + repair)
-    seconds = time.process_time() - began - watch.seconds
+        watch.before += result.steps
+        watch.look(model, watch.before)  # natural gradients end with the best cores, not with the last
+        if watch.is_unseen:
+            break
+    if cell.repair:
+        _repair(subject, cell, model, reference)
+        watch.keep("repaired", model, watch.steps["end"] + cell.repair)
+    seconds = clock() - began - watch.seconds
     count = sum(parameter.numel() for parameter in trained(model))
-    return Unlearned(model, watch.moments, watch.steps, count, seconds, watch.path)
+    return Unlearned(model, watch.moments, watch.steps, count, seconds, list(watch.looks.values()))
 
 
-def held(
-    subject: Subject, retain: str, said: Sentence, reference: nn.Module | None, weight: float, seed: int
-) -> list[Retain]:
+def _rate(cell: Cell) -> float | None:
+    """The learning rate of AdamW; None for natural gradients."""
+    how = {**CARRIERS, **MORE_CARRIERS}[cell.carrier]
+    own = OBJECTIVES[cell.objective].learning_rate if how.config is None else None
+    return cell.learning_rate or own or how.learning_rate
+
+
+def _repair(subject: Subject, cell: Cell, model: nn.Module, reference: nn.Module | None) -> None:
+    names, neutral = cell.repair_retain or cell.retain, cell.neutral_weight or 1.0
+    first, *others = held(subject, names, replace(cell, weight=1.0, neutral_weight=neutral), reference)
+    rate = cell.repair_rate or _rate(cell)
+    how: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
+    methods.repair(
+        model, subject.examples(subject.forget).loader(BATCH_SIZE, seed=cell.seed), first.batches, others=others,
+        objective=first.objective if names == "neutral" else None,  # such text was never learnt
+        max_steps=cell.repair, progress=False, seed=cell.seed, **how,
+    )  # fmt: skip
+
+
+def held(subject: Subject, retain: str, cell: Cell, reference: nn.Module | None) -> list[Retain]:
     """What is minimised beside the objective, on retain answers, on neutral text or on both."""
-    texts = {"answers": subject.retain, "neutral": subject.more_neutral}
+    texts, said = {"answers": subject.retain, "neutral": subject.more_neutral}, OBJECTIVES[cell.objective]
+    weight = said.weight if cell.weight is None else cell.weight
+    weights = {"answers": weight, "neutral": weight if cell.neutral_weight is None else cell.neutral_weight}
+    by_objective = {None: said.keeps, "KL": None, "CE": objectives.CrossEntropy}[cell.hold]
     kept = []
     for at, name in enumerate(RETAIN[retain]):
-        as_before = said.keeps is None or name == "neutral"
-        term = objectives.KLToOriginal(reference=reference) if as_before else said.keeps()
-        kept.append(Retain(subject.examples(texts[name]).loader(RETAIN_BATCH_SIZE, seed=seed + at), term, weight))
+        to_original = by_objective is None or name == "neutral"
+        term = objectives.KLToOriginal(reference=reference) if to_original else by_objective()
+        loader = subject.examples(texts[name]).loader(RETAIN_BATCH_SIZE, seed=cell.seed + at)
+        kept.append(Retain(loader, term, weights[name]))
     return kept
 
 

@@ -2,11 +2,19 @@
 
 Run it again to complete the table: rows that are in the file of results already are not run anew, and the measures of
 gold and of the original are taken once. A row takes some fifteen minutes of one CPU core with the 5.1M decoders that
-`pretrain.py` makes, half a minute of them for each moment that is measured.
+`pretrain.py` makes, half a minute of them for each moment that is measured; of a GPU it takes less than one minute.
+
+`--cells` takes the declared lists of `cells.py` in place of a product of objectives, carriers and retain data, the most
+valuable first. Such small models leave a GPU idle between launches, so let several processes work side by side, each on
+its part of the cells and in a file of its own, and join them:
+
+    python benchmarks/tofu/run.py ... --references
+    for k in 1 2 3 4; do python benchmarks/tofu/run.py ... --cells goals grid --part $k/4 --seconds 400 & done; wait
+    python benchmarks/tofu/run.py ... --join
 
 Model utility is over `--utility-rows` of each of its three sets. The attacks, relearning after 20 steps on 20 forget
 answers and rounding to 4 bits, are on the model at the end of its run; `--attack-all` has them at each moment.
-`--repair 60` goes on with 60 steps of `methods.repair`.
+`--repair 60` goes on with 60 steps of `methods.repair`. `--smoke` tries everything on tiny numbers.
 """
 
 from __future__ import annotations
@@ -14,13 +22,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
+import shlex
+import sys
+import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import Judge, write
+from cells import ADAMW_99, ALL, NATURAL, Cell, goals, grid
+from machine import DEVICE, about
+from measure import ATTACKER, Judge, write
 from methods import CARRIERS, OBJECTIVES, RETAIN, run
 from subjects import Subject, load, read_subject
 
@@ -29,58 +41,146 @@ COLUMNS = {
     "paraphrased_probability": "paraphrased", "truth_ratio": "truth ratio", "extraction_strength": "extraction",
     "privacy_leakage": "PrivLeak %", "neutral_kl": "neutral KL", "relearnt_others": "relearnt, others",
     "relearnt_all": "relearnt, all", "relearnt_over_gold": "over gold", "probability_4bit": "P at 4 bits",
-    "steps": "steps", "trained_share": "trained", "seconds": "CPU s",
+    "steps": "steps", "trained_share": "trained", "seconds": "seconds",
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
 
 
 def main() -> None:
     args = _arguments()
+    if args.join:
+        return _join(args.output)
+    began = time.perf_counter()
     subject = read_subject(args.models, args.data, args.neutral, utility_rows=args.utility_rows or None)
-    table: dict[str, dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    subject = _few(subject) if args.smoke else subject
+    table = _read(args.output)
+    part, parts = args.part
+    output = _part_file(args.output, part) if parts > 1 else args.output
+    others = {name: row for path in _files(args.output) for name, row in _read(path).items()}
+    table = {**{name: table[name] for name in ("about", *REFERENCES) if name in table}, **_read(output)}
     judge = _judge(subject, table, args)
-    write(args.output, table)
-    size = sum(parameter.numel() for parameter in judge.original.parameters())
-    cells = itertools.product(args.carriers, args.objectives, args.retain, args.seeds)
-    for carrier, objective, retain, seed in cells:
-        last = "repaired" if args.repair else "end"
-        name = f"{objective} | {carrier} | {retain} | seed {seed}"
-        if f"{name} | {last}" in table:
+    write(output, table)
+    longest = 0.0
+    for cell in [] if args.references else _cells(args)[part - 1 :: parts]:
+        left = args.seconds - (time.perf_counter() - began)
+        if f"{cell.name} | {cell.last}" in {**others, **table}:
             continue
-        done = run(
-            subject, carrier, objective, retain, weight=args.weight, seed=seed, steps=args.steps, repair=args.repair,
-            damage=judge.damage,
-        )  # fmt: skip
-        seen: dict[int, dict[str, Any]] = {}
-        for moment, step in sorted(done.steps.items(), key=lambda each: each[0] != last):  # the last first: attacked
-            if step not in seen:
-                seen[step] = judge.row(done.go_to(moment), attacks=args.attack_all or moment == last)
-            cost = {"steps": step, "seconds": round(done.seconds, 1)}
-            row = {**seen[step], **cost, "trained_share": done.trainable_parameters / size}
-            table[f"{name} | {moment}"] = row
-            print(f"{name} | {moment}", {key: row.get(key) for key in COLUMNS}, flush=True)
-        table[f"{name} | path"] = {"path": done.path}
-        write(args.output, table)
-    print("\n".join(lines(table)))
+        if left < longest:
+            print(f"no time left for {cell.name}", flush=True)
+            break
+        started = time.perf_counter()
+        try:
+            table.update(_rows(subject, judge, cell, args))
+        except Exception:  # one that fails leaves the others their time
+            print(f"FAILED {cell.name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        write(output, table)
+        longest = max(longest, time.perf_counter() - started)
+    if parts == 1:
+        print("\n".join(lines(table)))
+
+
+def _rows(subject: Subject, judge: Judge, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """Run a cell and measure it at its moments, a row each; and what was seen on its way."""
+    size = sum(parameter.numel() for parameter in judge.original.parameters())
+    done = run(subject, cell, damage=judge.damage)
+    seen: dict[int, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
+    moments = sorted(done.steps.items(), key=lambda each: each[0] != cell.last)  # the last first, which is attacked
+    for moment, step in moments[:1] if args.moments == "last" else moments:
+        if step not in seen:
+            seen[step] = judge.row(done.go_to(moment), attacks=args.attack_all or moment == cell.last)
+        cost = {"steps": step, "seconds": round(done.seconds, 1)}
+        row = {**seen[step], **cost, "trained_share": done.trainable_parameters / size}
+        found[f"{cell.name} | {moment}"] = row
+        print(f"{cell.name} | {moment}", {key: row.get(key) for key in COLUMNS}, flush=True)
+    found[f"{cell.name} | path"] = {"path": done.path}
+    return found
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """The declared lists that are asked for, or the product of the options."""
+    if args.smoke:
+        return _smoke()
+    named = {"goals": goals, "grid": grid}
+    if args.cells:
+        found = [cell for name in args.cells for cell in named[name]()]
+        if args.only:
+            found = [replace(cell, seed=seed) for cell in found if args.only in cell.name for seed in args.seeds]
+        return list(dict.fromkeys(found))
+    every = itertools.product(args.carriers, args.objectives, args.retain, args.seeds)
+    dials = tuple(args.kl)
+    return [
+        Cell(
+            objective, carrier, retain, seed, args.hold, args.weight, kl=dials if carrier == NATURAL else (),
+            steps=args.steps, repair=args.repair,
+        )
+        for carrier, objective, retain, seed in every
+    ]  # fmt: skip
+
+
+def _smoke() -> list[Cell]:
+    """Each way through the code once, two steps long."""
+    few = {"steps": 2, "repair": 1}
+    return [
+        Cell("WGA", ALL, "both", neutral_weight=10.0, **few),
+        Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5, 0.1), **few),
+        Cell("WGA", ADAMW_99, "answers", repair_retain="both", **few),
+        Cell("unseen answers", NATURAL, "neutral", **few),
+        Cell("NPO 0.03", ALL, "answers", steps=2),
+        Cell("uniform", "LoRA, rank 8", "answers", steps=2),
+        *(Cell(objective, ADAMW_99, "neutral", steps=1) for objective in OBJECTIVES),
+    ]
+
+
+def _few(subject: Subject) -> Subject:
+    return replace(
+        subject, forget=subject.forget[:6], retain=subject.retain[:12], neutral=subject.neutral[:4],
+        more_neutral=subject.more_neutral[:12], utility={name: rows[:2] for name, rows in subject.utility.items()},
+    )  # fmt: skip
 
 
 def _judge(subject: Subject, table: dict[str, dict[str, Any]], args: argparse.Namespace) -> Judge:
     """The judge with gold's row, and both references in the table, from there where they are in it already."""
-    about = {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPU cores", "python": platform.python_version()}
     asked = {"questions": len(subject.forget), "utility_rows": args.utility_rows}
     known = table.get("about", {})
     if "gold" in table and {key: known.get(key) for key in asked} != asked:
         raise SystemExit(
             f"{args.output} was made with {known}, and {asked} is asked for. Give another `--output`, or the same."
         )
-    table["about"] = {**about, **asked}
-    judge = Judge(subject, load(subject.original))
+    table["about"] = {**about(args.part[1]), **asked, "command": shlex.join(["benchmarks/tofu/run.py", *sys.argv[1:]])}
+    attacker = replace(ATTACKER, steps=2) if args.smoke else ATTACKER
+    judge = Judge(subject, load(subject.original), attacker=attacker)
     if "gold" not in table:
         table["gold"] = judge.reference(load(subject.gold))
-    judge = Judge(subject, judge.original, table["gold"])
+    judge = replace(judge, gold=table["gold"])
     if "doing nothing" not in table:
         table["doing nothing"] = judge.row(judge.original)
     return judge
+
+
+def _join(output: Path) -> None:
+    """One table of the parts' rows and of what it holds already; the parts are then gone."""
+    table: dict[str, dict[str, Any]] = {}
+    for path in _files(output):
+        table = {**_read(path), **table}
+    write(output, table)
+    for path in _files(output)[:-1]:
+        path.unlink()
+    print("\n".join(lines(table)))
+
+
+def _files(output: Path) -> list[Path]:
+    """The parts of a table, and the table itself last."""
+    return [*sorted(output.parent.glob(f"{output.stem}.part*{output.suffix}")), output]
+
+
+def _part_file(output: Path, part: int) -> Path:
+    return output.with_name(f"{output.stem}.part{part}{output.suffix}")
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def lines(table: dict[str, dict[str, Any]]) -> list[str]:
@@ -105,17 +205,37 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
     parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
     parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu.json"))
+    usual = f"benchmarks/results/tofu{'_gpu' if DEVICE.type == 'cuda' else ''}.json"
+    parser.add_argument("--output", type=Path, default=Path(usual))
+    parser.add_argument("--cells", nargs="+", choices=["goals", "grid"], help="lists of cells.py, not a product")
+    parser.add_argument("--only", help="of these lists, cells whose name has this in it, for each of `--seeds`")
     parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(CARRIERS))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
+    parser.add_argument("--hold", choices=["KL", "CE"], help="on retain answers, by default the objective's")
     parser.add_argument("--weight", type=float, help="of what is held, by default the objective's")
+    parser.add_argument("--kl", nargs="*", type=float, default=[], help="how far a natural step may go, one by one")
     parser.add_argument("--steps", type=int, help="at most; by default the carrier's")
     parser.add_argument("--repair", type=int, default=0, help="steps of `methods.repair` behind it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--utility-rows", type=int, default=100, help="of each set of model utility; 0 for all")
+    parser.add_argument("--moments", choices=["all", "last"], default="all", help="what is measured of a run")
     parser.add_argument("--attack-all", action="store_true", help="attack the model at every moment, not the last")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that has no time left")
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th cell, in a file by itself"
+    )
+    parser.add_argument("--references", action="store_true", help="measure gold and the original alone")
+    parser.add_argument("--join", action="store_true", help="put the parts' rows into one table")
+    parser.add_argument("--smoke", action="store_true", help="try each way on a few questions and steps")
     return parser.parse_args()
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, got {text}")
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import DEVICE, TOGETHER
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +44,7 @@ class Subject:
     neutral: list[str] = field(repr=False)
     more_neutral: list[str] = field(repr=False)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.original)
 
@@ -62,13 +64,13 @@ class Subject:
 
     def nll(self, model: nn.Module, pairs: list[tuple[Any, str]]) -> torch.Tensor:
         """Mean negative log-likelihood a token of each answer, `(N,)`."""
-        return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=8, progress=False).nll
+        return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=TOGETHER, progress=False).nll
 
     def metrics(self, model: nn.Module, gold: LanguageMetrics | None = None, **asked: Any) -> LanguageMetrics:
         """TOFU's measures of a model, against gold's where these are given."""
         return evaluate_language(
             model, self.tokenizer, self.forget, utility=self.utility, gold=gold, template=TEMPLATE,
-            max_new_tokens=60, batch_size=16, progress=False, **asked,
+            max_new_tokens=60, batch_size=2 * TOGETHER, progress=False, **asked,
         )  # fmt: skip
 
 
@@ -103,9 +105,9 @@ def evenly(rows: list[Any], number: int | None) -> list[Any]:
 
 
 def load(folder: Path) -> nn.Module:
-    """A model in float32, in eval mode."""
+    """A model in float32, in eval mode, on the device."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
@@ -84,7 +85,7 @@ def neutral_kl(
     sums: list[tuple[float, float, int]] = []
 
     def read(places: list[int], batch: dict[str, Tensor]) -> None:
-        before, _ = call_model(origin, batch)
+        before, _ = call_model(origin, send_to_device(batch, device_of(origin)))
         after, _ = call_model(model, batch)
         divergence = token_kl(before, after.to(before.device))
         sums.append((float(divergence.double().sum()), float(divergence.max()), len(divergence)))

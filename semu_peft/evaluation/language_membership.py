@@ -169,6 +169,7 @@ def text_membership(
     gradients: bool = False,
     template: str | None = None,
     batch_size: int = 32,
+    resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Separation]:
@@ -186,7 +187,8 @@ def text_membership(
         gradients: Also by gradient norms, one backward pass an answer.
         template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
         batch_size: Answers at a time.
-        seed: Of the interval's draws.
+        resamples: Draws for the interval.
+        seed: Of these draws.
         progress: Show progress bars.
 
     Returns:
@@ -198,6 +200,7 @@ def text_membership(
         >>> list(found)
         ['loss', 'zlib', 'min_k', 'min_k_plus_plus']
     """
+    check_count("resamples", resamples)
     options: dict[str, Any] = {"template": template, "progress": progress}
     found: list[Mapping[str, Tensor]] = []
     for name, source in (("forget", forget), ("holdout", holdout)):
@@ -215,7 +218,8 @@ def text_membership(
         if gradients:
             values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
         found.append(values)
-    return {attack: separation(found[0][attack], found[1][attack], seed=seed) for attack in found[0]}
+    sides = {attack: (found[0][attack], found[1][attack]) for attack in found[0]}
+    return {attack: separation(*each, resamples=resamples, seed=seed) for attack, each in sides.items()}
 
 
 def privacy_leakage(auc: float, gold_auc: float) -> float:

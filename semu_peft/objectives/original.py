@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from semu_peft.model_state import device_of
+
 from .adapter_parts import Part, adapter_parts, modules_of
 from .replica import is_compiled, replicate
 from .split_weights import AtStart, at_start, keep_start
@@ -184,6 +186,9 @@ def remember_start(model: nn.Module, adapter_name: str | None = None) -> None:
 def reference_model(model: nn.Module, reference: nn.Module | None) -> AbstractContextManager[nn.Module]:
     """Give the frozen reference, where an objective has one, or else the original of the model.
 
+    A reference that is still on the CPU, when the model has been moved from there (`unlearn` moves it to Accelerate's
+    device), follows it; one that Accelerate's hooks move stays.
+
     Examples:
         >>> from torch import nn
         >>> from semu_peft.objectives.original import reference_model
@@ -191,7 +196,17 @@ def reference_model(model: nn.Module, reference: nn.Module | None) -> AbstractCo
         ...     reference
         ReLU()
     """
-    return original(model) if reference is None else nullcontext(reference)
+    if reference is None:
+        return original(model)
+    if isinstance(reference, nn.Module) and not _moves_itself(reference):
+        device = device_of(model)
+        if device.type != "cpu" and device_of(reference).type == "cpu":
+            reference.to(device)
+    return nullcontext(reference)
+
+
+def _moves_itself(model: nn.Module) -> bool:
+    return hasattr(model, "hf_device_map") or "_hf_hook" in vars(model)
 
 
 def _is_without(model: nn.Module, adapter_name: str | None) -> bool:

@@ -111,6 +111,14 @@ def test_text_membership_is_made_of_its_scores() -> None:
     assert found["reference"].auc == separation(losses[0] - references[0], losses[1] - references[1]).auc
 
 
+def test_the_area_does_not_depend_on_the_draws_for_its_interval() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    few, many = (text_membership(model, tokenizer, FORGET, FACTS, resamples=draws, **QUIET) for draws in (1, 50))
+    assert {name: each.auc for name, each in few.items()} == {name: each.auc for name, each in many.items()}
+    with pytest.raises(ValueError, match="`resamples` must be"):
+        text_membership(model, tokenizer, FORGET, FACTS, resamples=0, **QUIET)
+
+
 def test_verbatim_memorisation_continues_the_text() -> None:
     model, tokenizer = decoder(), word_tokenizer()
     found = verbatim_memorisation(

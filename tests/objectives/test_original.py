@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from semu_peft import SemuConfig, unlearn
 from semu_peft.model_state import eval_mode
-from semu_peft.objectives import DecoupledDistillation, GradientAscent, UnseenConfidence
+from semu_peft.objectives import DecoupledDistillation, GradientAscent, KLToOriginal, UnseenConfidence
 from semu_peft.objectives.original import original, remember_start, without_adapter
 from semu_peft.tuner.adapted import semu_layers
 
@@ -675,3 +675,19 @@ def test_biases_that_are_trained_with_the_adapter() -> None:
     biases = {name: p for name, p in model.named_parameters() if name.endswith("fc2.bias")}
     assert not torch.equal(*biases.values(), base.fc2.bias)
     assert_reference(model, base, vector_batches(1)[0][0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a model is moved by unlearn where there is a GPU")
+def test_a_reference_on_the_cpu_follows_a_model_that_is_moved() -> None:
+    model = Mlp()
+    reference = copy.deepcopy(model)
+    unlearn(model, vector_batches(), KLToOriginal(reference=reference), max_steps=1, learning_rate=1e-3, progress=False)
+    assert {parameter.device.type for parameter in [*model.parameters(), *reference.parameters()]} == {"cuda"}
+
+
+def test_a_reference_with_hooks_of_its_own_is_left_where_it_is() -> None:
+    model = Mlp().eval()
+    reference = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+    batch = next(iter(vector_batches()))
+    assert KLToOriginal(reference=reference)(model, batch).item() == pytest.approx(0, abs=1e-6)
+    assert all(parameter.is_meta for parameter in reference.parameters())

@@ -1,0 +1,159 @@
+"""What is run: one cell is one run, and its name says its settings; the cells of the questions, and the whole grid."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+NATURAL, NATURAL_99 = "SEMU, natural gradients", "SEMU of γ 0.99, natural gradients"
+ADAMW, ADAMW_99 = "SEMU, AdamW", "SEMU of γ 0.99, AdamW"
+ALL = "all weights"
+REPAIR = 60  # steps, where a name says no other number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        objective: Of `methods.OBJECTIVES`.
+        carrier: Of `methods.CARRIERS`.
+        retain: Of `methods.RETAIN`: what is held, answers of the retain set, neutral text, or both.
+        seed: Of the order.
+        hold: What is minimised on retain answers, the KL to the original or cross entropy; by default the objective's.
+        weight: Of what is held, of each; by default the objective's.
+        neutral_weight: Of the neutral text among it, also in the repair; by default the same, and 1 in the repair.
+        kl: How far a step of natural gradients may move the outputs; of several, one after the other, as many steps
+            each.
+        learning_rate: Of AdamW; by default the objective's or the carrier's.
+        steps: At most; by default the carrier's.
+        repair: Steps of `methods.repair` after it.
+        repair_retain: What these are on, of `methods.RETAIN`; by default `retain`.
+        repair_rate: Learning rate of their AdamW; by default as it was trained before.
+    """
+
+    objective: str
+    carrier: str
+    retain: str = "answers"
+    seed: int = 0
+    hold: Literal["KL", "CE"] | None = None
+    weight: float | None = None
+    neutral_weight: float | None = None
+    kl: tuple[float, ...] = ()
+    learning_rate: float | None = None
+    steps: int | None = None
+    repair: int = 0
+    repair_retain: str | None = None
+    repair_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """All settings that are not the default ones; a row's name begins with it."""
+        dials = " then ".join(f"{dial:g}" for dial in self.kl)
+        said = {
+            f"held by {self.hold}": self.hold,
+            f"weight {self.weight}": self.weight,
+            f"neutral {self.neutral_weight}": self.neutral_weight,
+            f"steps of {dials}": self.kl,
+            f"rate {self.learning_rate}": self.learning_rate,
+            f"at most {self.steps}": self.steps,
+            f"repair of {self.repair}": None if self.repair in (0, REPAIR) else self.repair,
+            f"repair on {self.repair_retain}": self.repair_retain,
+            f"repair at {self.repair_rate}": self.repair_rate,
+        }
+        settings = ", ".join([self.retain, *(text for text, value in said.items() if value not in (None, ()))])
+        return f"{self.objective} | {self.carrier} | {settings} | seed {self.seed}"
+
+    @property
+    def last(self) -> str:
+        """The moment that a run ends with."""
+        return "repaired" if self.repair else "end"
+
+
+def goals() -> list[Cell]:
+    """The questions of the goals: what forgets as much as gold at the utility of before, and at which damage."""
+    wga, wga_99 = (Cell("WGA", carrier, repair=REPAIR) for carrier in (ALL, ADAMW_99))
+    known = [
+        each
+        for cell in (wga, wga_99)
+        for each in (
+            replace(cell, retain="both", neutral_weight=10.0),
+            cell,
+            replace(cell, retain="both"),
+            replace(cell, repair_retain="both", neutral_weight=10.0),
+        )
+    ]
+    first, others = _natural()
+    return [
+        *_of_seeds(known, 0),
+        *first, *others,
+        *_npo(),
+        *_without_retain_answers(),
+        *_of_seeds(known, 1, 2),
+        *_of_seeds(first, 1, 2),
+        *_of_seeds(_without_retain_answers()[:3], 1, 2),
+    ]  # fmt: skip
+
+
+def grid(seed: int = 0) -> list[Cell]:
+    """Every objective in every carrier, with each kind of retain data."""
+    from methods import CARRIERS, OBJECTIVES, RETAIN
+
+    every = itertools.product(RETAIN, OBJECTIVES, CARRIERS)
+    return [Cell(objective, carrier, retain, seed) for retain, objective, carrier in every]
+
+
+def _natural() -> tuple[list[Cell], list[Cell]]:
+    """Natural gradients with a softer hold and longer steps: the likeliest ways first, then what is around them."""
+    wga = Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), steps=120, repair=REPAIR)
+    npo, unseen = replace(wga, objective="NPO 0.03", weight=30.0), replace(wga, objective="unseen answers")
+    first = [
+        wga,
+        replace(wga, kl=(0.5, 0.1)),
+        replace(wga, repair_rate=3e-4),
+        npo,
+        replace(unseen, weight=10.0),
+    ]
+    others = [
+        replace(wga, kl=(0.1,)),
+        replace(wga, kl=(2.0, 0.5)),
+        replace(wga, weight=0.3),
+        replace(wga, weight=3.0),
+        replace(wga, neutral_weight=5.0),
+        replace(wga, carrier=NATURAL_99),
+        replace(npo, weight=10.0),
+        replace(unseen, weight=30.0, kl=()),
+        Cell("WGA", ALL, "both", hold="KL", weight=10.0, repair=REPAIR),
+        Cell("WGA", ADAMW_99, "both", hold="KL", weight=10.0, repair=REPAIR),
+        Cell("WGA", ADAMW, "both", neutral_weight=10.0, repair=REPAIR),
+    ]
+    return first, others
+
+
+def _npo() -> list[Cell]:
+    """NPO in all weights, for the seconds until it forgets as much, beside NPO in cores."""
+    base = Cell("NPO 0.03", ALL, "both")
+    return [
+        base,
+        replace(base, learning_rate=3e-4, steps=120, repair=REPAIR),
+        replace(base, hold="CE", weight=1.0, steps=120, repair=REPAIR),
+        Cell("NPO 0.03", ADAMW_99, "both", repair=REPAIR),
+        Cell("NPO 0.03", NATURAL, "both"),
+    ]
+
+
+def _without_retain_answers() -> list[Cell]:
+    """With neutral text alone; a repair there is by the KL to the original."""
+    base = Cell("NPO 0.03", NATURAL, "neutral")
+    return [
+        base,
+        replace(base, objective="unseen answers"),
+        replace(base, objective="WGA", weight=1.0, kl=(0.5,), steps=120),
+        replace(base, objective="unseen answers", weight=100.0),
+        replace(base, repair=40),
+    ]
+
+
+def _of_seeds(cells: list[Cell], *seeds: int) -> list[Cell]:
+    return [replace(cell, seed=seed) for seed in seeds for cell in cells]
