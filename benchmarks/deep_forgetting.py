@@ -1,15 +1,20 @@
 """How deep a class is forgotten, and what that costs: damage against steps of relearning, beside the retrained model.
 
     OMP_NUM_THREADS=1 python benchmarks/deep_forgetting.py                     # scikit-learn's digits, a few minutes
-    python benchmarks/deep_forgetting.py --data DIR --models runs/cifar10 --classes 0 3 8      # CIFAR-10, hours
+    python benchmarks/deep_forgetting.py --data DIR --models runs/cifar10 --classes 0 3 8 --seeds 0 --wide --workers 8
 
-Struck-out distillation at the weights alone, and under simulated relearning with several weights of the retain KL and
-several margins. Five attackers, none with an image or a seed of the simulation: SGD at two rates (one simulated, with
-another number of steps, and one not), Adam and the head alone (kinds that were not simulated), and SGD on inputs that
-are varied. Forget and retain images are split in two: the first half is for unlearning, the other for the attackers.
+The second is for a GPU: CIFAR-10, the ResNet-14 of the class benchmark (`cifar10/run.py` makes it) and one of twice the
+width, some minutes; hours on CPU cores. Struck-out distillation at the weights alone, and under simulated relearning by
+several attackers, with several weights of the retain KL and several margins.
 
-A run that was interrupted goes on where it was, if it is asked for the same: finished rows are in the result file's
-`.partial`. For answers of language models: `tofu/deep_forgetting.py`.
+Five attackers, none with an image or a seed of the simulation: SGD at two rates, Adam, the head alone, and SGD on
+inputs that are varied. *simulated* knows SGD at one of the rates, *several* Adam too; the other two kinds nobody does.
+Forget and retain images are split in two: the first half is for unlearning, the other for the attackers.
+
+The goal, a subject: a gap of at most 0.5 to the retrained model over UA, RA, TA and MIA, and under each of the five no
+faster back than in half of its steps. Rows come in the order of what they are likely to show. A run that was
+interrupted, or that `--seconds` ended, goes on where it was, if it is asked for the same: finished rows are in the
+result file's `.partial`. For answers of language models: `tofu/deep_forgetting.py`.
 """
 
 from __future__ import annotations
@@ -20,170 +25,139 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where this file is read by another's import
+from deep_subjects import DEVICE, Asked, Subject, batches, subject_of
+from side_by_side import side_by_side
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict, relearning
-from semu_peft.objectives import Attacker, DecoupledDistillation, KLToOriginal, SimulatedRelearning
-from semu_peft.objectives.attackers import flip
+from semu_peft.objectives import DecoupledDistillation, KLToOriginal, SimulatedRelearning
 
-KL_WEIGHTS, MARGINS = (3.0, 10.0, 30.0), (0.0, 3.0)
 SHOWN = (0, 5, 10, 20, 50, 100, 200)
 SIMULATION_SEED, ATTACK_SEED = 0, 1_000
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
+GAP, SHARE = 0.5, 0.5  # the goal: of gold, in points, and of gold's steps
+AT_ONCE = 4096  # examples that are measured together
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is to forget a class, the model that never saw it, and the data of both sides."""
+class Way:
+    """How a row's model is made.
 
-    name: str
-    original: nn.Module
-    gold: nn.Module
-    targets: Any
-    gamma: float
-    head: str
-    forget: tuple[Tensor, Tensor]
-    retain: tuple[Tensor, Tensor]
-    forget_test: tuple[Tensor, Tensor]
-    retain_test: tuple[Tensor, Tensor]
-    simulated: list[Attacker]
-    attackers: list[Attacker]
-    steps: int
+    Attributes:
+        kl_weight: Of the KL to the original on retain data; None does without.
+        margin: By which the struck logit is raised.
+        attackers: Who is simulated, see `Subject`; None simulates nobody.
+        weight: Of the objective at the weights that attackers make.
+        length: Times the subject's steps.
+        size: Of the forget batches; retain batches have twice as many where these are larger than usual.
+        subspace: Chosen by the gradient of the plain objective, or of the simulated one.
+        has_more: Whether the subspace holds a higher share of the gradient's energy.
+        is_by_factors: Whether the curvature is two factors a layer, with shorter steps, instead of one matrix.
+    """
 
-    def halves(self, side: tuple[Tensor, Tensor]) -> tuple[Any, Any]:
-        """What unlearning sees, and what attackers have."""
-        cut = len(side[1]) // 2
-        return batches(tuple(part[:cut] for part in side)), batches(tuple(part[cut:] for part in side))
-
-
-def batches(side: tuple[Tensor, ...], size: int = 256) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(part.split(size) for part in side), strict=True))
-
-
-def shaken(batch: Any, generator: torch.Generator) -> Any:
-    """Vectors have no left and right: noise of a tenth of their spread stands for flips."""
-    inputs, labels = batch
-    return inputs + 0.1 * inputs.std() * torch.randn(inputs.shape, generator=generator), labels
+    kl_weight: float | None = None
+    margin: float = 0.0
+    attackers: Literal["simulated", "several"] | None = None
+    weight: float = 1.0
+    length: int = 1
+    size: int = 256
+    subspace: Literal["plain", "simulated"] = "plain"
+    has_more: bool = False
+    is_by_factors: bool = False
 
 
-def five(rates: tuple[float, float], adam: float, head: str, varied: Any, steps: int) -> list[Attacker]:
-    fast, slow = rates
-    return [
-        Attacker("sgd", fast, steps=steps, name=f"SGD {fast:g}"),
-        Attacker("sgd", slow, steps=4 * steps, name=f"SGD {slow:g}"),
-        Attacker("adam", adam, steps=steps, name=f"Adam {adam:g}"),
-        Attacker("adam", 1e-3, steps=4 * steps, layers=head, name="head alone, Adam 0.001"),
-        Attacker("sgd", fast, steps=steps, augment=varied, name=f"SGD {fast:g}, {varied.__name__}"),
-    ]
+def several(kl_weight: float, **settings: Any) -> Way:
+    """Attackers of two kinds and four lengths in turn, larger batches and three times the steps."""
+    return Way(kl_weight, **{"margin": 3.0, "attackers": "several", "length": 3, "size": 512, **settings})
 
 
-# ---- subjects ----
+GOLD, NOTHING = "retrained (gold)", "original (do nothing)"
+WAYS = {
+    "struck-out distillation": Way(),
+    "several, retain KL × 10, margin 3": several(10.0),
+    "simulated, retain KL × 10, margin 3": Way(10.0, 3.0, "simulated"),
+    "several, retain KL × 30, margin 3": several(30.0),
+    "several, retain KL × 10, margin 3, factors": several(10.0, is_by_factors=True),
+    "several, retain KL × 10, margin 3, simulated subspace": several(10.0, subspace="simulated"),
+    "several, retain KL × 10, margin 3, larger subspace": several(10.0, has_more=True),
+    "several × 3, retain KL × 30, margin 3": several(30.0, weight=3.0),
+    "several, retain KL × 3, margin 3": several(3.0),
+    "several, retain KL × 10, margin 6": several(10.0, margin=6.0),
+    "simulated, retain KL × 30, margin 3": Way(30.0, 3.0, "simulated"),
+    "simulated, retain KL × 10, margin 0": Way(10.0, 0.0, "simulated"),
+    "struck-out, retain KL × 10, margin 3": Way(10.0, 3.0),
+    "simulated, no retain KL, margin 3": Way(None, 3.0, "simulated"),
+    "simulated, retain KL × 3, margin 3": Way(3.0, 3.0, "simulated"),
+    "simulated, retain KL × 3, margin 0": Way(3.0, 0.0, "simulated"),
+    "simulated, retain KL × 30, margin 0": Way(30.0, 0.0, "simulated"),
+}
 
 
-def digits(classes: list[int], seeds: list[int]) -> Iterator[Subject]:
-    """An MLP of three layers on scikit-learn's 8×8 digits."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (torch.tensor(column) for column in load_digits(return_X_y=True))
-    for seed in seeds:
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        x, y = images[order].float() / 16, labels[order]
-        train, test = (x[:1200], y[:1200]), (x[1200:], y[1200:])
-        original = trained_mlp(train, seed)
-        for index in classes:
-            (forget, retain), (forget_test, retain_test) = (divided(side, index) for side in (train, test))
-            yield Subject(
-                f"digits, class {index}, seed {seed}", original, trained_mlp(retain, seed), "all-linear", 0.9999, "4",
-                forget, retain, forget_test, retain_test,
-                [Attacker("sgd", 1e-2, steps=10), Attacker("sgd", 1e-2, steps=20, forget_examples=10)],
-                five((1e-2, 3e-3), 1e-3, "4", shaken, 50), steps=20,
-            )  # fmt: skip
+# ---- rows ----
 
 
-def divided(side: tuple[Tensor, Tensor], index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    x, y = side
-    return (x[y == index], y[y == index]), (x[y != index], y[y != index])
+def row(task: tuple[Asked, str]) -> dict[str, Any]:
+    """A row of the table: the model of this way, measured and attacked."""
+    torch.set_num_threads(1)
+    asked, way = task
+    subject = kept(asked)
+    started = time.perf_counter()
+    model, trained = (subject.original, 0) if way == NOTHING else (subject.gold, 0)
+    if way in WAYS:
+        model, trained = unlearned(subject, WAYS[way])
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return measured(subject, model, trained, time.perf_counter() - started)
 
 
-def trained_mlp(side: tuple[Tensor, Tensor], seed: int) -> nn.Module:
-    x, y = side
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(250):
-        rows = torch.randint(len(y), (64,))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    return model.eval().requires_grad_(False)
+@lru_cache(maxsize=6)
+def kept(asked: Asked) -> Subject:
+    """The subject, kept for the next row."""
+    return subject_of(asked)
 
 
-def cifar10(data: Path, models: Path, classes: list[int], seeds: list[int]) -> Iterator[Subject]:
-    """The ResNets of the class benchmark."""
-    sys.path.insert(0, str(Path(__file__).parent / "cifar10"))
-    from methods import TARGET_MODULES
-    from tasks import class_tasks
-
-    for seed in seeds:
-        for task in class_tasks(data, models, classes, seed):
-            assert task.test_forgotten is not None
-            draw = torch.randperm(len(task.retain), generator=torch.Generator().manual_seed(seed))[:8000]
-            yield Subject(
-                f"CIFAR-10, {task.name}", task.original, task.gold, TARGET_MODULES, 0.99, "classifier",
-                task.forget.tensors, tuple(part[draw] for part in task.retain.tensors), task.test_forgotten.tensors,
-                tuple(part[:2000] for part in task.test.tensors),
-                [Attacker("sgd", 1e-2, steps=20), Attacker("sgd", 1e-2, steps=10, forget_examples=100)],
-                five((1e-2, 1e-3), 1e-3, "classifier", flip, 50), steps=40,
-            )  # fmt: skip
-
-
-# ---- ways ----
-
-
-def ways() -> dict[str, Callable[[Subject], tuple[nn.Module, int]]]:
-    """How each row's model is made, with the number of trained parameters."""
-    rows: dict[str, Callable[[Subject], tuple[nn.Module, int]]] = {
-        "retrained (gold)": lambda subject: (subject.gold, 0),
-        "original (do nothing)": lambda subject: (subject.original, 0),
-        "struck-out distillation": lambda subject: unlearned(subject, None, 0.0, is_deep=False),
-        "struck-out, retain KL × 10, margin 3": lambda subject: unlearned(subject, 10.0, 3.0, is_deep=False),
-        "simulated, no retain KL, margin 3": lambda subject: unlearned(subject, None, 3.0, is_deep=True),
-    }
-    for weight in KL_WEIGHTS:
-        for margin in MARGINS:
-            rows[f"simulated, retain KL × {weight:g}, margin {margin:g}"] = lambda subject, at=(weight, margin): (
-                unlearned(subject, *at, is_deep=True)
-            )
-    return rows
-
-
-def unlearned(subject: Subject, kl_weight: float | None, margin: float, *, is_deep: bool) -> tuple[nn.Module, int]:
-    forget, retain = subject.halves(subject.forget)[0], subject.halves(subject.retain)[0]
-    config = SemuConfig(target_modules=subject.targets, explained_variance=subject.gamma)
+def unlearned(subject: Subject, way: Way) -> tuple[nn.Module, int]:
+    """The model of a way, merged, and how many numbers were trained."""
+    own_forget, own_retain = subject.halves(subject.forget)[0], subject.halves(subject.retain)[0]
+    forget = batches(own_forget, way.size)
+    retain = batches(own_retain, way.size if way.size == Way.size else 2 * way.size)
+    gamma = subject.more if way.has_more else subject.gamma
+    config = SemuConfig(target_modules=subject.targets, explained_variance=gamma)
     model = get_peft_model(copy.deepcopy(subject.original), config)
-    objective: Any = DecoupledDistillation(margin=margin)
-    initialize_semu_weights(model, forget, DecoupledDistillation(), progress=False)
-    if is_deep:
-        objective = SimulatedRelearning(objective, forget, retain, subject.simulated, seed=SIMULATION_SEED)
+    plain: Any = DecoupledDistillation(margin=way.margin)
+    objective, chooser = plain, DecoupledDistillation()
+    if way.attackers is not None:
+        # Of one batch each it is fast to draw.
+        known, pools = getattr(subject, way.attackers), ([own_forget], [own_retain])
+        simulated: dict[str, Any] = {"weight": way.weight, "copies": 4, "seed": SIMULATION_SEED}
+        objective = SimulatedRelearning(plain, *pools, known, **simulated)
+        if way.subspace == "simulated":
+            chooser = SimulatedRelearning(chooser, *pools, known, **simulated)
+    initialize_semu_weights(model, forget, chooser, progress=False)
+    steps, hold = way.length * subject.steps, KLToOriginal()
     result = unlearn(
-        model, forget, objective, retain=None if kl_weight is None else Retain(retain, KLToOriginal(), kl_weight),
-        optimizer=NaturalGradient(patience=subject.steps), max_steps=subject.steps, progress=False,
+        model, forget, objective, retain=None if way.kl_weight is None else Retain(retain, hold, way.kl_weight),
+        optimizer=NaturalGradient(patience=steps, curvature="kronecker" if way.is_by_factors else "auto"),
+        max_steps=steps, progress=False,
     )  # fmt: skip
     return model.merge_and_unload(), result.trainable_parameters
 
 
 def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -> dict[str, Any]:
-    forget, retain = (subject.halves(side)[1] for side in (subject.forget, subject.retain))
-    on_forget, on_retain = batches(subject.forget_test), batches(subject.retain_test)
+    """The metrics, and the curve of every attacker."""
+    forget, retain = ([subject.halves(side)[1]] for side in (subject.forget, subject.retain))
+    on_forget, on_retain = (batches(side, AT_ONCE) for side in (subject.forget_test, subject.retain_test))
     curves = [
         relearning(
             model, forget, retain, attacker=attacker, forget_test=on_forget, retain_test=on_retain,
@@ -192,7 +166,7 @@ def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -
         for attacker in subject.attackers
     ]  # fmt: skip
     judged = evaluate_forgetting(
-        model, batches(subject.forget), batches(subject.retain), on_retain, forgotten_test=on_forget,
+        model, batches(subject.forget, AT_ONCE), batches(subject.retain, AT_ONCE), on_retain, forgotten_test=on_forget,
         progress=False,
     )  # fmt: skip
     return {
@@ -206,6 +180,7 @@ def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -
 
 
 def told(curve: RelearningCurve) -> dict[str, Any]:
+    """What is written of a curve."""
     return {
         "steps to half": curve.steps_to_half,
         "of steps": curve.steps[-1],
@@ -217,31 +192,55 @@ def told(curve: RelearningCurve) -> dict[str, Any]:
 
 # ---- the table ----
 
+Rows = dict[str, dict[str, dict[str, Any]]]
 
-def table(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Means over the subjects: damage, the steps to half of each attacker, and how many hold half of gold's steps."""
-    gold = rows["retrained (gold)"]
+
+def table(rows: Rows) -> list[str]:
+    """Means over the subjects, and how many of them reach the goal.
+
+    A cell of an attacker: the steps to half, in brackets the least share of gold's over the subjects, and what is
+    retained at the end.
+    """
+    gold = rows[GOLD]
     names = list(next(iter(gold.values()))["attacks"])
     lines = [
-        f"| way | UA | TA | gap | {' | '.join(names)} | held | trained | seconds |",
-        f"| --- | --- | --- | --- | {' | '.join('---' for _ in names)} | --- | --- | --- |",
+        f"| way | UA | TA | gap (worst) | {' | '.join(names)} | held | goal | trained | seconds |",
+        f"| --- | --- | --- | --- | {' | '.join('---' for _ in names)} | --- | --- | --- | --- |",
     ]
-    for way, by_subject in rows.items():
-        each = list(by_subject.values())
-        steps = [mean([reached(row["attacks"][name]) for row in each]) for name in names]
-        held = sum(
-            reached(row["attacks"][name]) >= reached(gold[subject]["attacks"][name]) / 2
-            for subject, row in by_subject.items()
+    for way, found in rows.items():
+        pairs = [(row, gold[subject]) for subject, row in found.items() if subject in gold]
+        if not pairs:
+            continue
+        each, gaps = [row for row, _ in pairs], [gap(*pair) for pair in pairs]
+        held = [sum(share(*pair, name) >= SHARE for name in names) for pair in pairs]
+        goal = sum(far <= GAP and count == len(names) for far, count in zip(gaps, held, strict=True))
+        cells = [
+            f"{mean([reached(row['attacks'][name]) for row in each]):.0f} "
+            f"({min(share(*pair, name) for pair in pairs):.2f}; "
+            f"{mean([row['attacks'][name]['retained at the end'] for row in each]):.1f})"
             for name in names
-        )
+        ]
         lines.append(
             f"| {way} | {mean([row['unlearning accuracy'] for row in each]):.1f} | "
-            f"{mean([row['test accuracy'] for row in each]):.1f} | "
-            f"{mean([gap(row, gold[subject]) for subject, row in by_subject.items()]):.2f} | "
-            f"{' | '.join(f'{step:.0f}' for step in steps)} | "
-            f"{held} of {len(each) * len(names)} | {mean([row['trained'] for row in each]):.0f} | "
-            f"{mean([row['seconds'] for row in each]):.1f} |"
+            f"{mean([row['test accuracy'] for row in each]):.1f} | {mean(gaps):.2f} ({max(gaps):.2f}) | "
+            f"{' | '.join(cells)} | {sum(held)} of {len(pairs) * len(names)} | {goal} of {len(pairs)} | "
+            f"{mean([row['trained'] for row in each]):.0f} | {mean([row['seconds'] for row in each]):.1f} |"
         )
+    return lines
+
+
+def verdicts(rows: Rows) -> list[str]:
+    """A line a way and subject: the gap, and of each attacker the share of gold's steps."""
+    gold = rows[GOLD]
+    names = list(next(iter(gold.values()))["attacks"])
+    lines = [f"| way | subject | gap | {' | '.join(names)} | goal |", f"| {' | '.join(['---'] * (len(names) + 4))} |"]
+    for way, found in rows.items():
+        for subject, row in found.items():
+            if subject in gold:
+                shares, far = [share(row, gold[subject], name) for name in names], gap(row, gold[subject])
+                cells = " | ".join(f"{each:.2f}" for each in shares)
+                said = "met" if far <= GAP and min(shares) >= SHARE else "missed"
+                lines.append(f"| {way} | {subject} | {far:.2f} | {cells} | {said} |")
     return lines
 
 
@@ -250,61 +249,90 @@ def gap(row: dict[str, Any], gold: dict[str, Any]) -> float:
     return mean([abs(row["metrics"][name] - gold["metrics"][name]) for name in METRICS])
 
 
+def share(row: dict[str, Any], gold: dict[str, Any], name: str) -> float:
+    """The steps of an attacker over those with gold."""
+    return reached(row["attacks"][name]) / max(reached(gold["attacks"][name]), 1)
+
+
 def reached(attack: dict[str, Any]) -> float:
     """Steps to half; where it never came back, those that were tried."""
-    return attack["of steps"] if attack["steps to half"] is None else attack["steps to half"]
+    steps: float | None = attack["steps to half"]
+    return attack["of steps"] if steps is None else steps  # type: ignore[no-any-return]
 
 
 def mean(values: list[float]) -> float:
+    """Their mean."""
     return sum(values) / len(values)
 
 
+# ---- the run ----
+
+
 def main() -> None:
+    arguments = _arguments()
+    subjects = _subjects(arguments)
+    path = arguments.output / f"deep_forgetting_{'digits' if arguments.data is None else 'cifar10'}.json"
+    temporary = path.with_suffix(".partial")
+    models = None if arguments.data is None else str(arguments.models)
+    asked = {"classes": arguments.classes, "seeds": arguments.seeds, "models": models}
+    asked |= {name: True for name in ("wide", "smoke") if getattr(arguments, name)}
+    begun = resumed(temporary, asked)
+    rows: Rows = begun["rows"]
+    names = [GOLD, NOTHING, *(way for way in WAYS if not arguments.only or any(each in way for each in arguments.only))]
+    tasks = [(subject, way) for way in names for subject in subjects if subject.name not in rows.get(way, {})]
+    for (subject, way), made, error, seconds in side_by_side(row, tasks, arguments.workers, arguments.seconds):
+        if error:
+            print(f"{subject.name}, {way}: failed\n{error}", flush=True)
+            continue
+        rows.setdefault(way, {})[subject.name] = made
+        steps = [attack["steps to half"] for attack in made["attacks"].values()]
+        print(f"{subject.name}, {way}: TA {made['test accuracy']:.1f}, {steps}, {seconds:.0f} s", flush=True)
+        write(temporary, begun)
+    if GOLD not in rows:
+        raise SystemExit(f"Gold's rows are missing: give more `--seconds`. What was made is in {temporary}.")
+    rows = {name: rows[name] for name in names if name in rows} | rows  # in their order, not as they were done
+    document = {"command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]), "asked": asked}
+    document |= {"workers": arguments.workers, **_environment()}
+    missing = [f"{each.name}, {way}" for way in names for each in subjects if each.name not in rows.get(way, {})]
+    document |= {"missing": missing, "table": table(rows), "verdicts": verdicts(rows), "rows": rows}
+    print(*document["table"], "", *document["verdicts"], sep="\n")
+    write(path, document)
+    print(f"Written to {path}" + (f"; {len(missing)} rows are missing: run it again" if missing else ""))
+    if not missing:
+        temporary.unlink(missing_ok=True)
+
+
+def _subjects(arguments: argparse.Namespace) -> list[Asked]:
+    data, models = arguments.data, None if arguments.data is None else arguments.models
+    kinds = [(seed, False) for seed in arguments.seeds] + [(seed, True) for seed in arguments.seeds[: arguments.wide]]
+    return [
+        Asked(index, seed, data, models, is_wide, arguments.smoke)
+        for seed, is_wide in kinds
+        for index in arguments.classes
+    ]
+
+
+def _environment() -> dict[str, Any]:
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
+    }
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's train.parquet and test.parquet")
     parser.add_argument("--models", type=Path, default=Path("runs/cifar10"), help="folder of its trained models")
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--wide", action="store_true", help="a wider ResNet too, with the first of the seeds")
+    parser.add_argument("--only", nargs="+", help="only the ways whose name contains one of these")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make rows side by side")
+    parser.add_argument("--seconds", type=float, help="begin no row that would not be done after so long")
+    parser.add_argument("--smoke", action="store_true", help="few images and steps, to see that everything runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1 if arguments.data is None else torch.get_num_threads())
-    subjects = (
-        digits(arguments.classes, arguments.seeds)
-        if arguments.data is None
-        else cifar10(arguments.data, arguments.models, arguments.classes, arguments.seeds)
-    )
-    name = f"deep_forgetting_{'digits' if arguments.data is None else 'cifar10'}.json"
-    path = arguments.output / name
-    temporary = path.with_suffix(".partial")
-    models = None if arguments.data is None else str(arguments.models)
-    asked = {"classes": arguments.classes, "seeds": arguments.seeds, "models": models}
-    begun = resumed(temporary, asked)
-    rows: dict[str, dict[str, dict[str, Any]]] = begun["rows"]
-    for subject in subjects:
-        for way, make in ways().items():
-            if subject.name in rows.get(way, {}):
-                continue
-            started = time.perf_counter()
-            model, trained = make(subject)
-            row = measured(subject, model, trained, time.perf_counter() - started)
-            rows.setdefault(way, {})[subject.name] = row
-            steps = {name: attack["steps to half"] for name, attack in row["attacks"].items()}
-            print(subject.name, way, f"TA {row['test accuracy']:.1f}", steps, sep=", ", flush=True)
-            write(temporary, begun)
-    lines = table(rows)
-    print(*lines, sep="\n")
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
-    document = {
-        "command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]),
-        "asked": asked,
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
-        "table": lines,
-        "rows": rows,
-    }
-    write(path, document)
-    temporary.unlink()
-    print(f"Written to {path}")
+    return parser.parse_args()
 
 
 def resumed(path: Path, asked: dict[str, Any]) -> dict[str, Any]:

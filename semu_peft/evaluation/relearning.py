@@ -187,7 +187,8 @@ def relearning(
         sides = [side for side in (on_forget, on_retain) if side]
 
         def known(changed: nn.Module) -> list[float]:
-            if not all(value.isfinite().all() for value in relearner.values):
+            finite = [value.isfinite().all().to(relearner.device) for value in relearner.values]
+            if not torch.stack(finite).all():  # looked at together: a GPU is waited for once
                 return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
             return [measure(changed, side) for side in sides]
 

@@ -357,10 +357,11 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
             f"Labels must be integer class indices, got dtype {labels.dtype}. For classes, `labels.long()`. "
             + callable_instead("-nn.functional.mse_loss(z, targets)")
         )
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+    least, largest = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)  # one wait for a GPU
+    if not 0 <= least <= largest < logits.shape[1]:
         raise ValueError(
-            f"Labels must be from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} classes, got "
-            f"{int(labels.min())} to {int(labels.max())}. Renumber them, or use the matching head."
+            f"Labels must be from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} classes, got {least} "
+            f"to {largest}. Renumber them, or use the matching head."
         )
 
 

@@ -36,3 +36,38 @@ def test_rows_of_other_classes_or_seeds_are_not_averaged_in(benchmark: Any, tmp_
     path.write_text(json.dumps(begun["rows"]))  # as it was written before settings stood in it
     with pytest.raises(SystemExit, match="other settings"):
         benchmark.resumed(path, asked)
+
+
+def _row(accuracy: float, steps: list[int | None]) -> dict[str, Any]:
+    attacks = {
+        f"attacker {number}": {"steps to half": step, "of steps": 50, "retained at the end": 90.0}
+        for number, step in enumerate(steps)
+    }
+    names = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
+    metrics = dict.fromkeys(names, 100.0) | {"test_accuracy": accuracy}
+    numbers = {"trained": 1, "seconds": 1.0, "unlearning accuracy": 100.0, "test accuracy": accuracy}
+    return {"metrics": metrics, "attacks": attacks, **numbers}
+
+
+def test_the_goal_is_a_small_gap_and_half_of_golds_steps_with_every_attacker(benchmark: Any) -> None:
+    rows = {
+        benchmark.GOLD: {"class 3": _row(90.0, [20, None])},
+        "deep": {"class 3": _row(88.0, [10, 25])},  # a gap of 2 / 4, and half of the steps, where gold never came back
+        "shallow": {"class 3": _row(90.0, [20, 24])},
+        "dear": {"class 3": _row(87.0, [50, None])},
+    }
+    assert {way: line.split("|")[8].strip() for way, line in zip(rows, benchmark.table(rows)[2:], strict=True)} == {
+        benchmark.GOLD: "1 of 1", "deep": "1 of 1", "shallow": "0 of 1", "dear": "0 of 1",
+    }  # fmt: skip
+    assert [line.split("|")[-2].strip() for line in benchmark.verdicts(rows)[2:]] == ["met", "met", "missed", "missed"]
+
+
+def test_a_row_that_fails_or_comes_too_late_costs_no_other_row(benchmark: Any) -> None:
+    made = list(benchmark.side_by_side(_half, [4, "odd", 6], workers=1))
+    assert [each.row for each in made] == [2, None, 3]
+    assert made[1].error.rstrip().endswith("TypeError: unsupported operand type(s) for //: 'str' and 'int'")
+    assert list(benchmark.side_by_side(_half, [4], workers=1, seconds=0.0)) == []
+
+
+def _half(number: int) -> int:
+    return number // 2

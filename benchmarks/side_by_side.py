@@ -1,0 +1,76 @@
+"""Rows of a table made by several processes: one alone cannot keep a GPU busy with networks as small as these."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, NamedTuple
+
+MARGIN = 1.2  # times the longest row yet: with less time left, none is begun
+
+
+class Made(NamedTuple):
+    """A row, or why there is none.
+
+    Attributes:
+        task: Which one it is.
+        row: What the function gave, or None.
+        error: The end of its traceback, or empty.
+        seconds: How long it took.
+    """
+
+    task: Any
+    row: Any
+    error: str
+    seconds: float
+
+
+def side_by_side(
+    make: Callable[[Any], Any], tasks: Sequence[Any], workers: int, seconds: float | None = None
+) -> Iterator[Made]:
+    """Give each row when it is made; they are begun in the order of `tasks`, and none that has no time left.
+
+    A row that fails is given with its error, and the others go on.
+
+    Args:
+        make: A function of a module, `task -> row`.
+        tasks: What it is called with; they go to other processes, so they are plain.
+        workers: How many processes; with 1 it is this one.
+        seconds: Begin nothing that, by the longest row yet, would not be done within so many seconds from now.
+    """
+    started, longest, left = time.perf_counter(), 0.0, list(tasks)
+
+    def has_time() -> bool:
+        return seconds is None or time.perf_counter() - started + MARGIN * longest < seconds
+
+    if workers == 1:
+        while left and has_time():
+            made = _made(make, left.pop(0))
+            longest = max(longest, made.seconds)
+            yield made
+        return
+    running: dict[Future[Made], Any] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        while running or (left and has_time()):
+            while left and len(running) < workers and has_time():
+                running[pool.submit(_made, make, left[0])] = left.pop(0)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                error = future.exception()  # of the process: those of a row are caught where they come
+                if error is not None:
+                    left.clear()
+                made = future.result() if error is None else Made(task, None, repr(error), 0.0)
+                longest = max(longest, made.seconds)
+                yield made
+
+
+def _made(make: Callable[[Any], Any], task: Any) -> Made:
+    started = time.perf_counter()
+    try:
+        row, error = make(task), ""
+    except Exception:
+        row, error = None, traceback.format_exc()[-1500:]
+    return Made(task, row, error, time.perf_counter() - started)
