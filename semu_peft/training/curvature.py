@@ -205,7 +205,8 @@ class KroneckerFactors(Curvature):
                 self.totals[f"{slot.name}.right"] = torch.zeros(rank, rank, device=device)
             else:
                 self.totals[f"{slot.name}.squares"] = torch.zeros(slot.size, device=device)
-        self._eigen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._inverses: dict[str, Tensor] = {}
+        self._inverted_at: float | None = None  # the damping that they are of
 
     @property
     def wanted_seeds(self) -> float:
@@ -228,7 +229,7 @@ class KroneckerFactors(Curvature):
             new[f"{name}.right"] /= sum_over_processes(count).clamp_min(1.0)
         left_over = self._age()
         self.totals = {key: total * left_over + new[key] for key, total in self.totals.items()}
-        self._eigen = {}
+        self._inverted_at = None
 
     def _mean(self, key: str) -> Tensor:
         total = self.totals[key]
@@ -252,27 +253,43 @@ class KroneckerFactors(Curvature):
         return result
 
     def solve(self, vector: Tensor, damping: float) -> Tensor:
+        self._invert(damping)
         result = torch.empty_like(vector)
         for slot in self.slots:
             part = vector[slot.place]
             if not slot.has_rows:
                 result[slot.place] = part / _damped(self._mean(f"{slot.name}.squares"), damping)
             elif slot.is_diagonal:
-                left, right = self._factors(slot.name)
-                values, vectors = torch.linalg.eigh(left * right)
-                result[slot.place] = vectors @ ((vectors.mT @ part) / _damped(values, damping))
+                result[slot.place] = self._inverses[slot.name] @ part
             else:
-                left_values, left, right_values, right = self._eigenbases(slot.name)
-                inside = left.mT @ part.view(slot.shape) @ right
-                inside = inside / torch.outer(_damped(left_values, damping), _damped(right_values, damping))
-                result[slot.place] = (left @ inside @ right.mT).flatten()
+                left, right = self._inverses[f"{slot.name}.left"], self._inverses[f"{slot.name}.right"]
+                result[slot.place] = (left @ part.view(slot.shape) @ right).flatten()
         return result
 
-    def _eigenbases(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if name not in self._eigen:
-            (left_values, left), (right_values, right) = (torch.linalg.eigh(each) for each in self._factors(name))
-            self._eigen[name] = (left_values, left, right_values, right)
-        return self._eigen[name]
+    def _invert(self, damping: float) -> None:
+        """Invert what has rows, damped: matrices of one size together, and without waiting for a device in between."""
+        if self._inverted_at == damping:
+            return
+        by_size: dict[int, dict[str, Tensor]] = {}
+        for slot in self.slots:
+            if slot.has_rows:
+                left, right = self._factors(slot.name)
+                sides = {"": left * right} if slot.is_diagonal else {".left": left, ".right": right}
+                by_size.setdefault(len(left), {}).update({slot.name + side: each for side, each in sides.items()})
+        stacks = {size: torch.stack(list(named.values())) for size, named in by_size.items()}
+        inverses, failed = {}, []
+        for size, stack in stacks.items():
+            factor, wrong = torch.linalg.cholesky_ex(_damped_matrices(stack, damping))
+            inverses[size] = torch.cholesky_inverse(factor)
+            failed.append(wrong.any())
+        if failed and torch.stack(failed).any().item():  # rounding has made some of them indefinite
+            inverses = {size: _inverse_by_eigenvalues(stack, damping) for size, stack in stacks.items()}
+        self._inverses = {
+            name: inverse
+            for size, named in by_size.items()
+            for name, inverse in zip(named, inverses[size], strict=True)
+        }
+        self._inverted_at = damping
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight, "totals": dict(self.totals)}
@@ -280,13 +297,27 @@ class KroneckerFactors(Curvature):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.weight = state["weight"].to(self.weight.device)
         self.totals = {key: state["totals"][key].to(total) for key, total in self.totals.items()}
-        self._eigen = {}
+        self._inverted_at = None
 
 
 def _damped(eigenvalues: Tensor, damping: float) -> Tensor:
-    """Eigenvalues, raised by a share of their mean; rounding has made none of them negative."""
+    """Eigenvalues `(…, n)`, raised by a share of their mean; rounding has made none of them negative."""
     eigenvalues = eigenvalues.clamp_min(0)
-    return eigenvalues + (damping * eigenvalues.mean()).clamp_min(_LEAST)
+    return eigenvalues + (damping * eigenvalues.mean(-1, keepdim=True)).clamp_min(_LEAST)
+
+
+def _damped_matrices(matrices: Tensor, damping: float) -> Tensor:
+    """Symmetric matrices `(N, n, n)`, raised by a share of the mean of their eigenvalues."""
+    raised = matrices.clone()
+    diagonal = raised.diagonal(dim1=1, dim2=2)
+    diagonal += (damping * diagonal.mean(1, keepdim=True)).clamp_min(_LEAST)
+    return raised
+
+
+def _inverse_by_eigenvalues(matrices: Tensor, damping: float) -> Tensor:
+    """The inverses of damped matrices `(N, n, n)` whose smallest eigenvalues are rounding's."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return (vectors / _damped(values, damping).unsqueeze(1)) @ vectors.mT
 
 
 def _in_groups(rows: Tensor, examples: int) -> Tensor:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .curvature import Curvature
@@ -130,8 +131,8 @@ class TrustRegion(StepControl):
 
     def propose(self, curvature: Curvature, gradient: Tensor) -> tuple[Tensor, float]:
         direction = -curvature.solve(gradient, self.damping)
-        slope = (gradient @ direction).item()
-        bend = max((direction @ curvature.times(direction)).item(), 1e-30)
+        slope, bend = torch.stack([gradient @ direction, direction @ curvature.times(direction)]).tolist()
+        bend = max(bend, 1e-30)
         newton = -slope / bend
         if not self.radius:
             promised = -slope * newton  # a small share of the step has that share of it

@@ -138,7 +138,7 @@ class Trials:
             values["answer_probability"] = torch.stack(known).mean()
         if not damages:
             del values["damage"]
-        told = self.mean_over_processes({key: value.item() for key, value in values.items()})
+        told = self.mean_over_processes(dict(zip(values, _numbers(list(values.values())), strict=True)))
         return Tried(loss, told, evaluations, told.get("damage", 0.0))
 
     def _damage(self, term: Term, evaluation: Evaluation) -> Tensor:
@@ -157,9 +157,14 @@ class Trials:
             if distribution is not None:
                 pairs = zip(before.outputs, after.outputs, strict=True)
                 parts[term.is_forget] += [divergence(distribution, old.values, new.values) for old, new in pairs]
-        means = [torch.stack(parts[key]).mean().item() if parts[key] else 0.0 for key in (True, False)]
-        moved = self.mean_over_processes({"kl": means[0], "retain_kl": means[1]})
+        means = [torch.stack(part).mean() if part else torch.zeros(()) for part in (parts[True], parts[False])]
+        moved = self.mean_over_processes(dict(zip(("kl", "retain_kl"), _numbers(means), strict=True)))
         return moved["kl"], moved["retain_kl"]
+
+
+def _numbers(values: Sequence[Tensor]) -> list[float]:
+    """Scalars as numbers, by waiting once for a device that they are on."""
+    return torch.stack([value.detach().to(values[0].device, torch.float64) for value in values]).tolist()
 
 
 def _measured(term: Term, evaluation: Evaluation) -> Sequence[Outputs]:

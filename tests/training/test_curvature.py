@@ -91,6 +91,18 @@ def test_solving_inverts_the_damped_matrix(kind: type[Curvature], damp: Callable
     assert torch.equal(dense(again), matrix)
 
 
+def test_factors_that_rounding_made_indefinite_are_solved_by_their_eigenvalues() -> None:
+    curvature = KroneckerFactors([CoreSlot("square", 0, (3, 3), True)], 0.8, torch.device("cpu"))
+    row = torch.tensor([[[2.0, 0.0, 0.0]]])  # all other directions have nothing but damping
+    curvature.observe([Probe({"square": [Rows(row, row)]}, torch.zeros(9), 1)])
+    curvature.totals["square.left"].diagonal()[1:] = -1e-5
+    damping = 1e-7
+    nothing, something = damping * 4 / 3, 4 + damping * 4 / 3
+    solved = curvature.solve(torch.ones(9), damping).view(3, 3)
+    side = torch.tensor([1 / something, 1 / nothing, 1 / nothing])
+    assert torch.allclose(solved, torch.outer(side, side), rtol=1e-4)
+
+
 def test_windows_are_put_to_their_examples_and_odd_rows_together() -> None:
     slots = [CoreSlot("windows", 0, (2, 2), True)]
     left, right = torch.randn(12, 3, 2), torch.randn(12, 3, 2)
