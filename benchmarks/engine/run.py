@@ -38,6 +38,7 @@ from peft import (
     EvaConfig,
     LoraConfig,
     LoraGAConfig,
+    PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
     preprocess_loraga,
@@ -83,13 +84,25 @@ def floor_pass(model: nn.Module, subject: Subject, batches: list[Any], arguments
     model.requires_grad_(False)
 
 
+def to_initialize(
+    model: nn.Module, subject: Subject, arguments: argparse.Namespace, rank: int | None = None
+) -> PeftModel:
+    """The model with an adapter to fill, of as many directions as explain γ, of so many at the most."""
+    config = SemuConfig(target_modules=subject.targets, explained_variance=arguments.explained_variance, r=rank)
+    return get_peft_model(model, config)
+
+
+def initialization(
+    accumulate: str, model: PeftModel, subject: Subject, batches: list[Any], arguments: argparse.Namespace
+) -> None:
+    statistic = Sketch.of_size(arguments.sketch_size) if accumulate == "sketch" else GradientSum
+    initialize_semu_weights(model, batches, subject.loss, statistic=statistic, progress=False)
+
+
 def extraction(accumulate: str) -> Callable[..., None]:
     def run(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
-        wrapped = get_peft_model(
-            model, SemuConfig(target_modules=subject.targets, explained_variance=arguments.explained_variance)
-        )
-        statistic = Sketch.of_size(arguments.sketch_size) if accumulate == "sketch" else GradientSum
-        initialize_semu_weights(wrapped, batches, subject.loss, statistic=statistic, progress=False)
+        wrapped = to_initialize(model, subject, arguments)
+        initialization(accumulate, wrapped, subject, batches, arguments)
         wrapped.unload()
 
     return run

@@ -161,6 +161,8 @@ class TokenGradient(BatchGradient):
         outputs, inputs = self._rows
         if total.device == inputs.device and total.dtype == inputs.dtype == outputs.dtype:
             total.addmm_(outputs.mT, inputs)
+        elif _adds_in_place(total, outputs, inputs):
+            torch.addmm(total, outputs.mT, inputs, out_dtype=total.dtype, out=total)
         else:
             total.add_(self.dense().to(total.device))
 
@@ -282,6 +284,18 @@ class ConvGradient(BatchGradient):
 def _rows(features: Tensor) -> Tensor:
     """`(N, channels, *size)` as `(N · size, channels)`."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
+
+
+def _adds_in_place(total: Tensor, outputs: Tensor, inputs: Tensor) -> bool:
+    """Whether the device can add a product of half precision to a float32 sum as it makes it, as newer torch lets it."""
+    return (
+        total.is_cuda
+        and total.device == inputs.device
+        and total.dtype == torch.float32
+        and outputs.dtype == inputs.dtype
+        and inputs.dtype in (torch.float16, torch.bfloat16)
+        and hasattr(torch.ops.aten.addmm, "dtype_out")
+    )
 
 
 def _wide(factor: Tensor) -> Tensor:

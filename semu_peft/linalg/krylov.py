@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ _BLOCK = 32
 _OVERSAMPLING = 8
 # Directions have settled once one more block changes neither their number nor their energy by more than this.
 _SETTLED = 0.02
+# So many blocks are there before it is asked whether the others will be too many.
+_WARM_UP = 4
 
 
 class Triplets(NamedTuple):
@@ -38,7 +41,7 @@ def krylov_factors(
     one product with the matrix and one with its transpose, which also is what the next block starts from: nothing is
     ever multiplied again. The spaces of all matrices grow block by block together, and so do their small
     decompositions. However many matrices there are, the host asks twice a block how far they are; those that have
-    settled drop out.
+    settled drop out, and so do those that would have to hold too many directions.
 
     Source: Musco and Musco 2015, arXiv 1504.05477, algorithm 2.
 
@@ -63,16 +66,17 @@ def krylov_factors(
     found: list[Triplets | None] = [None] * len(matrices)
     if explained_variance == 1 and (max_rank or m) > m // 2:
         return found
-    spaces = _Spaces(matrices, energies)
+    spaces, ends = _Spaces(matrices, energies), (max_rank or m) + _OVERSAMPLING <= m // 2
     while spaces.indices and spaces.size + _BLOCK <= m // 2:
         spaces.grow()
         enough = spaces.size >= (max_rank or m) + _OVERSAMPLING
-        ready = [True] * len(spaces.indices) if enough else spaces.hold(explained_variance).tolist()
-        places = [place for place, is_ready in enumerate(ready) if is_ready]
+        expected = [0.0] * len(spaces.indices) if enough else spaces.expected_sizes(explained_variance)
+        places = [place for place, size in enumerate(expected) if size <= spaces.size]
         ranks, lost = spaces.look(places, explained_variance, max_rank or m) if places else ({}, set())
         for index, triplets in (spaces.directions(ranks) if ranks else {}).items():
             found[index] = triplets
-        spaces.drop({*ranks, *lost})
+        too_slow = {place for place, size in enumerate(expected) if size > m // 2 and not ends}
+        spaces.drop({*ranks, *lost, *too_slow})
     return found
 
 
@@ -112,6 +116,9 @@ class _Spaces:
         gram: `Qᵀ A Aᵀ Q`, `(batch, k, k)`, in float64.
         sound: Whether every block came out orthonormal, `(batch,)`.
         last: Number and energy of the directions one block ago, `(batch, 2)`; infinite before there are any.
+        shares: Of its matrix's energy, what each space held when it was last asked, on the host.
+        was_looked_at: Whether they have been looked at, after which they mostly have settled.
+        seen: What the last look has seen: at which places, and the values and vectors within these spaces.
     """
 
     def __init__(self, matrices: Sequence[Tensor], energies: Tensor) -> None:
@@ -123,6 +130,8 @@ class _Spaces:
         self.gram = torch.empty(count, 0, 0, **exact)
         self.sound = torch.ones(count, dtype=torch.bool, device=like.device)
         self.last = torch.full((count, 2), torch.inf, **exact)
+        self.shares, self.was_looked_at = [0.0] * count, [False] * count
+        self.seen: tuple[list[int], Tensor, Tensor] | None = None
         start = torch.randn(n, _BLOCK, generator=torch.Generator().manual_seed(0)).to(like)
         self._seen = torch.nn.functional.normalize(start, dim=0).mT.expand(count, _BLOCK, n)
 
@@ -147,9 +156,16 @@ class _Spaces:
         beside = self.rows.all @ self.rows.all[:, -_BLOCK:].mT
         self.gram = torch.cat([torch.cat([self.gram, beside[:, :-_BLOCK].mT], 1), beside], 2)
 
-    def hold(self, explained_variance: float) -> Tensor:
-        """Whether each space holds that share of its matrix's energy."""
-        return self.gram.diagonal(dim1=-2, dim2=-1).sum(-1) >= explained_variance * self._energies
+    def expected_sizes(self, explained_variance: float) -> list[float]:
+        """How large each space will about be once it holds that share of its matrix's energy; as it is where it does.
+
+        What a space leaves out shrinks from block to block by a factor, which comes nearer to 1: larger spaces are
+        needed rather than smaller ones.
+        """
+        shares = (self.gram.diagonal(dim1=-2, dim2=-1).sum(-1) / self._energies).tolist()
+        sizes = [_expected_size(self.size, *each, explained_variance) for each in zip(self.shares, shares, strict=True)]
+        self.shares = shares
+        return sizes
 
     def look(self, places: list[int], explained_variance: float, max_rank: int) -> tuple[dict[int, int], set[int]]:
         """Look whether the directions within some of the spaces have settled.
@@ -158,7 +174,16 @@ class _Spaces:
             The ranks of those that have, by place, and the places of those that need another decomposition.
         """
         like, chosen = self._matrices[0], self._choice(places)
-        values = gram_values(self.gram[chosen], like.shape, like.dtype)
+        # An accelerator finds vectors in the same time; elsewhere they are worth it where spaces may have settled.
+        with_vectors = like.device.type != "cpu" or any(self.was_looked_at[place] for place in places)
+        self.seen = None
+        if with_vectors:
+            values, inside = self._spectrum(places)
+            self.seen = places, values, inside
+        else:
+            values = gram_values(self.gram[chosen], like.shape, like.dtype)
+        for place in places:
+            self.was_looked_at[place] = True
         ranks = ranks_for_energy(values, explained_variance, self._energies[chosen]).clamp_max(max_rank)
         held = torch.where(torch.arange(self.size, device=like.device) < ranks[:, None], values, 0).square().sum(-1)
         now, last = torch.stack([ranks.double(), held], -1), self.last[chosen]
@@ -171,15 +196,20 @@ class _Spaces:
 
     def directions(self, ranks: dict[int, int]) -> dict[int, Triplets]:
         """As many directions as that of each of the spaces, by whose they are."""
-        like, places = self._matrices[0], list(ranks)
-        values, inside = gram_spectrum(self.gram[self._choice(places)], like.shape, like.dtype)
+        like = self._matrices[0]
+        places, values, inside = self.seen or (list(ranks), *self._spectrum(list(ranks)))
         weights = inside * inverse(values).unsqueeze(-2)
         found = {}
-        for nth, (place, rank) in enumerate(ranks.items()):
-            left = self.basis.all[place].mT @ inside[nth, :, :rank].to(like.dtype)
-            right = self.rows.all[place].mT @ weights[nth, :, :rank]
-            found[self.indices[place]] = Triplets(left, values[nth].to(like.dtype), right.to(like.dtype))
+        for nth, place in enumerate(places):
+            if (rank := ranks.get(place)) is not None:
+                left = self.basis.all[place].mT @ inside[nth, :, :rank].to(like.dtype)
+                right = self.rows.all[place].mT @ weights[nth, :, :rank]
+                found[self.indices[place]] = Triplets(left, values[nth].to(like.dtype), right.to(like.dtype))
         return found
+
+    def _spectrum(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        like = self._matrices[0]
+        return gram_spectrum(self.gram[self._choice(places)], like.shape, like.dtype)
 
     def _choice(self, places: list[int]) -> Any:
         """An index of those places; of all, one that copies nothing."""
@@ -196,3 +226,16 @@ class _Spaces:
             rows.keep(chosen)
         self._energies, self.gram, self._seen = self._energies[chosen], self.gram[chosen], self._seen[chosen]
         self.sound, self.last = self.sound[chosen], self.last[chosen]
+        self.shares = [self.shares[place] for place in kept]
+        self.was_looked_at = [self.was_looked_at[place] for place in kept]
+
+
+def _expected_size(size: int, before: float, share: float, explained_variance: float) -> float:
+    """From the share of the energy that a space of this size holds and the one that it held a block before."""
+    if share >= explained_variance:
+        return size
+    if size < _WARM_UP * _BLOCK or before == 0:  # the first blocks catch less than those that come from them
+        return size + _BLOCK
+    shrinking = math.log1p(-before) - math.log1p(-share)
+    wanted = math.log1p(-share) - math.log1p(-explained_variance)
+    return size + _BLOCK * wanted / shrinking if shrinking > 0 else math.inf

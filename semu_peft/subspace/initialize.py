@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -169,7 +169,7 @@ def _spectra(
 ) -> dict[str, LayerSpectrum]:
     return {
         name: LayerSpectrum(
-            _on_cpu(known[name]), layer.r[adapter_name], layer.matrix_shape(adapter_name), overlaps.get(name)
+            known[name], layer.r[adapter_name], layer.matrix_shape(adapter_name), overlaps.get(name)
         )
         for name, layer in layers.items()
     }
@@ -355,13 +355,3 @@ def _warn_of_ddp(model: nn.Module) -> None:
             "initialise before wrapping.",
             stacklevel=3,
         )
-
-
-def _on_cpu(factors: SingularFactors) -> SingularFactors:
-    return replace(
-        factors,
-        left=factors.left.cpu(),
-        right=factors.right.cpu(),
-        singular_values=factors.singular_values.cpu(),
-        energy=factors.energy.cpu(),
-    )

@@ -30,7 +30,7 @@ class LayerSpectrum:
 
     Attributes:
         directions: The directions that are known, at least as many as the rank, with all known singular values,
-            `(q,)` or `(channels, q)` for a convolution read channel by channel.
+            `(q,)` or `(channels, q)` for a convolution read channel by channel; on the device where they were found.
         rank: The number of directions that the adapter was given.
         shape: The shape of the matrix (or batch of matrices) that was factorised.
         overlap: With retain data: how far the forget basis lay in the retain subspace, before anything was removed.
