@@ -287,7 +287,7 @@ def _rows(features: Tensor) -> Tensor:
 
 
 def _adds_in_place(total: Tensor, outputs: Tensor, inputs: Tensor) -> bool:
-    """Whether the device can add a product of half precision to a float32 sum as it makes it, as newer torch lets it."""
+    """Whether the device can add a product of half precision to a float32 sum as it makes it (torch 2.8)."""
     return (
         total.is_cuda
         and total.device == inputs.device
