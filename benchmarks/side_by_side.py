@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, NamedTuple
 
-MARGIN = 1.2  # times the longest row yet: with less time left, none is begun
+MARGIN = 1.2  # times the longest of the last rows: with less time left, none is begun
 
 
 class Made(NamedTuple):
@@ -39,17 +40,18 @@ def side_by_side(
         make: A function of a module, `task -> row`.
         tasks: What it is called with; they go to other processes, so they are plain.
         workers: How many processes; with 1 it is this one.
-        seconds: Begin nothing that, by the longest row yet, would not be done within so many seconds from now.
+        seconds: Begin nothing that, by the longest of the last rows, would not be done within so many seconds from now.
     """
-    started, longest, left = time.perf_counter(), 0.0, list(tasks)
+    started, left = time.perf_counter(), list(tasks)
+    lasted: deque[float] = deque(maxlen=2 * workers)  # the first rows read the data as well
 
     def has_time() -> bool:
-        return seconds is None or time.perf_counter() - started + MARGIN * longest < seconds
+        return seconds is None or time.perf_counter() - started + MARGIN * max(lasted, default=0.0) < seconds
 
     if workers == 1:
         while left and has_time():
             made = _made(make, left.pop(0))
-            longest = max(longest, made.seconds)
+            lasted.append(made.seconds)
             yield made
         return
     running: dict[Future[Made], Any] = {}
@@ -63,7 +65,7 @@ def side_by_side(
                 if error is not None:
                     left.clear()
                 made = future.result() if error is None else Made(task, None, repr(error), 0.0)
-                longest = max(longest, made.seconds)
+                lasted.append(made.seconds)
                 yield made
 
 
