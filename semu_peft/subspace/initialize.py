@@ -168,9 +168,7 @@ def _spectra(
     adapter_name: str,
 ) -> dict[str, LayerSpectrum]:
     return {
-        name: LayerSpectrum(
-            known[name], layer.r[adapter_name], layer.matrix_shape(adapter_name), overlaps.get(name)
-        )
+        name: LayerSpectrum(known[name], layer.r[adapter_name], layer.matrix_shape(adapter_name), overlaps.get(name))
         for name, layer in layers.items()
     }
 
