@@ -8,7 +8,8 @@ The three may run side by side on one GPU: a model that two need is trained by o
 once, are held out of everything, as `UnseenConfidence` needs labelled images that no model was trained on and the test
 images are for testing: the training set has 45,000, and a random tenth of it 4,500. Models are trained in bfloat16;
 forgetting and evaluation are in float32, with convolutions in TF32, as is PyTorch's default. Settings of the rivals are
-those that were chosen at the smaller scale of `run.py`, at as many steps; none is chosen here.
+those that were chosen at the smaller scale of `run.py`, at about as many steps, and AMUN's are SalUn's: none is chosen
+here.
 
 Each row is written when it is there, rows of the result file are not measured again, and with `--seconds` nothing is
 begun that has no time left: the same command again goes on. What a row that failed said is in `*.errors.txt`. `--smoke`
@@ -203,16 +204,16 @@ def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
         Method("SEMU", semu(best_objective, **wide)),
         # Nine, as the paper trains on the union: the retain data are nine times the forget data.
         Method("AMUN, with retain data", amun(9.0, **size), 1e-4, 10),
-        Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget, **size), 1e-2, 10),
         Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0, **size), 1e-4, 10),
-        Method("SEMU, with retain data, by AdamW", semu(best_objective, retain=4.0, **wide), 1e-2, 10),
+        Method("all weights, same objective", all_weights(best_objective_with_copy, **size), 1e-4, 10),
+        Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget, **size), 1e-2, 36),
+        Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget, **size), 1e-2, 36),
+        Method("SEMU, with retain data, by AdamW", semu(best_objective, retain=4.0, **wide), 1e-2, 36),
+        Method("AMUN", amun(0.0, **size), 1e-4, 10),
         Method(
             "all weights, same objective, with retain data",
             all_weights(best_objective_with_copy, retain=4.0, **size), 1e-4, 10,
         ),
-        Method("all weights, same objective", all_weights(best_objective_with_copy, **size), 1e-4, 10),
-        Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget, **size), 1e-2, 10),
-        Method("AMUN", amun(0.0, **size), 1e-4, 10),
     ]  # fmt: skip
 
 
