@@ -207,3 +207,15 @@ def test_sketches_by_products_recover_the_same(rank: int, monkeypatch: pytest.Mo
         torch.testing.assert_close(overlap, torch.ones(factors.rank), atol=1e-3, rtol=0)
         for basis in (factors.left, factors.right):
             torch.testing.assert_close(basis.mT @ basis, torch.eye(factors.rank), atol=2e-6, rtol=0)
+
+
+def test_a_space_that_would_have_to_be_too_large_is_given_up_early() -> None:
+    flat, steep = (matrix_of(spectra(600)[name], 600, 700) for name in ("flat", "power"))
+    products = {"flat": 0, "steep": 0}
+    for name, matrix in (("flat", flat), ("steep", steep)):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            check(matrix, leading_factors(matrix, explained_variance=0.8))
+        events = [event for event in profiler.key_averages() if event.key == "aten::linalg_cholesky_ex"]
+        products[name] = sum(event.count for event in events) // 3  # blocks, each made orthonormal in three rounds
+    assert products["steep"] >= 2
+    assert products["flat"] == 4  # of the nine that fit
