@@ -58,7 +58,8 @@ def side_by_side(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         while running or (left and has_time()):
             while left and len(running) < workers and has_time():
-                running[pool.submit(_made, make, left[0])] = left.pop(0)
+                task = left.pop(0)
+                running[pool.submit(_made, make, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 error = future.exception()  # of the process: those of a row are caught where they come

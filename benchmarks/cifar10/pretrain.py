@@ -32,9 +32,10 @@ class Recipe:
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Flip half of the batch and shift all of it by up to 3 pixels (one shift a batch, which is free)."""
-        flip = torch.rand(len(images), generator=generator) < 0.5
+        device = generator.device
+        flip = torch.rand(len(images), generator=generator, device=device) < 0.5
         images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-        dy, dx = torch.randint(0, 7, (2,), generator=generator).tolist()
+        dy, dx = torch.randint(0, 7, (2,), generator=generator, device=device).tolist()
         return F.pad(images, (3, 3, 3, 3))[:, :, dy : dy + 32, dx : dx + 32]
 
 

@@ -138,10 +138,14 @@ class LayerSource(GradientSource):
         return LayerSource(layer, self._parts, self.shape)
 
     def attach(self, fold: Fold) -> RemovableHandle:
+        anchors: dict[torch.device, Tensor] = {}  # which no gradient comes to: one is enough for all calls
+
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled() or is_aside():
                 return None
-            anchor = torch.zeros((), requires_grad=True, device=output.device)
+            anchor = anchors.get(output.device)
+            if anchor is None:
+                anchor = anchors[output.device] = torch.zeros((), requires_grad=True, device=output.device)
             changed = None
             if not output.requires_grad:  # nothing before this layer is differentiated
                 output = changed = _BeginGraph.apply(output, anchor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ def test_a_row_that_fails_or_comes_too_late_costs_no_other_row(benchmark: Any) -
     assert [each.row for each in made] == [2, None, 3]
     assert made[1].error.rstrip().endswith("TypeError: unsupported operand type(s) for //: 'str' and 'int'")
     assert list(benchmark.side_by_side(_half, [4], workers=1, seconds=0.0)) == []
+
+
+def test_processes_make_every_row_once(benchmark: Any) -> None:
+    made = list(benchmark.side_by_side(operator.neg, [1, 2, 3], workers=2))
+    assert sorted((each.task, each.row) for each in made) == [(1, -1), (2, -2), (3, -3)]
 
 
 def _half(number: int) -> int:
