@@ -42,7 +42,7 @@ from torch import nn
 LARGE = ("sd15-unet", "llama-8b", "sdxl-unet")
 # By its name, how an extraction sums gradients, and the rank at the most. Random weights and tokens have gradients of
 # nearly full rank: at γ alone a layer of 4096 inputs gets some 1,800 directions, which no adapter would have.
-EXTRACTIONS = {"exact": ("exact", None), "exact, r=64": ("exact", 64), "sketch": ("sketch", None)}
+EXTRACTIONS = {"exact, r=64": ("exact", 64), "sketch": ("sketch", None), "exact": ("exact", None)}
 # Compiled one by one: the blocks of a model are alike, so that this takes seconds where the whole takes minutes.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "LlamaDecoderLayer", "ViTLayer")
 
@@ -57,13 +57,12 @@ class Figure:
 
 def figures(arguments: argparse.Namespace) -> list[Figure]:
     """Those of one subject and one mode; extractions are not compiled."""
-    listed = []
-    if arguments.mode == "compiled":
-        return _steps("compiled")
-    for count in arguments.batches:
-        kinds = ("floor pass", *EXTRACTIONS)
-        listed += [Figure(f"{kind}, {count} batches", partial(measure_extraction, kind, count)) for kind in kinds]
-    return listed + _steps("eager")
+    listed = _steps(arguments.mode)
+    if arguments.mode == "eager":
+        for kind in ("floor pass", *EXTRACTIONS):
+            for count in arguments.batches:
+                listed.append(Figure(f"{kind}, {count} batches", partial(measure_extraction, kind, count)))
+    return listed
 
 
 def _steps(mode: str) -> list[Figure]:
