@@ -463,7 +463,7 @@ def main() -> None:
 def provenance() -> dict[str, str]:
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     return {
-        "command": "python benchmarks/engine/run.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/engine/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
         "versions": f"torch {torch.__version__}, peft {peft.__version__}, python {platform.python_version()}",
     }
