@@ -52,6 +52,25 @@ class Judged(Protocol):
         """The model that the adapter is in."""
 
 
+_KINDS: dict[str, Any] = {"concept": Drawing, "images": Recognised, "text": Answers}
+
+
+def _check_use(given: Mapping[str, Any], job: str, model: str) -> None:
+    """Raise for a flag that is of another kind of model alone; those with a default are there whether given or not."""
+    optional = {
+        job: {each.name for each in dataclasses.fields(kind) if not each.default} for job, kind in _KINDS.items()
+    }
+    known = {each.name for each in dataclasses.fields(_KINDS[job])}
+    for name in given:
+        jobs = [other for other, names in optional.items() if name in names]
+        if jobs and name not in known:
+            flag = "--" + name.replace("_", "-")
+            raise typer.BadParameter(
+                f"it is for {' and '.join(jobs)}, and {model} is a model of {job}. Leave it out.",
+                param_hint=f"`{flag}`",
+            )
+
+
 def judged(flags: Mapping[str, Any]) -> Judged:
     """What a verb is to judge, of the kind that the model is.
 
@@ -59,12 +78,14 @@ def judged(flags: Mapping[str, Any]) -> Judged:
         flags: What the verb was given, by the names of its parameters.
 
     Raises:
-        typer.BadParameter: There is no such model or adapter, or several files where one is read.
+        typer.BadParameter: There is no such model or adapter, several files where one is read, or a flag that a model
+            of this kind has no use for.
     """
     check_adapter(flags["adapter"])
     job = job_of(flags["model"])
-    kind: Any = {"concept": Drawing, "images": Recognised, "text": Answers}[job]
+    kind: Any = _KINDS[job]
     given = {name: value for name, value in flags.items() if value is not None}
+    _check_use(given, job, flags["model"])
     if job != "concept":
         given |= {name: _one(given[name], name) for name in ("forget", "retain") if name in given}
     fields = {each.name for each in dataclasses.fields(kind)}

@@ -391,8 +391,9 @@ class _Plan:
         plain, with_shadows = "membership: confidence and threshold", "membership: LiRA and RMIA"
         if self.task != "classification":
             return {plain: f"these see one answer an example, and this is a {self.task} model"}
-        if self.data.retain is None or self.data.test is None:
-            return {with_shadows: "it needs `retain` and `test`", plain: "it needs `retain` and `test`"}
+        if missing := [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]:
+            reason = f"it needs {' and '.join(missing)}"
+            return {with_shadows: reason, plain: reason}
         planned: dict[str, Run | str] = {plain: self._confidence}
         if not self.shadow:
             return {with_shadows: "`shadow` was not given: predictions of models that never knew", **planned}

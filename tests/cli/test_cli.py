@@ -115,6 +115,8 @@ def test_attack_names_what_was_tried_and_what_was_not(images: dict[str, Path], n
     found = semu("attack", *how, "--forget-class", "cat", "--time-limit", 0, "--no-progress")
     assert not found["has_reference"] and found["attacks"] == []
     assert "stripping" in found["not_run"][0]["attack"]
+    reasons = {each["attack"]: each["reason"] for each in found["not_run"]}  # the folder's other classes are retained
+    assert reasons["membership: confidence and threshold"] == "it needs `--test`"
 
 
 def test_what_was_not_run_is_asked_for_in_flags(images: dict[str, Path], no_cats: Any) -> None:
@@ -139,6 +141,18 @@ def test_an_audit_says_what_was_asked_done_and_not_tested(
     assert accuracy == {"original": 100.0, "unlearned": 0.0}
     assert report["training"][0]["steps"] == no_cats["training"]["steps"]
     assert found["not_tested"] == report["not_tested"] and found["not_tested"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "job"), [("--metrics", "probability", "text"), ("--classifier", "m", "concept")]
+)
+def test_a_flag_that_is_for_other_models_is_not_ignored(
+    images: dict[str, Path], flag: str, value: str, job: str
+) -> None:
+    arguments = ["evaluate", "--model", str(images["model"]), "--forget", str(images["data"]), flag, value]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert flag in result.output and f"it is for {job}, and" in result.output and "Leave it out." in result.output
 
 
 def test_few_images_are_forgotten_and_no_other_class(tmp_path: Path) -> None:
