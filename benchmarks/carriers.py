@@ -30,6 +30,7 @@ from subjects import SUBJECTS, Data, train
 
 from semu_peft import SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.evaluation import predict
+from semu_peft.files import written_whole
 from semu_peft.objectives import DecoupledDistillation
 from semu_peft.tuner.adapted import semu_layers
 
@@ -205,10 +206,8 @@ def main() -> None:
         "table": table(rows),
         "rows": rows,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(arguments.output)
+    with written_whole(arguments.output) as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
     print(*document["table"], sep="\n")
 
 

@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from semu_peft import SemuConfig, save_as_diffusers_lora
 from semu_peft.adapter.whole_model import add_adapter, remove_adapter
 from semu_peft.concept import denoiser_targets, edit_concepts
+from semu_peft.files import written_whole
 from semu_peft.objectives import NegativeGuidance, NoiseSchedule
 
 RESULT = Path(__file__).parent / "results" / "concept_edits.json"
@@ -147,7 +148,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {args.threads} threads of {os.cpu_count()} CPU cores, no GPU",
         "torch": torch.__version__,
     }  # fmt: skip
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with written_whole(args.output) as file:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 
 from semu_peft import SemuConfig, objectives, unlearn_concept
 from semu_peft.concept import ConceptExamples, concept_examples
+from semu_peft.files import written_whole
 from semu_peft.training.natural import NaturalGradient
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,8 @@ def main() -> None:
             )
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     versions = {"torch": torch.__version__, "threads": 1, "seconds": "processor time, with the initialisation"}
-    args.output.write_text(json.dumps({"arguments": settings, **versions, "rows": rows}, indent=2) + "\n")
+    with written_whole(args.output) as file:
+        file.write_text(json.dumps({"arguments": settings, **versions, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from side_by_side import side_by_side
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict, relearning
+from semu_peft.files import written_whole
 from semu_peft.objectives import DecoupledDistillation, KLToOriginal, SimulatedRelearning
 
 SHOWN = (0, 5, 10, 20, 50, 100, 200)
@@ -344,11 +345,8 @@ def resumed(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, document: Any) -> None:
-    """Write a file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    new.rename(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from semu_peft.files import written_whole
 from semu_peft.gates import Gate, HiddenStates, Nearest, Retrieval, linear_gate
 from semu_peft.gates.intervention import always
 from semu_peft.language import TextExample, text_examples
@@ -125,9 +126,8 @@ def main() -> None:
         "torch": torch.__version__,
     }  # fmt: skip
     print(json.dumps(result["retrieval"]))
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(args.output)
+    with written_whole(args.output) as file:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from semu_peft import (
     objectives,
     unlearn,
 )
+from semu_peft.files import written_whole
 
 BUDGETS = (2_000, 8_000)
 
@@ -86,12 +87,9 @@ def main() -> None:
             rows[f"{name}, {budget}"] = dataclasses.asdict(metrics) | {"ranks": ranks}
     table = "\n".join(lines)
     print(table)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "cifar10_budgets.json"
-    temporary = path.with_suffix(".partial")
     document = {"torch": torch.__version__, "epochs": arguments.epochs, "table": table, "rows": rows}
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    with written_whole(arguments.output / "cifar10_budgets.json") as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from torch import nn
 
 from semu_peft import objectives
 from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
+from semu_peft.files import written_whole
 
 RETAIN_IMAGES = 4_000
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
@@ -219,8 +220,6 @@ def main() -> None:
 
 def write(path: Path, said: Mapping[str, Any], rows: Rows, attacks: Mapping[str, Any]) -> None:
     """The file of results, whole or as it was: what is `said` of the run, its machine, tables, rows and attacks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
         **said,
@@ -232,8 +231,8 @@ def write(path: Path, said: Mapping[str, Any], rows: Rows, attacks: Mapping[str,
         },
         **attacks,
     }
-    temporary.write_text(json.dumps(document, indent=1))
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

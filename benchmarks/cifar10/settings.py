@@ -25,6 +25,7 @@ from tasks import ForgettingTask, class_tasks
 
 from semu_peft import NaturalGradient, SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.evaluation import ForgettingMetrics
+from semu_peft.files import written_whole
 
 LAYERS = {"all layers": TARGET_MODULES, "classifier only": "classifier"}
 GAMMAS = (0.8, 0.9, 0.95, 0.99, 1.0)
@@ -98,7 +99,6 @@ def main() -> None:
 
 
 def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
         "torch": torch.__version__,
@@ -106,9 +106,8 @@ def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
         "table": table(rows),
         "rows": rows,
     }
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

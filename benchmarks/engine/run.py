@@ -46,6 +46,7 @@ from peft import (
 from torch import nn
 
 from semu_peft import SemuConfig, initialize_semu_weights
+from semu_peft.files import written_whole
 from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.gradients.gather import gather
 from semu_peft.linalg.factorize import SingularFactors, leading_factors_of_each
@@ -470,10 +471,8 @@ def provenance() -> dict[str, str]:
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import nn
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, UnlearnResult, initialize_semu_weights, objectives, unlearn
 from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting, predict
+from semu_peft.files import written_whole
 
 WAYS: dict[str, dict[str, Any]] = {"default": {}, "AdamW 3e-2, 2 epochs": {"learning_rate": 3e-2, "epochs": 2}}
 BATCH_SIZES = (8, 32, 64)
@@ -230,10 +231,8 @@ def provenance() -> dict[str, str]:
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-    temporary.rename(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from subjects import Subject
 from torch import nn
 
 from semu_peft.evaluation import LanguageMetrics, neutral_kl, rounded_weights
+from semu_peft.files import written_whole
 from semu_peft.objectives import Attacker, CrossEntropy
 from semu_peft.objectives.attackers import Relearner
 from semu_peft.objectives.examples import Examples
@@ -132,7 +133,5 @@ def _rounded(value: float) -> float:
 
 def write(path: Path, table: Any) -> None:
     """Write a file of results whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from semu_peft.files import written_whole
+
 
 def mean(by_case: dict[str, dict[str, Any]], *keys: str) -> float | None:
     values = []
@@ -33,7 +35,5 @@ def plain(value: Any) -> Any:
 
 def write(path: Path, document: Any) -> None:
     """Write a file of results whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(plain(document), indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(plain(document), indent=1, ensure_ascii=False) + "\n")
