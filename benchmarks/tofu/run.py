@@ -33,7 +33,7 @@ from typing import Any
 from cells import ADAMW_99, ALL, NATURAL, NATURAL_99, Cell, goals, grid
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
-from methods import CARRIERS, OBJECTIVES, RETAIN, run
+from methods import CARRIERS, MORE_CARRIERS, OBJECTIVES, RETAIN, run
 from subjects import Subject, load, read_subject
 
 COLUMNS = {
@@ -112,8 +112,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     dials = tuple(args.kl)
     return [
         Cell(
-            objective, carrier, retain, seed, args.hold, args.weight, kl=dials if carrier in (NATURAL, NATURAL_99) else (),
-            steps=args.steps, repair=args.repair,
+            objective, carrier, retain, seed, args.hold, args.weight, steps=args.steps, repair=args.repair,
+            kl=dials if carrier in (NATURAL, NATURAL_99) else (),
         )
         for carrier, objective, retain, seed in every
     ]  # fmt: skip
@@ -209,7 +209,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(usual))
     parser.add_argument("--cells", nargs="+", choices=["goals", "grid"], help="lists of cells.py, not a product")
     parser.add_argument("--only", help="of these lists, cells whose name has this in it, for each of `--seeds`")
-    parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(CARRIERS))
+    parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=[*CARRIERS, *MORE_CARRIERS])
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
     parser.add_argument("--hold", choices=["KL", "CE"], help="on retain answers, by default the objective's")
