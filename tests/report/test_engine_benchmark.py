@@ -27,7 +27,7 @@ def run(output: Path, *arguments: str) -> dict[str, dict[str, object]]:
 def test_a_table_is_made_and_completed(tmp_path: Path) -> None:
     output = tmp_path / "engine_gpu.json"
     first = run(output)["unet-tiny"]
-    assert len(first) == 3 + 8 + 1, "three extractions, eight steps, the table"
+    assert len(first) == 4 + 8 + 1, "the floor and three extractions, eight steps, the table"
     ratio = first["exact, 1 batches"]["seconds"] / first["floor pass, 1 batches"]["seconds"]
     assert f"| extraction / floor, exact, 1 batches | {ratio:.2f} |" in "\n".join(first["table"])
     document = json.loads(output.read_text())
