@@ -55,20 +55,16 @@ class Judged(Protocol):
 _KINDS: dict[str, Any] = {"concept": Drawing, "images": Recognised, "text": Answers}
 
 
-def _check_use(given: Mapping[str, Any], job: str, model: str) -> None:
-    """Raise for a flag that is of another kind of model alone; those with a default are there whether given or not."""
-    optional = {
-        job: {each.name for each in dataclasses.fields(kind) if not each.default} for job, kind in _KINDS.items()
-    }
-    known = {each.name for each in dataclasses.fields(_KINDS[job])}
-    for name in given:
-        jobs = [other for other, names in optional.items() if name in names]
-        if jobs and name not in known:
-            flag = "--" + name.replace("_", "-")
-            raise typer.BadParameter(
-                f"it is for {' and '.join(jobs)}, and {model} is a model of {job}. Leave it out.",
-                param_hint=f"`{flag}`",
-            )
+def _check_use(name: str, job: str, model: str) -> None:
+    """Raise for a flag that is of another kind of model alone; one with a default is there whether given or not."""
+    jobs = [
+        other
+        for other, kind in _KINDS.items()
+        if any(each.name == name and not each.default for each in dataclasses.fields(kind))
+    ]
+    if jobs:
+        mend = f"it is for {' and '.join(jobs)}, and {model} is a model of {job}. Leave it out."
+        raise typer.BadParameter(mend, param_hint=f"`--{name.replace('_', '-')}`")
 
 
 def judged(flags: Mapping[str, Any]) -> Judged:
@@ -85,10 +81,12 @@ def judged(flags: Mapping[str, Any]) -> Judged:
     job = job_of(flags["model"])
     kind: Any = _KINDS[job]
     given = {name: value for name, value in flags.items() if value is not None}
-    _check_use(given, job, flags["model"])
+    fields = {each.name for each in dataclasses.fields(kind)}
+    for name in given:
+        if name not in fields:
+            _check_use(name, job, flags["model"])
     if job != "concept":
         given |= {name: _one(given[name], name) for name in ("forget", "retain") if name in given}
-    fields = {each.name for each in dataclasses.fields(kind)}
     return kind(**{"adapter": None, **{name: value for name, value in given.items() if name in fields}})
 
 

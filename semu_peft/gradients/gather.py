@@ -241,15 +241,8 @@ def _caught(
             if gradient is None:
                 return
             received[name] += 1
-            statistic, kind = statistics[name], sources[name].device.type
-            try:
-                if not torch.is_autocast_enabled(kind):  # a context costs a launch, in each layer of each batch
-                    statistic.add(gradient)
-                    return
-                with torch.autocast(kind, enabled=False):
-                    statistic.add(gradient)
-            except ValueError as error:
-                raise _named(name, error) from error
+            with _named(name), torch.autocast(sources[name].device.type, enabled=False):
+                statistics[name].add(gradient)
 
         return fold
 
@@ -271,7 +264,6 @@ def _run(
     """Forward and backward over all batches; their number, that of their examples, and of those that do not say."""
     device = device_of(model)
     number = examples = uncounted = 0
-    ending = {name: each for name, each in statistics.items() if type(each).end_batch is not Statistic.end_batch}
     for batch in batches:
         loss = objective(model, send_to_device(batch, device))
         check_loss(loss, f"batch {number}")
@@ -284,11 +276,9 @@ def _run(
         del loss  # with the graph, which may have been kept
         size = count_examples(batch)
         number, examples, uncounted = number + 1, examples + (size or 0), uncounted + (size is None)
-        for name, statistic in ending.items():
-            try:
+        for name, statistic in statistics.items():
+            with _named(name):
                 statistic.end_batch(size)
-            except ValueError as error:
-                raise _named(name, error) from error
     return number, examples, uncounted
 
 
@@ -318,9 +308,13 @@ def _check_received(batches: int, received: Mapping[str, int]) -> tuple[str, ...
     return tuple(missing)
 
 
-def _named(name: str, error: ValueError) -> ValueError:
-    """A statistic's error that says which layer it is about."""
-    return ValueError(f"Layer {name!r}: {error}")
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in a statistic's error which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r}: {error}") from error
 
 
 def check_loss(loss: Any, where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,7 +165,8 @@ class Sketch(MatrixSum):
             self._add_part(part, scale)
 
     def _add_part(self, gradient: BatchGradient, scale: float) -> None:
-        with _on_tensor_cores(gradient.received()):
+        # The device first: a gradient that only knows its dense form would be made for the question.
+        with _on_tensor_cores() if self._device.type == "cuda" and _is_half(gradient.received()) else nullcontext():
             self._add_products(gradient, scale)
 
     def _add_products(self, gradient: BatchGradient, scale: float) -> None:
@@ -215,16 +216,17 @@ class Sketch(MatrixSum):
         return torch.sum(core * (q.mT @ matrix.to(q) @ p))
 
 
+def _is_half(factor: Tensor) -> bool:
+    return factor.is_cuda and factor.dtype in (torch.float16, torch.bfloat16)
+
+
 @contextmanager
-def _on_tensor_cores(factor: Tensor) -> Iterator[None]:
+def _on_tensor_cores() -> Iterator[None]:
     """Let a GPU round to the 11 bits of TF32 in products with a half-precision factor, which has no more itself.
 
     The random matrices and what was projected lose their last bits in it, some 2e-4 of each number: far less than a
     sketch leaves out. torch does so in convolutions anyway.
     """
-    if not factor.is_cuda or factor.dtype not in (torch.float16, torch.bfloat16):
-        yield
-        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
