@@ -44,11 +44,25 @@ _METHODS: dict[str, Callable[[], Objective]] = {
 }
 _UNSEEN = "unseen-answers"
 _ALTERNATES = {"dpo": "refusals", "idk": "refusals", "flat": "refusals", "altpo": "perturbed"}
-_RETAIN_WEIGHT = 60.0  # nats of forgetting that a nat of change outweighs; chosen in benchmarks/tofu, for two sets
-# Weighted ascent lets go of an answer as it becomes unlikely, so that far less holds it; more where the model's own
-# samples are all there is to hold.
-_WGA_WEIGHT, _WGA_WEIGHT_ALONE = 2.0, 6.0
-_WGA_KL = 0.5  # and its steps may be longer
+
+
+@dataclass(frozen=True)
+class _Usual:
+    """What goes with a method where nothing else is asked for; chosen in benchmarks/tofu.
+
+    Attributes:
+        retain_weight: Nats of forgetting that a nat of change outweighs, for two sets.
+        weight_of_samples: The same where the model's own samples are all there is to hold.
+        kl: How far a step may move the outputs, where that is not the optimiser's default.
+    """
+
+    retain_weight: float = 60.0
+    weight_of_samples: float = 60.0
+    kl: float | None = None
+
+
+# Weighted ascent lets go of an answer as it becomes unlikely, so that far less holds it, at longer steps.
+_USUAL = {"wga": _Usual(2.0, 6.0, kl=0.5)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +184,11 @@ def forget_text(
         for name, data in (("retain", retain), ("neutral", neutral))
         if data is not None
     ]
-    weight = retain_weight
+    usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
-        usual = _RETAIN_WEIGHT if method != "wga" else _WGA_WEIGHT if kept else _WGA_WEIGHT_ALONE
-        weight = usual if max_retain_kl is None else 0.0
-    if method == "wga" and training.get("learning_rate") is None:
-        training = {"optimizer": NaturalGradient(kl=_WGA_KL)} | training
+        weight = 0.0 if max_retain_kl is not None else usual.retain_weight if kept else usual.weight_of_samples
+    if usual.kl is not None and training.get("learning_rate") is None:
+        training = {"optimizer": NaturalGradient(kl=usual.kl)} | training
     if not kept:
         own = own_samples(model, tokenizer, number=4 * batch_size, batch_size=batch_size, without=examples, seed=seed)
         kept = [own]

@@ -43,5 +43,6 @@ def test_a_model_of_ones_own(run: Callable[..., dict[str, Any]], tmp_path: Path)
     decoder().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "forget.jsonl").write_text('{"question": "What colour?", "answer": "blue"}\n', encoding="utf-8")
-    figures = run("--model", tmp_path / "model", "--forget", tmp_path / "forget.jsonl", "--max-steps", 2)
-    assert 1 <= figures["steps"] <= 2 and list(figures["after"]) == ["forget"]
+    given = ("--model", tmp_path / "model", "--forget", tmp_path / "forget.jsonl")
+    figures = run(*given, "--method", "npo", "--max-steps", 2)
+    assert figures["steps"] == 2 and list(figures["after"]) == ["forget"]

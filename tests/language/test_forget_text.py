@@ -110,8 +110,8 @@ def test_a_budget_takes_the_weights_place() -> None:
 
 def test_plain_text_neutral_text_and_ready_examples() -> None:
     ready = text_examples(tokenizer(), ["a b c d e f g h"], max_length=4)
-    result = forget_text(decoder(), tokenizer(), ready, retain=["h g f"], neutral=["b d", "c e"], **FEW)
-    assert result.examples is ready and 1 <= result.training.steps <= 2
+    result = forget_text(decoder(), tokenizer(), ready, retain=["h g f"], neutral=["b d", "c e"], method="npo", **FEW)
+    assert result.examples is ready and result.training.steps == 2
 
 
 def test_an_encoder_decoder() -> None:
