@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
 
-def load_cifar10(folder: Path, split: str) -> TensorDataset:
+def load_cifar10(folder: Path, split: str, device: torch.device | str = "cpu") -> TensorDataset:
     """Read `folder/{split}.parquet` (columns `image.bytes`, `label`) as normalised `(N, 3, 32, 32)` float32 images."""
     path = folder / f"{split}.parquet"
     if not path.is_file():
@@ -27,7 +28,7 @@ def load_cifar10(folder: Path, split: str) -> TensorDataset:
         [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table[column].to_pylist()]
     )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
-    return TensorDataset(images, torch.tensor(table["label"].to_pylist()))
+    return TensorDataset(images.to(device), torch.tensor(table["label"].to_pylist(), device=device))
 
 
 def subset(dataset: TensorDataset, keep: Tensor) -> TensorDataset:

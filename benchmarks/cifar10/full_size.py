@@ -3,13 +3,15 @@
     python benchmarks/cifar10/full_size.py --data DIR --task random
     python benchmarks/cifar10/full_size.py --data DIR --task class
     python benchmarks/cifar10/full_size.py --data DIR --task class --model vit
+    python benchmarks/cifar10/full_size.py --data DIR --task random --choose --seeds 0 --part 1/2    # and 2/2
 
-The three may run side by side on one GPU: a model that two need is trained by one of them. 5,000 training images, drawn
-once, are held out of everything, as `UnseenConfidence` needs labelled images that no model was trained on and the test
-images are for testing: the training set has 45,000, and a random tenth of it 4,500. Models are trained in bfloat16;
+All may run side by side on one GPU: a model that two need is trained by one of them. 5,000 training images, drawn once,
+are held out of everything, as `UnseenConfidence` needs labelled images that no model was trained on and the test images
+are for testing: the training set has 45,000, and a random tenth of it 4,500. Models are trained in bfloat16;
 forgetting and evaluation are in float32, with convolutions in TF32, as is PyTorch's default. Settings of the rivals are
 those that were chosen at the smaller scale of `run.py`, at about as many steps, and AMUN's are SalUn's: none is chosen
-here.
+here. SEMU's for a random tenth are chosen by the last command on one tenth, among the settings declared here, and
+reported on others.
 
 Each row is written when it is there, rows of the result file are not measured again, and with `--seconds` nothing is
 begun that has no time left: the same command again goes on. What a row that failed said is in `*.errors.txt`. `--smoke`
@@ -25,16 +27,17 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from dataset import load_cifar10, subset
+from dataset import DEVICE, load_cifar10, subset
 from methods import Method, all_weights, amun, best_objective, best_objective_with_copy, lora, semu
-from pretrain import Recipe, cached_model
+from pretrain import Recipe, cached_model, only_process
 from resnet import ResNet
 from run import Rows, evaluate, merged, random_label, table, write
 from tasks import HELD_OUT_IMAGES, RANDOM_SHARE, ForgettingTask
@@ -42,9 +45,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from semu_peft import NaturalGradient, UnlearnResult
+from semu_peft.objectives import CrossEntropy, KLToOriginal, Objective
+
 BATCH_SIZE = 256
 SMOKE_IMAGES = 600
+SHOWN_STEPS = 20  # of a run's losses, in the file of what was chosen
+# Where the network keeps single images, and most of its weights are.
+LAST_STAGE = r".*blocks\.[67]\.(conv1|conv2|shortcut\.0)|.*classifier"
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,12 @@ class FullSizeRecipe(Recipe):
     """The same with 512 images a batch, each flipped or not and shifted by up to 4 pixels on its own."""
 
     batch_size: int = 512
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        fused = next(model.parameters()).is_cuda
+        return torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=self.weight_decay, fused=fused
+        )
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, _, height, width = images.shape
@@ -103,7 +117,7 @@ class Network:
 NETWORKS = {
     "resnet18": Network(
         partial(ResNet, widths=(64, 128, 256, 512), stem_stride=1),
-        FullSizeRecipe(epochs=16, augment=True),
+        FullSizeRecipe(epochs=24, augment=True),
         partial(ResNet, widths=(8, 16, 16, 16), blocks=1),
     ),
     "vit": Network(vit, TransformerRecipe(epochs=30, augment=True), partial(vit, width=32, depth=2)),
@@ -144,14 +158,16 @@ class Models:
         self.held_out, self.train = subset(train, order[:held_out]), subset(train, order[held_out:])
 
     def _load(self, split: str) -> TensorDataset:
-        whole = load_cifar10(self.arguments.data, split)
+        whole = load_cifar10(self.arguments.data, split, DEVICE)
         count = SMOKE_IMAGES if self.arguments.smoke else len(whole)
-        return TensorDataset(*(tensor[:count].to(DEVICE) for tensor in whole.tensors))
+        return TensorDataset(*(tensor[:count] for tensor in whole.tensors))
 
     def trained(self, name: str, dataset: TensorDataset) -> nn.Module:
         """The model called `name`, with every weight from the same start."""
         smoke, network = self.arguments.smoke, self.network
         recipe = replace(network.recipe, epochs=1, batch_size=64) if smoke else network.recipe
+        if self.arguments.epochs and not smoke:
+            recipe = replace(recipe, epochs=self.arguments.epochs)
         build = network.narrow if smoke and DEVICE.type == "cpu" else network.build
         with self.clock.watch("training"):
             return cached_model(
@@ -173,14 +189,17 @@ class Models:
 
     def random_tasks(self) -> Iterator[ForgettingTask]:
         """Forget a random tenth."""
-        original = self.trained("original", self.train)
         for seed in self.arguments.seeds:
             order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
             cut = int(RANDOM_SHARE * len(order))
             forget, retain = subset(self.train, order[:cut]), subset(self.train, order[cut:])
-            gold = self.trained(f"without-tenth-{seed}", retain)
+            needed = {"original": self.train, f"without-tenth-{seed}": retain}
+            # Of processes side by side, one begins with the gold model, so that neither waits for the other's.
+            names = sorted(needed, reverse=self.arguments.part[0] % 2 == 0)
+            models = {name: self.trained(name, needed[name]) for name in names}
             yield ForgettingTask(
-                "random", f"seed {seed}", forget, retain, self.test, None, self.held_out, original, gold, seed
+                "random", f"seed {seed}", forget, retain, self.test, None, self.held_out, models["original"],
+                models[f"without-tenth-{seed}"], seed,
             )  # fmt: skip
 
 
@@ -217,12 +236,62 @@ def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
     ]  # fmt: skip
 
 
-class Table:
-    """The result file, a row at a time."""
+def choices() -> list[Method]:
+    """SEMU's settings for a random tenth, by turns with retain data and without, those of most promise first."""
 
-    def __init__(self, path: Path, said: dict[str, str]) -> None:
-        self.path, self.said = path, said
-        self.rows: Rows = merged(json.loads(path.read_text())["rows"], {}) if path.exists() else {}
+    def kept(
+        weight: float = 4.0, natural: dict[str, Any] | None = None, keep: type[Objective] = KLToOriginal, **changed: Any
+    ) -> Method:
+        settings = {"explained_variance": 0.99, "batch_size": BATCH_SIZE, **changed}
+        said = ", ".join(f"{key} {value}" for key, value in {**changed, **(natural or {})}.items())
+        run = semu(best_objective, retain=weight, keep=keep, natural=NaturalGradient(**(natural or {})), **settings)
+        data = f"{keep.__name__} × {weight:g}" if weight else "no retain data"
+        return Method(f"SEMU, {data}{', ' if said else ''}{said}", run)
+
+    def by_adamw(weight: float, rate: float, epochs: int) -> Method:
+        run = semu(best_objective, weight, BATCH_SIZE, KLToOriginal, explained_variance=0.99)
+        data = f"KLToOriginal × {weight:g}" if weight else "no retain data"
+        return Method(f"SEMU, {data}, AdamW {rate}, {epochs} epochs", run, rate, epochs)
+
+    fine, finest, small = {"tolerance": 0.002}, {"tolerance": 0.0005}, {"tolerance": 0.002, "kl": 0.02}
+    last = {"target_modules": LAST_STAGE, "explained_variance": 0.999}
+    with_and_without = [
+        (kept(), kept(0.0)),
+        (kept(natural=fine), kept(0.0, fine)),
+        (kept(natural=fine, explained_variance=0.999), kept(0.0, fine, explained_variance=0.999)),
+        (kept(1.0, fine), kept(0.0, fine, batch_size=1024)),
+        (kept(natural=fine, batch_size=1024), kept(0.0, small)),
+        (by_adamw(4.0, 1e-2, 20), by_adamw(0.0, 1e-2, 20)),
+        (kept(10.0, fine), kept(0.0, fine, **last)),
+        (kept(natural=fine, **last), kept(0.0, finest, max_steps=600)),
+        (kept(natural=finest, max_steps=600), kept(0.0, {**fine, "max_retain_kl": 0.1})),
+        (kept(natural=small), kept(0.0, small, explained_variance=0.999, batch_size=1024)),
+        (kept(keep=CrossEntropy), kept(0.0, finest, explained_variance=0.9999, max_steps=600)),
+    ]
+    return [method for pair in with_and_without for method in pair]
+
+
+class Table:
+    """The result file, a row at a time; several processes may write it.
+
+    Args:
+        path: Of the file.
+        lock: Of a file that who writes it holds.
+        said: What stands at its head.
+        declared: The rows after gold and "do nothing", given what SEMU trains.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: Path,
+        said: dict[str, str],
+        declared: Callable[[Callable[[ForgettingTask], int]], Sequence[Method]],
+    ) -> None:
+        self.path, self.lock, self.said, self.declared = path, lock, said, declared
+        self.rows: Rows = {}
+        self.runs: dict[str, dict[str, Any]] = {}  # by method and task, how the run went
+        self._read()
 
     def fill(self, task: ForgettingTask, kind: str, clock: Clock) -> None:
         """Measure what is missing of one task."""
@@ -235,7 +304,7 @@ class Table:
             row = self.rows["SEMU" if kind == "random" else "SEMU, all layers"][task.name]
             return int(row.trainable_parameters or 0)
 
-        for method in methods(kind, budget):
+        for method in self.declared(budget):
             if self._has(method.name, task):
                 continue
             clock.check("row")
@@ -245,6 +314,8 @@ class Table:
             try:
                 with clock.watch("row"):
                     done = method.run(task, method.learning_rate, epochs)
+                    if done.result is not None:
+                        self.runs.setdefault(method.name, {})[task.name] = told(done.result)
                     self._enter(method.name, task, done.model, done.trainable_parameters, done.seconds)
             except Exception:  # one row is not worth the others
                 self._note_failure(f"{task.name}: {method.name}\n{traceback.format_exc()}")
@@ -253,13 +324,39 @@ class Table:
         return task.name in self.rows.get(name, {})
 
     def _enter(self, name: str, task: ForgettingTask, model: nn.Module, trained: int, seconds: float | None) -> None:
-        self.rows.setdefault(name, {})[task.name] = evaluate(model, task, trained, seconds, name)
-        write(self.path, self.said, self.rows, {})
+        metrics = evaluate(model, task, trained, seconds, name)
+        with only_process(self.lock):
+            self._read()
+            self.rows.setdefault(name, {})[task.name] = metrics
+            write(self.path, self.said, self.rows, {"runs": self.runs})
+
+    def _read(self) -> None:
+        """Take in what others have written."""
+        if self.path.exists():
+            document = json.loads(self.path.read_text())
+            self.rows = merged(document["rows"], self.rows)
+            for name, by_task in document.get("runs", {}).items():
+                self.runs[name] = by_task | self.runs.get(name, {})
 
     def _note_failure(self, text: str) -> None:
         print(text, flush=True)
         with self.path.with_suffix(".errors.txt").open("a") as file:
             file.write(f"{text}\n")
+
+
+def part(text: str) -> tuple[int, int]:
+    """Read `K/N`."""
+    number, parts = (int(each) for each in text.split("/"))
+    if not 1 <= number <= parts:
+        raise argparse.ArgumentTypeError(f"K/N must have K from 1 to N, got {text}. Write 1/2.")
+    return number, parts
+
+
+def told(result: UnlearnResult) -> dict[str, Any]:
+    """Steps, why they ended, and the losses on the way, of about twenty steps."""
+    every = max(len(result.history) // SHOWN_STEPS, 1)
+    shown = [*result.history[:-1:every], *result.history[-2:]]
+    return {"steps": result.steps, "stop reason": result.stop_reason, "seconds": result.seconds, "history": shown}
 
 
 def main() -> None:
@@ -274,16 +371,30 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would end later")
     parser.add_argument("--cache", type=Path, default=Path("runs/cifar10"), help="folder of the trained models")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
+    parser.add_argument("--choose", action="store_true", help="SEMU's settings for a random tenth, in a file of theirs")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th of the rows alone")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name is one of these alone")
+    parser.add_argument("--epochs", type=int, help="of training the models; by default 24, and 30 of the ViT")
     parser.add_argument("--smoke", action="store_true", help="go through all of it with 600 images")
     arguments = parser.parse_args()
+    if arguments.choose and arguments.task != "random":
+        parser.error("--choose is for --task random")
     clock = Clock(arguments.seconds, *((5.0, 3.0) if arguments.smoke else (40.0, 15.0)))
     scale = "smoke" if arguments.smoke else "full size"
     said = {
         "task": arguments.task, "model": arguments.model, "scale": scale,
         "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip
-    stem = f"cifar10_{arguments.model}_{arguments.task}"
-    found = Table(arguments.output / f"{stem}{'_smoke' if arguments.smoke else ''}.json", said)
+    stem = f"cifar10_{arguments.model}_{arguments.task}{'_choice' if arguments.choose else ''}"
+
+    def declared(budget: Callable[[ForgettingTask], int]) -> Sequence[Method]:
+        rows = choices() if arguments.choose else methods(arguments.task, budget)
+        number, parts = arguments.part
+        return [row for row in rows if not arguments.only or row.name in arguments.only][number - 1 :: parts]
+
+    if arguments.smoke:
+        stem = f"{stem}_smoke"
+    found = Table(arguments.output / f"{stem}.json", arguments.cache / f"{stem}.lock", said, declared)
     try:
         models = Models(arguments, clock)
         for task in models.class_tasks() if arguments.task == "class" else models.random_tasks():

@@ -6,7 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tasks import ForgettingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from semu_peft import Retain, SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft import NaturalGradient, Retain, SemuConfig, UnlearnResult, initialize_semu_weights, objectives, unlearn
 from semu_peft.evaluation import predict
 from semu_peft.gradients import GradientSum, WeightSource
 from semu_peft.gradients.gather import stream_gradients
@@ -35,6 +35,7 @@ class Unlearned:
     model: nn.Module
     trainable_parameters: int
     seconds: float
+    result: UnlearnResult | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,11 @@ def _train(
     retain: float,
     batch_size: int = BATCH_SIZE,
     forget: Iterable[Any] | None = None,
-) -> int:
-    kept = Retain(loader(task.retain, task.seed, batch_size), objectives.CrossEntropy(), retain) if retain else None
-    result = unlearn(
+    keep: type[Objective] = objectives.CrossEntropy,
+    **settings: Any,
+) -> UnlearnResult:
+    kept = Retain(loader(task.retain, task.seed, batch_size), keep(), retain) if retain else None
+    return unlearn(
         model,
         loader(task.forget, task.seed, batch_size) if forget is None else forget,
         objective,
@@ -98,17 +101,20 @@ def _train(
         learning_rate=learning_rate,
         seed=task.seed,
         progress=PROGRESS,
+        **settings,
     )
-    return result.trainable_parameters
 
 
 def semu(
     objective: Callable[[ForgettingTask], Objective],
     retain: float = 0.0,
     batch_size: int = BATCH_SIZE,
+    keep: type[Objective] = objectives.CrossEntropy,
+    natural: NaturalGradient | None = None,
+    max_steps: int | None = None,
     **settings: object,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
-    """SEMU with an objective, and `retain` times the loss on retain data."""
+    """SEMU with an objective, and `retain` times what is asked of retain data."""
 
     def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
@@ -116,8 +122,11 @@ def semu(
         config = SemuConfig(**{"target_modules": list(weight_layers(task.original)), **settings})
         model = get_peft_model(copy.deepcopy(task.original), config)
         initialize_semu_weights(model, loader(task.forget, task.seed, batch_size), loss, progress=PROGRESS)
-        count = _train(model, task, loss, learning_rate, epochs, retain, batch_size)
-        return Unlearned(model, count, time.perf_counter() - started)
+        result = _train(
+            model, task, loss, learning_rate, epochs, retain, batch_size, keep=keep, optimizer=natural,
+            max_steps=max_steps,
+        )  # fmt: skip
+        return Unlearned(model, result.trainable_parameters, time.perf_counter() - started, result)
 
     return run
 
@@ -165,8 +174,8 @@ def amun(
         forget = loader(task.forget, task.seed, batch_size)
         pairs = objectives.adversarial_examples(model, forget, radius=0.4, steps=15)
         objective = objectives.AdversarialUnlearning()
-        count = _train(model, task, objective, learning_rate, epochs, retain, batch_size, pairs)
-        return Unlearned(model, count, time.perf_counter() - started)
+        result = _train(model, task, objective, learning_rate, epochs, retain, batch_size, pairs)
+        return Unlearned(model, result.trainable_parameters, time.perf_counter() - started)
 
     return run
 
@@ -176,6 +185,7 @@ def lora(
     retain: float,
     budget: Callable[[ForgettingTask], int],
     batch_size: int = BATCH_SIZE,
+    keep: type[Objective] = objectives.CrossEntropy,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
     """PEFT's LoRA with the same objective and about as many trained parameters as the budget says.
 
@@ -196,7 +206,7 @@ def lora(
                 names, left = [*names, name], left - cost
         torch.manual_seed(task.seed)
         adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
-        count = _train(adapted, task, objective(task), learning_rate, epochs, retain, batch_size)
-        return Unlearned(adapted, count, time.perf_counter() - started)
+        result = _train(adapted, task, objective(task), learning_rate, epochs, retain, batch_size, keep=keep)
+        return Unlearned(adapted, result.trainable_parameters, time.perf_counter() - started)
 
     return run

@@ -110,7 +110,7 @@ def cached_model(
     settings = "-".join(f"{key}{value}" for key, value in asdict(recipe).items())
     path = cache / f"{name}-seed{seed}-{settings}-n{len(dataset)}.safetensors"
     cache.mkdir(parents=True, exist_ok=True)
-    with _only_process(path.with_suffix(".lock")):
+    with only_process(path.with_suffix(".lock")):
         if path.is_file():
             model = build()
             model.load_state_dict(load_file(path))
@@ -124,7 +124,7 @@ def cached_model(
 
 
 @contextmanager
-def _only_process(path: Path) -> Iterator[None]:
+def only_process(path: Path) -> Iterator[None]:
     """Wait until no other process is in here; one that dies is out."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

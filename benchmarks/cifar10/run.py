@@ -16,7 +16,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attack_columns
-from dataset import batches, subset
+from dataset import DEVICE, batches, subset
 from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, semu
 from tasks import ForgettingTask, class_tasks, random_tasks
 from torch import nn
@@ -126,7 +126,11 @@ def attacked(model: nn.Module, task: ForgettingTask, label: str) -> dict[str, An
 
 
 def run(
-    tasks: Iterable[ForgettingTask], kind: str, only: Sequence[str], attacks: bool = False
+    tasks: Iterable[ForgettingTask],
+    kind: str,
+    only: Sequence[str],
+    attacks: bool = False,
+    after_row: Callable[[Rows, Attacked], None] = lambda rows, found: None,
 ) -> tuple[Rows, Attacked]:
     """All methods on all tasks: metrics, and what attacks found, by method, by task."""
     rows: Rows = {}
@@ -148,6 +152,7 @@ def run(
             )
             if attacks:
                 found.setdefault(method.name, {})[task.name] = attacked(done.model, task, method.name)
+            after_row(rows, found)
     return rows, found
 
 
@@ -203,18 +208,20 @@ def main() -> None:
     if arguments.attacks and arguments.task != "class":
         parser.error("--attacks is for --task class: random examples are no knowledge that relearning brings back")
     if arguments.task == "class":
-        tasks = class_tasks(arguments.data, arguments.cache, arguments.classes, 0, arguments.compile)
+        tasks = class_tasks(arguments.data, arguments.cache, arguments.classes, 0, arguments.compile, DEVICE)
     else:
-        tasks = random_tasks(arguments.data, arguments.cache, arguments.seeds, arguments.compile)
-    rows, found = run(tasks, arguments.task, arguments.only, arguments.attacks)
+        tasks = random_tasks(arguments.data, arguments.cache, arguments.seeds, arguments.compile, DEVICE)
+    path = arguments.output / f"cifar10_{arguments.task}.json"
+    before = json.loads(path.read_text())["rows"] if arguments.only and path.exists() else {}
+
+    def save(rows: Rows, found: Attacked) -> None:
+        attacks = {"attack_table": attack_columns.table(found), "attacks": found} if found else {}
+        write(path, {"task": arguments.task}, merged(before, rows), attacks)
+
+    rows, found = run(tasks, arguments.task, arguments.only, arguments.attacks, save)
     print(table(rows))
     if found:
         print(attack_columns.table(found))
-    path = arguments.output / f"cifar10_{arguments.task}.json"
-    if arguments.only and path.exists():
-        rows = merged(json.loads(path.read_text())["rows"], rows)
-    attacks = {"attack_table": attack_columns.table(found), "attacks": found} if found else {}
-    write(path, {"task": arguments.task}, rows, attacks)
     print(f"Written to {path}")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dataset import DEVICE
 from methods import TARGET_MODULES, best_objective, loader
 from peft import get_peft_model
 from run import evaluate
@@ -47,7 +48,7 @@ def forget(task: ForgettingTask, gold: ForgettingMetrics, layers: str, gamma: fl
     metrics = evaluate(model, task, result.trainable_parameters, seconds, f"{layers}, γ {gamma}, kl {kl}")
     return {
         **figures(metrics), "trained": result.trainable_parameters, "steps": result.steps, "seconds": seconds,
-        "stop reason": result.stop_reason, "gap": metrics.average_gap(gold),
+        "stop reason": result.stop_reason, "gap": metrics.average_gap(gold), "machine": machine(),
     }  # fmt: skip
 
 
@@ -65,9 +66,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for layers, gamma, kl in SETTINGS:
         found = [rows.get(f"{name} | {layers} | {gamma} | {kl}") for name in names]
-        if not all(found):
+        if not any(found):
             continue
-        gaps = [f"{row['gap']:.2f}" for row in found if row]
+        gaps = [f"{row['gap']:.2f}" if row else "–" for row in found]
         trained, steps = (", ".join(f"{row[key]:,}" for row in found if row) for key in ("trained", "steps"))
         lines.append(f"| {layers} | {gamma} | {kl} | {' | '.join(gaps)} | {trained} | {steps} |")
     return "\n".join(lines)
@@ -84,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output / "cifar10_settings.json"
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    for task in class_tasks(arguments.data, arguments.cache, arguments.classes, 0):
+    for task in class_tasks(arguments.data, arguments.cache, arguments.classes, 0, device=DEVICE):
         name = task.name.split(",")[0]
         keys = {f"{name} | {layers} | {gamma} | {kl}": (layers, gamma, kl) for layers, gamma, kl in SETTINGS}
         missing = {key: setting for key, setting in keys.items() if key not in rows}
@@ -98,9 +99,14 @@ def main() -> None:
     print(table(rows))
 
 
+def machine() -> str:
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu
+
+
 def write(rows: dict[str, dict[str, Any]], path: Path) -> None:
     document = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "machine": "that of each row",
         "torch": torch.__version__,
         "seconds": "processor time",
         "table": table(rows),

@@ -37,10 +37,15 @@ class ForgettingTask:
 
 
 def class_tasks(
-    data: Path, cache: Path, classes: list[int], seed: int, compile_model: bool = False
+    data: Path,
+    cache: Path,
+    classes: list[int],
+    seed: int,
+    compile_model: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Iterator[ForgettingTask]:
     """Forget one class of the full training set; the test set is split the same way."""
-    train, test = load_cifar10(data, "train"), load_cifar10(data, "test")
+    train, test = (load_cifar10(data, split, device) for split in ("train", "test"))
     original = cached_model(cache, "class-original", train, CLASS_RECIPE, seed, compile_model)
     for index in classes:
         forgotten, test_forgotten = train.tensors[1] == index, test.tensors[1] == index
@@ -52,9 +57,11 @@ def class_tasks(
         )  # fmt: skip
 
 
-def random_tasks(data: Path, cache: Path, seeds: list[int], compile_model: bool = False) -> Iterator[ForgettingTask]:
+def random_tasks(
+    data: Path, cache: Path, seeds: list[int], compile_model: bool = False, device: torch.device | str = "cpu"
+) -> Iterator[ForgettingTask]:
     """Forget a random tenth of a 10,000-image training set that the model has memorised."""
-    train, test = load_cifar10(data, "train"), load_cifar10(data, "test")
+    train, test = (load_cifar10(data, split, device) for split in ("train", "test"))
     for seed in seeds:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         held_out = subset(train, order[RANDOM_IMAGES : RANDOM_IMAGES + HELD_OUT_IMAGES])

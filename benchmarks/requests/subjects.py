@@ -67,13 +67,18 @@ def conv_net() -> nn.Module:
     )  # fmt: skip
 
 
-def vit() -> nn.Module:
+def vit(width: int = 48, depth: int = 2) -> nn.Module:
     return ViTForImageClassification(
         ViTConfig(
-            image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=96, num_labels=10,
+            image_size=8, patch_size=2, num_channels=1, hidden_size=width, num_hidden_layers=depth,
+            num_attention_heads=4, intermediate_size=2 * width, num_labels=10,
         )
     )  # fmt: skip
+
+
+def demo_vit() -> nn.Module:
+    """The network of `make demo`."""
+    return vit(64, 3)
 
 
 def train(build: Callable[[], nn.Module], data: Data, chosen: Tensor, seed: int, steps: int = 400) -> nn.Module:
@@ -108,4 +113,5 @@ SUBJECTS = {
     "breast cancer, MLP": Subject(breast_cancer, lambda: mlp(30, 2), 0),
     "digits, conv net": Subject(digit_images, conv_net, 3),
     "digits, ViT": Subject(digit_images, vit, 3),
+    "digits, the demo's ViT": Subject(digit_images, demo_vit, 3),
 }

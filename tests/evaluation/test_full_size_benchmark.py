@@ -14,7 +14,7 @@ CIFAR10 = Path(__file__).parents[2] / "benchmarks" / "cifar10"
 CHECKS = """
 import math, torch
 from dataset import batches
-from full_size import NETWORKS, Clock, FullSizeRecipe, NoTimeLeft
+from full_size import NETWORKS, Clock, FullSizeRecipe, NoTimeLeft, choices, part
 from torch.utils.data import DataLoader, TensorDataset
 
 data = TensorDataset(torch.randn(10, 3, 32, 32), torch.arange(10))
@@ -33,6 +33,12 @@ for number in range(10):
 
 sizes = {name: sum(p.numel() for p in each.build().parameters()) for name, each in NETWORKS.items()}
 assert sizes == {"resnet18": 11_173_962, "vit": 4_771_082}, sizes
+
+names = [row.name for row in choices()]
+assert len(set(names)) == len(names), names
+first, second = (names[part(text)[0] - 1 :: 2] for text in ("1/2", "2/2"))
+assert all("KLToOriginal" in name or "CrossEntropy" in name for name in first), first
+assert all("no retain data" in name for name in second), second
 
 Clock(math.inf, 40, 15).check("training")
 try:
