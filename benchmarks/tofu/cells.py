@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 NATURAL, NATURAL_99 = "SEMU, natural gradients", "SEMU of γ 0.99, natural gradients"
+NATURAL_999 = "SEMU of γ 0.999, natural gradients"
 ADAMW, ADAMW_99 = "SEMU, AdamW", "SEMU of γ 0.99, AdamW"
-ALL = "all weights"
+ALL, LORA_8, LORA_13 = "all weights", "LoRA, rank 8", "LoRA, rank 13"
 REPAIR = 60  # steps, where a name says no other number
 
 
@@ -19,7 +20,8 @@ class Cell:
     Attributes:
         objective: Of `methods.OBJECTIVES`.
         carrier: Of `methods.CARRIERS`.
-        retain: Of `methods.RETAIN`: what is held, answers of the retain set, neutral text, or both.
+        retain: Of `methods.RETAIN`: what is held, answers of the retain set, neutral text or both; or, of
+            `methods.MORE_RETAIN`, what the model itself answers about others.
         seed: Of the order.
         hold: What is minimised on retain answers, the KL to the original or cross entropy; by default the objective's.
         weight: Of what is held, of each; by default the objective's.
@@ -28,9 +30,15 @@ class Cell:
             each.
         learning_rate: Of AdamW; by default the objective's or the carrier's.
         steps: At most; by default the carrier's.
+        kept_at_once: Rows of each that is held, a step; by default `methods.RETAIN_BATCH_SIZE`.
+        attackers: How many are simulated, in turn (`methods.ATTACKERS`); the run then ends when the answers are
+            unlikely after an attack.
+        skip: Leading directions that the subspace leaves out.
+        without_shared: Whether no step goes along what all answers share, by CIR.
         repair: Steps of `methods.repair` after it.
         repair_retain: What these are on, of `methods.RETAIN`; by default `retain`.
         repair_rate: Learning rate of their AdamW; by default as it was trained before.
+        repair_hold: What they minimise on retain answers; by default cross entropy.
     """
 
     objective: str
@@ -43,9 +51,14 @@ class Cell:
     kl: tuple[float, ...] = ()
     learning_rate: float | None = None
     steps: int | None = None
+    kept_at_once: int | None = None
+    attackers: int = 0
+    skip: int = 0
+    without_shared: bool = False
     repair: int = 0
     repair_retain: str | None = None
     repair_rate: float | None = None
+    repair_hold: Literal["KL"] | None = None
 
     @property
     def name(self) -> str:
@@ -58,17 +71,44 @@ class Cell:
             f"steps of {dials}": self.kl,
             f"rate {self.learning_rate}": self.learning_rate,
             f"at most {self.steps}": self.steps,
+            f"{self.kept_at_once} at once": self.kept_at_once,
+            f"{self.attackers} attackers": self.attackers or None,
+            f"first {self.skip} skipped": self.skip or None,
+            "CIR": self.without_shared or None,
             f"repair of {self.repair}": None if self.repair in (0, REPAIR) else self.repair,
             f"repair on {self.repair_retain}": self.repair_retain,
             f"repair at {self.repair_rate}": self.repair_rate,
+            f"repair by {self.repair_hold}": self.repair_hold,
         }
         settings = ", ".join([self.retain, *(text for text, value in said.items() if value not in (None, ()))])
         return f"{self.objective} | {self.carrier} | {settings} | seed {self.seed}"
 
     @property
+    def forgetting(self) -> Cell:
+        """The same without the repair: what several cells may have in common, and is then run once."""
+        plain: dict[str, None] = dict.fromkeys(("repair_retain", "repair_rate", "repair_hold"))
+        return replace(self, repair=0, **plain)
+
+    @property
     def last(self) -> str:
         """The moment that a run ends with."""
         return "repaired" if self.repair else "end"
+
+
+def ahead() -> list[Cell]:
+    """What may reach the goals that `goals` missed, in order of value; cells that forget alike follow one another."""
+    kept, free, deep, plain = _kept_whole(), _retain_free(), _deep(), _plain()
+    turns = itertools.zip_longest(kept, deep, free, plain)
+    return [cell for turn in turns for group in turn if group for cell in group]
+
+
+def together(cells: list[Cell], most: int = 3) -> list[list[Cell]]:
+    """Cells that follow one another and forget alike, of which one process runs the forgetting once."""
+    found = []
+    for _, group in itertools.groupby(cells, lambda cell: cell.forgetting):
+        alike = list(group)
+        found += [alike[start : start + most] for start in range(0, len(alike), most)]
+    return found
 
 
 def goals() -> list[Cell]:
@@ -152,6 +192,58 @@ def _without_retain_answers() -> list[Cell]:
         replace(base, objective="WGA", weight=1.0, kl=(0.5,), steps=120),
         replace(base, objective="unseen answers", weight=100.0),
         replace(base, repair=40),
+    ]
+
+
+def _kept_whole() -> list[list[Cell]]:
+    """Toward all of the utility: longer repairs, a stronger hold in a wider subspace, more retain answers a step."""
+    best = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=120)
+    by_adam = replace(best, repair=200, repair_rate=1e-3)
+    wider = replace(best, carrier=NATURAL_999)
+    many = replace(best, kept_at_once=150)
+    return [
+        [by_adam, replace(by_adam, repair_rate=3e-4), best],
+        [replace(by_adam, repair=400), replace(best, repair=200), replace(by_adam, repair_hold="KL")],
+        [replace(wider, repair=200, repair_rate=1e-3), replace(wider, repair=REPAIR)],
+        [replace(many, repair=200, repair_rate=1e-3), replace(many, repair=REPAIR)],
+        [replace(by_adam, weight=2.0), replace(by_adam, weight=2.0, repair=REPAIR, repair_rate=None)],
+        [replace(by_adam, kl=(2.0,)), replace(by_adam, kl=(2.0,), repair=0, repair_rate=None)],
+    ]
+
+
+def _retain_free() -> list[list[Cell]]:
+    """Held by what the model itself answers about others, and neutral text."""
+    own = Cell("WGA", NATURAL_99, "own and neutral", hold="KL", weight=1.0, kl=(0.5,), steps=120)
+    repaired = replace(own, repair=100, repair_rate=1e-3)
+    several = [own, replace(own, weight=3.0), replace(own, weight=10.0), replace(own, kept_at_once=150)]
+    several += [replace(own, objective="NPO 0.03", weight=30.0), replace(own, objective="unseen answers", weight=10.0)]
+    of_each = {"repair": 100, "repair_rate": 1e-3}
+    return [[replace(each, **of_each), each] for each in (several[1], several[0], *several[2:])] + [
+        [replace(repaired, retain="own")]
+    ]
+
+
+def _deep() -> list[list[Cell]]:
+    """Toward what does not come back: attackers simulated, or directions left out."""
+    wga = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=80, attackers=2)
+    unseen = replace(wga, objective="unseen answers", weight=10.0)
+    all_weights = Cell("WGA", ALL, "both", steps=80, attackers=2)
+    plain = replace(wga, steps=120, attackers=0)
+    several = [wga, unseen, all_weights, replace(wga, attackers=4), replace(wga, weight=3.0, steps=120)]
+    several += [replace(plain, skip=8), replace(plain, without_shared=True), replace(wga, carrier=NATURAL_999)]
+    return [[each, replace(each, repair=REPAIR)] for each in several]
+
+
+def _plain() -> list[list[Cell]]:
+    """All weights and LoRA, as they are used, for the seconds until they forget as much."""
+    npo = Cell("NPO 0.03", ALL, "both", hold="CE", weight=1.0, steps=120)
+    lora = [Cell(objective, LORA_8, "both") for objective in ("WGA", "NPO 0.03")]
+    return [
+        [replace(npo, learning_rate=3e-4, repair=REPAIR), replace(npo, learning_rate=3e-4)],
+        [replace(lora[0], repair=REPAIR), lora[0]],
+        [replace(npo, repair=REPAIR), npo],
+        [replace(lora[1], repair=REPAIR), lora[1]],
+        [Cell("NPO 0.03", NATURAL_99, "both", hold="KL", weight=30.0, kl=(0.5,), steps=120, repair=REPAIR)],
     ]
 
 

@@ -46,13 +46,12 @@ def relearnt(
 ) -> Relearnt:
     """Let an attacker train on its answers to forget, or without these on retain answers; the model stays as it is."""
     steps = tuple(sorted({*at, attacker.steps}))
-    forget, retain = (Examples(_one_batch(subject, rows)) for rows in (subject.forget, subject.retain))
+    forget, retain = (Examples(one_batch(subject, rows)) for rows in (subject.forget, subject.retain))
     has_forgotten = attacker.forget_examples > 0
     relearner = Relearner(
         model, attacker, forget, None if has_forgotten else retain, CrossEntropy(), torch.Generator().manual_seed(seed)
     )
-    drawn = {place for _, place in relearner.rows}
-    others = [place for place in range(len(subject.forget)) if place not in drawn] or list(drawn)
+    others = others_of(relearner, len(subject.forget))
     curve = relearner.curve(steps, lambda changed: subject.nll(changed, subject.told).neg().exp())
     return Relearnt(
         steps,
@@ -61,7 +60,14 @@ def relearnt(
     )
 
 
-def _one_batch(subject: Subject, rows: list[Any]) -> list[Any]:
+def others_of(relearner: Relearner, number: int) -> list[int]:
+    """Of so many answers those that an attacker does not have; all, where it has all or none."""
+    drawn = {place for _, place in relearner.rows}
+    return [place for place in range(number) if place not in drawn] or list(range(number))
+
+
+def one_batch(subject: Subject, rows: list[Any]) -> list[Any]:
+    """Rows as one batch of tokens, which attackers draw from."""
     return list(subject.examples(rows).loader(len(rows), shuffle=False))
 
 

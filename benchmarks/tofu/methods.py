@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from cells import ADAMW, ADAMW_99, ALL, NATURAL, NATURAL_99, Cell
+from cells import ADAMW, ADAMW_99, ALL, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
 from machine import clock
+from measure import ATTACKER, one_batch, others_of
+from own import answers_about_others
 from peft import LoraConfig, get_peft_model
 from subjects import Subject, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from semu_peft import Callback, Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
-from semu_peft.language import unseen_answers
+from semu_peft.gradients.covariance import LayerCovariance
+from semu_peft.gradients.gather import gather
+from semu_peft.language import TextExamples, unseen_answers
 from semu_peft.language.shapes import as_example
-from semu_peft.objectives import Objective
+from semu_peft.objectives import Attacker, Objective, SimulatedRelearning
+from semu_peft.objectives.attackers import Relearner
+from semu_peft.objectives.examples import Examples
 from semu_peft.training.natural import NaturalGradient
+from semu_peft.training.rules import RemoveDirections, Rule
 
 BATCH_SIZE, RETAIN_BATCH_SIZE = 40, 60
 BUDGETS = (0.01, 0.05)  # nats a token on neutral text
@@ -50,12 +58,24 @@ CARRIERS = {
     NATURAL: Carrier(_semu(0.9), None, 80),
     ADAMW: Carrier(_semu(0.9), 1e-3),
     ADAMW_99: Carrier(_semu(0.99), 1e-3),
-    "LoRA, rank 13": Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
-    "LoRA, rank 8": Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
+    LORA_13: Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
+    LORA_8: Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
     ALL: Carrier(None, 1e-4),
 }
-MORE_CARRIERS = {NATURAL_99: Carrier(_semu(0.99), None, 80)}  # not a part of the grid
+# Not a part of the grid.
+MORE_CARRIERS = {NATURAL_99: Carrier(_semu(0.99), None, 80), NATURAL_999: Carrier(_semu(0.999), None, 80)}
 RETAIN = {"answers": ("answers",), "neutral": ("neutral",), "both": ("answers", "neutral")}
+MORE_RETAIN = {"own": ("own",), "own and neutral": ("own", "neutral")}  # what the model itself says
+# Simulated in turn, the first so many: none has the examples of the one that judges, nor so many steps as it.
+ATTACKERS = [
+    Attacker("adam", 1e-4, steps=10, forget_examples=20),
+    Attacker("adam", 3e-4, steps=5, forget_examples=20),
+    Attacker("adam", 1e-4, steps=10, forget_examples=40),
+    Attacker("adam", 1e-3, steps=5, forget_examples=20),
+]
+STOP_SEED = 500  # of the attack that is looked at
+SHARED = 8  # directions of either side that CIR leaves out
+PROJECTIONS = [f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,7 @@ OBJECTIVES = {
     "NPO 0.1": Sentence(lambda reference, unseen: objectives.NPO(beta=0.1, reference=reference)),
     "SimNPO": Sentence(lambda reference, unseen: objectives.SimNPO()),
     "WGA": Sentence(lambda reference, unseen: objectives.WGA(), 1.0, objectives.CrossEntropy, 3e-4),
-    "unseen answers": Sentence(lambda reference, unseen: objectives.UnseenAnswer(unseen)),
+    "unseen answers": Sentence(lambda reference, unseen: objectives.UnseenAnswer(unseen, reference)),
     "DELETE": Sentence(lambda reference, unseen: objectives.DecoupledDistillation(reference=reference)),
     "inverted hinge": Sentence(lambda reference, unseen: objectives.InvertedHinge()),
     "gradient ascent": Sentence(lambda reference, unseen: objectives.GradientAscent()),
@@ -167,8 +187,21 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def run(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]) -> Unlearned:
-    """Unlearn once.
+def repaired(subject: Subject, cell: Cell, done: Unlearned) -> Unlearned:
+    """Go on from where forgetting has led, with the cell's repair if it has one; `done` can be gone on from again."""
+    if not cell.repair:
+        return done
+    model = done.go_to("end")
+    began = clock()
+    _repair(subject, cell, model)
+    seconds = done.seconds + clock() - began
+    moments = {**done.moments, "repaired": [parameter.detach().clone() for parameter in trained(model)]}
+    steps = {**done.steps, "repaired": done.steps["end"] + cell.repair}
+    return replace(done, moments=moments, steps=steps, seconds=seconds)
+
+
+def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]) -> Unlearned:
+    """Unlearn once, without the repair.
 
     Args:
         subject: Models and texts.
@@ -180,32 +213,71 @@ def run(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]) -
     wrong = unseen_answers([as_example(row) for row in subject.forget], seed=cell.seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
-    forget, loss = subject.examples(subject.forget), said.make(reference, unseen)
+    answers, loss = subject.examples(subject.forget), said.make(reference, unseen)
     kept = held(subject, cell.retain, cell, reference)
-    watch = Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(unseen.mean()))
+    watch = _watch(subject, cell, damage, model, wrong, unseen)
     began = clock()
     if how.config is not None:
         model = get_peft_model(model, how.config())
     if "SEMU" in cell.carrier:
-        initialize_semu_weights(model, forget.loader(BATCH_SIZE, shuffle=False), loss, progress=False)
-    dials: tuple[dict[str, Any], ...] = ({"learning_rate": _rate(cell)},)
+        initialize_semu_weights(
+            model, answers.loader(BATCH_SIZE, shuffle=False), loss, skip_leading=cell.skip, progress=False
+        )
+    rules = _rules(model, answers, loss) if cell.without_shared else []
+    steps, dials = cell.steps or how.steps, ({"learning_rate": _rate(cell)},)
+    if cell.attackers:
+        pool = one_batch(subject, subject.forget)
+        loss = SimulatedRelearning(loss, pool, attackers=ATTACKERS[: cell.attackers], copies=16, seed=cell.seed)
     if cell.kl:
-        dials = tuple({"optimizer": NaturalGradient(kl=kl)} for kl in cell.kl)
+        # The loss under attackers rises and falls with each of them.
+        patience = {"patience": steps} if cell.attackers else {}
+        dials = tuple({"optimizer": NaturalGradient(kl=kl, **patience)} for kl in cell.kl)
     for dial in dials:
         result = unlearn(
-            model, forget.loader(BATCH_SIZE, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
-            max_steps=(cell.steps or how.steps) // len(dials), seed=cell.seed, **dial,
+            model, answers.loader(BATCH_SIZE, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
+            rules=rules, max_steps=steps // len(dials), seed=cell.seed, **dial,
         )  # fmt: skip
         watch.before += result.steps
         watch.look(model, watch.before)  # natural gradients end with the best cores, not with the last
         if watch.is_unseen:
             break
-    if cell.repair:
-        _repair(subject, cell, model, reference)
-        watch.keep("repaired", model, watch.steps["end"] + cell.repair)
     seconds = clock() - began - watch.seconds
     count = sum(parameter.numel() for parameter in trained(model))
     return Unlearned(model, watch.moments, watch.steps, count, seconds, list(watch.looks.values()))
+
+
+def _watch(
+    subject: Subject,
+    cell: Cell,
+    damage: Callable[[nn.Module], float],
+    original: nn.Module,
+    wrong: list[Any],
+    nll: Tensor,
+) -> Watch:
+    """Look for the moment when the answers are as unlikely as unseen ones; under attackers, when both are attacked."""
+    if not cell.attackers:
+        return Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(nll.mean()))
+    unseen = [{"question": each.prompt, "answer": each.answer} for each in wrong]
+    level = _nll_when_attacked(subject, original, unseen)
+    return Watch(damage, lambda now: _nll_when_attacked(subject, now, subject.forget), level)
+
+
+def _nll_when_attacked(subject: Subject, model: nn.Module, rows: list[dict[str, Any]]) -> float:
+    """How unlikely answers are that an attacker does not have, when it has trained on some of them."""
+    known = Examples(one_batch(subject, rows))
+    learn, draw = objectives.CrossEntropy(), torch.Generator().manual_seed(STOP_SEED)
+    relearner = Relearner(model, ATTACKER, known, None, learn, draw)
+    for _ in range(ATTACKER.steps):
+        relearner.step()
+    pairs = [(rows[place]["question"], rows[place]["answer"]) for place in others_of(relearner, len(rows))]
+    return float(subject.nll(relearner.model, pairs).mean())
+
+
+def _rules(model: nn.Module, answers: TextExamples, loss: Objective) -> list[Rule]:
+    """CIR: no step moves what the forget answers have in common."""
+    loader = answers.loader(BATCH_SIZE, shuffle=False)
+    shared = gather(model, loader, loss, targets=PROJECTIONS, statistic=LayerCovariance, progress=False)
+    return [RemoveDirections.shared(shared, inputs=SHARED, outputs=SHARED)]
 
 
 def _rate(cell: Cell) -> float | None:
@@ -215,31 +287,48 @@ def _rate(cell: Cell) -> float | None:
     return cell.learning_rate or own or how.learning_rate
 
 
-def _repair(subject: Subject, cell: Cell, model: nn.Module, reference: nn.Module | None) -> None:
+def _repair(subject: Subject, cell: Cell, model: nn.Module) -> None:
+    how = {**CARRIERS, **MORE_CARRIERS}[cell.carrier]
+    reference = load(subject.original).requires_grad_(False) if how.config is None else None
     names, neutral = cell.repair_retain or cell.retain, cell.neutral_weight or 1.0
-    first, *others = held(subject, names, replace(cell, weight=1.0, neutral_weight=neutral), reference)
+    as_held = replace(cell, weight=1.0, neutral_weight=neutral, hold=cell.repair_hold or cell.hold)
+    first, *others = held(subject, names, as_held, reference)
+    by_kl = cell.repair_hold == "KL" or "answers" not in {**RETAIN, **MORE_RETAIN}[names]  # which were learnt
     rate = cell.repair_rate or _rate(cell)
-    how: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
+    dial: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
     methods.repair(
         model, subject.examples(subject.forget).loader(BATCH_SIZE, seed=cell.seed), first.batches, others=others,
-        objective=first.objective if names == "neutral" else None,  # such text was never learnt
-        max_steps=cell.repair, progress=False, seed=cell.seed, **how,
+        objective=first.objective if by_kl else None,
+        max_steps=cell.repair, progress=False, seed=cell.seed, **dial,
     )  # fmt: skip
 
 
 def held(subject: Subject, retain: str, cell: Cell, reference: nn.Module | None) -> list[Retain]:
-    """What is minimised beside the objective, on retain answers, on neutral text or on both."""
-    texts, said = {"answers": subject.retain, "neutral": subject.more_neutral}, OBJECTIVES[cell.objective]
+    """What is minimised beside the objective, on each that is held."""
+    said, size = OBJECTIVES[cell.objective], cell.kept_at_once or RETAIN_BATCH_SIZE
     weight = said.weight if cell.weight is None else cell.weight
-    weights = {"answers": weight, "neutral": weight if cell.neutral_weight is None else cell.neutral_weight}
+    neutral = weight if cell.neutral_weight is None else cell.neutral_weight
     by_objective = {None: said.keeps, "KL": None, "CE": objectives.CrossEntropy}[cell.hold]
     kept = []
-    for at, name in enumerate(RETAIN[retain]):
-        to_original = by_objective is None or name == "neutral"
+    for at, name in enumerate({**RETAIN, **MORE_RETAIN}[retain]):
+        to_original = by_objective is None or name != "answers"
         term = objectives.KLToOriginal(reference=reference) if to_original else by_objective()
-        loader = subject.examples(texts[name]).loader(RETAIN_BATCH_SIZE, seed=cell.seed + at)
-        kept.append(Retain(loader, term, weights[name]))
+        loader = _texts(subject, name).loader(size, seed=cell.seed + at)
+        kept.append(Retain(loader, term, neutral if name == "neutral" else weight))
     return kept
+
+
+def _texts(subject: Subject, name: str) -> TextExamples:
+    """What can be held: retain answers, neutral text, or what the model itself answers."""
+    if name != "own":
+        return subject.examples(subject.retain if name == "answers" else subject.more_neutral)
+    where = subject.original, subject.own_answers
+    if where not in _OWN:
+        _OWN[where] = answers_about_others(subject, subject.own_answers)
+    return _OWN[where]
+
+
+_OWN: dict[tuple[Path, int], TextExamples] = {}  # made once a process
 
 
 def _to_nothing(optimizer: Any, steps: int) -> Any:

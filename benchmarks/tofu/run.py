@@ -5,8 +5,9 @@ gold and of the original are taken once. A row takes some fifteen minutes of one
 `pretrain.py` makes, half a minute of them for each moment that is measured; of a GPU it takes less than one minute.
 
 `--cells` takes the declared lists of `cells.py` in place of a product of objectives, carriers and retain data, the most
-valuable first. Such small models leave a GPU idle between launches, so let several processes work side by side, each on
-its part of the cells and in a file of its own, and join them:
+valuable first; of cells that differ in their repair alone the forgetting is run once. Such small models leave a GPU
+idle between launches, so let several processes work side by side, each on its part of the cells and in a file of its
+own, and join them (`--done` names tables of before, whose references are taken and whose rows are not run again):
 
     python benchmarks/tofu/run.py ... --references
     for k in 1 2 3 4; do python benchmarks/tofu/run.py ... --cells goals grid --part $k/4 --seconds 400 & done; wait
@@ -30,10 +31,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, NATURAL, NATURAL_99, Cell, goals, grid
+from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, goals, grid, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
-from methods import CARRIERS, MORE_CARRIERS, OBJECTIVES, RETAIN, run
+from methods import CARRIERS, MORE_CARRIERS, MORE_RETAIN, OBJECTIVES, RETAIN, Unlearned, forget, repaired
 from subjects import Subject, load, read_subject
 
 COLUMNS = {
@@ -53,37 +54,37 @@ def main() -> None:
     began = time.perf_counter()
     subject = read_subject(args.models, args.data, args.neutral, utility_rows=args.utility_rows or None)
     subject = _few(subject) if args.smoke else subject
-    table = _read(args.output)
     part, parts = args.part
     output = _part_file(args.output, part) if parts > 1 else args.output
-    others = {name: row for path in _files(args.output) for name, row in _read(path).items()}
-    table = {**{name: table[name] for name in ("about", *REFERENCES) if name in table}, **_read(output)}
+    others = {name: row for path in [*args.done, *_files(args.output)] for name, row in _read(path).items()}
+    table = {**{name: others[name] for name in ("about", *REFERENCES) if name in others}, **_read(output)}
     judge = _judge(subject, table, args)
     write(output, table)
     longest = 0.0
-    for cell in [] if args.references else _cells(args)[part - 1 :: parts]:
-        left = args.seconds - (time.perf_counter() - began)
-        if f"{cell.name} | {cell.last}" in {**others, **table}:
-            continue
-        if left < longest:
-            print(f"no time left for {cell.name}", flush=True)
-            break
-        started = time.perf_counter()
-        try:
-            table.update(_rows(subject, judge, cell, args))
-        except Exception:  # one that fails leaves the others their time
-            print(f"FAILED {cell.name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
-        write(output, table)
-        longest = max(longest, time.perf_counter() - started)
+    for alike in [] if args.references else together(_cells(args))[part - 1 :: parts]:
+        forgotten: Unlearned | None = None
+        for cell in alike:
+            if f"{cell.name} | {cell.last}" in {**others, **table}:
+                continue
+            if args.seconds - (time.perf_counter() - began) < longest:
+                print(f"no time left for {cell.name}", flush=True)
+                break
+            started = time.perf_counter()
+            try:
+                forgotten = forgotten or forget(subject, cell.forgetting, damage=judge.damage)
+                table.update(_rows(judge, cell, repaired(subject, cell, forgotten), args))
+            except Exception:  # one that fails leaves the others their time
+                print(f"FAILED {cell.name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                break
+            write(output, table)
+            longest = max(longest, time.perf_counter() - started)
     if parts == 1:
         print("\n".join(lines(table)))
 
 
-def _rows(subject: Subject, judge: Judge, cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """Run a cell and measure it at its moments, a row each; and what was seen on its way."""
+def _rows(judge: Judge, cell: Cell, done: Unlearned, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a run at its moments, a row each; and what was seen on its way."""
     size = sum(parameter.numel() for parameter in judge.original.parameters())
-    done = run(subject, cell, damage=judge.damage)
     seen: dict[int, dict[str, Any]] = {}
     found: dict[str, Any] = {}
     moments = sorted(done.steps.items(), key=lambda each: each[0] != cell.last)  # the last first, which is attacked
@@ -102,18 +103,19 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     """The declared lists that are asked for, or the product of the options."""
     if args.smoke:
         return _smoke()
-    named = {"goals": goals, "grid": grid}
+    named = {"ahead": ahead, "goals": goals, "grid": grid}
     if args.cells:
         found = [cell for name in args.cells for cell in named[name]()]
         if args.only:
-            found = [replace(cell, seed=seed) for cell in found if args.only in cell.name for seed in args.seeds]
+            chosen = [cell for cell in found if any(each in cell.name for each in args.only)]
+            found = [replace(cell, seed=seed) for seed in args.seeds for cell in chosen]
         return list(dict.fromkeys(found))
     every = itertools.product(args.carriers, args.objectives, args.retain, args.seeds)
     dials = tuple(args.kl)
     return [
         Cell(
             objective, carrier, retain, seed, args.hold, args.weight, steps=args.steps, repair=args.repair,
-            kl=dials if carrier in (NATURAL, NATURAL_99) else (),
+            kl=dials if "natural" in carrier else (),
         )
         for carrier, objective, retain, seed in every
     ]  # fmt: skip
@@ -126,9 +128,14 @@ def _smoke() -> list[Cell]:
         Cell("WGA", ALL, "both", neutral_weight=10.0, **few),
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5, 0.1), **few),
         Cell("WGA", ADAMW_99, "answers", repair_retain="both", **few),
+        Cell("WGA", ADAMW_99, "answers", repair_hold="KL", repair_rate=1e-4, **few),
         Cell("unseen answers", NATURAL, "neutral", **few),
         Cell("NPO 0.03", ALL, "answers", steps=2),
-        Cell("uniform", "LoRA, rank 8", "answers", steps=2),
+        Cell("uniform", LORA_8, "answers", steps=2),
+        Cell("WGA", NATURAL_99, "own and neutral", hold="KL", weight=1.0, kl=(0.5,), **few),
+        Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), attackers=2, kept_at_once=7, **few),
+        Cell("unseen answers", ALL, "both", steps=2, attackers=1),
+        Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), skip=2, without_shared=True, steps=2),
         *(Cell(objective, ADAMW_99, "neutral", steps=1) for objective in OBJECTIVES),
     ]
 
@@ -137,6 +144,7 @@ def _few(subject: Subject) -> Subject:
     return replace(
         subject, forget=subject.forget[:6], retain=subject.retain[:12], neutral=subject.neutral[:4],
         more_neutral=subject.more_neutral[:12], utility={name: rows[:2] for name, rows in subject.utility.items()},
+        own_answers=40,
     )  # fmt: skip
 
 
@@ -207,11 +215,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
     usual = f"benchmarks/results/tofu{'_gpu' if DEVICE.type == 'cuda' else ''}.json"
     parser.add_argument("--output", type=Path, default=Path(usual))
-    parser.add_argument("--cells", nargs="+", choices=["goals", "grid"], help="lists of cells.py, not a product")
-    parser.add_argument("--only", help="of these lists, cells whose name has this in it, for each of `--seeds`")
+    parser.add_argument(
+        "--cells", nargs="+", choices=["ahead", "goals", "grid"], help="lists of cells.py, not a product"
+    )
+    parser.add_argument(
+        "--only", nargs="+", help="of these lists, cells with one of these in their name, `--seeds` each"
+    )
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="tables, of which no row is run again")
     parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=[*CARRIERS, *MORE_CARRIERS])
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(RETAIN))
+    parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=[*RETAIN, *MORE_RETAIN])
     parser.add_argument("--hold", choices=["KL", "CE"], help="on retain answers, by default the objective's")
     parser.add_argument("--weight", type=float, help="of what is held, by default the objective's")
     parser.add_argument("--kl", nargs="*", type=float, default=[], help="how far a natural step may go, one by one")

@@ -34,6 +34,7 @@ class Subject:
         utility: The sets of model utility by name.
         neutral: Texts that no model was trained on, for measuring.
         more_neutral: Others of them, which retain-free runs may hold on to.
+        own_answers: How many answers of the model itself these may make.
     """
 
     original: Path
@@ -43,6 +44,7 @@ class Subject:
     utility: dict[str, list[dict[str, Any]]] = field(repr=False)
     neutral: list[str] = field(repr=False)
     more_neutral: list[str] = field(repr=False)
+    own_answers: int = 4_000
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from semu_peft.arguments import check_count
+from semu_peft.arguments import check_count, check_kind, check_positive
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import IGNORED, token_runs
 
@@ -26,11 +27,14 @@ def own_samples(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     without: TextExamples | None = None,
+    prompts: Sequence[str] = (),
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> TextExamples:
     """Sample texts from a model, from its beginning token on, with labels on each token that it chose.
 
-    Held close to the original on them, a model keeps what it says of its own accord; no data are needed.
+    Held close to the original on them, a model keeps what it says of its own accord; no data are needed. A model that
+    was trained on answers alone says little of them by itself: ask it, by `prompts`.
 
     Args:
         model: A decoder of transformers, bare or with adapters.
@@ -40,6 +44,8 @@ def own_samples(
         batch_size: Texts at a time.
         without: What is to be forgotten. Texts that say six tokens in a row of one of its answers, or all of a shorter
             one, are left out: held, they would keep it. There may then be fewer than `number`.
+        prompts: What the texts begin with instead, in turn, written as the model was trained, with the beginning token.
+        temperature: Of the samples; below 1 a model says what it is surer of.
         seed: Seed of the samples. The global random state stays as it is.
 
     Returns:
@@ -47,24 +53,27 @@ def own_samples(
 
     Raises:
         TypeError: The model cannot generate.
-        ValueError: The tokenizer has no token to begin with, or the model says nothing but what is to be left out.
+        ValueError: The tokenizer has no token to begin with, a prompt is empty, a number is out of its range, or the
+            model says nothing but what is to be left out.
 
     Examples:
         >>> from semu_peft.language import own_samples
         >>> samples = own_samples(decoder, tokenizer, number=3, max_new_tokens=5)
         >>> len(samples), samples[0]["labels"][0]
         (3, -100)
+        >>> own_samples(decoder, tokenizer, number=2, prompts=["What colour?"], max_new_tokens=1)[0]["labels"][:-1]
+        [-100, -100, -100]
     """
     for name, count in (("number", number), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         check_count(name, count)
+    check_positive("temperature", temperature)
     if not hasattr(model, "generate"):
         raise TypeError(f"`model` must generate text, got {type(model).__name__}. Give `neutral` texts instead.")
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise ValueError("`tokenizer` must have a BOS or an EOS token to begin with. Give `neutral` texts instead.")
+    begins = _begins(tokenizer, prompts)
+    pad = begins[0][0]
     device, generate = device_of(model), cast(Any, model.generate)
     devices = [device] if device.type == "cuda" else []
-    rows: list[list[int]] = []
+    rows: list[dict[str, list[int]]] = []
     forgotten = [] if without is None else without.rows
     banned = {run for row in forgotten for run in token_runs(_answer(row, tokenizer.eos_token_id), _RUN)}
     lengths = {len(run) for run in banned}
@@ -72,26 +81,49 @@ def own_samples(
     with eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         while len(rows) < number and drawn < _MOST_DRAWS * number:
-            begun = torch.full((min(batch_size, number - len(rows)), 1), start, device=device)
-            drawn += len(begun)
+            size = min(batch_size, number - len(rows))
+            begun = [begins[place % len(begins)] for place in range(drawn, drawn + size)]
+            drawn += size
+            longest = max(map(len, begun))
+            ids = [[pad] * (longest - len(each)) + each for each in begun]
+            mask = [[0] * (longest - len(each)) + [1] * len(each) for each in begun]
             texts = generate(
-                input_ids=begun, attention_mask=torch.ones_like(begun), do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=start, eos_token_id=tokenizer.eos_token_id,
+                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+                do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+                pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-            for text in (_until_end(text, tokenizer.eos_token_id) for text in texts.tolist()):
-                if banned.isdisjoint(run for length in lengths for run in token_runs(text, length)):
-                    rows.append(text)
+            for begin, text in zip(begun, texts.tolist(), strict=True):
+                said = _until_end(text[longest:], tokenizer.eos_token_id)
+                if banned.isdisjoint(run for length in lengths for run in token_runs(said, length)):
+                    rows.append({"input_ids": [*begin, *said], "labels": [IGNORED] * len(begin) + said})
     if not rows:
         raise ValueError(
             f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
             "own. Give `retain` or `neutral` texts."
         )
-    return TextExamples([{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in rows], [], tokenizer)
+    return TextExamples(rows, [], tokenizer)
 
 
-def _until_end(text: list[int], end: int | None) -> list[int]:
+def _begins(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """What texts begin with, in tokens."""
+    if not prompts:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise ValueError("`tokenizer` must have a BOS or an EOS token to begin with. Give `neutral` texts instead.")
+        return [[start]]
+    check_kind("prompts", prompts, (list, tuple), "a list of texts", "Write ['Question: What colour?'].")
+    begins = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    if not all(begins):
+        raise ValueError(
+            f"`prompts` must have a token each, got {prompts[begins.index([])]!r}. Leave `prompts` out to begin with "
+            "nothing."
+        )
+    return begins
+
+
+def _until_end(said: list[int], end: int | None) -> list[int]:
     """Without what was generated after the end of the text, for the sake of longer ones beside it."""
-    return text[: text.index(end, 1) + 1] if end in text[1:] else text
+    return said[: said.index(end) + 1] if end in said else said
 
 
 def _answer(row: dict[str, Any], end: int | None) -> list[int]:

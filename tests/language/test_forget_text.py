@@ -206,6 +206,24 @@ def test_own_samples() -> None:
         assert 2 <= len(row["input_ids"]) <= 8 and 2 not in row["input_ids"][:-1]
 
 
+def test_own_samples_answer_prompts() -> None:
+    """Each prompt in turn, its tokens without labels; a longer one beside it changes nothing of what is said."""
+    model, prompts = decoder(), ["a", "b c d"]
+    begins = [tokenizer()(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    rows = own_samples(model, tokenizer(), number=4, max_new_tokens=5, prompts=prompts, temperature=1e-5).rows
+    for at, row in enumerate(rows):
+        begin = begins[at % 2]
+        assert row["input_ids"][: len(begin)] == begin and len(begin) < len(row["input_ids"]) <= len(begin) + 5
+        assert row["labels"] == [-100] * len(begin) + row["input_ids"][len(begin) :]
+    assert rows[:2] == rows[2:]  # nearly greedy
+    alone = own_samples(model, tokenizer(), number=1, max_new_tokens=5, prompts=prompts[:1], temperature=1e-5)
+    assert alone.rows == rows[:1]
+    with pytest.raises(ValueError, match="`prompts` must have a token each, got ''"):
+        own_samples(model, tokenizer(), prompts=["a", ""])
+    with pytest.raises(ValueError, match="`temperature` must be a finite number above 0, got 0"):
+        own_samples(model, tokenizer(), temperature=0)
+
+
 def test_own_samples_say_nothing_of_what_is_to_be_forgotten() -> None:
     """Held, they would keep it: a model that knows few facts recites them when it is asked for nothing."""
     model, some = decoder(), {"number": 20, "max_new_tokens": 7}

@@ -23,8 +23,9 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_no_two_cells_write_the_same_row(cells: ModuleType) -> None:
-    declared = cells.goals()
+@pytest.mark.parametrize("name", ["ahead", "goals"])
+def test_no_two_cells_write_the_same_row(cells: ModuleType, name: str) -> None:
+    declared = getattr(cells, name)()
     assert len(declared) == len(set(declared)) == len({(cell.name, cell.last) for cell in declared})
 
 
@@ -36,3 +37,17 @@ def test_a_name_tells_what_differs_from_the_default(cells: ModuleType) -> None:
     said = "answers, held by KL, weight 0.5, steps of 0.5 then 0.1, repair of 40"
     assert dialled.name == f"WGA | all weights | {said} | seed 2"
     assert dialled.last == "repaired"
+
+
+def test_a_name_tells_how_it_was_held_and_what_was_left_out(cells: ModuleType) -> None:
+    cell = cells.Cell("WGA", cells.NATURAL_99, "own", kept_at_once=9, attackers=2, skip=8, without_shared=True)
+    assert cell.name == f"WGA | {cells.NATURAL_99} | own, 9 at once, 2 attackers, first 8 skipped, CIR | seed 0"
+
+
+def test_cells_that_forget_alike_are_run_together(cells: ModuleType) -> None:
+    plain = cells.Cell("WGA", cells.ALL)
+    repairs = [replace(plain, repair=60), replace(plain, repair=60, repair_rate=1e-3, repair_hold="KL")]
+    other = replace(plain, seed=1)
+    assert {each.forgetting for each in [plain, *repairs]} == {plain}
+    assert cells.together([plain, *repairs, other]) == [[plain, *repairs], [other]]
+    assert cells.together([plain, *repairs, other], most=2) == [[plain, repairs[0]], [repairs[1]], [other]]
