@@ -243,7 +243,9 @@ def choices() -> list[Method]:
         weight: float = 4.0, natural: dict[str, Any] | None = None, keep: type[Objective] = KLToOriginal, **changed: Any
     ) -> Method:
         settings = {"explained_variance": 0.99, "batch_size": BATCH_SIZE, **changed}
-        said = ", ".join(f"{key} {value}" for key, value in {**changed, **(natural or {})}.items())
+        shown = {"layers": "of the last stage"} if "target_modules" in changed else {}
+        shown |= {key: value for key, value in {**changed, **(natural or {})}.items() if key != "target_modules"}
+        said = ", ".join(f"{key} {value}" for key, value in shown.items())
         run = semu(best_objective, retain=weight, keep=keep, natural=NaturalGradient(**(natural or {})), **settings)
         data = f"{keep.__name__} × {weight:g}" if weight else "no retain data"
         return Method(f"SEMU, {data}{', ' if said else ''}{said}", run)
@@ -253,20 +255,21 @@ def choices() -> list[Method]:
         data = f"KLToOriginal × {weight:g}" if weight else "no retain data"
         return Method(f"SEMU, {data}, AdamW {rate}, {epochs} epochs", run, rate, epochs)
 
-    fine, finest, small = {"tolerance": 0.002}, {"tolerance": 0.0005}, {"tolerance": 0.002, "kl": 0.02}
-    last = {"target_modules": LAST_STAGE, "explained_variance": 0.999}
+    # The start is some hundredths of a nat from the end, and batches differ by more than a step gains.
+    patient = {"tolerance": 0.002, "patience": 16}
+    wide, large = {"explained_variance": 0.999}, {"batch_size": 1024}
+    last = {"target_modules": LAST_STAGE, **wide}
     with_and_without = [
-        (kept(), kept(0.0)),
-        (kept(natural=fine), kept(0.0, fine)),
-        (kept(natural=fine, explained_variance=0.999), kept(0.0, fine, explained_variance=0.999)),
-        (kept(1.0, fine), kept(0.0, fine, batch_size=1024)),
-        (kept(natural=fine, batch_size=1024), kept(0.0, small)),
+        (kept(1.0, patient), kept(0.0, patient)),
+        (kept(4.0, patient), kept(0.0, patient, **wide)),
+        (kept(1.0, patient, **wide), kept(0.0)),
+        (kept(1.0, patient, **large), kept(0.0, patient, **large)),
+        (kept(4.0), kept(0.0, patient, **wide, **large)),
         (by_adamw(4.0, 1e-2, 20), by_adamw(0.0, 1e-2, 20)),
-        (kept(10.0, fine), kept(0.0, fine, **last)),
-        (kept(natural=fine, **last), kept(0.0, finest, max_steps=600)),
-        (kept(natural=finest, max_steps=600), kept(0.0, {**fine, "max_retain_kl": 0.1})),
-        (kept(natural=small), kept(0.0, small, explained_variance=0.999, batch_size=1024)),
-        (kept(keep=CrossEntropy), kept(0.0, finest, explained_variance=0.9999, max_steps=600)),
+        (kept(1.0, patient, **wide, **large), kept(0.0, {**patient, "kl": 0.02})),
+        (kept(1.0, patient, **last), kept(0.0, patient, **last)),
+        (kept(0.25, patient, CrossEntropy), kept(0.0, {**patient, "max_retain_kl": 0.1})),
+        (kept(4.0, keep=CrossEntropy), kept(0.0, {"tolerance": 0.002})),
     ]
     return [method for pair in with_and_without for method in pair]
 
