@@ -6,7 +6,7 @@ import multiprocessing
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Made(NamedTuple):
 
 
 def side_by_side(
-    make: Callable[[Any], Any], tasks: Sequence[Any], workers: int, seconds: float | None = None
+    make: Callable[[Any], Any], tasks: Iterable[Any], workers: int, seconds: float | None = None
 ) -> Iterator[Made]:
     """Give each row when it is made; they are begun in the order of `tasks`, and none that has no time left.
 
@@ -38,33 +38,37 @@ def side_by_side(
 
     Args:
         make: A function of a module, `task -> row`.
-        tasks: What it is called with; they go to other processes, so they are plain.
+        tasks: What it is called with; they go to other processes, so they are plain. One at a time is asked for, when a
+            process is free: where the next ones depend on rows that are still being made, None stands for to wait.
         workers: How many processes; with 1 it is this one.
         seconds: Begin nothing that, by the longest of the last rows, would not be done within so many seconds from now.
     """
-    started, left = time.perf_counter(), list(tasks)
+    started, following = time.perf_counter(), iter(tasks)
     lasted: deque[float] = deque(maxlen=2 * workers)  # the first rows read the data as well
 
-    def has_time() -> bool:
-        return seconds is None or time.perf_counter() - started + MARGIN * max(lasted, default=0.0) < seconds
+    def next_task() -> Any:
+        spent = time.perf_counter() - started
+        has_time = seconds is None or spent + MARGIN * max(lasted, default=0.0) < seconds
+        return next(following, None) if has_time else None
 
     if workers == 1:
-        while left and has_time():
-            made = _made(make, left.pop(0))
+        while (task := next_task()) is not None:
+            made = _made(make, task)
             lasted.append(made.seconds)
             yield made
         return
     running: dict[Future[Made], Any] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        while running or (left and has_time()):
-            while left and len(running) < workers and has_time():
-                task = left.pop(0)
+        is_broken = False
+        while True:
+            while not is_broken and len(running) < workers and (task := next_task()) is not None:
                 running[pool.submit(_made, make, task)] = task
+            if not running:
+                return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 error = future.exception()  # of the process: those of a row are caught where they come
-                if error is not None:
-                    left.clear()
+                is_broken = is_broken or error is not None
                 made = future.result() if error is None else Made(task, None, repr(error), 0.0)
                 lasted.append(made.seconds)
                 yield made

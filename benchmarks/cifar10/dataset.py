@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,12 @@ MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
 
+@lru_cache(maxsize=2)
 def load_cifar10(folder: Path, split: str, device: torch.device | str = "cpu") -> TensorDataset:
-    """Read `folder/{split}.parquet` (columns `image.bytes`, `label`) as normalised `(N, 3, 32, 32)` float32 images."""
+    """Read `folder/{split}.parquet` (columns `image.bytes`, `label`) as normalised `(N, 3, 32, 32)` float32 images.
+
+    They are decoded once a process.
+    """
     path = folder / f"{split}.parquet"
     if not path.is_file():
         raise SystemExit(f"--data: {path} not found; expected CIFAR-10 as train.parquet and test.parquet in {folder}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import DEVICE
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
 from semu_peft.evaluation.drift import token_kl
@@ -42,50 +42,49 @@ class Case:
         return list(zip(*(part[order].split(size) for part in dataset.tensors), strict=True))
 
     @cached_property
-    def judged_gold(self) -> ForgettingMetrics:
-        """The retrained model's metrics: every row is held against them."""
-        return judged(self.gold, self)[0]
-
-    @cached_property
     def retain_outputs(self) -> Tensor:
         """The original's, on the retain images that a model is judged on."""
         with torch.no_grad():
             return self.original.eval()(shown(self.retain).tensors[0])
 
 
-def digits_cases(classes: list[int], seeds: list[int]) -> Iterator[Case]:
+@lru_cache
+def digits_case(index: int, seed: int) -> Case:
     """An MLP of scikit-learn's digits, trained on the spot; a quarter of the images nobody trains on."""
+    data, build, train, original = _digits(seed)
+    is_forgotten = data.labels == index
+    keep = data.train[~is_forgotten[data.train]]
+    parts = {
+        "forget": data.train[is_forgotten[data.train]], "retain": keep,
+        "test": data.test[~is_forgotten[data.test]], "test_forgotten": data.test[is_forgotten[data.test]],
+    }  # fmt: skip
+    sets = {name: TensorDataset(data.inputs[chosen], data.labels[chosen]) for name, chosen in parts.items()}
+    gold = train(build, data, keep, seed)
+    return Case(f"digit {index}, seed {seed}", index, seed, original, gold, **sets, targets="all-linear")
+
+
+@lru_cache
+def _digits(seed: int) -> tuple[Any, Any, Any, nn.Module]:
+    """The data, what makes and trains a model, and the original."""
     sys.path.insert(0, str(HERE.parent / "requests"))
     from subjects import digits, mlp, split, train
 
-    for seed in seeds:
-        data = split(*digits(), seed, 0.25)
-        build = partial(mlp, 64, 10)
-        original = train(build, data, data.train, seed)
-        for index in classes:
-            is_forgotten = data.labels == index
-            keep = data.train[~is_forgotten[data.train]]
-            parts = {
-                "forget": data.train[is_forgotten[data.train]], "retain": keep,
-                "test": data.test[~is_forgotten[data.test]], "test_forgotten": data.test[is_forgotten[data.test]],
-            }  # fmt: skip
-            sets = {name: TensorDataset(data.inputs[chosen], data.labels[chosen]) for name, chosen in parts.items()}
-            gold = train(build, data, keep, seed)
-            yield Case(f"digit {index}, seed {seed}", index, seed, original, gold, **sets, targets="all-linear")
+    data, build = split(*digits(), seed, 0.25), partial(mlp, 64, 10)
+    return data, build, train, train(build, data, data.train, seed)
 
 
-def cifar10_cases(data: Path, cache: Path, classes: list[int], seeds: list[int]) -> Iterator[Case]:
-    """A ResNet of CIFAR-10 and the models of `benchmarks/cifar10`, trained on the first run."""
+@lru_cache
+def cifar10_case(data: Path, cache: Path, index: int, seed: int) -> Case:
+    """A ResNet of CIFAR-10 and the models of `benchmarks/cifar10`, trained on the first run; on a GPU where one is."""
     sys.path.insert(0, str(HERE.parent / "cifar10"))
     from methods import TARGET_MODULES
     from tasks import class_tasks
 
-    for seed in seeds:
-        for index, task in zip(classes, class_tasks(data, cache, classes, seed), strict=True):
-            yield Case(
-                task.name, index, seed, task.original, task.gold, task.forget, task.retain, task.test,
-                task.test_forgotten, TARGET_MODULES,
-            )  # fmt: skip
+    (task,) = class_tasks(data, cache, [index], seed, device=DEVICE)
+    return Case(
+        task.name, index, seed, task.original, task.gold, task.forget, task.retain, task.test, task.test_forgotten,
+        TARGET_MODULES,
+    )  # fmt: skip
 
 
 def shown(dataset: TensorDataset) -> TensorDataset:
@@ -96,8 +95,8 @@ def shown(dataset: TensorDataset) -> TensorDataset:
 def judged(model: nn.Module, case: Case, **cost: Any) -> tuple[ForgettingMetrics, float]:
     """The four metrics, and `KL(original ‖ now)` in nats an image of the retain data."""
 
-    def loader(dataset: TensorDataset) -> DataLoader[Any]:
-        return DataLoader(shown(dataset), 1000)
+    def loader(dataset: TensorDataset) -> list[Any]:
+        return list(zip(*(part.split(1000) for part in shown(dataset).tensors), strict=True))
 
     metrics = evaluate_forgetting(
         model, loader(case.forget), loader(case.retain), loader(case.test),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ def mean(by_case: dict[str, dict[str, Any]], *keys: str) -> float | None:
         if value is None:
             return None
         values.append(float(value))
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else None
+
+
+def gap(found: Mapping[str, Any], gold: Mapping[str, Any], names: Collection[str]) -> float:
+    """Mean absolute difference to the retrained model, in points."""
+    return sum(abs(found[name] - gold[name]) for name in names) / len(names)
 
 
 def plain(value: Any) -> Any:

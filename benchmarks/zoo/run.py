@@ -1,7 +1,7 @@
 """All methods under one protocol, as one table sorted by result.
 
     OMP_NUM_THREADS=1 python benchmarks/zoo/run.py                       # scikit-learn's digits, a few minutes
-    python benchmarks/zoo/run.py --data DIR --models runs/cifar10        # CIFAR-10
+    python benchmarks/zoo/run.py --data DIR --models runs/cifar10        # CIFAR-10: hours, or minutes of a GPU
     python benchmarks/zoo/run.py --text --models DIR --data DIR --neutral FILE    # language: text.py, two hours
 
 Each method's settings are chosen on one case (class 0, seed 0) by the average gap to the model retrained without the
@@ -9,17 +9,19 @@ class, over UA, RA, TA and MIA, and reported on two other classes with three see
 at an equal budget of damage: the change dialled down, `W + s ΔW`, until `KL(original ‖ now)` on retain data is 0.01.
 Edits take their statistics of 80 batches at most.
 
-Each row is written when it is done; `--resume` leaves the rows that the result file has.
+Each run is written when it is done, and the rows that are whole come into the table; `--resume` makes those that the
+result file lacks. On a GPU, which one process with networks as small as these leaves idle, take several (`--workers`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +30,80 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "tofu"))
 
 import attack_columns
-from protocol import Case, accuracy, cifar10_cases, damage, digits_cases, judged
-from results import mean, write
+from machine import about, clock
+from protocol import Case, accuracy, cifar10_case, damage, digits_case, judged
+from results import gap, mean, write
 from rows import Outcome, Row, blended, rows, share_within
+from schedule import GOLD, NOTHING, Plan, Run, complete, told, whole
 
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
 CHOSEN_ON, BUDGET = 0, 0.01
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every process has to know.
+
+    Attributes:
+        data: Folder of CIFAR-10; None for digits.
+        models: Folder of its trained models.
+        attacks: Whether models are attacked.
+    """
+
+    data: Path | None
+    models: Path
+    attacks: bool
+
+    def case(self, key: tuple[int, int]) -> Case:
+        """Of a class and a seed; kept for the next run."""
+        return digits_case(*key) if self.data is None else cifar10_case(self.data, self.models, *key)
+
+    def name(self, index: int, seed: int) -> str:
+        return f"{'digit' if self.data is None else 'class'} {index}, seed {seed}"
+
+
+def made(asked: Asked, run: Run) -> dict[str, Any]:
+    """A run of the table."""
+    torch.set_num_threads(1)
+    case = asked.case(run.key)
+    if run.row is None:
+        return references(case, asked.attacks)
+    row = next(row for row in rows() if row.name == run.row)
+    assert run.gold is not None
+    return measured(row, case, run.settings, run.gold, full=run.full, attacks=asked.attacks and run.full)
 
 
 def attacked(model: Any, case: Case) -> dict[str, Any]:
     return attack_columns.attacked(model, case.forget, case.retain, case.test_forgotten, case.test, case.seed)
 
 
-def measured(row: Row, case: Case, settings: Any, *, full: bool, attacks: bool = False) -> dict[str, Any]:
+def measured(
+    row: Row, case: Case, settings: Any, gold: Mapping[str, Any], *, full: bool, attacks: bool = False
+) -> dict[str, Any]:
     """One run: the metrics, the gap and the damage; in full with the same at the budget and what attacks bring back."""
-    started = time.perf_counter()
+    started = clock()
     try:
         outcome = row.run(case, settings)
     except ValueError as error:  # a method that finds nothing to do says so
         return {"failed": str(error), "gap": float("inf")}
-    seconds = time.perf_counter() - started
-    metrics, kl = judged(outcome.model, case, trainable_parameters=outcome.trained, seconds=seconds)
+    seconds = clock() - started
+    found = told_of(outcome.model, case)
     return {
-        **{name: getattr(metrics, name) for name in METRICS},
-        "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
-        "gap": metrics.average_gap(case.judged_gold), "kl": kl, "seconds": seconds, "trained": outcome.trained,
+        **found, "gap": gap(found, gold, METRICS), "seconds": seconds, "trained": outcome.trained,
         "shipped": outcome.shipped,
-        **({"at_budget": at_budget(case, outcome, kl)} if full else {}),
+        **({"at_budget": at_budget(case, outcome, found["kl"])} if full else {}),
         **({"attacks": attacked(outcome.model, case)} if attacks else {}),
     }  # fmt: skip
+
+
+def told_of(model: Any, case: Case) -> dict[str, Any]:
+    """The metrics and the damage."""
+    metrics, kl = judged(model, case)
+    names = (*METRICS, "forgotten_test_accuracy")
+    return {**{name: getattr(metrics, name) for name in names}, "kl": kl}
 
 
 def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
@@ -74,22 +119,15 @@ def at_budget(case: Case, outcome: Outcome, kl: float) -> dict[str, float]:
 
 def references(case: Case, attacks: bool = False) -> dict[str, dict[str, Any]]:
     """What every table needs: the retrained model, and doing nothing."""
-    found = {}
-    for name, model in (("retrained (gold)", case.gold), ("original (do nothing)", case.original)):
-        metrics, kl = judged(model, case)
-        found[name] = {
-            **{key: getattr(metrics, key) for key in METRICS},
-            "forgotten_test_accuracy": metrics.forgotten_test_accuracy,
-            "gap": metrics.average_gap(case.judged_gold), "kl": kl,
-            **({"attacks": attacked(model, case)} if attacks else {}),
-        }  # fmt: skip
-    return found
-
-
-def chosen_settings(row: Row, case: Case) -> tuple[Any, list[dict[str, Any]]]:
-    """The settings with the smallest gap on the case that is for choosing."""
-    tried = [{"settings": dict(settings), **measured(row, case, settings, full=False)} for settings in row.grid]
-    return min(tried, key=lambda each: each["gap"])["settings"], tried
+    models = {GOLD: case.gold, NOTHING: case.original}
+    found = {name: told_of(model, case) for name, model in models.items()}
+    return {
+        name: {
+            **each, "gap": gap(each, found[GOLD], METRICS),
+            **({"attacks": attacked(models[name], case)} if attacks else {}),
+        }
+        for name, each in found.items()
+    }  # fmt: skip
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -118,26 +156,6 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def compared(
-    results: dict[str, Any], tuning: Case, cases: list[Case], only: str | None, attacks: bool, done: Callable[[], None]
-) -> None:
-    """Run the rows that are not in the results yet; `done` is called after each."""
-    for case in cases:
-        if case.name in results.get("original (do nothing)", {"cases": {}})["cases"]:
-            continue
-        for name, found in references(case, attacks).items():
-            results.setdefault(name, {"cases": {}})["cases"][case.name] = found
-        done()
-    for row in rows():
-        if row.name in results or (only and only not in row.name):
-            continue
-        settings, tried = chosen_settings(row, tuning)
-        by_case = {case.name: measured(row, case, settings, full=True, attacks=attacks) for case in cases}
-        results[row.name] = {"settings": settings, "tried": tried, "cases": by_case}
-        print(f"{row.name}: {settings}, gap {mean(by_case, 'gap')}", file=sys.stderr, flush=True)
-        done()
-
-
 def attack_table(results: dict[str, Any]) -> str:
     """Of the rows that were attacked."""
     found = {
@@ -150,7 +168,6 @@ def attack_table(results: dict[str, Any]) -> str:
 def text() -> None:
     """The table for language models: the rest of the arguments are those of `text.py`."""
     sys.argv.remove("--text")
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tofu"))
     import text
 
     text.main()
@@ -167,41 +184,44 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     parser.add_argument("--attacks", action="store_true", help="a second table: what attacks bring back")
-    parser.add_argument("--only", help="only the methods whose name contains this; without --resume no file")
+    parser.add_argument("--only", nargs="+", help="methods whose title has one of these; without --resume no file")
+    parser.add_argument("--first", nargs="+", default=[], help="begin with those whose title begins so")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, some 5 GB of a GPU each")
+    parser.add_argument("--seconds", type=float, help="begin no run that would not be done by then")
     parser.add_argument("--resume", action="store_true", help="complete the result file")
     arguments = parser.parse_args()
-    started, used = time.perf_counter(), time.process_time()
-
-    def cases(classes: list[int], seeds: list[int]) -> list[Case]:
-        if arguments.data is None:
-            return list(digits_cases(classes, seeds))
-        return list(cifar10_cases(arguments.data, arguments.models, classes, seeds))
-
-    (tuning,) = cases([CHOSEN_ON], arguments.seeds[:1])
-    asked = {
+    started = time.perf_counter()
+    asked = Asked(arguments.data, arguments.models, arguments.attacks)
+    tuning = asked.name(CHOSEN_ON, arguments.seeds[0])
+    reported = {asked.name(index, seed): (index, seed) for seed in arguments.seeds for index in arguments.classes}
+    wanted = [row for row in rows() if not arguments.only or any(each in row.name for each in arguments.only)]
+    wanted.sort(key=lambda row: [not row.name.startswith(each) for each in arguments.first])
+    plan = Plan(wanted, tuning, {tuning: (CHOSEN_ON, arguments.seeds[0]), **reported})
+    what = {
         "data": "digits" if arguments.data is None else "cifar10",
-        "classes": arguments.classes, "seeds": arguments.seeds, "chosen on": tuning.name, "budget": BUDGET,
+        "classes": arguments.classes, "seeds": arguments.seeds, "chosen on": tuning, "budget": BUDGET,
+        **{key: value for key, value in about(arguments.workers).items() if key in ("machine", "seconds")},
     }  # fmt: skip
-    path = arguments.output / f"zoo_{asked['data']}.json"
-    document = begun(path, asked, resume=arguments.resume)
+    path = arguments.output / f"zoo_{what['data']}.json"
+    document = begun(path, what, resume=arguments.resume)
     keeps = arguments.resume or not arguments.only  # a few rows alone are not to take the place of a whole table
-    before = document.get("minutes", 0.0), document.get("processor minutes", 0.0)
+    before = document.get("minutes", 0.0)
 
     def done() -> None:
-        results = document["rows"]
-        document["minutes"] = before[0] + (time.perf_counter() - started) / 60
-        document["processor minutes"] = before[1] + (time.process_time() - used) / 60
-        document["table"] = table(results)
+        document["minutes"] = before + (time.perf_counter() - started) / 60
+        document["table"] = table(whole(document, plan))
         if arguments.attacks:
-            document["attack_table"] = attack_table(results)
+            document["attack_table"] = attack_table(whole(document, plan))
         if keeps:
             write(path, document)
 
-    reported = cases(arguments.classes, arguments.seeds)
-    compared(document["rows"], tuning, reported, arguments.only, arguments.attacks, done)
-    print("\n".join(table(document["rows"])))
+    complete(
+        document, plan, partial(made, asked), done=done, workers=arguments.workers, seconds=arguments.seconds
+    )  # fmt: skip
+    told(document, plan)
+    print("\n".join(table(whole(document, plan))))
     if arguments.attacks:
-        print(attack_table(document["rows"]))
+        print(attack_table(whole(document, plan)))
     if keeps:
         print(f"Written to {path}")
 
@@ -212,12 +232,14 @@ def begun(path: Path, asked: dict[str, Any], *, resume: bool) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_text())
         if all(document.get(name) == value for name, value in asked.items()):
             return document
-        raise SystemExit(f"{path} was made with other classes, seeds or data than {asked}. Give another `--output`.")
+        raise SystemExit(
+            f"{path} was made with other classes, seeds, data or machine than {asked}. Give another `--output`."
+        )
     return {
-        **asked, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        **asked,
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "rows": {},
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import sys
-import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import mean, write
+from accelerate.utils import send_to_device
+from machine import DEVICE, about, clock
+from results import gap, mean, write
 from rows import Outcome, Row, blended, merged_weights, share_within
+from schedule import GOLD, NOTHING, Plan, Run, complete, told, whole
 from subjects import Subject, evenly, load, read_subject
 from text_rows import BUDGET, LEFT_OUT, TextCase, text_rows
 from torch import nn
@@ -38,6 +39,7 @@ from semu_peft.objectives.batches import call_model
 
 PER_AUTHOR, AUTHORS = 20, 5  # questions of forget05 about one author, authors of a case
 SHOWN = 50  # retain answers, and questions of each set of facts, that a model is judged by
+SECONDS = "GPU seconds" if DEVICE.type == "cuda" else "seconds"  # which are not to be averaged with one another
 METRICS = {"forget": "P(forget)", "retain": "P(retain)", "facts": "P(facts)", "membership": "AUC"}
 
 
@@ -70,35 +72,32 @@ def retain_kl(model: nn.Module, case: TextCase) -> float:
     """`KL(original ‖ now)` in nats a token of retain answers."""
     found = []
     with eval_mode(model), eval_mode(case.original):
-        for batch in case.subject.examples(case.subject.retain[:SHOWN]).loader(10, shuffle=False):
+        for given in case.subject.examples(case.subject.retain[:SHOWN]).loader(10, shuffle=False):
+            batch = send_to_device(given, DEVICE)
             before, after = (call_model(each, batch)[0] for each in (case.original, model))
             found.append(token_kl(before, after))
     return float(torch.cat(found).mean())
 
 
-def gap(found: dict[str, Any], gold: dict[str, Any]) -> float:
-    return sum(abs(found[name] - gold[name]) for name in METRICS) / len(METRICS)
-
-
-def measured(row: Row, case: TextCase, settings: Any, gold: dict[str, Any], *, full: bool) -> dict[str, Any]:
+def measured(row: Row, case: TextCase, settings: Any, gold: Mapping[str, Any], *, full: bool) -> dict[str, Any]:
     """One run: the metrics, the gap and the damage; in full with the forget quality, and the same at the budget."""
-    started = time.process_time()
+    started = clock()
     try:
         outcome: Outcome = row.run(case, settings)  # type: ignore[arg-type]
     except (ValueError, RuntimeError) as error:  # a method that finds nothing to do, or diverges, says so
         return {"failed": str(error).splitlines()[0], "gap": float("inf")}
-    seconds = time.process_time() - started
+    seconds = clock() - started
     found: dict[str, Any] = judged(outcome.model, case)
     if any(value != value for value in found.values()):
         return {"failed": "its weights are not finite", "gap": float("inf")}
-    found |= {"gap": gap(found, gold), "kl": retain_kl(outcome.model, case), "seconds": seconds}
+    found |= {"gap": gap(found, gold, METRICS), "kl": retain_kl(outcome.model, case), SECONDS: seconds}
     if full:
         found |= {"trained": outcome.trained, "shipped": outcome.shipped, "at_budget": at_budget(case, outcome)}
         found["forget_quality"] = quality(outcome.model, case, gold)
     return found
 
 
-def quality(model: nn.Module, case: TextCase, gold: dict[str, Any]) -> float:
+def quality(model: nn.Module, case: TextCase, gold: Mapping[str, Any]) -> float:
     beside = LanguageMetrics(truth_ratios=tuple(gold["truth_ratios"]))
     return float(case.subject.metrics(model, beside, metrics=["truth_ratio"]).forget_quality or 0.0)
 
@@ -129,45 +128,12 @@ def references(case: TextCase) -> dict[str, dict[str, Any]]:
     gold: dict[str, Any] = judged(case.gold, case)
     gold["truth_ratios"] = list(case.subject.metrics(case.gold, metrics=["truth_ratio"]).truth_ratios)
     nothing: dict[str, Any] = judged(case.original, case)
-    nothing |= {"gap": gap(nothing, gold), "kl": 0.0, "forget_quality": quality(case.original, case, gold)}
-    return {"retrained (gold)": gold | {"gap": 0.0, "kl": retain_kl(case.gold, case)}, "original (do nothing)": nothing}
-
-
-def completed(document: dict[str, Any], tuning: TextCase, cases: list[TextCase], only: str | None, path: Path) -> None:
-    """Run the rows that are not in the document yet, and write it after each."""
-    rows = document.setdefault("rows", {})
-    golds = document.setdefault("gold on the case to choose on", {})
-    if tuning.name not in golds:
-        golds[tuning.name] = judged(tuning.gold, tuning)
-    for case in cases:
-        if case.name not in rows.get("original (do nothing)", {"cases": {}})["cases"]:
-            for name, found in references(case).items():
-                rows.setdefault(name, {"cases": {}})["cases"][case.name] = found
-            write(path, document)
-    for row in text_rows():
-        if only and only not in row.name:
-            continue
-        entry = rows.get(row.name) or _chosen(row, tuning, golds[tuning.name])
-        for case in cases:
-            if case.name not in entry["cases"]:
-                gold = rows["retrained (gold)"]["cases"][case.name]
-                entry["cases"][case.name] = measured(row, case, entry["settings"], gold, full=True)
-                rows[row.name] = entry
-                document["table"] = table(rows)
-                write(path, document)
-        print(f"{row.name}: {entry['settings']}, gap {mean(entry['cases'], 'gap')}", file=sys.stderr, flush=True)
-
-
-def _chosen(row: Row, tuning: TextCase, gold: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the smallest gap on the case that is for choosing; where there is one only, that."""
-    if len(row.grid) == 1:
-        return {"settings": dict(row.grid[0]), "tried": [], "cases": {}}
-    tried = [{"settings": dict(each), **measured(row, tuning, each, gold, full=False)} for each in row.grid]
-    return {"settings": min(tried, key=lambda each: each["gap"])["settings"], "tried": tried, "cases": {}}
+    nothing |= {"gap": gap(nothing, gold, METRICS), "kl": 0.0, "forget_quality": quality(case.original, case, gold)}
+    return {GOLD: gold | {"gap": 0.0, "kl": retain_kl(case.gold, case)}, NOTHING: nothing}
 
 
 def table(rows: dict[str, Any]) -> list[str]:
-    """Means over the cases, the smallest gap first."""
+    """Means over the cases, the smallest gap first; of seconds over those that were run on a CPU."""
     heads = [
         *METRICS.values(),
         "average gap",
@@ -187,7 +153,8 @@ def table(rows: dict[str, Any]) -> list[str]:
         if failed[name]:
             lines.append(f"| {name} | fails: {failed[name][0]['failed']} |{' |' * (len(heads) - 1)}")
             continue
-        values = [mean(rows[name]["cases"], *key) for key in keys]
+        timed = {case: each for case, each in rows[name]["cases"].items() if "seconds" in each}
+        values = [mean(timed if key == ("seconds",) else rows[name]["cases"], *key) for key in keys]
         cells = ["–" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -196,22 +163,79 @@ def table(rows: dict[str, Any]) -> list[str]:
 # ---- the command ----
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What every process has to know.
+
+    Attributes:
+        models: Folder of the decoders.
+        data: Folder of TOFU's JSON lines.
+        neutral: File of neutral texts.
+        questions: Of each author's twenty.
+        steps: Of methods that train.
+    """
+
+    models: Path
+    data: Path
+    neutral: Path
+    questions: int
+    steps: int
+
+
+HALVES = ("authors 1 to 5", "authors 6 to 10")
+
+
+def made(asked: Asked, run: Run) -> dict[str, Any]:
+    """A run of the table."""
+    torch.set_num_threads(1)
+    case = kept(asked, *run.key)
+    if run.row is None:
+        return references(case)
+    row = next(row for row in text_rows() if row.name == run.row)
+    assert run.gold is not None
+    return measured(row, case, run.settings, run.gold, full=run.full)
+
+
+@lru_cache
+def kept(asked: Asked, half: int, seed: int) -> TextCase:
+    """The case, kept for the next run."""
+    subject, original, gold = _read(asked)
+    own = _subject(subject, half, asked.questions)
+    return TextCase(f"{HALVES[half]}, seed {seed}", own, original, gold, asked.steps, seed)
+
+
+@lru_cache
+def _read(asked: Asked) -> tuple[Subject, nn.Module, nn.Module]:
+    subject = read_subject(asked.models, asked.data, asked.neutral)
+    return subject, load(subject.original), load(subject.gold)
+
+
 def main() -> None:
     args = _arguments()
-    subject = read_subject(args.models, args.data, args.neutral)
-    tuning, other = (_subject(subject, half, args.questions) for half in (0, 1))
-    original, gold = load(subject.original), load(subject.gold)
-    choosing = TextCase("authors 1 to 5, seed 0", tuning, original, gold, args.steps)
-    cases = [TextCase(f"authors 6 to 10, seed {seed}", other, original, gold, args.steps, seed) for seed in args.seeds]
-    asked = {"questions": args.questions, "steps": args.steps}
-    document: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {"asked": asked}
-    if document["asked"] != asked:
-        raise SystemExit(f"{args.output} was made with {document['asked']}, got {asked}. Give another `--output`.")
-    document["machine"] = f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    document["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
+    asked = Asked(args.models, args.data, args.neutral, args.questions, args.steps)
+    keys = {
+        f"{HALVES[half]}, seed {seed}": (half, seed) for half, seed in [(0, 0), *((1, each) for each in args.seeds)]
+    }
+    wanted = [row for row in text_rows() if not args.only or args.only in row.name]
+    plan = Plan(wanted, f"{HALVES[0]}, seed 0", keys)
+    size = {"questions": args.questions, "steps": args.steps}
+    document: dict[str, Any] = (
+        json.loads(args.output.read_text()) if args.output.exists() else {"asked": size, "rows": {}}
+    )
+    if document["asked"] != size:
+        raise SystemExit(f"{args.output} was made with {document['asked']}, got {size}. Give another `--output`.")
+    told_by = about(args.workers)
+    document.setdefault("machines", {})[SECONDS] = f"{told_by['machine']}, {told_by['seconds']}"
+    document["versions"] = {key: told_by[key] for key in ("torch", "python")}
     document["left out"] = LEFT_OUT
-    completed(document, choosing, cases, args.only, args.output)
-    print("\n".join(table(document["rows"])))
+
+    def done() -> None:
+        document["table"] = table(whole(document, plan))
+        write(args.output, document)
+
+    complete(document, plan, partial(made, asked), done=done, workers=args.workers, seconds=args.seconds)
+    told(document, plan)
+    print("\n".join(table(whole(document, plan))))
 
 
 def _subject(subject: Subject, half: int, questions: int) -> Subject:
@@ -236,6 +260,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="of methods that train")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/zoo_text.json"))
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--seconds", type=float, help="begin no run that would not be done by then")
     parser.add_argument("--only", help="only the methods whose name contains this")
     return parser.parse_args()
 

@@ -23,6 +23,7 @@ from semu_peft.objectives import (
     UnseenConfidence,
     adversarial_examples,
 )
+from semu_peft.objectives.adversarial import is_pair
 from semu_peft.training.rules import Mask, gradients_of_parameters, top_fraction
 from semu_peft.training.unlearn import UnlearnResult
 
@@ -266,7 +267,9 @@ def amun(
 
     Args:
         model: A classifier, changed in place.
-        forget: The forget batches; inputs are floating-point numbers.
+        forget: The forget batches; inputs are floating-point numbers. Or pairs of them and their neighbours, as
+            [`adversarial_examples`][semu_peft.objectives.adversarial.adversarial_examples] makes them: found once, or
+            in larger batches than those that are learned.
         retain: Batches whose cross entropy is added.
         radius: Where the search for neighbours begins.
         progress: Show progress bars.
@@ -281,6 +284,8 @@ def amun(
         >>> methods.amun(model, forget, retain, max_steps=2, progress=False).steps
         2
     """
-    pairs = adversarial_examples(model, forget, radius=radius)
+    batches = list(forget)
+    is_found = bool(batches) and all(map(is_pair, batches))
+    pairs = batches if is_found else adversarial_examples(model, batches, radius=radius)
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, pairs, AdversarialUnlearning(), keep(retain, CrossEntropy()), **said)

@@ -216,8 +216,19 @@ def with_input(batch: Any, place: Any, inputs: Tensor, labels: Tensor) -> Any:
     return tuple(args)
 
 
+def is_pair(batch: Any) -> bool:
+    """Whether it is a batch beside its adversarial one, and no batch alone.
+
+    Examples:
+        >>> batch = torch.zeros(1, 2), torch.tensor([0])
+        >>> is_pair(batch), is_pair((batch, batch))
+        (False, True)
+    """
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and not any(isinstance(each, Tensor) for each in batch)
+
+
 def _as_pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and not any(isinstance(each, Tensor) for each in batch):
+    if is_pair(batch):
         return batch[0], batch[1]
     raise TypeError(
         f"A batch must be a pair of an ordinary batch and its adversarial one, got {type(batch).__name__}. Make them "

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import operator
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_a_row_that_fails_or_comes_too_late_costs_no_other_row(benchmark: Any) -
 def test_processes_make_every_row_once(benchmark: Any) -> None:
     made = list(benchmark.side_by_side(operator.neg, [1, 2, 3], workers=2))
     assert sorted((each.task, each.row) for each in made) == [(1, -1), (2, -2), (3, -3)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_comes_next_may_depend_on_what_is_being_made(benchmark: Any, workers: int) -> None:
+    """None is to wait: 3 and 4 are begun when 2 is made, and the rows end when nothing more can come."""
+    made: dict[int, int] = {}
+
+    def in_turn() -> Iterator[int | None]:
+        yield 2
+        while 2 not in made:
+            yield None
+        yield from (3, 4)
+        while True:
+            yield None
+
+    for task, row, _, _ in benchmark.side_by_side(operator.neg, in_turn(), workers):
+        made[task] = row
+    assert made == {2: -2, 3: -3, 4: -4}
 
 
 def _half(number: int) -> int:

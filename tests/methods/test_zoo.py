@@ -20,7 +20,7 @@ import semu_peft
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, unlearn
 from semu_peft.methods import METHODS, table
 from semu_peft.methods.sentence import keep
-from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel
+from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel, adversarial_examples
 
 ROOM = Path(methods.__path__[0])
 SENTENCES = [path for path in sorted(ROOM.glob("*.py")) if path.name not in ("__init__.py", "table.py")]
@@ -105,6 +105,19 @@ def test_the_carrier_is_the_models(name: str, kind: str) -> None:
     assert result.steps == 2
     after = dict(model.named_parameters())
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_amun_takes_neighbours_that_were_found_before() -> None:
+    """In one batch of all examples: each has the neighbour that it has by itself, and the run is the same."""
+    forget, retain = vector_batches(2), vector_batches(2)
+    found, given = adapted("bare"), adapted("bare")
+    methods.amun(found, forget, retain, max_steps=3, learning_rate=1e-2, progress=False)
+    sizes = [len(labels) for _, labels in forget]
+    (pair,) = adversarial_examples(given, [tuple(torch.cat(part) for part in zip(*forget, strict=True))])
+    parts = zip(*(tensor.split(sizes) for side in pair for tensor in side), strict=True)
+    pairs = [(each[:2], each[2:]) for each in parts]
+    methods.amun(given, pairs, retain, max_steps=3, learning_rate=1e-2, progress=False)
+    torch.testing.assert_close(weights(given), weights(found), rtol=1e-5, atol=1e-6)
 
 
 def methods_npo(original: nn.Module) -> Any:
