@@ -25,7 +25,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from side_by_side import side_by_side
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict, relearning
 from semu_peft.files import written_whole
-from semu_peft.objectives import DecoupledDistillation, KLToOriginal, SimulatedRelearning
+from semu_peft.objectives import CrossEntropy, DecoupledDistillation, KLToOriginal, SimulatedRelearning
 
 SHOWN = (0, 5, 10, 20, 50, 100, 200)
 SIMULATION_SEED, ATTACK_SEED = 0, 1_000
@@ -57,6 +57,9 @@ class Way:
 
     Attributes:
         kl_weight: Of the KL to the original on retain data; None does without.
+        frees_class: Whether that KL is of the other classes among themselves, so that the forgotten one need not stay
+            as likely on retain images as it was: gold never answers it.
+        label_weight: Of the cross entropy of the retain labels beside it; None does without.
         margin: By which the struck logit is raised.
         attackers: Who is simulated, see `Subject`; None simulates nobody.
         weight: Of the objective at the weights that attackers make.
@@ -69,6 +72,8 @@ class Way:
 
     kl_weight: float | None = None
     margin: float = 0.0
+    frees_class: bool = field(default=False, kw_only=True)
+    label_weight: float | None = field(default=None, kw_only=True)
     attackers: Literal["simulated", "several"] | None = None
     weight: float = 1.0
     length: int = 1
@@ -85,8 +90,16 @@ def several(kl_weight: float, **settings: Any) -> Way:
 
 GOLD, NOTHING = "retrained (gold)", "original (do nothing)"
 WAYS = {
+    "several, KL × 10 of the other classes and labels, margin 3": several(10.0, frees_class=True, label_weight=1.0),
     "struck-out distillation": Way(),
     "several, retain KL × 10, margin 3": several(10.0),
+    "several, KL × 20 of the other classes and labels, margin 3": several(20.0, frees_class=True, label_weight=2.0),
+    "several, KL × 10 of the other classes, margin 3": several(10.0, frees_class=True),
+    "several, retain KL × 10 and labels, margin 3": several(10.0, label_weight=1.0),
+    "several, retain KL × 15, margin 3": several(15.0),
+    "several, KL × 10 of the other classes and labels, margin 3, 80 steps": several(
+        10.0, frees_class=True, label_weight=1.0, length=2
+    ),
     "simulated, retain KL × 10, margin 3": Way(10.0, 3.0, "simulated"),
     "several, retain KL × 30, margin 3": several(30.0),
     "several, retain KL × 10, margin 3, factors": several(10.0, is_by_factors=True),
@@ -146,9 +159,14 @@ def unlearned(subject: Subject, way: Way) -> tuple[nn.Module, int]:
         if way.subspace == "simulated":
             chooser = SimulatedRelearning(chooser, *pools, known, **simulated)
     initialize_semu_weights(model, forget, chooser, progress=False)
-    steps, hold = way.length * subject.steps, KLToOriginal()
+    steps, held = way.length * subject.steps, []
+    if way.kl_weight is not None:
+        others = KLToOriginal(without=[subject.index] if way.frees_class else [])
+        held.append(Retain(retain, others, way.kl_weight))
+    if way.label_weight is not None:
+        held.append(Retain(retain, CrossEntropy(), way.label_weight))
     result = unlearn(
-        model, forget, objective, retain=None if way.kl_weight is None else Retain(retain, hold, way.kl_weight),
+        model, forget, objective, retain=held or None,
         optimizer=NaturalGradient(patience=steps, curvature="kronecker" if way.is_by_factors else "auto"),
         max_steps=steps, progress=False,
     )  # fmt: skip
@@ -308,8 +326,8 @@ def _subjects(arguments: argparse.Namespace) -> list[Asked]:
     kinds = [(seed, False) for seed in arguments.seeds] + [(seed, True) for seed in arguments.seeds[: arguments.wide]]
     return [
         Asked(index, seed, data, models, is_wide, arguments.smoke)
-        for seed, is_wide in kinds
         for index in arguments.classes
+        for seed, is_wide in kinds
     ]
 
 

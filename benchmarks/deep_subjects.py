@@ -55,6 +55,7 @@ class Subject:
     """A model that is to forget a class, the model that never saw it, and the data of both sides.
 
     Attributes:
+        index: The class that is forgotten.
         targets: The layers of the adapter.
         gamma: The share of the gradient's energy in its subspace; `more` is a higher one.
         simulated: Attackers of one kind to simulate; `several` are of two kinds and of several lengths.
@@ -63,6 +64,7 @@ class Subject:
     """
 
     name: str
+    index: int
     original: nn.Module
     gold: nn.Module
     targets: Any
@@ -126,7 +128,8 @@ def digits(asked: Asked) -> Subject:
     original = trained_mlp(train, asked.seed)
     (forget, retain), (forget_test, retain_test) = (divided(side, asked.index) for side in (train, test))
     return Subject(
-        asked.name, original.to(DEVICE), trained_mlp(retain, asked.seed).to(DEVICE), "all-linear", 0.9999, 1.0,
+        asked.name, asked.index, original.to(DEVICE), trained_mlp(retain, asked.seed).to(DEVICE),
+        "all-linear", 0.9999, 1.0,
         *map(placed, (forget, retain, forget_test, retain_test)),
         [Attacker("sgd", 1e-2, steps=10), Attacker("sgd", 1e-2, steps=20, forget_examples=10)],
         [
@@ -177,7 +180,7 @@ def cifar10(asked: Asked) -> Subject:
     most, tested, shown = (400, 100, 200) if asked.is_smoke else (RETAINED, TESTED, None)
     order = torch.randperm(len(retain[1]), generator=torch.Generator().manual_seed(asked.seed))[:most]
     return Subject(
-        asked.name, *networks(asked), TARGET_MODULES, 0.99, 0.999,
+        asked.name, asked.index, *networks(asked), TARGET_MODULES, 0.99, 0.999,
         placed(tuple(part[:shown] for part in forget)), placed(tuple(part[order] for part in retain)),
         placed(tuple(part[:shown] for part in forget_test)), placed(tuple(part[:tested] for part in retain_test)),
         [Attacker("sgd", 1e-2, steps=20), Attacker("sgd", 1e-2, steps=10, forget_examples=100)],

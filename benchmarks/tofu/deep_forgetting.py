@@ -3,8 +3,9 @@
     python benchmarks/tofu/deep_forgetting.py --models MODELS --data TOFU --neutral TEXTS --workers 4
 
 Two parts. `depth`: NPO and unseen-answer matching at the weights alone, and under simulated relearning with several
-weights of the retain KL. `directions`: SEMU's leading directions against what RepSelect and CIR say of them (the
-leading ones skipped, made small or taken out of each step), each stopped at the same forgetting.
+weights of the retain KL; and weights that were partly set anew and distilled on what is kept. `directions`: SEMU's
+leading directions against what RepSelect and CIR say of them (the leading ones skipped, made small or taken out of each
+step), each stopped at the same forgetting.
 
 A run stops once the mean answer is as unlikely as answers that the model never learnt; *until relearnt* goes on until
 it is so after an attack too. No attacker has a seed of the simulation; three are of a kind that was not simulated: SGD,
@@ -52,16 +53,18 @@ from semu_peft.training.rules import RemoveDirections, RemoveLeading, Rule
 BATCH_SIZE, AT_ONCE = 40, 100
 LINEAR = r".*\.(q|k|v|o|gate|up|down)_proj"
 PROJECTIONS = [f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down")]
+# Without retain answers, as those who attack in the end: they would hold an attacker back, and take most of the time.
 SIMULATED = [
-    Attacker("adam", 1e-4, steps=10, forget_examples=20),
-    Attacker("adam", 3e-4, steps=5, forget_examples=20),
+    Attacker("adam", 1e-4, steps=10, forget_examples=20, retain_examples=0),
+    Attacker("adam", 3e-4, steps=5, forget_examples=20, retain_examples=0),
 ]
 SEVERAL = [
-    Attacker("adam", 1e-4, steps=20, forget_examples=20),
-    Attacker("adam", 1e-3, steps=5, forget_examples=20),
-    Attacker("adam", 3e-4, steps=10, forget_examples=40),
-    Attacker("adam", 1e-3, steps=10, forget_examples=20),
+    Attacker("adam", 1e-4, steps=20, forget_examples=20, retain_examples=0),
+    Attacker("adam", 1e-3, steps=5, forget_examples=20, retain_examples=0),
+    Attacker("adam", 3e-4, steps=10, forget_examples=40, retain_examples=0),
+    Attacker("adam", 1e-3, steps=10, forget_examples=10, retain_examples=0),
 ]
+LOOK_EVERY = 10  # steps: an attack to see whether to stop costs as much as a step and more
 STOP_SEED, ATTACK_SEED = 500, 1_000
 POOL, LONGEST = (
     400,
@@ -95,6 +98,11 @@ class Way:
         skip: Leading directions that the subspace leaves out.
         rule: What each step may not do: `"soft"` and `"hard"` of `RemoveLeading`, or `"cir"`.
         until_relearnt: Go on until the answers are unlikely after an attack too, for up to three times the steps.
+        rate: Of AdamW, for cores too; by default cores are trained by natural gradients.
+        length: Times the steps.
+        anew: Instead of an objective on the forget answers: this share of all weights is set anew, and the model is
+            distilled from the original on the retain answers alone (UNDO, arXiv 2506.06278, whose teacher has forgotten
+            first).
     """
 
     objective: Literal["npo", "unseen"] = "npo"
@@ -104,6 +112,9 @@ class Way:
     skip: int = 0
     rule: Literal["soft", "hard", "cir"] | None = None
     until_relearnt: bool = False
+    rate: float | None = None
+    length: int = 1
+    anew: float | None = None
 
 
 def simulated(objective: Literal["npo", "unseen"], kl_weight: float, gamma: float | None = 0.5) -> Way:
@@ -111,12 +122,22 @@ def simulated(objective: Literal["npo", "unseen"], kl_weight: float, gamma: floa
     return Way(objective, tuple(SIMULATED), kl_weight, gamma)
 
 
-def until_relearnt(objective: Literal["npo", "unseen"], kl_weight: float, gamma: float | None) -> Way:
+def until_relearnt(objective: Literal["npo", "unseen"], kl_weight: float, gamma: float | None, **settings: Any) -> Way:
     """Four attackers in turn, until the answers are unlikely after an attack too."""
-    return Way(objective, tuple(SEVERAL), kl_weight, gamma, until_relearnt=True)
+    return Way(objective, tuple(SEVERAL), kl_weight, gamma, until_relearnt=True, **settings)
 
 
+FAST: dict[str, Any] = {"rate": 3e-4, "length": 2}
 DEPTH = {
+    "all weights, unseen answers, until relearnt, retain KL × 3, AdamW 3e-4": until_relearnt(
+        "unseen", 3.0, None, **FAST
+    ),
+    "half of all weights anew, distilled on retain answers": Way(anew=0.5, rate=1e-3, length=30),
+    "all weights, NPO, until relearnt, retain KL × 1, AdamW 3e-4": until_relearnt("npo", 1.0, None, **FAST),
+    "unseen answers, until relearnt, retain KL × 10, γ 0.99, AdamW 3e-3": until_relearnt(
+        "unseen", 10.0, 0.99, rate=3e-3
+    ),
+    "four fifths of all weights anew, distilled on retain answers": Way(anew=0.8, rate=1e-3, length=60),
     "NPO": Way(),
     "unseen answers, until relearnt, retain KL × 30, γ 0.9": until_relearnt("unseen", 30.0, 0.9),
     "NPO, until relearnt, retain KL × 30, γ 0.9": until_relearnt("npo", 30.0, 0.9),
@@ -223,14 +244,29 @@ def probability(model: nn.Module, told: list[Any]) -> torch.Tensor:
 
 @dataclass
 class StopAt(Callback):
-    """End the run once the answers are as unlikely as wanted, so that all rows have forgotten alike."""
+    """End the run once the answers are as unlikely as wanted, so that all rows have forgotten alike.
+
+    Attributes:
+        read: How unlikely they are.
+        level: How unlikely is enough.
+        every: After how many steps it is looked at.
+        reached: What was read last; `path` is all of it.
+        steps: How many there were.
+    """
 
     read: Callable[[nn.Module], float]
     level: float
+    every: int = 1
     reached: float = 0.0
+    path: list[float] = field(default_factory=list)
+    steps: int = 0
 
     def on_step_end(self, context: Any) -> None:
+        self.steps += 1
+        if self.steps % self.every:
+            return
         self.reached = self.read(context.model)
+        self.path.append(round(self.reached, 2))
         if self.reached >= self.level:
             context.control.stop("the answers are as unlikely as unseen ones")
 
@@ -249,6 +285,8 @@ def unlikely(texts: Texts, model: nn.Module, attacker: Attacker | None) -> float
 def unlearned(texts: Texts, way: Way, asked: Asked) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a row, merged, and what it cost."""
     model, started = load(texts.subject.original), clock()
+    if way.anew is not None:
+        return model, {**distilled(texts, model, way, asked), "seconds": clock() - started}
     reference = texts.original if way.gamma is None else None
     plain: Any = objectives.NPO(beta=0.03, reference=reference)
     if way.objective == "unseen":
@@ -258,7 +296,7 @@ def unlearned(texts: Texts, way: Way, asked: Asked) -> tuple[nn.Module, dict[str
         adapted = get_peft_model(model, SemuConfig(target_modules=LINEAR, explained_variance=way.gamma))
         chosen = texts.forget.loader(BATCH_SIZE, shuffle=False)
         initialize_semu_weights(adapted, chosen, plain, skip_leading=way.skip, progress=False)
-    steps = asked.steps * (3 if way.until_relearnt else 1)
+    steps = asked.steps * (1 if asked.is_smoke else way.length) * (3 if way.until_relearnt else 1)
     objective, natural = plain, None
     known = [replace(each, steps=1) if asked.is_smoke else each for each in way.simulated]
     if known:
@@ -267,19 +305,38 @@ def unlearned(texts: Texts, way: Way, asked: Asked) -> tuple[nn.Module, dict[str
         natural = NaturalGradient(patience=steps)  # the loss rises and falls with each attack
     hold = Retain(texts.retain.loader(BATCH_SIZE, seed=asked.seed), objectives.KLToOriginal(reference), way.kl_weight)
     attacker = known[0] if way.until_relearnt else None
-    stop = StopAt(lambda now: unlikely(texts, now, attacker), float(texts.unseen.mean()))
+    every = LOOK_EVERY if way.until_relearnt else 1
+    stop = StopAt(lambda now: unlikely(texts, now, attacker), float(texts.unseen.mean()), every)
+    rate = way.rate or (asked.rate if way.gamma is None else None)
     result = unlearn(
         adapted, texts.forget.loader(BATCH_SIZE, seed=asked.seed), objective, retain=hold,
-        rules=_rules(way, adapted, texts.forget, plain), learning_rate=asked.rate if way.gamma is None else None,
-        optimizer=natural if way.gamma is not None else None,
+        rules=_rules(way, adapted, texts.forget, plain), learning_rate=rate,
+        optimizer=natural if rate is None else None,
         max_steps=steps, callbacks=[stop], progress=False, seed=asked.seed,
     )  # fmt: skip
     cost = {
         "steps": result.steps, "trained": result.trainable_parameters, "seconds": clock() - started,
         "answer_nll": stop.reached, "level": stop.level, "until_relearnt": way.until_relearnt,
-        "stop_reason": result.stop_reason,
+        "path": stop.path, "stop_reason": result.stop_reason,
     }  # fmt: skip
     return (adapted.merge_and_unload() if way.gamma is not None else model), cost
+
+
+def distilled(texts: Texts, model: nn.Module, way: Way, asked: Asked) -> dict[str, Any]:
+    """Set a share of all weights anew, and let the original teach the model what it says on retain answers."""
+    assert way.anew is not None
+    torch.manual_seed(asked.seed)
+    fresh = type(model)(model.config).to(DEVICE)
+    with torch.no_grad():
+        for weight, other in zip(model.parameters(), fresh.parameters(), strict=True):
+            weight.lerp_(other.to(weight), way.anew)
+    result = unlearn(
+        model.requires_grad_(), texts.retain.loader(BATCH_SIZE, seed=asked.seed),
+        objectives.KLToOriginal(texts.original), learning_rate=way.rate,
+        max_steps=asked.steps * (1 if asked.is_smoke else way.length),
+        progress=False, seed=asked.seed,
+    )  # fmt: skip
+    return {"steps": result.steps, "trained": result.trainable_parameters, "stop_reason": result.stop_reason}
 
 
 def _rules(way: Way, model: nn.Module, forget: Any, objective: Any) -> list[Rule]:
