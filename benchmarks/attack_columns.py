@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from semu_peft.evaluation import attack_membership, linear_probes, predict, quantization, relearning
 from semu_peft.objectives import Attacker
@@ -62,26 +62,26 @@ def attacked(
             }
             for curve in curves
         ],
-        "quantised": {bits: quantization(merged, data["forget_test"], bits=bits).forget for bits in (8, 4)},
+        "quantised": {f"{bits} bits": quantization(merged, data["forget_test"], bits=bits).forget for bits in (8, 4)},
         "probes": {"layers": probes.layers, "found": probes.found},
         "membership": membership.threshold_share,
     }  # fmt: skip
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Of each method a line: steps to half by case, and means over the cases of the rest.
+    """Of each method a line: steps to half by case, in the order of their names, and means over the cases of the rest.
 
     Args:
         rows: What `attacked` found, by method and by case.
     """
     lines = [f"| method | {' | '.join(HEADS)} |", "| --- " * (len(HEADS) + 1) + "|"]
     for name, by_case in rows.items():
-        found, cells = list(by_case.values()), []
+        found, cells = [by_case[case] for case in sorted(by_case)], []
         for number, attacker in enumerate(ATTACKERS):
             curves = [each["relearning"][number] for each in found]
             back = [f"{each['steps_to_half'] or f'>{attacker.steps}'}" for each in curves]
             cells += [", ".join(back), _mean([each["area"] for each in curves])]
-        cells += [_mean([each["quantised"][bits][1] for each in found]) for bits in (8, 4)]
+        cells += [_mean([each["quantised"][f"{bits} bits"][1] for each in found]) for bits in (8, 4)]
         probes = [each["probes"]["found"] for each in found]
         cells += [_mean([max(each) for each in probes]), _mean([each[-1] for each in probes])]
         lines.append(f"| {name} | {' | '.join([*cells, _mean([each['membership'] for each in found])])} |")
@@ -90,7 +90,7 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def _batches(part: TensorDataset, generator: torch.Generator) -> list[Any]:
     order = torch.randperm(len(part), generator=generator)[:SHOWN]
-    return list(DataLoader(TensorDataset(*(tensor[order] for tensor in part.tensors)), 500))
+    return list(zip(*(tensor[order.to(tensor.device)].split(500) for tensor in part.tensors), strict=True))
 
 
 def _mean(values: list[float]) -> str:

@@ -5,7 +5,11 @@
 
 `DIR` holds CIFAR-10 as train.parquet and test.parquet with JPEG or PNG bytes. The original and the retrained (gold)
 models are trained on the first run and read from `--cache` afterwards. `--attacks` adds a second table, of what attacks
-on each row's merged weights bring back; gold stands in it as a row, attacked alike.
+on each row's merged weights bring back; gold stands in it as a row, attacked alike. It works on the first GPU, or on
+the CPU where there is none.
+
+Each row is written when it is there. With `--only` the file keeps its other rows, so that several processes may fill
+it, each with classes of its own; rows of other models or of another machine are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import platform
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import attack_columns
 from dataset import DEVICE, batches, subset
 from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, semu
+from pretrain import only_process
 from tasks import ForgettingTask, class_tasks, random_tasks
 from torch import nn
 
@@ -36,6 +42,7 @@ from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
 from semu_peft.files import written_whole
 
 RETAIN_IMAGES = 4_000
+GOLD = "retrained (gold)"
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
 
 
@@ -47,24 +54,25 @@ def gradient_ascent(task: ForgettingTask) -> objectives.Objective:
     return objectives.GradientAscent()
 
 
-def methods(kind: str, semu_parameters: dict[str, int]) -> list[Method]:
-    """The rows, with the settings chosen on the first class or seed (see the results page)."""
+def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
+    """The rows, most wanted first, with the settings chosen on the first class or seed (see the results page).
 
-    def budget(task: ForgettingTask) -> int:
-        return semu_parameters[task.name]
-
+    Args:
+        kind: The task's.
+        budget: What LoRA may train: as much as the first row does.
+    """
     if kind == "class":
         return [
             Method("SEMU, all layers", semu(best_objective)),
-            Method("SEMU, classifier only", semu(best_objective, target_modules="classifier")),
-            Method("SEMU, all layers, with retain data", semu(best_objective, retain=1.0)),
-            Method("SEMU, all layers, random labels (paper)", semu(random_label)),
-            Method("SEMU, all layers, by AdamW", semu(best_objective), 3e-2, 2),
             Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget), 1e-2, 1),
             Method("all weights, same objective", all_weights(best_objective_with_copy), 1e-4, 1),
+            Method("SEMU, classifier only", semu(best_objective, target_modules="classifier")),
+            Method("SEMU, all layers, with retain data", semu(best_objective, retain=1.0)),
+            Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0), 1e-4, 1),
+            Method("SEMU, all layers, by AdamW", semu(best_objective), 3e-2, 2),
+            Method("SEMU, all layers, random labels (paper)", semu(random_label)),
             Method("all weights, random labels", all_weights(random_label), 1e-4, 1),
             Method("all weights, gradient ascent", all_weights(gradient_ascent), 1e-5, 1),
-            Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0), 1e-4, 1),
         ]
     wide = {"explained_variance": 0.99}
     # Quantiles of 64 examples are coarse, and a natural step is as good as what its batch says.
@@ -125,35 +133,87 @@ def attacked(model: nn.Module, task: ForgettingTask, label: str) -> dict[str, An
     return found
 
 
-def run(
-    tasks: Iterable[ForgettingTask],
-    kind: str,
-    only: Sequence[str],
-    attacks: bool = False,
-    after_row: Callable[[Rows, Attacked], None] = lambda rows, found: None,
-) -> tuple[Rows, Attacked]:
-    """All methods on all tasks: metrics, and what attacks found, by method, by task."""
-    rows: Rows = {}
-    found: Attacked = {}
-    semu_parameters: dict[str, int] = {}
+class ResultFile:
+    """The file of results, a row at a time; several processes may fill it.
+
+    Args:
+        path: The file.
+        said: What is said of the run in it.
+        adds: Keep its other rows; else the first row begins it anew.
+    """
+
+    def __init__(self, path: Path, said: Mapping[str, Any], adds: bool) -> None:
+        self.path, self.said, self.adds = path, said, adds
+        found = self._found()
+        if found and (found["machine"], found["versions"]) != (machine(), versions()):
+            raise SystemExit(
+                f"{path} has rows of {found['machine']} with {found['versions']}, and this is {machine()} with "
+                f"{versions()}. Give another `--output`, or run without `--only`."
+            )
+
+    @property
+    def rows(self) -> Rows:
+        """What it has."""
+        return merged(self._found().get("rows", {}), {})
+
+    @property
+    def attacks(self) -> Attacked:
+        """What attacks found, by method, by task."""
+        return dict(self._found().get("attacks", {}))
+
+    def enter(self, name: str, task: str, metrics: ForgettingMetrics, attacks: dict[str, Any] | None) -> None:
+        """Put in a row of a task, with what attacks found."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with only_process(self.path.with_suffix(".lock")):
+            known, attacked = self.rows, self.attacks
+            if name == GOLD and task in known.get(name, {}) and not _is_alike(known[name][task], metrics):
+                raise SystemExit(
+                    f"{self.path} has rows of other models: its retrained model of {task} gave {known[name][task]}, "
+                    f"this one {metrics}. Give another `--output`, or the `--cache` of that run."
+                )
+            if attacks is not None:
+                attacked[name] = attacked.get(name, {}) | {task: attacks}
+            rows = merged({}, known) | {name: known.get(name, {}) | {task: metrics}}
+            tried = {"attack_table": attack_columns.table(attacked), "attacks": attacked} if attacked else {}
+            write(self.path, self.said, rows, tried)
+        self.adds = True
+
+    def _found(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text()) if self.adds and self.path.exists() else {}
+        return found
+
+
+def _is_alike(one: ForgettingMetrics, other: ForgettingMetrics) -> bool:
+    """Whether these are one model's, measured twice: kernels round, images are a tenth of a point or less."""
+    return all(abs(getattr(one, key) - getattr(other, key)) <= 0.1 for key in METRICS[:3])
+
+
+def run(tasks: Iterable[ForgettingTask], kind: str, results: ResultFile, only: Sequence[str], attacks: bool) -> None:
+    """All methods on all tasks, or `only` some: metrics and, where asked for, what attacks find."""
+
+    def budget(task: ForgettingTask) -> int:
+        row = results.rows.get(first.name, {}).get(task.name)
+        if row is None:
+            raise LookupError(f"LoRA has as many parameters as {first.name!r} of {task.name}, which was not run.")
+        return int(row.trainable_parameters or 0)
+
+    first, *others = methods(kind, budget)
     for task in tasks:
-        if attacks:
-            for name, model in (("retrained (gold)", task.gold), ("original (do nothing)", task.original)):
-                found.setdefault(name, {})[task.name] = attacked(model, task, name)
-        rows.setdefault("retrained (gold)", {})[task.name] = evaluate(task.gold, task, 0, None, "retrained (gold)")
-        rows.setdefault("original (do nothing)", {})[task.name] = evaluate(task.original, task, 0, None, "original")
-        for method in methods(kind, semu_parameters):
+        for name, model in ((GOLD, task.gold), ("original (do nothing)", task.original)):
+            is_known = task.name in results.attacks.get(name, {})
+            tried = attacked(model, task, name) if attacks and not is_known else None
+            results.enter(name, task.name, evaluate(model, task, 0, None, name), tried)
+        for method in (first, *others):
             if only and method.name not in only:
                 continue
-            done = method.run(task, method.learning_rate, method.epochs)
-            semu_parameters.setdefault(task.name, done.trainable_parameters)
-            rows.setdefault(method.name, {})[task.name] = evaluate(
-                done.model, task, done.trainable_parameters, done.seconds, method.name
-            )
-            if attacks:
-                found.setdefault(method.name, {})[task.name] = attacked(done.model, task, method.name)
-            after_row(rows, found)
-    return rows, found
+            try:
+                done = method.run(task, method.learning_rate, method.epochs)
+                metrics = evaluate(done.model, task, done.trainable_parameters, done.seconds, method.name)
+                tried = attacked(done.model, task, method.name) if attacks else None
+            except Exception:  # one row is not worth the others
+                print(f"{task.name}: {method.name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                continue
+            results.enter(method.name, task.name, metrics, tried)
 
 
 def tables(rows: Rows) -> list[str]:
@@ -173,7 +233,7 @@ def tables(rows: Rows) -> list[str]:
 
 def table(rows: Rows) -> str:
     """Means over the tasks, with the standard deviation of the average gap, as Markdown."""
-    gold = rows["retrained (gold)"]
+    gold = rows[GOLD]
     lines = [
         "| method | UA | RA | TA | MIA | average gap | trained | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -211,27 +271,33 @@ def main() -> None:
         tasks = class_tasks(arguments.data, arguments.cache, arguments.classes, 0, arguments.compile, DEVICE)
     else:
         tasks = random_tasks(arguments.data, arguments.cache, arguments.seeds, arguments.compile, DEVICE)
-    path = arguments.output / f"cifar10_{arguments.task}.json"
-    before = json.loads(path.read_text())["rows"] if arguments.only and path.exists() else {}
-
-    def save(rows: Rows, found: Attacked) -> None:
-        attacks = {"attack_table": attack_columns.table(found), "attacks": found} if found else {}
-        write(path, {"task": arguments.task}, merged(before, rows), attacks)
-
-    rows, found = run(tasks, arguments.task, arguments.only, arguments.attacks, save)
-    print(table(rows))
-    if found:
-        print(attack_columns.table(found))
+    path = arguments.output / f"cifar10_{arguments.task}{'_attacks' if arguments.attacks else ''}.json"
+    results = ResultFile(path, {"task": arguments.task}, adds=bool(arguments.only))
+    run(tasks, arguments.task, results, arguments.only, arguments.attacks)
+    print(*tables(results.rows), sep="\n\n")
+    if arguments.attacks:
+        print(attack_columns.table(results.attacks))
     print(f"Written to {path}")
+
+
+def machine() -> str:
+    """What the models were trained and attacked on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+
+
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    return {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
 
 
 def write(path: Path, said: Mapping[str, Any], rows: Rows, attacks: Mapping[str, Any]) -> None:
     """The file of results, whole or as it was: what is `said` of the run, its machine, tables, rows and attacks."""
-    threads = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
     document = {
         **said,
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()},
+        "machine": machine(),
+        "versions": versions(),
         "tables": tables(rows),
         "rows": {
             name: {task: dataclasses.asdict(metrics) for task, metrics in row.items()} for name, row in rows.items()

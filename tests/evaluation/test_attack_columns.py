@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_cifar10_carries_attack_columns(tmp_path: Path) -> None:
         write_images(tmp_path / "data", split, number)
     command = [
         sys.executable, BENCHMARKS / "cifar10" / "run.py", "--data", tmp_path / "data", "--task", "class",
-        "--classes", 3, "--cache", tmp_path / "cache", "--attacks", "--only", "no method",
+        "--classes", 3, "--cache", tmp_path / "cache", "--attacks", "--only", "no method", "--output", tmp_path,
     ]  # fmt: skip
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -77,7 +78,43 @@ def test_cifar10_carries_attack_columns(tmp_path: Path) -> None:
     for cells in rows.values():
         assert len(cells) == 9 and re.fullmatch(r">?\d+", cells[0]) and re.fullmatch(r">?\d+", cells[2])
         assert all(0 <= float(cell) <= 100 for number, cell in enumerate(cells) if number not in (0, 2))
-    refused = subprocess.run(
-        [str(word) for word in [*command, "--task", "random"]], capture_output=True, text=True, timeout=100
-    )
-    assert refused.returncode == 2 and "--task class" in refused.stderr
+    found = json.loads((tmp_path / "cifar10_class_attacks.json").read_text())
+    assert list(found["attacks"]) == list(found["rows"]) == list(rows)
+
+
+# In a process of its own: the folders of benchmarks have modules of one name.
+CHECKS = """
+import dataclasses, json, sys
+from pathlib import Path
+from run import GOLD, ResultFile
+from semu_peft.evaluation import ForgettingMetrics
+
+def refused(act, words):
+    try:
+        act()
+    except SystemExit as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+
+path = Path(sys.argv[1], "results.json")
+gold = ForgettingMetrics(100.0, 85.0, 81.0, 99.0, trainable_parameters=0, total_parameters=9)
+ResultFile(path, {}, adds=False).enter(GOLD, "class 0", gold, None)
+second = ResultFile(path, {}, adds=True)
+second.enter(GOLD, "class 3", gold, None)
+second.enter("SEMU", "class 3", gold, None)
+assert list(second.rows) == [GOLD, "SEMU"] and list(second.rows[GOLD]) == ["class 0", "class 3"]
+refused(lambda: second.enter(GOLD, "class 0", dataclasses.replace(gold, retain_accuracy=11.0), None), "other models")
+assert second.rows[GOLD]["class 0"] == gold
+path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": "another"}))
+refused(lambda: ResultFile(path, {}, adds=True), "has rows of another with")
+ResultFile(path, {}, adds=False).enter(GOLD, "class 3", gold, None)
+assert list(ResultFile(path, {}, adds=True).rows[GOLD]) == ["class 3"]
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_other_models_or_machines_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHECKS, str(tmp_path)]
+    done = subprocess.run(command, cwd=BENCHMARKS / "cifar10", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
