@@ -21,7 +21,8 @@ from semu_peft.edits import Edit
 from semu_peft.objectives import DecoupledDistillation, adversarial_examples
 
 Settings = Mapping[str, Any]
-GATHERED = 80  # batches that edits and SCRUB's passes take, at most: some go example by example
+GATHERED = 80  # batches that edits and passes take, at most: some go example by example
+COMPARES = ("delete", "scrub", "bad_teacher", "boundary_shrink")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def trained(name: str, carrier: str, retain: bool = False, **fixed: Any) -> Call
     def run(case: Case, settings: Settings) -> Outcome:
         said = {**fixed, **settings}
         model = carried(case, carrier, said.pop("explained_variance", 0.9))
-        if carrier == "all weights" and name in ("delete", "bad_teacher", "boundary_shrink"):
-            said["reference"] = copy.deepcopy(case.original).requires_grad_(False)
+        if carrier == "all weights":
+            said |= given(name, case)
         if name == "gu":  # its own default is for answers of language models
             said["objective"] = DecoupledDistillation()
         kept = (case.batches(case.retain),) if retain else ()
@@ -106,11 +107,22 @@ def slug(case: Case, settings: Settings) -> Outcome:
     return Outcome(model, 0, size_of(model))
 
 
-def scrub(case: Case, settings: Settings) -> Outcome:
-    """Its passes go over `GATHERED` batches at most: over all of CIFAR-10 they are thousands of steps."""
-    model = fresh(case)
-    result = methods.scrub(model, *gathered_from(case), reference=fresh(case), progress=False, **settings)
-    return Outcome(model, result.trainable_parameters, size_of(model))
+def in_passes(name: str, **fixed: Any) -> Callable[[Case, Settings], Outcome]:
+    """A method of all weights that goes over the data in passes: over `GATHERED` batches, as all would be thousands."""
+
+    def run(case: Case, settings: Settings) -> Outcome:
+        model = fresh(case)
+        result = getattr(methods, name)(
+            model, *gathered_from(case), progress=False, **given(name, case), **fixed, **settings
+        )
+        return Outcome(model, result.trainable_parameters, size_of(model))
+
+    return run
+
+
+def given(name: str, case: Case) -> dict[str, Any]:
+    """The frozen original, for those that compare with it where all weights are trained."""
+    return {"reference": fresh(case).requires_grad_(False)} if name in COMPARES else {}
 
 
 def amun(case: Case, settings: Settings) -> Outcome:
@@ -159,10 +171,10 @@ def rows() -> list[Row]:
         Row("salun, all weights", trained("salun", "all weights", retain=True), quick),
         Row("neg_grad_plus, all weights", trained("neg_grad_plus", "all weights", retain=True), quick),
         Row("gradient ascent, all weights", trained("neg_grad_plus", "all weights"), quick),
-        Row("scrub, all weights", scrub, RATES),
+        Row("scrub, all weights", in_passes("scrub"), RATES),
         Row("bad_teacher, all weights", trained("bad_teacher", "all weights", retain=True), quick),
         Row("boundary_shrink, all weights", trained("boundary_shrink", "all weights"), quick),
-        Row("unsir, all weights", trained("unsir", "all weights", retain=True, max_steps=60),
+        Row("unsir, all weights", in_passes("unsir", **STEPS),
             [{"impair_rate": 2 * rate, "repair_rate": rate} for rate in (1e-2, 1e-3, 1e-4)]),
         Row("fine_tune, all weights", trained("fine_tune", "all weights", retain=True), quick),
         Row("l1_sparse, all weights", trained("l1_sparse", "all weights", retain=True),
