@@ -2,10 +2,11 @@
 
     python benchmarks/engine/gpu.py --seconds 420
 
-Time is by events, memory the peak of what the allocator gave out. Each figure is written when it is there, nothing is
-begun that has no time left, and a call that finds figures in the result file measures only those that are missing: the
-same command again completes the table. `--subjects llama-tiny unet-tiny` tries all of it on a CPU, where memory is not
-measured.
+Time is by events, memory the peak of what the allocator gave out. The figures that matter most come first: extractions
+from few batches of the first two subjects, then those from many batches and steps, subject by subject. Each figure is
+written when it is there, nothing is begun that has no time left, and a call that finds figures in the result file
+measures only those that are missing: the same command again completes the table. `--subjects llama-tiny unet-tiny`
+tries all of it on a CPU, where memory is not measured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +45,9 @@ LARGE = ("sd15-unet", "llama-8b", "sdxl-unet")
 # By its name, how an extraction sums gradients, and the rank at the most. Random weights and tokens have gradients of
 # nearly full rank: at γ alone a layer of 4096 inputs gets some 1,800 directions, which no adapter would have.
 EXTRACTIONS = {"exact, r=64": ("exact", 64), "sketch": ("sketch", None), "exact": ("exact", None)}
+# At γ alone decompositions of such sides take half a minute, from however many batches the gradients are.
+ONCE = {("llama-8b", "exact")}
+LONG = 8.0  # seconds; a turn over few batches that takes longer is not repeated
 # Compiled one by one: the blocks of a model are alike, so that this takes seconds where the whole takes minutes.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "LlamaDecoderLayer", "ViTLayer")
 
@@ -51,23 +56,39 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "LlamaDecoderLayer", "ViTLay
 class Figure:
     """One thing to measure: an extraction from so many batches, or a training step."""
 
+    kind: str
     name: str
     call: Callable[[nn.Module, Subject, argparse.Namespace], tuple[float, float | None]]
 
 
-def figures(arguments: argparse.Namespace) -> list[Figure]:
-    """Those of one subject and one mode; extractions are not compiled."""
-    listed = _steps(arguments.mode)
-    if arguments.mode == "eager":
-        for kind in ("floor pass", *EXTRACTIONS):
-            for count in arguments.batches:
-                listed.append(Figure(f"{kind}, {count} batches", partial(measure_extraction, kind, count)))
+@dataclass(frozen=True)
+class Stage:
+    """What is measured of a subject while its model is loaded."""
+
+    subject: str
+    figures: list[Figure]
+
+
+def stages(arguments: argparse.Namespace) -> list[Stage]:
+    """In order of value."""
+    main, later = arguments.subjects[:2], arguments.subjects[2:]
+    first, *more = arguments.batches
+    listed = [Stage(name, _extractions(name, first)) for name in main]
+    for name in arguments.subjects:
+        few = _extractions(name, first) if name in later else []
+        many = [figure for count in more for figure in _extractions(name, count) if (name, figure.kind) not in ONCE]
+        listed.append(Stage(name, [*few, *many, *_steps("eager"), *(_steps("compiled") if arguments.compile else [])]))
     return listed
+
+
+def _extractions(name: str, count: int) -> list[Figure]:
+    kinds = ("floor pass", *EXTRACTIONS)
+    return [Figure(kind, f"{kind}, {count} batches", partial(measure_extraction, kind, count)) for kind in kinds]
 
 
 def _steps(mode: str) -> list[Figure]:
     return [
-        Figure(f"{kind} step, rank {rank}, {mode}", partial(measure_step, kind, rank, mode))
+        Figure(kind, f"{kind} step, rank {rank}, {mode}", partial(measure_step, kind, rank, mode))
         for rank in RANKS
         for kind in ("lora", "semu")
     ]
@@ -76,21 +97,23 @@ def _steps(mode: str) -> list[Figure]:
 def measure_extraction(
     kind: str, count: int, model: nn.Module, subject: Subject, arguments: argparse.Namespace
 ) -> tuple[float, float | None]:
-    """The second of two turns, as the first one warms up; of long ones the only turn, over one batch to warm up.
+    """The faster of two turns, of which the first warms up; of long ones the only turn, after one over one batch.
 
     Of the floor, one pass forward and backward with the targets' weight gradients; of the others, an initialisation.
     Making the adapter is not counted, as it takes the same, or longer, of LoRA.
     """
-    warm, batches = batches_of(subject, count if count <= 8 else 1), batches_of(subject, count)
-    if kind == "floor pass":
-        floor_pass(model, subject, warm, arguments)
-        return seconds_and_peak(partial(floor_pass, model, subject, batches, arguments))
-    accumulate, rank = EXTRACTIONS[kind]
-    for turn in (warm, batches):
+    batches, turns = batches_of(subject, count), []
+    for turn in (batches, batches) if count <= 8 else (batches[:1], batches):
+        if turns and turns[0][0] > LONG:
+            return turns[0]
+        if kind == "floor pass":
+            turns.append(seconds_and_peak(partial(floor_pass, model, subject, turn, arguments)))
+            continue
+        accumulate, rank = EXTRACTIONS[kind]
         wrapped = to_initialize(model, subject, arguments, rank)
-        measured = seconds_and_peak(partial(initialization, accumulate, wrapped, subject, turn, arguments))
+        turns.append(seconds_and_peak(partial(initialization, accumulate, wrapped, subject, turn, arguments)))
         wrapped.unload().requires_grad_(False)
-    return measured
+    return turns[-1] if count > 8 else min(turns, key=lambda turn: turn[0])
 
 
 def measure_step(
@@ -163,16 +186,19 @@ def table(measured: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     return rows
 
 
-def measure(name: str, document: dict[str, Any], path: Path, arguments: argparse.Namespace) -> None:
-    """All that is missing of one subject, as long as there is time."""
+def measure(stage: Stage, document: dict[str, Any], path: Path, arguments: argparse.Namespace) -> None:
+    """All that is missing of one stage, as long as there is time."""
+    name = stage.subject
     measured = document.setdefault(name, {})
-    missing = [figure for figure in figures(arguments) if "seconds" not in measured.get(figure.name, {})]
+    missing = [figure for figure in stage.figures if "seconds" not in measured.get(figure.name, {})]
     if not missing or time.monotonic() > arguments.deadline:
         return
+    started = time.monotonic()
     subject = SUBJECTS[name]()
     with torch.device("meta"):
         arguments.names = target_names(subject.build(), subject)
     model = loaded(subject, arguments.dtype)
+    print(f"{name}, made in {time.monotonic() - started:.1f} s", flush=True)
     for figure in missing:
         if time.monotonic() > arguments.deadline:
             break
@@ -184,6 +210,11 @@ def measure(name: str, document: dict[str, Any], path: Path, arguments: argparse
             measured[figure.name] = {"out of memory": str(error)[:200]}
             print(f"  {name}, {figure.name}: out of memory", flush=True)
             break  # what it leaves behind would be in the way of the next
+        except Exception as error:  # a figure that fails must not take the others with it
+            measured[figure.name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            print(f"  {name}, {figure.name}: failed", flush=True)
+            traceback.print_exc()
+            model = loaded(subject, arguments.dtype)  # it may have kept its adapter
         finally:
             measured["table"] = table(measured, arguments)
             write(document, path)
@@ -208,12 +239,10 @@ def main() -> None:
     path = arguments.output
     document = json.loads(path.read_text()) if path.exists() else {}
     document["measured by"] = provenance()
-    for mode in ("eager", "compiled") if arguments.compile else ("eager",):
-        arguments.mode = mode
-        for name in arguments.subjects:
-            measure(name, document, path, arguments)
+    for stage in stages(arguments):
+        measure(stage, document, path, arguments)
     for name in arguments.subjects:
-        print(name, *document[name].get("table", []), sep="\n")
+        print(name, *document.get(name, {}).get("table", []), sep="\n")
     print(f"Written to {path}")
 
 

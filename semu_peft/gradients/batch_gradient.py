@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semu_peft.linalg.products import add_product, multiplies_half
+
 _ROWS_AT_ONCE = 8192  # bounds the float32 copies of half-precision activations
 
 
@@ -150,34 +152,37 @@ class TokenGradient(BatchGradient):
         return TokenGradient(_wide(self.outputs) * factor, _wide(self.inputs))
 
     @property
-    def _rows(self) -> tuple[Tensor, Tensor]:
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`A`, `(rows, m)`, and `B`, `(rows, n)`: all tokens of all examples."""
         return self.outputs.flatten(0, -2), self.inputs.flatten(0, -2)
 
     def dense(self) -> Tensor:
-        outputs, inputs = self._rows
+        outputs, inputs = self.rows
         return outputs.mT @ inputs
 
     def add_to(self, total: Tensor) -> None:
-        outputs, inputs = self._rows
-        if total.device == inputs.device and total.dtype == inputs.dtype == outputs.dtype:
-            total.addmm_(outputs.mT, inputs)
-        elif _adds_in_place(total, outputs, inputs):
-            torch.addmm(total, outputs.mT, inputs, out_dtype=total.dtype, out=total)
+        outputs, inputs = self.rows
+        at_once = total.dtype == inputs.dtype == outputs.dtype or multiplies_half(outputs, inputs)
+        if total.device == inputs.device and at_once:
+            add_product(total, outputs.mT, inputs)
         else:
             total.add_(self.dense().to(total.device))
 
     def project(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, inputs = self._rows
+        outputs, inputs = self.rows
         return outputs.to(left) @ left, inputs.to(right) @ right
 
     def times(self, projected: Tensor) -> Tensor:
-        return self._rows[0].to(projected).mT @ projected
+        return self.rows[0].to(projected).mT @ projected
 
     def transposed_times(self, projected: Tensor) -> Tensor:
-        return projected.mT @ self._rows[1].to(projected)
+        return projected.mT @ self.rows[1].to(projected)
 
     def parts(self) -> Iterator[BatchGradient]:
-        outputs, inputs = self._rows
+        outputs, inputs = self.rows
+        if len(outputs) <= _ROWS_AT_ONCE:
+            yield self
+            return
         for part in zip(outputs.split(_ROWS_AT_ONCE), inputs.split(_ROWS_AT_ONCE), strict=True):
             yield TokenGradient(*part)
 
@@ -284,18 +289,6 @@ class ConvGradient(BatchGradient):
 def _rows(features: Tensor) -> Tensor:
     """`(N, channels, *size)` as `(N · size, channels)`."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
-
-
-def _adds_in_place(total: Tensor, outputs: Tensor, inputs: Tensor) -> bool:
-    """Whether the device can add a product of half precision to a float32 sum as it makes it (torch 2.8)."""
-    return (
-        total.is_cuda
-        and total.device == inputs.device
-        and total.dtype == torch.float32
-        and outputs.dtype == inputs.dtype
-        and inputs.dtype in (torch.float16, torch.bfloat16)
-        and hasattr(torch.ops.aten.addmm, "dtype_out")
-    )
 
 
 def _wide(factor: Tensor) -> Tensor:

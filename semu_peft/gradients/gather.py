@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +141,10 @@ def gather(
             "leave `targets` out to take the layers that it names."
         )
     statistics = {name: factories[name](source.shape, source.dtype, source.device) for name, source in sources.items()}
+    sources = {
+        name: source.summed if source.summed and statistics[name].takes_sums else source
+        for name, source in sources.items()
+    }
     # A distributed wrapper would wait for gradients of its own parameters, which this pass does not make.
     runner = extract_model_from_parallel(model)
     counts = stream_gradients(
@@ -236,22 +240,26 @@ def _caught(
     scale = LossScale()
 
     def fold_into(name: str) -> Any:
+        named, add, kind = _Named(name), statistics[name].add, sources[name].device.type
+
         def fold(caught: Any) -> None:
             gradient = scale.take(name, caught)
             if gradient is None:
                 return
             received[name] += 1
-            with _named(name), torch.autocast(sources[name].device.type, enabled=False):
-                statistics[name].add(gradient)
+            with named:
+                if torch.is_autocast_enabled(kind):
+                    with torch.autocast(kind, enabled=False):
+                        add(gradient)
+                else:
+                    add(gradient)
 
         return fold
 
-    handles = [source.attach(fold_into(name)) for name, source in sources.items()]
-    try:
+    with ExitStack() as handles:
+        for name, source in sources.items():
+            handles.callback(source.attach(fold_into(name)).remove)
         yield scale
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(
@@ -277,7 +285,7 @@ def _run(
         size = count_examples(batch)
         number, examples, uncounted = number + 1, examples + (size or 0), uncounted + (size is None)
         for name, statistic in statistics.items():
-            with _named(name):
+            with _Named(name):
                 statistic.end_batch(size)
     return number, examples, uncounted
 
@@ -308,13 +316,18 @@ def _check_received(batches: int, received: Mapping[str, int]) -> tuple[str, ...
     return tuple(missing)
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say in a statistic's error which layer it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Layer {name!r}: {error}") from error
+class _Named:
+    """Says in a statistic's error which layer it is about; entered for every gradient, so it does no more than that."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"Layer {self.name!r}: {error}") from error
 
 
 def check_loss(loss: Any, where: str) -> None:

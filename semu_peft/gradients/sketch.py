@@ -14,8 +14,9 @@ from semu_peft.linalg.energy import check_explained_variance, ranks_for_energy, 
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.linalg.gram import gram_spectrum, inverse, resolved
 from semu_peft.linalg.orthonormal import orthonormal
+from semu_peft.linalg.products import add_product, product
 
-from .batch_gradient import BatchGradient
+from .batch_gradient import BatchGradient, DenseGradient, TokenGradient
 from .statistics import GradientSum, MatrixSum, StatisticFactory
 
 ERROR_PROBES = 16
@@ -26,11 +27,38 @@ _WORTHWHILE = 0.4
 
 @dataclass(frozen=True)
 class RandomMatrices:
-    """The random matrices of one sketch, `(m, s)`, `(n, s)` and `(m, ERROR_PROBES)`, standard normal."""
+    """The random matrices of one sketch of size `k`: normal draws, rounded to what bfloat16 holds, of variance 1.
 
-    left: Tensor
-    right: Tensor
-    probes: Tensor
+    Attributes:
+        of_outputs: `(m, ≥ 2k + 1 + ERROR_PROBES)`: the first `k` columns of `Φ`, which are `Ψ`; the probes; the rest of
+            `Φ`; and columns that fill up a multiple of eight, as GPUs want it.
+        of_inputs: `(n, ≥ 2k + 1)`: `Ξ`, whose first `k` columns are `Ω`, filled up likewise.
+        size: `k`.
+    """
+
+    of_outputs: Tensor
+    of_inputs: Tensor
+    size: int
+
+    @property
+    def seen(self) -> Tensor:
+        """`Ψ` and the probes, `(m, k + ERROR_PROBES)`."""
+        return self.of_outputs[:, : self.size + ERROR_PROBES]
+
+    @property
+    def probes(self) -> Tensor:
+        """`Θ`, `(m, ERROR_PROBES)`."""
+        return self.of_outputs[:, self.size : self.size + ERROR_PROBES]
+
+    @property
+    def rest(self) -> Tensor:
+        """The columns of `Φ` that are not in `Ψ`, `(m, k + 1)`."""
+        return self.of_outputs[:, self.size + ERROR_PROBES : 2 * self.size + 1 + ERROR_PROBES]
+
+    @property
+    def inputs(self) -> Tensor:
+        """`Ξ`, `(n, 2k + 1)`."""
+        return self.of_inputs[:, : 2 * self.size + 1]
 
 
 class RandomMatrixPool:
@@ -41,36 +69,50 @@ class RandomMatrixPool:
 
     Examples:
         >>> pool = RandomMatrixPool(seed=0)
-        >>> small, large = (pool.of(m, n=5, columns=3, device=torch.device("cpu")) for m in (4, 9))
-        >>> torch.equal(small.left, large.left[:4])
+        >>> small, large = (pool.of(m, n=5, size=3, device=torch.device("cpu")) for m in (4, 9))
+        >>> torch.equal(small.of_outputs, large.of_outputs[:4])
         True
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._drawn: dict[tuple[int, str, torch.device], Tensor] = {}
+        self._drawn: dict[tuple[int, str, torch.device, torch.dtype], Tensor] = {}
 
-    def of(self, m: int, n: int, columns: int, device: torch.device) -> RandomMatrices:
-        return RandomMatrices(
-            self._draw(m, columns, "left", device),
-            self._draw(n, columns, "right", device),
-            self._draw(m, ERROR_PROBES, "probes", device),
-        )
+    def of(self, m: int, n: int, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomMatrices:
+        """The matrices for a gradient `(m, n)` and sketches of this size, the same numbers in any dtype."""
+        outputs = self._draw(m, 2 * size + 1 + ERROR_PROBES, "outputs", device, dtype)
+        return RandomMatrices(outputs, self._draw(n, 2 * size + 1, "inputs", device, dtype), size)
 
-    def _draw(self, rows: int, columns: int, side: str, device: torch.device) -> Tensor:
-        key = (columns, side, device)
-        drawn = self._drawn.get(key, torch.empty(0, columns, device=device))
+    def _draw(self, rows: int, columns: int, side: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (columns, side, device, dtype)
+        if len(self._drawn.get(key, ())) < rows:
+            drawn = self._grown(rows, columns, side, device)
+            self._drawn[key] = drawn if dtype == drawn.dtype else drawn.to(dtype)
+        return self._drawn[key][:rows]
+
+    def _grown(self, rows: int, columns: int, side: str, device: torch.device) -> Tensor:
+        """In bfloat16, of which those in other dtypes are copies."""
+        key, width = (columns, side, device, torch.bfloat16), -(-columns // 8) * 8
+        drawn = self._drawn.get(key, torch.empty(0, width, device=device, dtype=torch.bfloat16))
         # In blocks with seeds of their own, so that it does not matter which layer asks first.
-        missing = range(len(drawn) // _ROWS_AT_ONCE, -(-rows // _ROWS_AT_ONCE))
-        if missing:
-            blocks = (self._block(index, columns, side).to(device) for index in missing)
+        if missing := range(len(drawn) // _ROWS_AT_ONCE, -(-rows // _ROWS_AT_ONCE)):
+            levels = _levels().to(drawn)
+            blocks = (levels[self._block(index, width, side).to(device).long()] for index in missing)
             drawn = self._drawn[key] = torch.cat([drawn, *blocks])
-        return drawn[:rows]
+        return drawn
 
     def _block(self, index: int, columns: int, side: str) -> Tensor:
-        salt = 3 * (index * 65_537 + columns) + ("left", "right", "probes").index(side)
+        """A byte for each number: drawn in words, an eighth of the draws of as many normal numbers."""
+        salt = 2 * (index * 65_537 + columns) + ("outputs", "inputs").index(side)
         generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + salt) % 2**63)
-        return torch.randn(_ROWS_AT_ONCE, columns, generator=generator)
+        words = torch.randint(-(2**63), 2**63 - 1, (_ROWS_AT_ONCE * columns // 8,), generator=generator)
+        return words.view(torch.uint8).view(_ROWS_AT_ONCE, columns)
+
+
+def _levels() -> Tensor:
+    """The normal distribution in 256 equally likely numbers that bfloat16 holds, so that its products are exact."""
+    places = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    return torch.special.ndtri(places).bfloat16().float()
 
 
 class Sketch(MatrixSum):
@@ -85,6 +127,9 @@ class Sketch(MatrixSum):
 
     Source: Tropp, Yurtsever, Udell, Cevher, *Streaming Low-Rank Matrix Approximation*, SIAM J. Sci. Comput. 2019,
     arXiv 1902.08651, sections 2 and 6.
+
+    Half precision is multiplied as it is, also what was projected where the device does so: it loses no more in it than
+    the gradient has lost already, far less than a sketch leaves out.
 
     Args:
         shape: `(m, n)`.
@@ -108,9 +153,18 @@ class Sketch(MatrixSum):
         self.size = size
         self._pool, self._device = pool, device
         self.left = torch.zeros(m, size, device=device)
-        self.right = torch.zeros(size, n, device=device)
+        self.below = torch.zeros(size + ERROR_PROBES, n, device=device)
         self.core = torch.zeros(size + 1, size + 1, device=device)
-        self.probed = torch.zeros(ERROR_PROBES, n, device=device)
+
+    @property
+    def right(self) -> Tensor:
+        """`Ψᵀ G`, `(k, n)`."""
+        return self.below[: self.size]
+
+    @property
+    def probed(self) -> Tensor:
+        """`Θᵀ G`, `(ERROR_PROBES, n)`."""
+        return self.below[self.size :]
 
     @classmethod
     def of_size(cls, size: int = 192, *, seed: int = 0, device: torch.device | str | None = None) -> StatisticFactory:
@@ -145,11 +199,10 @@ class Sketch(MatrixSum):
             tensor.copy_(value)
         return duplicate
 
-    @property
-    def _test(self) -> RandomMatrices:
+    def _test(self, dtype: torch.dtype = torch.float32) -> RandomMatrices:
         # Asked for when needed: views taken before the pool has grown would keep the smaller matrices alive.
         m, n = self.shape
-        return self._pool.of(m, n, 2 * self.size + 1, self._device)
+        return self._pool.of(m, n, self.size, self._device, dtype)
 
     @staticmethod
     def pays(shape: tuple[int, ...], size: int) -> bool:
@@ -165,22 +218,40 @@ class Sketch(MatrixSum):
             self._add_part(part, scale)
 
     def _add_part(self, gradient: BatchGradient, scale: float) -> None:
-        # The device first: a gradient that only knows its dense form would be made for the question.
-        with _on_tensor_cores() if self._device.type == "cuda" and _is_half(gradient.received()) else nullcontext():
-            self._add_products(gradient, scale)
+        if isinstance(gradient, DenseGradient):
+            self._add_matrix(gradient.matrix.to(self._device), scale)
+        elif isinstance(gradient, TokenGradient):
+            outputs, inputs = gradient.rows
+            self._add_rows(outputs.to(self._device), inputs.to(self._device), scale)
+        else:
+            # The device first: a gradient that only knows its dense form would be made for the question.
+            half = self._device.type == "cuda" and _is_half(gradient.received())
+            with _on_tensor_cores() if half else nullcontext():
+                self._add_products(gradient, scale)
+
+    def _add_matrix(self, matrix: Tensor, scale: float) -> None:
+        test, exact, size = self._test(_kind(matrix)), self._test(), self.size
+        seen = product(matrix, test.of_inputs)
+        self.left.add_(seen[:, :size], alpha=scale)
+        add_product(self.below, test.seen.mT, matrix, scale)
+        add_product(self.core, exact.rest.mT, seen[:, size : 2 * size + 1], scale)
+
+    def _add_rows(self, outputs: Tensor, inputs: Tensor, scale: float) -> None:
+        test, size, shown = self._test(_kind(outputs)), self.size, self.size + ERROR_PROBES
+        of_outputs, of_inputs = product(outputs, test.of_outputs), product(inputs, test.of_inputs)
+        add_product(self.left, outputs.mT, _beside(outputs, of_inputs[:, :size]), scale)
+        add_product(self.below, _beside(inputs, of_outputs[:, :shown]).mT, inputs, scale)
+        add_product(self.core, of_outputs[:, shown : shown + size + 1].mT, of_inputs[:, size : 2 * size + 1], scale)
 
     def _add_products(self, gradient: BatchGradient, scale: float) -> None:
-        test = self._test
-        outputs, inputs = gradient.project(torch.cat([test.left, test.probes], 1), test.right)
-        outputs, probed = outputs[:, :-ERROR_PROBES], outputs[:, -ERROR_PROBES:]
-        self.left.add_(gradient.times(inputs[:, : self.size]), alpha=scale)
-        both = gradient.transposed_times(torch.cat([outputs[:, : self.size], probed], 1))
-        self.right.add_(both[: self.size], alpha=scale)
-        self.probed.add_(both[self.size :], alpha=scale)
-        self.core.add_(outputs[:, self.size :].mT @ inputs[:, self.size :], alpha=scale)
+        test, size, shown = self._test(), self.size, self.size + ERROR_PROBES
+        outputs, inputs = gradient.project(test.of_outputs, test.inputs)
+        self.left.add_(gradient.times(inputs[:, :size]), alpha=scale)
+        self.below.add_(gradient.transposed_times(outputs[:, :shown]), alpha=scale)
+        add_product(self.core, outputs[:, shown : shown + size + 1].mT, inputs[:, size:], scale)
 
     def tensors(self) -> list[Tensor]:
-        return [self.left, self.right, self.core, self.probed]
+        return [self.left, self.below, self.core]
 
     def factorize(self, explained_variance: float, max_rank: int | None = None) -> SingularFactors:
         return self.factorize_each([self], explained_variance, max_rank)[0]
@@ -216,6 +287,16 @@ class Sketch(MatrixSum):
         return torch.sum(core * (q.mT @ matrix.to(q) @ p))
 
 
+def _kind(factor: Tensor) -> torch.dtype:
+    """The dtype of random matrices to multiply it with."""
+    return torch.bfloat16 if factor.is_cuda and factor.dtype == torch.bfloat16 else torch.float32
+
+
+def _beside(factor: Tensor, projected: Tensor) -> Tensor:
+    """What was projected, to be multiplied with this factor again."""
+    return projected.to(_kind(factor))
+
+
 def _is_half(factor: Tensor) -> bool:
     return factor.is_cuda and factor.dtype in (torch.float16, torch.bfloat16)
 
@@ -246,10 +327,12 @@ def _recovered(sketches: Sequence[Sketch]) -> tuple[Tensor, Tensor, Tensor]:
     """`Q`, `C` (in float64) and `P` of each `G ≈ Q C Pᵀ`; all sketches are alike."""
     lefts, rights = (torch.stack(parts) for parts in zip(*((each.left, each.right) for each in sketches), strict=True))
     q, p = orthonormal(lefts), orthonormal(rights.mT)
-    test, size = sketches[0]._test, sketches[0].size
-    from_left, from_right = (test.left.mT @ q).double(), (test.right.mT @ p).double()
-    below = torch.cat([test.left[:, size:].mT @ lefts, torch.stack([each.core for each in sketches])], -1)
-    cores = torch.cat([rights @ test.right, below], 1).double()
+    test, size = sketches[0]._test(), sketches[0].size
+    seen, beyond = test.of_outputs[:, :size], test.rest
+    from_left = torch.cat([seen.mT @ q, beyond.mT @ q], -2).double()
+    from_right = (test.inputs.mT @ p).double()
+    below = torch.cat([beyond.mT @ lefts, torch.stack([each.core for each in sketches])], -1)
+    cores = torch.cat([rights @ test.inputs, below], 1).double()
     return q, _least_squares(from_right, _least_squares(from_left, cores).mT).mT, p
 
 
@@ -265,6 +348,7 @@ def _least_squares(matrices: Tensor, values: Tensor) -> Tensor:
 
 
 def _missed_energies(sketches: Sequence[Sketch], q: Tensor, cores: Tensor, p: Tensor) -> Tensor:
-    approximations = (sketches[0]._test.probes.mT @ q).double() @ cores @ p.mT.double()
+    approximations = (sketches[0]._test().probes.mT @ q).double() @ cores @ p.mT.double()
     probed = torch.stack([each.probed for each in sketches]).double()
-    return (probed - approximations).square().sum((-2, -1)) / ERROR_PROBES
+    variance = float(_levels().double().square().mean())
+    return (probed - approximations).square().sum((-2, -1)) / (ERROR_PROBES * variance)

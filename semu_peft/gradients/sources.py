@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft.model_state import is_aside
+from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.weight_use import WeightUse, read_weight, weight_use
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
 
 Fold = Callable[[BatchGradient], None]
+
+
+class Handle(Protocol):
+    """What ends the catching of gradients."""
+
+    def remove(self) -> None: ...
 
 
 def carries_gradient(weight: Tensor) -> bool:
@@ -38,6 +44,7 @@ class GradientSource(ABC):
         dtype: The dtype that its gradients are summed in.
         device: Where the weight is; the execution device of one that is offloaded.
         weight: The parameter that autograd must differentiate by, if any.
+        summed: Where to take the same gradient from if nothing but its sum is wanted and that is quicker there.
 
     Examples:
         >>> import torch
@@ -50,13 +57,14 @@ class GradientSource(ABC):
     dtype: torch.dtype
     device: torch.device
     weight: nn.Parameter | None = None
+    summed: WeightSource | None = None
 
     def around(self, layer: nn.Module) -> GradientSource:
         """This source, for an adapter's layer that is called in the place of the one it was made for."""
         return self
 
     @abstractmethod
-    def attach(self, fold: Fold) -> RemovableHandle:
+    def attach(self, fold: Fold) -> Handle:
         """Call `fold` with each part of the gradient as the backward pass makes it, until the handle is removed."""
 
 
@@ -86,7 +94,7 @@ class WeightSource(GradientSource):
         self.dtype, self.device = sum_dtype(weight.dtype), weight.device
         self._as_matrix = as_matrix
 
-    def attach(self, fold: Fold) -> RemovableHandle:
+    def attach(self, fold: Fold) -> Handle:
         def take(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             if gradient is None:
@@ -96,6 +104,63 @@ class WeightSource(GradientSource):
             fold(DenseGradient(self._as_matrix(gradient)))
 
         return self.weight.register_post_accumulate_grad_hook(take)
+
+
+class CalledWeightSource(WeightSource):
+    """The gradient that autograd makes for the weight of an adapter's layer, of the layer's calls alone.
+
+    It is what a [`LayerSource`][semu_peft.gradients.sources.LayerSource] gives, added up over the calls. An accelerator
+    waits for the host to launch its work: autograd launches this by itself, where the other takes two hooks a call.
+    Whoever reads the weight past the layer meanwhile is given one without a gradient.
+
+    Args:
+        layer: The adapter's layer, which is called in its base layer's place.
+        as_matrix: See `WeightSource`.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.gradients.sources import CalledWeightSource
+        >>> from semu_peft.tuner import Linear
+        >>> layer, seen = Linear(torch.nn.Linear(3, 2), "default", SemuConfig(), "layer"), []
+        >>> handle = CalledWeightSource(layer).attach(seen.append)
+        >>> (layer(torch.ones(1, 3)).sum() + layer.weight.sum()).backward()
+        >>> seen[0].dense().tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+        >>> handle.remove()
+    """
+
+    def __init__(self, layer: SemuLayer, as_matrix: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
+        weight = cast(nn.Parameter, layer.base_weight)
+        super().__init__(weight, as_matrix)
+        self._layer = layer
+        matrix = as_matrix(weight.detach())
+        if matrix.is_contiguous() and weight.is_contiguous() and matrix.data_ptr() == weight.data_ptr():
+            # The matrix is the weight in its own order: the layer need not be asked each time.
+            same, shape = matrix.shape == weight.shape, self.shape
+            self._as_matrix = (lambda gradient: gradient) if same else (lambda gradient: gradient.reshape(shape))
+
+    def attach(self, fold: Fold) -> Handle:
+        def take(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is not None:
+                fold(DenseGradient(self._as_matrix(gradient)))
+
+        return _CalledWeightHandle(self.weight.register_post_accumulate_grad_hook(take), self._layer)
+
+
+class _CalledWeightHandle:
+    """Ends the hook, and the watch that was set where nobody watches already."""
+
+    def __init__(self, hook: Handle, layer: SemuLayer) -> None:
+        self._hook, self._layer, self._watches = hook, layer, layer.watch is None
+        if self._watches:
+            layer.watch = Tensor.detach
+
+    def remove(self) -> None:
+        self._hook.remove()
+        if self._watches:
+            self._layer.watch = None
 
 
 class LayerSource(GradientSource):
@@ -137,7 +202,7 @@ class LayerSource(GradientSource):
     def around(self, layer: nn.Module) -> LayerSource:
         return LayerSource(layer, self._parts, self.shape)
 
-    def attach(self, fold: Fold) -> RemovableHandle:
+    def attach(self, fold: Fold) -> Handle:
         anchors: dict[torch.device, Tensor] = {}  # which no gradient comes to: one is enough for all calls
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -173,7 +238,9 @@ class LayerSource(GradientSource):
 def token_gradients(outputs: Tensor, inputs: Tensor) -> list[BatchGradient]:
     """The gradient of a linear layer, from `(N, …, m)` and `(N, …, n)` for `N` examples."""
     inputs = inputs.to(outputs.dtype)  # autocast casts inside the layer
-    return [TokenGradient(torch.atleast_2d(outputs), torch.atleast_2d(inputs))]
+    if outputs.dim() < 2:
+        outputs, inputs = outputs[None], inputs[None]
+    return [TokenGradient(outputs, inputs)]
 
 
 def conv_gradients(conv: nn.Module) -> Callable[[Tensor, Tensor], list[BatchGradient]]:

@@ -44,7 +44,13 @@ class Statistic(ABC):
         >>> largest.add(DenseGradient(torch.tensor([[3.0, 0.0], [0.0, 4.0]])))
         >>> largest.norm
         tensor(5.)
+
+    Attributes:
+        takes_sums: Whether it is the same for a sum of gradients as for these one by one, and asks nothing of their
+            form, so that autograd may add up those of several calls.
     """
+
+    takes_sums: bool = False
 
     @abstractmethod
     def add(self, gradient: BatchGradient) -> None:
@@ -87,6 +93,7 @@ class MatrixSum(Statistic):
     """
 
     shape: tuple[int, ...]
+    takes_sums = True
 
     @abstractmethod
     def add(self, gradient: BatchGradient, scale: float = 1.0) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.linear import NEVER_CALLED, Linear
 from semu_peft.tuner.parameter import ParamWrapper
-from semu_peft.tuner.weight_use import WeightUse, read_weight
+from semu_peft.tuner.weight_use import WeightUse, is_stock, read_weight
 
+from .processes import in_several_processes
 from .sources import (
+    CalledWeightSource,
     GradientSource,
     LayerSource,
     WeightSource,
@@ -30,9 +33,14 @@ from .sources import (
     use_of,
 )
 
+_LARGE = 2**24  # numbers of a weight, 4096 × 4096: above, an accelerator's memory sets the pace
+
 
 def find_sources(
-    model: nn.Module, targets: Sequence[str] | str | None = None, adapter_name: str | None = None
+    model: nn.Module,
+    targets: Sequence[str] | str | None = None,
+    adapter_name: str | None = None,
+    by_weight: bool | None = None,
 ) -> tuple[dict[str, GradientSource], dict[str, str]]:
     """The sources of the targets' gradients.
 
@@ -43,6 +51,8 @@ def find_sources(
         model: See [`gather`][semu_peft.gradients.gather.gather], as the rest.
         targets: Names, name endings, or a regular expression.
         adapter_name: The SEMU adapter whose layers are meant.
+        by_weight: Whether an adapter's layers also say where autograd adds up the gradient by itself (`summed`); by
+            default where that is quicker, on an accelerator.
 
     Returns:
         The sources by layer name, and the layers whose weight another one brings already, by that one's name.
@@ -66,12 +76,43 @@ def find_sources(
             sources[name] = WeightSource(weight, _reading(layer, adapter_name))
         else:
             sources[name] = _source_of(layer, adapter_name)
+            if (
+                sources[name].weight is None
+                and adapter_name is not None
+                and _may_go_by_weight(layer, weight, by_weight)
+            ):
+                sources[name].summed = CalledWeightSource(layer, _reading(layer, adapter_name))  # type: ignore[arg-type]
         if sources[name].weight is not None and not carries_gradient(weight):
             raise ValueError(
                 f"The weight of layer {name!r} has dtype {weight.dtype} on {weight.device}, which cannot carry a "
                 "gradient. Load this layer unquantised and not offloaded, or leave it out of `target_modules`."
             )
     return sources, aliases
+
+
+def _may_go_by_weight(layer: Any, weight: Any, by_weight: bool | None) -> bool:
+    """Whether autograd's gradient of the stored weight is that of the layer's calls, and may be taken.
+
+    The layer must be just the operation of its type, which is known to have a gradient by its weight. A sum of products
+    in float16 overflows where its factors do not. Among several processes weights may be sharded.
+    """
+    return (
+        (_goes_quicker_by_weight(weight) if by_weight is None else by_weight)
+        and not isinstance(layer, ParamWrapper)
+        and type(weight) is nn.Parameter
+        and carries_gradient(weight)
+        and weight.dtype != torch.float16
+        and is_stock(_called(layer)[1])
+        and not in_several_processes()
+    )
+
+
+def _goes_quicker_by_weight(weight: Tensor) -> bool:
+    """Whether launching work takes longer than doing it: on an accelerator, but for the largest of linear layers.
+
+    Their products are added to a sum as they are made, or never made for a sketch, which saves writing and reading.
+    """
+    return weight.device.type not in ("cpu", "meta") and not (weight.dim() == 2 and weight.numel() >= _LARGE)
 
 
 def _supported_layers(plain: nn.Module) -> dict[str, nn.Module]:

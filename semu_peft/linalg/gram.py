@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +15,10 @@ from .energy import without_noise
 
 # The Gram matrix squares the condition number: in float64 this still leaves half of float32's digits.
 _RESOLUTION = 1e-5
-# An accelerator decomposes matrices one by one, in two milliseconds where the host needs a part of one; beyond this
-# side it is quicker all the same.
-_ON_HOST = 128
+# An accelerator decomposes matrices of some hundred rows one by one, in two milliseconds or more each. The host needs a
+# part of one up to the first of these sides; up to the second it is quicker with some cores, which share the matrices.
+_ON_HOST, _ON_CORES = 128, 256
+_SOME_CORES = 4
 
 
 def gram_values(gram: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -23,7 +30,7 @@ def gram_values(gram: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
         >>> gram_values(torch.diag(torch.tensor([4.0, 9.0])).double(), (2, 2), torch.float32).tolist()
         [3.0, 2.0]
     """
-    squares = torch.linalg.eigvalsh(_where_quick(gram)).to(gram.device)
+    (squares,) = where_quick(lambda grams: (torch.linalg.eigvalsh(grams),), gram)
     return _roots(squares, shape, dtype)
 
 
@@ -41,12 +48,58 @@ def gram_spectrum(gram: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> t
         >>> gram_spectrum(torch.diag(torch.tensor([4.0, 9.0])).double(), (2, 2), torch.float32)[0].tolist()
         [3.0, 2.0]
     """
-    squares, left = (found.to(gram.device) for found in torch.linalg.eigh(_where_quick(gram)))
+    squares, left = where_quick(torch.linalg.eigh, gram)
     return _roots(squares, shape, dtype), left.flip(-1)
 
 
-def _where_quick(gram: Tensor) -> Tensor:
-    return gram.cpu() if gram.shape[-1] <= _ON_HOST else gram
+def where_quick(decompose: Callable[[Tensor], Any], gram: Tensor, cores: int | None = None) -> tuple[Tensor, ...]:
+    """What `decompose` gives of each matrix, worked out where that is quickest and brought back.
+
+    Args:
+        decompose: Of `(batch, m, m)`; must treat each matrix by itself.
+        gram: `(..., m, m)`; on a CPU it is left to torch, which shares a decomposition among the cores.
+        cores: Over how many threads of the host to spread the matrices; by default all cores of the process.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.linalg.gram import where_quick
+        >>> (values,) = where_quick(lambda grams: (torch.linalg.eigvalsh(grams),), torch.eye(2).expand(3, 2, 2))
+        >>> values.tolist()
+        [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    if gram.device.type == "cpu" and cores is None:
+        return tuple(decompose(gram))
+    cores = cores or _cores()
+    if gram.shape[-1] > (_ON_CORES if cores >= _SOME_CORES else _ON_HOST):
+        return tuple(decompose(gram))
+    batch, host = gram.shape[:-2], gram.reshape(-1, *gram.shape[-2:]).cpu()
+    parts = host.tensor_split(min(cores, len(host))) if len(host) > 1 else (host,)
+    found = list(_each(decompose, parts))
+    return tuple(
+        torch.cat(tensors).to(gram.device).reshape(*batch, *tensors[0].shape[1:])
+        for tensors in zip(*found, strict=True)
+    )
+
+
+def _each(decompose: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> list[Any]:
+    """Of each part, in a thread of its own that does not split up further."""
+    if len(parts) == 1:
+        return [decompose(parts[0])]
+    threads = torch.get_num_threads()
+    try:
+        return list(_workers(_cores(), os.getpid()).map(decompose, parts))
+    finally:
+        torch.set_num_threads(threads)  # which threads that begin later take over
+
+
+@lru_cache(maxsize=1)
+def _workers(count: int, process: int) -> ThreadPoolExecutor:
+    """Kept, as they are needed every few milliseconds; those of another process are not there after a fork."""
+    return ThreadPoolExecutor(count, "semu-decompose", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _roots(squares: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from .retain import Overlap, RetainRule, apart_from
 
 # Side by side are so many numbers of gradients. What is needed beside them to factorise them is about as much at the
 # most. A CPU gains by it only as far as its caches reach.
-_NUMBERS_AT_ONCE = 2**28
+_NUMBERS_AT_ONCE = 2**30
 _NUMBERS_ON_CPU = 2**20
 
 

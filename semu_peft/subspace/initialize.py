@@ -61,7 +61,8 @@ def initialize_semu_weights(
     layers do, it is an error.
 
     Linear layers and ungrouped convolutions are differentiated between their inputs and output gradients, so that their
-    weights may be quantised, offloaded or sharded; weights that several layers share, once, as parameters. In a
+    weights may be quantised, offloaded or sharded; weights that several layers share, once, as parameters. On an
+    accelerator autograd's own gradients of stored weights are taken where that is quicker: they are the same. In a
     distributed run every process brings its own batches (prepare the loader with Accelerate to share the work), the
     sums of all are factorised, and every process gets the main process's bases.
 

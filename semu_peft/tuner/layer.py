@@ -381,6 +381,8 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged or adapter_names is not None else self._live_adapters()
+        if not names and adapter_names is None:
+            return self.base_layer(x, *args, **kwargs)
         corrections = [name for name in names if self.r[name] > 0]
         check_values(self, corrections)
         if corrections and (self._corrects_parameter or self.joins_weight(corrections, x)):

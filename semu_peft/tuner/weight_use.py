@@ -66,9 +66,8 @@ def weight_use(layer: nn.Module) -> WeightUse | None:
         ancestors, and weights without arithmetic of their own (quantised, sharded), are taken for plain.
     """
     kind = next((kind for kind in _OPERATIONS if isinstance(layer, kind)), None)
-    stored = _is_stored(layer)
-    forward = vars(layer).get("_old_forward", vars(layer).get("forward"))  # Accelerate's hook keeps the first
-    own = forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+    stored, forward = _is_stored(layer), _forward_of(layer)
+    own = _has_own(layer)
     if kind is None or (stored and type(layer) is kind and not own):
         return WeightUse.PLAIN
     if not stored:
@@ -82,6 +81,16 @@ def weight_use(layer: nn.Module) -> WeightUse | None:
             return None
         run = forward if forward is not None and own else MethodType(type(layer).forward, layer)
         return WeightUse.PLAIN if _is_plain(_OPERATIONS[kind], layer, run, weight.detach()) else WeightUse.OWN
+
+
+def is_stock(layer: nn.Module) -> bool:
+    """Whether a layer is of a stock type itself, with its weight stored and the type's own `forward`.
+
+    Examples:
+        >>> is_stock(nn.Linear(3, 2)), is_stock(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+        (True, False)
+    """
+    return type(layer) in _OPERATIONS and _is_stored(layer) and not _has_own(layer)
 
 
 def read_weight(layer: nn.Module) -> Any:
@@ -111,6 +120,17 @@ def no_place_for(use: WeightUse | None, name: str, verb: str) -> str | None:
         "or `remove_weight_norm(layer)` of `torch.nn.utils`, on the layer's `base_layer`; or keep the adapter beside "
         "the model."
     )
+
+
+def _forward_of(layer: nn.Module) -> Any:
+    """The `forward` that was put on the layer itself, if any; Accelerate's hook keeps the one before."""
+    return vars(layer).get("_old_forward", vars(layer).get("forward"))
+
+
+def _has_own(layer: nn.Module) -> bool:
+    """Whether that is another one than its type's."""
+    forward = _forward_of(layer)
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
 
 
 def _is_stored(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from models import Cnn, Mlp, Snapshot, image_batches, llama, vector_batches
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig, initialize_semu_weights, objectives
 from semu_peft.gradients.gather import stream_gradients
-from semu_peft.gradients.sources import LayerSource, conv_gradients, token_gradients
+from semu_peft.gradients.sources import CalledWeightSource, LayerSource, conv_gradients, token_gradients
 from semu_peft.gradients.statistics import GradientSum
+from semu_peft.gradients.targets import find_sources
+from semu_peft.objectives.original import original
 from semu_peft.tuner.adapted import semu_layers
 
 
@@ -71,8 +76,9 @@ def test_linear_and_convolution(frozen: bool) -> None:
 class Awkward(nn.Module):
     """In-place activations after the targets, a layer called twice, keyword input, a call without gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_keyword: bool = True) -> None:
         super().__init__()
+        self.by_keyword = by_keyword  # which an adapter's layer does not take
         self.stem = nn.Linear(6, 8)
         self.twice = nn.Linear(8, 8)
         self.head = nn.Linear(8, 4)
@@ -81,7 +87,7 @@ class Awkward(nn.Module):
         with torch.no_grad():
             scale = 1 + self.twice(torch.ones(8)).sigmoid()
         x = F.relu(self.stem(x), inplace=True)
-        x = self.twice(input=x)
+        x = self.twice(input=x) if self.by_keyword else self.twice(x)
         x += 1.0
         x = self.twice(x.view(2, -1, 8)).mul_(scale).flatten(0, 1)
         return self.head(x)
@@ -90,6 +96,92 @@ class Awkward(nn.Module):
 def test_awkward_models() -> None:
     """In-place operations on the outputs, several calls and calls without a graph change nothing."""
     assert_same(Awkward(), ["stem", "twice", "head"], vector_batches())
+
+
+class ReadPast(nn.Module):
+    """A layer that is called, and whose weight is read past it as well; another whose weight is read transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.turned = Conv1D(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.turned(torch.tanh(self.stem(x))))
+        return self.head(x) + x @ self.head.weight.T
+
+
+def both_ways(model: nn.Module, batches: list[Any], objective: Any = loss) -> list[dict[str, Tensor]]:
+    """The sums of an adapter's layers from their calls, and from autograd's gradients of their weights."""
+    found = []
+    for by_weight in (False, True):
+        with original(model) as reference:
+            sources, _ = find_sources(reference, adapter_name="default", by_weight=by_weight)
+            chosen = {name: source.summed or source for name, source in sources.items()}
+            assert any(isinstance(source, CalledWeightSource) for source in chosen.values()) == by_weight
+            sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
+            stream_gradients(reference, chosen, sums, batches, objective, progress=False)
+            assert all(layer.watch is None for layer in semu_layers(reference).values())
+        found.append({name: total.total for name, total in sums.items()})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "per_channel", "llama", "awkward", "checkpointed", "read past"])
+def test_an_accelerators_way_gives_the_same(kind: str) -> None:
+    """Autograd's gradient of a weight is that of the layer's calls, reads past the layer left out."""
+    targets = {"awkward": ["stem", "twice", "head"], "read past": ["stem", "turned", "head"], "llama": "all-linear"}
+    targets["checkpointed"] = r".*(stem|blocks\.\d\.[02]|head)"
+    models = {
+        "mlp": Mlp, "cnn": Cnn, "per_channel": Cnn, "llama": llama, "read past": ReadPast,
+        "awkward": partial(Awkward, False), "checkpointed": partial(Checkpointed, False),
+    }  # fmt: skip
+    model = models[kind]()
+    wanted = targets.get(kind) or model.targets
+    per_channel = {"conv_mode": "per_channel"} if kind == "per_channel" else {}
+    wrapped = get_peft_model(model, SemuConfig(target_modules=wanted, **per_channel))
+    batches = {"cnn": image_batches, "per_channel": image_batches}.get(kind, vector_batches)()
+    objective: Any = loss
+    if kind == "llama":
+        batches = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(32, (2, 3, 7))]
+        objective = lambda model, batch: model(**batch).loss  # noqa: E731
+    before = Snapshot.of(wrapped)
+    by_calls, by_weights = both_ways(wrapped, batches, objective)
+    before.assert_same(wrapped)
+    for name, total in by_calls.items():
+        assert total.any(), "there is something to compare"
+        torch.testing.assert_close(by_weights[name], total, atol=1e-6, rtol=1e-4)
+
+
+def test_an_accelerators_way_leaves_nothing_behind_after_an_error() -> None:
+    wrapped = get_peft_model(Mlp(), SemuConfig(target_modules=Mlp.targets))
+    before = Snapshot.of(wrapped)
+
+    def failing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        sources, _ = find_sources(wrapped, adapter_name="default", by_weight=True)
+        chosen = {name: source.summed for name, source in sources.items()}
+        sums = {name: GradientSum(source.shape, source.dtype, source.device) for name, source in sources.items()}
+        stream_gradients(wrapped, chosen, sums, vector_batches(), failing, progress=False)
+    before.assert_same(wrapped)
+    assert all(layer.watch is None for layer in semu_layers(wrapped).values())
+    assert not any(p._post_accumulate_grad_hooks for p in wrapped.parameters())
+
+
+def test_which_weights_autograd_is_asked_for() -> None:
+    """None in float16, of a layer with a forward of its own, or that is computed; none on a CPU unless told to."""
+
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(6, 8), Own(8, 8), nn.Linear(8, 8).half(), weight_norm(nn.Linear(8, 4)))
+    wrapped = get_peft_model(model, SemuConfig(target_modules=r"[0-3]"))
+    sources, _ = find_sources(wrapped, adapter_name="default", by_weight=True)
+    assert [name.rpartition(".")[2] for name, source in sources.items() if source.summed] == ["0"]
+    assert not any(source.summed for source in find_sources(wrapped, adapter_name="default")[0].values())
 
 
 class Checkpointed(nn.Module):

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from semu_peft import SemuConfig
 from semu_peft.gradients import DenseGradient, GradientSum, Sketch, sketch
 from semu_peft.linalg.factorize import SingularFactors, leading_factors, leading_factors_of_each
+from semu_peft.linalg.gram import where_quick
 from semu_peft.linalg.orthonormal import orthonormal, orthonormal_beyond
 from semu_peft.subspace.directions import find_directions
 from semu_peft.subspace.ranks import RankBudget, plan_ranks
@@ -151,6 +152,16 @@ def test_steps_do_not_grow_with_the_number_of_layers(kind: str, orthogonal: bool
         return counts(plan)
 
     assert run(3) == run(12)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
+def test_small_decompositions_on_several_cores(batch: tuple[int, ...]) -> None:
+    """Shared among threads, each is the very one that it is by itself, and torch has its threads back."""
+    columns = torch.randn(*batch, 40, 40, dtype=torch.float64)
+    gram, threads = columns @ columns.mT, torch.get_num_threads()
+    found, expected = where_quick(torch.linalg.eigh, gram, cores=4), torch.linalg.eigh(gram)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert torch.get_num_threads() == threads
 
 
 def blocks() -> dict[str, Tensor]:
