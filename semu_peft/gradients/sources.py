@@ -122,7 +122,7 @@ class CalledWeightSource(WeightSource):
         >>> from semu_peft import SemuConfig
         >>> from semu_peft.gradients.sources import CalledWeightSource
         >>> from semu_peft.tuner import Linear
-        >>> layer, seen = Linear(torch.nn.Linear(3, 2), "default", SemuConfig(), "layer"), []
+        >>> layer, seen = Linear(torch.nn.Linear(3, 2), "default", SemuConfig(r=1, init_weights=False), ""), []
         >>> handle = CalledWeightSource(layer).attach(seen.append)
         >>> (layer(torch.ones(1, 3)).sum() + layer.weight.sum()).backward()
         >>> seen[0].dense().tolist()
