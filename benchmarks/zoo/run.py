@@ -87,10 +87,10 @@ def measured(
     started = clock()
     try:
         outcome = row.run(case, settings)
-    except ValueError as error:  # a method that finds nothing to do says so
+        seconds = clock() - started
+        found = told_of(outcome.model, case)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # a method that finds nothing to do, or diverges, says so
         return {"failed": str(error), "gap": float("inf")}
-    seconds = clock() - started
-    found = told_of(outcome.model, case)
     return {
         **found, "gap": gap(found, gold, METRICS), "seconds": seconds, "trained": outcome.trained,
         "shipped": outcome.shipped,

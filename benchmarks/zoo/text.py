@@ -84,6 +84,8 @@ def measured(row: Row, case: TextCase, settings: Any, gold: Mapping[str, Any], *
     started = clock()
     try:
         outcome: Outcome = row.run(case, settings)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:  # which is the machine's fault
+        raise
     except (ValueError, RuntimeError) as error:  # a method that finds nothing to do, or diverges, says so
         return {"failed": str(error).splitlines()[0], "gap": float("inf")}
     seconds = clock() - started
