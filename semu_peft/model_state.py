@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -42,12 +42,27 @@ def dtype_of(model: nn.Module) -> torch.dtype:
         >>> dtype_of(nn.Linear(2, 2).half()), dtype_of(nn.ReLU())
         (torch.float16, torch.float32)
     """
-    inner: Any = extract_model_from_parallel(model)
+    inner: Any = out_of_wrappers(model)
     told = getattr(inner, "dtype", None)  # through a `PeftModel` and a compiled module
     if isinstance(told, torch.dtype) and told.is_floating_point and told.itemsize >= 2:
         return told
     own = (p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2)
     return next(own, torch.float32)
+
+
+def out_of_wrappers(model: nn.Module) -> nn.Module:
+    """The model out of the distributed wrappers around it; one that is compiled stays compiled.
+
+    Accelerate looks at every module of a model before it answers, so that it is asked only where there may be wrappers.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> out_of_wrappers(nn.DataParallel(model)) is model, out_of_wrappers(model) is model
+        (True, True)
+    """
+    inner: nn.Module = extract_model_from_parallel(model) if hasattr(model, "module") else model
+    return inner
 
 
 @contextmanager
@@ -62,11 +77,17 @@ def same_modes(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    modes = [(module, module.training) for module in model.modules()]
+    with _same_modes(list(model.modules())):
+        yield
+
+
+@contextmanager
+def _same_modes(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = [module.training for module in modules]
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in zip(modules, modes, strict=True):
             module.training = training
 
 
@@ -92,12 +113,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         >>> model.training
         True
     """
-    recomputing = [vars(module) for module in model.modules() if _recomputes(module)] if torch.is_grad_enabled() else []
+    modules = list(model.modules())
+    recomputing = [vars(module) for module in modules if _recomputes(module)] if torch.is_grad_enabled() else []
     functions = [attributes["_gradient_checkpointing_func"] for attributes in recomputing]
-    with same_modes(model):
+    with _same_modes(modules):
         model.eval()
         if torch.is_grad_enabled():
-            _keep_differentiable(model)
+            _keep_differentiable(modules)
         for attributes, function in zip(recomputing, functions, strict=True):
             attributes["training"] = True
             attributes["_gradient_checkpointing_func"] = _in_eval_mode(attributes, function)
@@ -131,9 +153,9 @@ def is_aside() -> bool:
     return _ASIDE.get()
 
 
-def _keep_differentiable(model: nn.Module) -> None:
+def _keep_differentiable(modules: Sequence[nn.Module]) -> None:
     """Leave bitsandbytes' 4-bit layers, which have no dropout, in train mode, and unpack those that are packed."""
-    for module in model.modules():
+    for module in modules:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.training = True
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):

@@ -3,7 +3,7 @@
     python benchmarks/engine/gpu.py --seconds 420
 
 Time is by events, memory the peak of what the allocator gave out. The figures that matter most come first: extractions
-from few batches of the first two subjects, then those from many batches and steps, subject by subject. Each figure is
+from few batches of the first two subjects, then those from many batches and steps, then compiled steps. Each figure is
 written when it is there, nothing is begun that has no time left, and a call that finds figures in the result file
 measures only those that are missing: the same command again completes the table. `--subjects llama-tiny unet-tiny`
 tries all of it on a CPU, where memory is not measured.
@@ -70,15 +70,21 @@ class Stage:
 
 
 def stages(arguments: argparse.Namespace) -> list[Stage]:
-    """In order of value."""
+    """In order of value; steps are compiled last, as that takes longest."""
     main, later = arguments.subjects[:2], arguments.subjects[2:]
     first, *more = arguments.batches
-    listed = [Stage(name, _extractions(name, first)) for name in main]
-    for name in arguments.subjects:
-        few = _extractions(name, first) if name in later else []
-        many = [figure for count in more for figure in _extractions(name, count) if (name, figure.kind) not in ONCE]
-        listed.append(Stage(name, [*few, *many, *_steps("eager"), *(_steps("compiled") if arguments.compile else [])]))
-    return listed
+    few = {name: _extractions(name, first) for name in arguments.subjects}
+    rest = {
+        name: [figure for count in more for figure in _extractions(name, count) if (name, figure.kind) not in ONCE]
+        for name in arguments.subjects
+    }
+    compiled = _steps("compiled") if arguments.compile else []
+    return [
+        *(Stage(name, few[name]) for name in main),
+        *(Stage(name, [*rest[name], *_steps("eager")]) for name in main),
+        *(Stage(name, compiled) for name in main),
+        *(Stage(name, [*few[name], *_steps("eager"), *rest[name], *compiled]) for name in later),
+    ]
 
 
 def _extractions(name: str, count: int) -> list[Figure]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_adapter_name, check_kind, check_model
 from semu_peft.linalg.energy import largest_magnitudes
-from semu_peft.model_state import device_of, eval_mode
+from semu_peft.model_state import device_of, eval_mode, out_of_wrappers
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.examples import count_examples
@@ -146,7 +146,7 @@ def gather(
         for name, source in sources.items()
     }
     # A distributed wrapper would wait for gradients of its own parameters, which this pass does not make.
-    runner = extract_model_from_parallel(model)
+    runner = out_of_wrappers(model)
     counts = stream_gradients(
         runner, sources, statistics, batches, objective, description=description, progress=progress
     )

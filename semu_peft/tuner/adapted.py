@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_adapter_name, check_model
+from semu_peft.model_state import out_of_wrappers
 
 from .keys import layer_of, without_compilation, without_prefix, without_wrappers
 from .layer import NotInitializedError, SemuLayer
@@ -20,7 +20,7 @@ from .tied import TiedLayer
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that the adapters were put into, out of whatever it is in: compiled, distributed, in a `PeftModel`."""
-    root: Any = uncompiled(extract_model_from_parallel(uncompiled(model)))
+    root: Any = uncompiled(out_of_wrappers(uncompiled(model)))
     return uncompiled(root.get_base_model()) if hasattr(root, "get_base_model") else root
 
 
