@@ -27,6 +27,9 @@ from .sources import GradientSource
 from .statistics import GradientSum, Statistic, StatisticFactory
 from .targets import find_sources
 
+# An accelerator stands still when it is asked whether a loss is finite: after the first batch, of so many at a time.
+_LOSSES_AT_ONCE, _LOSSES_ON_CPU = 8, 1
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Gathered(Mapping[str, Statistic]):
@@ -272,14 +275,14 @@ def _run(
     """Forward and backward over all batches; their number, that of their examples, and of those that do not say."""
     device = device_of(model)
     number = examples = uncounted = 0
+    losses: list[Tensor] = []
     for batch in batches:
         loss = objective(model, send_to_device(batch, device))
         check_loss(loss, f"batch {number}")
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"`objective` must be finite, got {loss.item()} for batch {number} of `batches`. Check that batch's "
-                "inputs and labels for NaN, infinite or out-of-range values."
-            )
+        losses.append(loss.detach())
+        if number == 0 or len(losses) >= (_LOSSES_ON_CPU if device.type == "cpu" else _LOSSES_AT_ONCE):
+            _check_finite(losses, number + 1)
+            losses.clear()
         scale.backward(loss)
         del loss  # with the graph, which may have been kept
         size = count_examples(batch)
@@ -287,7 +290,18 @@ def _run(
         for name, statistic in statistics.items():
             with _Named(name):
                 statistic.end_batch(size)
+    _check_finite(losses, number)
     return number, examples, uncounted
+
+
+def _check_finite(losses: Sequence[Tensor], seen: int) -> None:
+    """Raise where one of the last losses of so many batches is not finite."""
+    for index, value in enumerate(torch.stack([loss.reshape(()) for loss in losses]).tolist() if losses else []):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"`objective` must be finite, got {value} for batch {seen - len(losses) + index} of `batches`. Check "
+                "that batch's inputs and labels for NaN, infinite or out-of-range values."
+            )
 
 
 def _check_received(batches: int, received: Mapping[str, int]) -> tuple[str, ...]:

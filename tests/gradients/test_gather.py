@@ -240,6 +240,20 @@ def test_errors(batches: Any, objective: Any, words: list[str]) -> None:
     before.assert_same(model)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 4])
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_which_loss_is_not_finite(bad: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where several are looked at together, as on an accelerator; the model is as it was."""
+    monkeypatch.setattr("semu_peft.gradients.gather._LOSSES_ON_CPU", at_once)
+    model = Mlp()
+    before = Snapshot.of(model)
+    batches = vector_batches(5)
+    batches[bad][0].fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"`objective` must be finite, got nan for batch {bad} "):
+        gather(model, batches, loss, progress=False)
+    before.assert_same(model)
+
+
 def test_integer_weights() -> None:
     """A quantised weight that must be differentiated as a parameter is refused by layer name and dtype."""
     model = Cnn()
