@@ -88,21 +88,16 @@ def search_scale(
         raise ValueError("`score` must be a function of the model, and `highest` above 0. Give `model -> float`.")
     layers = initialized_layers(model, adapter_name)
     before = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
-    trials: dict[float, float] = {}
 
-    def tried(scale: float) -> tuple[float, float]:
-        """What to compare by: the score, and with equal ones the smaller scale."""
-        if scale not in trials:
-            set_scale(model, scale, adapter_name=adapter_name)
-            trials[scale] = _checked(score(model), scale)
-        return trials[scale], -scale
+    def at(scale: float) -> float:
+        set_scale(model, scale, adapter_name=adapter_name)
+        return score(model)
 
     try:
-        _search(tried, highest, halvings)
-        best = max(trials, key=tried)
-        if best == 0.0:
+        found = best_trial(at, highest=highest, halvings=halvings)
+        if found.scale == 0.0:
             raise ValueError(
-                f"`score` is nowhere from 0 to {highest:g} better than at 0, without the correction ({trials[0.0]:g}): "
+                f"`score` is nowhere from 0 to {highest:g} better than at 0, without the correction ({found.score:g}): "
                 "the model is left as it was. Raise `highest`, or give a correction that moves the score."
             )
     except BaseException:
@@ -110,8 +105,36 @@ def search_scale(
             layer.set_scale(adapter_name, before[name])
         raise
     for layer in {id(layer.semu_core[adapter_name]): layer for layer in layers.values()}.values():
-        _write(layer, best, adapter_name)
+        _write(layer, found.scale, adapter_name)
     set_scale(model, 1.0, adapter_name=adapter_name)
+    return found
+
+
+def best_trial(score: Callable[[float], float], *, highest: float, halvings: int = 10) -> ScaleSearch:
+    """Where from 0 to `highest` a score is largest; of equal ones the smallest: the search of `search_scale`.
+
+    Args:
+        score: What to make large, of a number.
+        highest: The largest number tried.
+        halvings: How often the bracket of the grid is halved, with two trials each.
+
+    Raises:
+        ValueError: A score is not finite.
+
+    Examples:
+        >>> best_trial(lambda number: 1 - abs(number - 0.25), highest=1.0)
+        ScaleSearch(scale=0.25, score=1, ... trials)
+    """
+    trials: dict[float, float] = {}
+
+    def tried(number: float) -> tuple[float, float]:
+        """What to compare by: the score, and with equal ones the smaller number."""
+        if number not in trials:
+            trials[number] = _checked(score(number), number)
+        return trials[number], -number
+
+    _search(tried, highest, halvings)
+    best = max(trials, key=tried)
     return ScaleSearch(best, trials[best], tuple(trials.items()))
 
 

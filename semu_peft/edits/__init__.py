@@ -1,7 +1,7 @@
 """Edits without training: changes of weights in closed form, applied, undone, saved, and carried as adapters."""
 
 from .carriers import Carried
-from .dampening import dampen
+from .dampening import dampen, search_dampening
 from .edit import Applied, Edit
 from .influence import influence_step, newton_step
 from .noise import noise_columns
@@ -22,4 +22,5 @@ __all__ = [
     "noise_columns",
     "prune_weights",
     "reverse_rows",
+    "search_dampening",
 ]

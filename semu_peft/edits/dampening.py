@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from semu_peft.arguments import check_kind, check_number, check_share
+from semu_peft.adapter.search_scale import best_trial
+from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_share
 from semu_peft.gradients.gather import Gathered
 from semu_peft.gradients.statistics import SquaredSum
 
@@ -95,6 +96,69 @@ def dampen(
         if bool(selected.any()):
             deltas[name] = at_places(Scaled, selected, factors)
     return Edit(deltas, "dampen", settings)
+
+
+def search_dampening(
+    model: nn.Module,
+    forget: Gathered,
+    everything: Gathered,
+    score: Callable[[nn.Module], float],
+    *,
+    lower: float = 1.0,
+    highest: float = 0.5,
+    halvings: int = 8,
+) -> Edit:
+    """Look for the share of weights at which dampening them scores best: no threshold does for all requests.
+
+    The importances are gathered once; a trial costs one call of `score`, of which there are about twenty. The search is
+    that of [`search_scale`][semu_peft.adapter.search_scale.search_scale]; of equal scores the smallest share is taken,
+    so that no more is damped than has to be.
+
+    Args:
+        model: The model, which is as it was before when the search is done, whatever happens in it.
+        forget: The importance of the data to forget.
+        everything: The importance of all data.
+        score: `(model) -> float`, better where larger: such as the accuracy on retain data less that on forget data.
+        lower: `λ`.
+        highest: The largest share tried.
+        halvings: How fine the search is.
+
+    Returns:
+        The best edit; its `settings` tell share and threshold.
+
+    Raises:
+        ValueError: No share is better than to do nothing, or a score is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import objectives
+        >>> from semu_peft.edits.dampening import search_dampening
+        >>> from semu_peft.gradients.parameters import gather_parameters
+        >>> model, loss = torch.nn.Linear(4, 3), objectives.CrossEntropy()
+        >>> data = [(torch.randn(8, 4), torch.full((8,), label)) for label in (0, 1, 2)]
+        >>> forget, everything = (gather_parameters(model, part, loss, progress=False) for part in (data[:1], data))
+        >>> search_dampening(model, forget, everything, lambda model: float(loss(model, data[0])))
+        Edit(dampen(threshold=..., share=..., lower=1): ... numbers of ... parameters)
+    """
+    check_model(model)
+    check_share("highest", highest)
+    check_count("halvings", halvings, least=0)
+    if not callable(score):
+        raise TypeError("`score` must be a function of the model, `model -> float`.")
+
+    def at(share: float) -> float:
+        if share == 0.0:
+            return score(model)
+        with dampen(forget, everything, share=share, lower=lower).apply(model):
+            return score(model)
+
+    found = best_trial(at, highest=highest, halvings=halvings)
+    if found.scale == 0.0:
+        raise ValueError(
+            f"`score` is nowhere better than without dampening ({found.score:g}). Give a smaller `lower`, other "
+            "`targets`, or a score that dampening moves."
+        )
+    return dampen(forget, everything, share=found.scale, lower=lower)
 
 
 def _importances(forget: Gathered, everything: Gathered) -> dict[str, tuple[Tensor, Tensor]]:

@@ -24,9 +24,10 @@ from semu_peft.edits import (
     newton_step,
     noise_columns,
     reverse_rows,
+    search_dampening,
 )
 from semu_peft.gradients import CoreCovariance, GradientSum, InputMoment
-from semu_peft.gradients.gather import gather
+from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.parameters import AbsoluteSum, gather_parameters
 from semu_peft.localize import pareto
 from semu_peft.objectives import CrossEntropy, SquaredLogits
@@ -96,6 +97,7 @@ def ssd(
     threshold: float | None = None,
     share: float | None = None,
     lower: float = 1.0,
+    score: Callable[[nn.Module], float] | None = None,
     targets: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Edit:
@@ -111,6 +113,8 @@ def ssd(
         threshold: `α`; 1.5 to 4 for one class of ten.
         share: In its place, the share of weights to dampen.
         lower: `λ`; with 0 the selected weights go.
+        score: In the place of both, `(model) -> float`, better where larger, by which a share is searched, see
+            [`search_dampening`][semu_peft.edits.dampening.search_dampening].
         targets: The parameters, or modules that hold them, to choose from; by default all, as the paper. A class is
             often forgotten at less cost in the last block and the head alone, with a `lower` of 0.
         progress: Show progress bars.
@@ -122,9 +126,10 @@ def ssd(
         >>> methods.ssd(nn.Linear(4, 3), forget, retain, share=0.2, progress=False)
         Edit(dampen(threshold=..., share=0.2, lower=1): 3 numbers of ... parameters)
     """
+    _check_choice(threshold, share, score)
     loss, everything = CrossEntropy(), chain(forget, retain)
     seen = [gather_parameters(model, data, loss, targets=targets, progress=progress) for data in (forget, everything)]
-    return dampen(*seen, threshold=threshold, share=share, lower=lower)
+    return _dampened(model, seen, score, threshold=threshold, share=share, lower=lower)
 
 
 def lfssd(
@@ -135,6 +140,7 @@ def lfssd(
     threshold: float | None = None,
     share: float | None = None,
     lower: float = 1.0,
+    score: Callable[[nn.Module], float] | None = None,
     targets: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Edit:
@@ -149,6 +155,7 @@ def lfssd(
         threshold: `α`.
         share: In its place, the share of weights to dampen.
         lower: `λ`.
+        score: In the place of both, what a share is searched by, as in [`ssd`][semu_peft.methods.editing.ssd].
         targets: The parameters, or modules that hold them, to choose from; by default all.
         progress: Show progress bars.
 
@@ -159,9 +166,31 @@ def lfssd(
         >>> methods.lfssd(nn.Linear(4, 3), forget, retain, share=0.2, progress=False).settings["share"]
         0.2
     """
+    _check_choice(threshold, share, score)
     options: dict[str, Any] = {"statistic": AbsoluteSum, "targets": targets, "progress": progress}
     seen = [gather_parameters(model, data, SquaredLogits(), **options) for data in (forget, chain(forget, retain))]
-    return dampen(*seen, threshold=threshold, share=share, lower=lower)
+    return _dampened(model, seen, score, threshold=threshold, share=share, lower=lower)
+
+
+def _dampened(
+    model: nn.Module, seen: list[Gathered], score: Callable[[nn.Module], float] | None, **settings: Any
+) -> Edit:
+    forget, everything = seen
+    if score is None:
+        return dampen(forget, everything, **settings)
+    return search_dampening(model, forget, everything, score, lower=settings["lower"])
+
+
+def _check_choice(threshold: float | None, share: float | None, score: object) -> None:
+    """Before the passes over the data, which take the time."""
+    given = [
+        name for name, value in (("threshold", threshold), ("share", share), ("score", score)) if value is not None
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            f"One of `threshold`, `share` and `score` must be given, got {given or 'none'}. Give `share=0.05` to "
+            "dampen a twentieth of the weights, or a score to have the share searched."
+        )
 
 
 def iau(

@@ -19,6 +19,7 @@ from .adapter_parts import adapter_configs
 from .base import Evaluation, Outputs
 from .batches import as_labels, call_model, check_batches, split_batch
 from .classification import ClassificationObjective
+from .examples import select_examples
 from .original import original
 
 _GROWTH = 2.0  # from one radius to the next
@@ -126,16 +127,17 @@ def _attack(model: nn.Module, batch: Any, radius: float, steps: int, max_radii: 
     place, start = floating_input(batch)
     with torch.no_grad():
         answers, labels = _answers(model, batch)
-    inputs, wrong = start.clone(), answers
+    inputs, wrong = start.clone(), answers.clone()
     for _ in range(max_radii):
-        found = wrong != labels
-        if found.all():
+        left = (wrong == labels).nonzero().squeeze(1)  # the search goes on for those alone
+        if not len(left):
             return batch, with_input(batch, place, inputs, wrong)
-        tried = _descend(model, batch, place, start, radius, steps)
+        part = select_examples(batch, left, len(labels))
+        tried = _descend(model, part, place, start[left], radius, steps)
         with torch.no_grad():
-            answers, _ = _answers(model, with_input(batch, place, tried, labels))
-        inputs = torch.where(_for_each(found, start), inputs, tried)
-        wrong, radius = torch.where(found, wrong, answers), radius * _GROWTH
+            answers, _ = _answers(model, with_input(part, place, tried, labels[left]))
+        inputs[left], wrong[left] = tried, answers
+        radius *= _GROWTH
     missing = int((wrong == labels).sum())
     if missing:
         raise ValueError(

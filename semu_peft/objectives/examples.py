@@ -75,7 +75,7 @@ class Examples:
         parts: dict[Any, list[Any]] = {}
         for number, chosen in places.items():
             batch = self.batches[number]
-            part = _select(batch, torch.tensor(chosen), count_examples(batch))
+            part = select_examples(batch, torch.tensor(chosen), count_examples(batch))
             parts.setdefault(_shape(part), []).append(part)
         return [_join(alike) for alike in parts.values()]
 
@@ -145,11 +145,23 @@ def _is_by_example(value: Tensor, size: int | None, name: str) -> bool:
     return value.dim() > 0 and len(value) == size and not shared
 
 
-def _select(value: Any, places: Tensor, size: int | None, name: str = "") -> Any:
+def select_examples(value: Any, places: Tensor, size: int | None, name: str = "") -> Any:
+    """Some examples of a batch, in its form: of every tensor that has one row an example, these rows.
+
+    Args:
+        value: The batch, or a part of it.
+        places: Which examples, int64.
+        size: How many the batch has.
+        name: The key that the value stands under.
+
+    Examples:
+        >>> select_examples({"input_ids": torch.arange(4), "labels": torch.arange(4)}, torch.tensor([3, 0]), 4)
+        {'input_ids': tensor([3, 0]), 'labels': tensor([3, 0])}
+    """
     if isinstance(value, Mapping):
-        return {key: _select(each, places, size, str(key)) for key, each in value.items()}
+        return {key: select_examples(each, places, size, str(key)) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_select(each, places, size) for each in value)
+        return tuple(select_examples(each, places, size) for each in value)
     if isinstance(value, Tensor) and _is_by_example(value, size, name):
         return value[places.to(value.device)]
     return value

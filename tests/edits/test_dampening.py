@@ -11,8 +11,8 @@ import torch
 from models import Mlp, vector_batches
 from torch import Tensor, nn
 
-from semu_peft import SquaredSum, gather
-from semu_peft.edits import Edit, dampen
+from semu_peft import SquaredSum, gather, methods
+from semu_peft.edits import Edit, dampen, search_dampening
 from semu_peft.gradients.gather import Gathered
 from semu_peft.gradients.parameters import AbsoluteSum, gather_parameters
 from semu_peft.objectives import CrossEntropy, SquaredLogits
@@ -216,6 +216,32 @@ def test_a_digit_is_forgotten_and_the_others_stay(digits: dict[str, Any]) -> Non
             results[threshold] = accuracies(model)
     good = [threshold for threshold, (fa, ra) in results.items() if fa == 0 and ra >= 99]
     assert good, results
+
+
+def test_a_share_is_found_by_a_score(digits: dict[str, Any]) -> None:
+    """FA 0 and RA 99 up without a threshold; the model keeps its bits, in failure too."""
+    model, accuracies = digits["model"], digits["accuracies"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trials = []
+
+    def score(candidate: nn.Module) -> float:
+        forgotten, others = accuracies(candidate)
+        trials.append(others - forgotten)
+        return trials[-1]
+
+    edit = search_dampening(model, *digits["seen"], score)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with edit.apply(model):
+        forgotten, others = accuracies(model)
+    assert forgotten == 0 and others >= 99 and others - forgotten == max(trials)
+    for wrong, message in ((lambda _: 1.0, "nowhere better"), (lambda _: float("nan"), "must be finite")):
+        with pytest.raises(ValueError, match=message):
+            search_dampening(model, *digits["seen"], wrong)
+    for method in (methods.ssd, methods.lfssd):
+        for given in ({}, {"share": 0.1, "score": score}, {"share": 0.1, "threshold": 2.0}):
+            with pytest.raises(ValueError, match="One of `threshold`, `share` and `score` must be given"):
+                method(model, [], [], **given)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_edit_ships_in_rank_one(digits: dict[str, Any]) -> None:
