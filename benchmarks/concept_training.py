@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "examples" / "diffusion_digits"))
 from digit_data import WORDS, load_images  # noqa: E402
 from digit_models import TEMPLATES, text_pipeline, train_pipeline  # noqa: E402
 
-RATES = (None, 3e-3, 1e-2, 3e-2)  # None: natural gradients
+RATES = (3e-3, 1e-2, 3e-2)
 PRESERVE = 3.0
 CONFIG: dict[str, Any] = {"target_modules": ["attn2.to_k", "attn2.to_v"], "explained_variance": 1.0, "r": 16}
 
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train-steps", type=int, default=400, help="steps of training the pipeline, else")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16, 48])
     parser.add_argument("--steps", type=int, default=200, help="steps of AdamW, of four examples; fewer of more")
+    parser.add_argument("--natural-steps", type=int, default=20, help="steps of a short run by natural gradients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "concept_training.json")
     return parser.parse_args()
@@ -86,19 +87,20 @@ def main() -> None:
     rows = []
     print("| batch | trained by | unseen loss | matching | preservation | steps | seconds |\n|" + " --- |" * 7)
     for batch_size in args.batch_sizes:
-        for rate in RATES:
+        steps = max(1, args.steps * 4 // batch_size)
+        # By natural gradients until they end, and for so many steps; by AdamW at each rate.
+        for rate, most in [(None, None), (None, args.natural_steps), *((rate, steps) for rate in RATES)]:
             pipe = copy.deepcopy(original)
             started = time.process_time()
             result = unlearn_concept(
                 pipe, train, config=SemuConfig(**CONFIG), preserve=PRESERVE, batch_size=batch_size, learning_rate=rate,
-                max_steps=max(1, args.steps * 4 // batch_size) if rate else None,
-                optimizer=None if rate else NaturalGradient(), seed=args.seed, progress=False,
+                max_steps=most, optimizer=None if rate else NaturalGradient(), seed=args.seed, progress=False,
             ).training  # fmt: skip
             seconds = time.process_time() - started
-            row = {"batch_size": batch_size, "learning_rate": rate, **unseen(pipe, test)}
+            row = {"batch_size": batch_size, "learning_rate": rate, "max_steps": most, **unseen(pipe, test)}
             row |= {"steps": result.steps, "seconds": seconds, "trained": result.trainable_parameters}
             rows.append({**row, "stop_reason": result.stop_reason})
-            name = f"AdamW at {rate:g}" if rate else "natural gradients"
+            name = f"AdamW at {rate:g}" if rate else "natural gradients" + (f", {most} steps" if most else "")
             print(
                 f"| {batch_size} | {name} | {row['loss']:.2e} | {row['matching']:.2e} | {row['preservation']:.2e} | "
                 f"{row['steps']} | {seconds:.0f} |",

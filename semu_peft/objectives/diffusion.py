@@ -299,11 +299,12 @@ class PreservePrediction(_Referenced):
 
 @dataclass
 class EmbeddingMatching(Objective):
-    """Let a text encoder read the forget prompt as another: `Σ_l ‖e_l(p) − sg e₀_l(p')‖²` over all token positions.
+    """Let a text encoder read the forget prompt as another: `Σ_l ‖e_l(p) − sg e₀_l(p')‖² / ‖e₀_l(p')‖²`.
 
     For an adapter in the text encoder rather than in the denoiser. A batch is a mapping of token ids `(N, L)`:
     `input_ids` of the forget prompts and `anchor_input_ids` of what they are to be read as; for retain prompts the two
-    are the same.
+    are the same. The loss is the mean over prompts of the squared error over all token positions, relative to the
+    target's own square: layers have units of their own, which the last norm changes most, and each is to count alike.
 
     Pipelines do not all read the same layer `l` of their encoders. The last one is read by Stable Diffusion 1 and 2,
     by all of CLIP's pooled embeddings and all of T5; the last but one by Stable Diffusion XL and 3, Z-Image, and
@@ -324,7 +325,7 @@ class EmbeddingMatching(Objective):
         >>> class Encoder(torch.nn.Embedding):  # stands for a text encoder of one layer
         ...     def forward(self, input_ids, output_hidden_states=False):
         ...         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
-        >>> encoder = Encoder.from_pretrained(torch.tensor([[0.0], [2.0]]))
+        >>> encoder = Encoder.from_pretrained(torch.tensor([[1.0], [3.0]]))
         >>> batch = {"input_ids": torch.tensor([[1]]), "anchor_input_ids": torch.tensor([[0]])}
         >>> EmbeddingMatching(reference=encoder, hidden_states=(-1,))(encoder, batch).item()
         4.0
@@ -357,8 +358,10 @@ class EmbeddingMatching(Objective):
             return self._read(original, batch["anchor_input_ids"])
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
-        read = self._read(model, batch["input_ids"])
-        losses = [F.mse_loss(*pair) for pair in zip(read, prepared, strict=True)]
+        units = [_root_mean_square(target) for target in prepared]
+        read = [states / unit for states, unit in zip(self._read(model, batch["input_ids"]), units, strict=True)]
+        targets = [target / unit for target, unit in zip(prepared, units, strict=True)]
+        losses = [F.mse_loss(*pair) for pair in zip(read, targets, strict=True)]
         return Evaluation(torch.stack(losses).sum(), tuple(Outputs(states) for states in read))
 
     def _read(self, model: nn.Module, input_ids: Tensor) -> list[Tensor]:
@@ -371,6 +374,11 @@ class EmbeddingMatching(Objective):
             )
         states = [output.last_hidden_state if at == -1 else output.hidden_states[at] for at in self.hidden_states]
         return [state.float() for state in states]
+
+
+def _root_mean_square(states: Tensor) -> Tensor:
+    """The unit of each example's hidden states, `(N, L, D)` to `(N, 1, 1)`."""
+    return states.square().mean((1, 2), keepdim=True).sqrt().clamp_min(torch.finfo(states.dtype).eps)
 
 
 def read_batch(batch: Any) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ class NaturalGradient:
     tolerance: float = 0.01
     curvature: CurvatureKind = "auto"
     damping: float = 0.1
-    proximal: float = 0.01
+    proximal: float | None = None
     decay: float = 0.8
     refresh: int = 2
     patience: int = 4
@@ -82,8 +82,8 @@ class NaturalGradient:
             value = getattr(self, name)
             if value is not None and finite_number(value, name) <= 0:
                 raise ValueError(f"`{name}` must be above zero, got {value!r}. {mend}")
-        if finite_number(self.proximal, "proximal") < 0:
-            raise ValueError(f"`proximal` must be zero or more, got {self.proximal!r}. Take 0.01.")
+        if self.proximal is not None and finite_number(self.proximal, "proximal") < 0:
+            raise ValueError(f"`proximal` must be zero or more, got {self.proximal!r}. Take 0.01, or None.")
         if not 0 <= finite_number(self.decay, "decay") < 1:
             raise ValueError(f"`decay` must be from 0 up to below 1, got {self.decay!r}. Take 0.8.")
         for name in ("refresh", "patience"):
@@ -95,10 +95,24 @@ class NaturalGradient:
                 f"`curvature` must be 'auto', 'whole' or 'kronecker', got {self.curvature!r}. Leave it at 'auto'."
             )
 
+    def proximal_under(self, objective: Objective) -> float:
+        """`proximal`, and where it is left to the default, what that is under an objective.
+
+        Examples:
+            >>> from semu_peft.objectives import CrossEntropy, EmbeddingMatching
+            >>> NaturalGradient().proximal_under(CrossEntropy()), NaturalGradient().proximal_under(EmbeddingMatching())
+            (0.01, 0.0)
+        """
+        if self.proximal is not None:
+            return self.proximal
+        has_target = objective.distribution == "gaussian" and objective.minimum is not None
+        return 0.0 if has_target else _PROXIMAL
+
     def __repr__(self) -> str:
         return f"NaturalGradient(kl={self.kl}, max_retain_kl={self.max_retain_kl}, tolerance={self.tolerance})"
 
 
+_PROXIMAL = 0.01  # without a target for each number of the output
 _ABOVE_ZERO = {
     "kl": "Take 0.1, or less for smaller steps.",
     "max_retain_kl": "Take 0.01, or None for no bound.",

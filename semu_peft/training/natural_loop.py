@@ -241,7 +241,7 @@ class NaturalLoop(Loop):
         if is_due:
             self._observe(here)
             if isinstance(self.curvature, WholeMatrix) and not self.retained:
-                self.proximal.strengthen(self.natural.proximal * self.curvature.scale)
+                self.proximal.strengthen(self.natural.proximal_under(self.objectives[0]) * self.curvature.scale)
                 if self._is_too_far(start):
                     return self._start_again(terms, keep_graph=keep_graph)
         gradient = self._under_rules(step, gradient) + self.proximal.gradient(start)

@@ -336,14 +336,19 @@ def test_a_text_encoder_learns_to_read_one_word_as_another() -> None:
 
 
 def test_a_text_encoder_is_matched_where_its_pipeline_reads() -> None:
-    """SD 1 and 2 read the last layer, XL and 3 and `clip_skip` the last but one."""
-    ids = {"input_ids": torch.tensor([[1, 4, 10, 2]]), "anchor_input_ids": torch.tensor([[1, 4, 11, 2]])}
+    """SD 1 and 2 read the last layer, XL and 3 and `clip_skip` the last but one; each prompt has a layer's own unit."""
+    forget, anchor = torch.tensor([[1, 4, 10, 2], [1, 5, 10, 2]]), torch.tensor([[1, 4, 11, 2], [1, 9, 3, 2]])
+    ids = {"input_ids": forget, "anchor_input_ids": anchor}
     encoder, other = text_encoder(), text_encoder(1)
     with torch.no_grad():
         read = encoder(ids["input_ids"], output_hidden_states=True)
         meant = other(ids["anchor_input_ids"], output_hidden_states=True)
-    last = (read.last_hidden_state - meant.last_hidden_state).square().mean()
-    before = (read.hidden_states[-2] - meant.hidden_states[-2]).square().mean()
+
+    def relative(states: Tensor, target: Tensor) -> Tensor:
+        return ((states - target).square().sum((1, 2)) / target.square().sum((1, 2))).mean()
+
+    last = relative(read.last_hidden_state, meant.last_hidden_state)
+    before = relative(read.hidden_states[-2], meant.hidden_states[-2])
     for layers, expected in {(-1,): last, (-2,): before, (-1, -2): last + before}.items():
         loss = objectives.EmbeddingMatching(reference=other, hidden_states=layers)(encoder, ids)
         torch.testing.assert_close(loss, expected)

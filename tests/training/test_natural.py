@@ -109,6 +109,42 @@ def test_what_the_forget_data_hardly_see_stays_as_it_is() -> None:
     assert moved[0.1, False] == moved[0.0, False]
 
 
+class Target(Objective):
+    """The outputs are to be one; a squared error."""
+
+    distribution, minimum = "gaussian", 0.0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - 1).square().mean()
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0])
+
+
+class Away(Target):
+    """Ascent: no target ends it."""
+
+    minimum = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return -super().__call__(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("objective", "pull"),
+    [(Target(), 0.0), (Target() + 2 * Target(), 0.0), (Away(), 0.01), (UniformDistribution(), 0.01)],
+)
+def test_a_target_for_each_output_is_reached_without_a_pull(objective: Objective, pull: float) -> None:
+    """The default pull is that of classes; a squared error with a target has none, and ends lower for it."""
+    ends = {}
+    for proximal in (None, pull, 0.01 - pull):
+        model = adapted(objective)
+        dials = NaturalGradient(proximal=proximal, curvature="whole", tolerance=1e-6)
+        ends[proximal] = unlearn(model, FORGET, objective, optimizer=dials, max_steps=20, **QUIET).history[-1]["loss"]
+    assert ends[None] == ends[pull] != ends[0.01 - pull]
+    assert pull or ends[0.0] < ends[0.01]
+
+
 def test_first_steps_that_went_too_far_are_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a model is sure of itself there is hardly any curvature; what is seen further on would undo every step."""
     seen = itertools.chain([1e-9], itertools.repeat(1e6))
