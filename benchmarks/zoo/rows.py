@@ -76,12 +76,13 @@ def trained(name: str, carrier: str, retain: bool = False, **fixed: Any) -> Call
     return run
 
 
-def edited(name: str) -> Callable[[Case, Settings], Outcome]:
-    """A method in closed form, shipped as its own file."""
+def edited(name: str, *, is_searched: bool = False) -> Callable[[Case, Settings], Outcome]:
+    """A method in closed form, shipped as its own file; how much of it there is may be searched by a score."""
 
     def run(case: Case, settings: Settings) -> Outcome:
         model = fresh(case)
-        edit: Edit = getattr(methods, name)(model, *gathered_from(case), progress=False, **settings)
+        said = {**settings, "score": scored(case)} if is_searched else settings
+        edit: Edit = getattr(methods, name)(model, *gathered_from(case), progress=False, **said)
         with tempfile.TemporaryDirectory() as folder:
             shipped = edit.save(Path(folder) / "edit.safetensors").stat().st_size
         edit.apply(model, undoable=False)
@@ -99,12 +100,17 @@ def gathered_from(case: Case) -> tuple[list[Any], list[Any]]:
 
 def slug(case: Case, settings: Settings) -> Outcome:
     model = fresh(case)
+    methods.slug(model, *gathered_from(case), score=scored(case), progress=False, **settings)
+    return Outcome(model, 0, size_of(model))
+
+
+def scored(case: Case) -> Callable[[nn.Module], float]:
+    """What a search makes large: how much is kept less how much is known of what is to go."""
 
     def score(candidate: nn.Module) -> float:
         return accuracy(candidate, case.retain) - accuracy(candidate, case.forget)
 
-    methods.slug(model, *gathered_from(case), score=score, progress=False, **settings)
-    return Outcome(model, 0, size_of(model))
+    return score
 
 
 def in_passes(name: str, **fixed: Any) -> Callable[[Case, Settings], Outcome]:
@@ -182,6 +188,7 @@ def rows() -> list[Row]:
         Row("amun, all weights", amun, quick),
         Row("slug", slug, [{"layer": None}, *({"layer": layer} for layer in ("2", "4"))]),
         Row("ssd", edited("ssd"), [{"threshold": value} for value in (1.5, 2.5, 4.0)]),
+        Row("ssd, share searched", edited("ssd", is_searched=True), [{"lower": value} for value in (1.0, 0.1, 0.0)]),
         Row("lfssd", edited("lfssd"), [{"threshold": value} for value in (1.2, 2.0, 3.0)]),
         Row("iau", edited("iau"), [{"step_size": value} for value in (0.03, 0.1, 0.3)]),
         Row("k_fade", edited("k_fade"),
