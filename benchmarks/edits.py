@@ -47,20 +47,27 @@ def last_block(model: nn.Module) -> list[str]:
     return [f"vit.layers.{len(layers) - 1}", "vit.layernorm", "classifier"]
 
 
-def slug(model: nn.Module, batches: Batches) -> nn.Module:
+def scored(batches: Batches) -> Callable[[nn.Module], float]:
+    """How much is kept less how much is known of what is to go."""
+
     def score(candidate: nn.Module) -> float:
         kept, gone = (predict(candidate, batches[part], progress=False).accuracy for part in ("retain", "forget"))
         return kept - gone
 
-    methods.slug(model, batches["forget"], batches["retain"], score=score, progress=False)
+    return score
+
+
+def slug(model: nn.Module, batches: Batches) -> nn.Module:
+    methods.slug(model, batches["forget"], batches["retain"], score=scored(batches), progress=False)
     return model
 
 
-def ssd(threshold: float, lower: float, *, last: bool) -> Callable[[nn.Module, Batches], nn.Module]:
+def ssd(threshold: float | None, lower: float, *, last: bool) -> Callable[[nn.Module, Batches], nn.Module]:
     def edited(model: nn.Module, batches: Batches) -> nn.Module:
         edit = methods.ssd(
             model, batches["forget"], batches["retain"], threshold=threshold, lower=lower,
-            targets=last_block(model) if last else None, progress=False,
+            score=scored(batches) if threshold is None else None, targets=last_block(model) if last else None,
+            progress=False,
         )  # fmt: skip
         edit.apply(model, undoable=False)
         return model
@@ -69,12 +76,13 @@ def ssd(threshold: float, lower: float, *, last: bool) -> Callable[[nn.Module, B
 
 
 def edits() -> dict[str, Callable[[nn.Module, Batches], nn.Module]]:
-    """By name: with SSD's λ as in the paper, and with 0."""
+    """By name: SSD with several thresholds and one that is searched, with its λ as in the paper and with 0."""
     made: dict[str, Callable[[nn.Module, Batches], nn.Module]] = {"SLUG": slug}
     for last, where in ((False, "all weights"), (True, "last block and head")):
         for lower in (1.0, 0.0):
-            for threshold in (2.0, 3.0, 4.0, 5.0):
-                made[f"SSD of {where}, α {threshold:g}, λ {lower:g}"] = ssd(threshold, lower, last=last)
+            for threshold in (2.0, 3.0, 4.0, 5.0, None):
+                how = "α searched" if threshold is None else f"α {threshold:g}"
+                made[f"SSD of {where}, {how}, λ {lower:g}"] = ssd(threshold, lower, last=last)
     return made
 
 
