@@ -70,10 +70,12 @@ class Stage:
 
 
 def stages(arguments: argparse.Namespace) -> list[Stage]:
-    """In order of value; steps are compiled last, as that takes longest."""
+    """In order of value: what takes half a minute alone comes after the rest, and steps are compiled last."""
     main, later = arguments.subjects[:2], arguments.subjects[2:]
     first, *more = arguments.batches
     few = {name: _extractions(name, first) for name in arguments.subjects}
+    long = {name: [figure for figure in few[name] if (name, figure.kind) in ONCE] for name in arguments.subjects}
+    few = {name: [figure for figure in few[name] if figure not in long[name]] for name in arguments.subjects}
     rest = {
         name: [figure for count in more for figure in _extractions(name, count) if (name, figure.kind) not in ONCE]
         for name in arguments.subjects
@@ -81,9 +83,9 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     compiled = _steps("compiled") if arguments.compile else []
     return [
         *(Stage(name, few[name]) for name in main),
-        *(Stage(name, [*rest[name], *_steps("eager")]) for name in main),
+        *(Stage(name, [*rest[name], *_steps("eager"), *long[name]]) for name in main),
         *(Stage(name, compiled) for name in main),
-        *(Stage(name, [*few[name], *_steps("eager"), *rest[name], *compiled]) for name in later),
+        *(Stage(name, [*few[name], *_steps("eager"), *rest[name], *long[name], *compiled]) for name in later),
     ]
 
 
