@@ -20,6 +20,7 @@ from semu_peft.concept.earlier import earlier_erasures
 from semu_peft.concept.families import denoiser_of
 from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.export.diffusers import save_adapter
+from semu_peft.objectives.original import without_adapter
 from semu_peft.tuner.weighted import config_of_the_sum
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16}
@@ -50,7 +51,7 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
     pipe, reference = quiet(sd_pipeline()), sd_pipeline().unet
     first = erase(pipe, "a photo of a cat", "a photo of a dog", "first", config=LAYERS)
 
-    def distance() -> float:
+    def distance(reference: Any = reference) -> float:
         matching = objectives.ConditionMatching(pipe.scheduler, seed=9, reference=reference)
         with torch.no_grad():
             return float(matching(pipe.unet, next(iter(first.examples.loader(4, shuffle=False)))))
@@ -64,9 +65,30 @@ def test_a_second_erasure_leaves_the_first_active_and_unchanged() -> None:
     }  # fmt: skip
     assert pipe.unet.active_adapters() == ["first", "second"] and trained(pipe.unet) == {"second"}
     assert all(torch.equal(pipe.unet.state_dict()[name], tensor) for name, tensor in before.items())
-    both = distance()
+    both, named = distance(), distance(without_adapter(pipe.unet, "first"))
     pipe.unet.set_adapter("second")
     assert both < 3 * erased and both < 0.5 * distance()
+    assert named < 3 * erased  # beside the second alone, as it is beside the original
+
+
+def test_a_larger_second_erasure_leaves_the_first_where_it_was() -> None:
+    """However far the first moved its own anchor, what it forgot is held against what it was to be."""
+    pipe = quiet(sd_pipeline())
+    options: dict[str, Any] = {"learning_rate": 0.02, "max_steps": 60}
+    batch = next(iter(made(pipe, "a photo of a cat", "a photo of a dog").loader(4, shuffle=False)))
+
+    def distance(adapter_name: str) -> float:
+        matching = objectives.ConditionMatching(
+            pipe.scheduler, seed=9, reference=without_adapter(pipe.unet, adapter_name)
+        )
+        with torch.no_grad():
+            return float(matching(pipe.unet, batch))
+
+    erase(pipe, "a photo of a cat", "a photo of a dog", "first", config=LAYERS, **options)
+    erased = distance("first")
+    second = erase(pipe, "monet", "photo", "second", **options)
+    assert second.training.history[-1]["loss"] < 0.5 * second.training.history[0]["loss"]
+    assert distance("first") < 1.5 * erased
 
 
 def test_an_adapter_says_what_it_was_made_to_forget(tmp_path: Path) -> None:
