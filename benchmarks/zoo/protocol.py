@@ -35,6 +35,7 @@ class Case:
     test: TensorDataset
     test_forgotten: TensorDataset
     targets: Any
+    embedding: str  # the layer behind which the head reads
 
     def batches(self, dataset: TensorDataset, size: int = 64) -> list[tuple[Tensor, Tensor]]:
         """In an order that the seed fixes."""
@@ -60,7 +61,7 @@ def digits_case(index: int, seed: int) -> Case:
     }  # fmt: skip
     sets = {name: TensorDataset(data.inputs[chosen], data.labels[chosen]) for name, chosen in parts.items()}
     gold = train(build, data, keep, seed)
-    return Case(f"digit {index}, seed {seed}", index, seed, original, gold, **sets, targets="all-linear")
+    return Case(f"digit {index}, seed {seed}", index, seed, original, gold, **sets, targets="all-linear", embedding="3")
 
 
 @lru_cache
@@ -83,7 +84,7 @@ def cifar10_case(data: Path, cache: Path, index: int, seed: int) -> Case:
     (task,) = class_tasks(data, cache, [index], seed, device=DEVICE)
     return Case(
         task.name, index, seed, task.original, task.gold, task.forget, task.retain, task.test, task.test_forgotten,
-        TARGET_MODULES,
+        TARGET_MODULES, "blocks",
     )  # fmt: skip
 
 

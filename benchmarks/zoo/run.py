@@ -36,7 +36,7 @@ import attack_columns
 from machine import about, clock
 from protocol import Case, accuracy, cifar10_case, damage, digits_case, judged
 from results import gap, mean, write
-from rows import Outcome, Row, blended, rows, share_within
+from rows import LEFT_OUT, Outcome, Row, blended, rows, share_within
 from schedule import GOLD, NOTHING, Plan, Run, complete, told, whole
 
 METRICS = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "membership_inference")
@@ -204,6 +204,7 @@ def main() -> None:
     }  # fmt: skip
     path = arguments.output / f"zoo_{what['data']}.json"
     document = begun(path, what, resume=arguments.resume)
+    document["left out"] = LEFT_OUT
     keeps = arguments.resume or not arguments.only  # a few rows alone are not to take the place of a whole table
     before = document.get("minutes", 0.0)
 

@@ -158,6 +158,8 @@ ON_WEIGHTS = (
 LEFT_OUT = {
     "k_fade": "it takes curvature of all layers, and an embedding has none to take",
     "acu": "it needs a ridge head", "rocr": "it redirects one subject, by keys and values", "seuf": "no experts here",
+    "needle, tars": "they take out one concept, whose column or word has to be known",
+    "siu, safe_eraser": "new answers about images, or harmless ones beside them", "repair": "it comes behind another",
     "o3, eco, guard, ksd, neuron_adjust, uld, whp": "gates, which leave the weights as they are",
 }  # fmt: skip
 
@@ -175,6 +177,8 @@ def text_rows() -> list[Row]:
         Row("gradient ascent, all weights", trained("neg_grad_plus", "all weights", retain=False), RATES),
         Row("rmu, SEMU", trained("rmu", "SEMU", layer=2, coefficient=None), WEIGHTS),
         Row("rmu without retain data, all weights", trained("rmu", "all weights", retain=False, layer=2), RATES),
+        Row("lat, SEMU", trained("lat", "SEMU", layer=2), SHARES_OF_TEXT),
+        Row("lat, all weights", trained("lat", "all weights", layer=2), RATES),
         Row("sha256, SEMU of its own", trained("sha256", "none", first=2)),
         Row("repselect, all weights", repselect, [{"learning_rate": rate} for rate in (10.0, 3.0, 1.0)]),
         Row("slug", slug, [{"layer": None}]),

@@ -10,6 +10,7 @@ from language_batches import padded
 from models import llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from semu_peft import Retain, methods, unlearn
 from semu_peft.objectives import AlternateAnswer, CrossEntropy, GradientAscent, KLToOriginal
@@ -65,6 +66,36 @@ def test_siu_learns_new_answers_and_keeps_the_rest() -> None:
     before, beside = loss(model, batch), loss(model, other)
     methods.siu(model, [batch], concept_tokens=[3, 4], max_steps=6, learning_rate=3e-2, progress=False)
     assert loss(model, batch) < before - 0.02 and loss(model, other) == pytest.approx(beside, rel=0.05)
+
+
+def llava() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**{**small, "hidden_size": 32, "num_hidden_layers": 2}, vocab_size=32)
+    vision = CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=31, vision_feature_layer=-1)
+    linears = LoraConfig(r=4, target_modules=r".*language_model.*(down|up)_proj")
+    return get_peft_model(LlavaForConditionalGeneration(config), linears)
+
+
+def test_siu_changes_what_is_said_of_an_image() -> None:
+    """Acceptance: six steps on one image change the answer to it, and the loss of text alone stays within 5%."""
+    model, other = llava(), {key: value for key, value in padded(seed=9).items() if key != "token_mask"}
+    ids = torch.tensor([[31] * 4 + [5, 6, 7, 9, 10]])  # four patches, a question, and the new answer
+    labels = ids.clone()
+    labels[:, :7] = -100
+    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image, "labels": labels}
+
+    def said() -> int:
+        with torch.no_grad():
+            return int(model.eval()(input_ids=ids[:, :7], pixel_values=image).logits[0, -1].argmax())
+
+    before, beside = said(), loss(model, other)
+    masked = batch | {"token_mask": torch.zeros_like(ids, dtype=torch.bool)}
+    methods.siu(model, [masked], concept_tokens=[3, 4], max_steps=6, learning_rate=3e-2, progress=False)
+    assert before != 9 and said() == 9
+    assert loss(model, other) == pytest.approx(beside, rel=0.05)
 
 
 def test_the_second_answer_is_learnt_from_the_same_batch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import inspect
 import json
 import pkgutil
@@ -105,6 +106,22 @@ def test_the_carrier_is_the_models(name: str, kind: str) -> None:
     assert result.steps == 2
     after = dict(model.named_parameters())
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_the_benchmark_runs_every_method_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("tofu", ".", "zoo"):
+        monkeypatch.syspath_prepend(str(ROOM.parents[1] / "benchmarks" / folder))
+    images, texts = importlib.import_module("rows"), importlib.import_module("text_rows")
+    for kind, rows, left_out in (
+        ("classification", images.rows(), images.LEFT_OUT),
+        ("language", texts.text_rows(), texts.LEFT_OUT),
+    ):
+        run = {row.name.split(",")[0].split()[0] for row in rows} | {
+            name for names in left_out for name in names.split(", ")
+        }
+        assert {name for name, row in METHODS.items() if row.kind == kind} <= run
+    both = {row.name.split(",")[0].split()[0] for row in [*images.rows(), *texts.text_rows()]}
+    assert {name for name, row in METHODS.items() if row.kind == "any"} <= both | images.LEFT_OUT.keys()
 
 
 def test_amun_takes_neighbours_that_were_found_before() -> None:

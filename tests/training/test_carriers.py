@@ -129,6 +129,20 @@ def test_it_forgets_keeps_its_reference_and_is_saved(kind: str, base: nn.Module,
         assert torch.allclose(loaded(x), after, atol=1e-4)
 
 
+def test_randlora_is_of_full_rank_and_starts_at_the_original() -> None:
+    """Acceptance: of a weight of 8 × 12 at r = 3 three frozen bases, a change of rank 8, and no bit at the start."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 8), torch.randn(4, 12)
+    expected, before = layer(x), layer.weight.detach().clone()
+    model = get_peft_model(nn.Sequential(layer), peft.RandLoraConfig(r=3, target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+    scales = model.base_model.model[0].randlora_lambda["default"]
+    assert scales.shape == (3, 3)
+    unlearn(model, [(x, torch.arange(4))], CrossEntropy(), max_steps=2, learning_rate=1e-2, progress=False)
+    change = model.merge_and_unload()[0].weight - before
+    assert torch.linalg.matrix_rank(change) == 8
+
+
 # ---- starts that are not the original ----
 
 
