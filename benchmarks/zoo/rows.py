@@ -26,7 +26,7 @@ COMPARES = ("delete", "scrub", "bad_teacher", "boundary_shrink", "laf")
 
 LEFT_OUT = {
     "unseen_confidence": "it is for random examples, in benchmarks/cifar10",
-    "dmm": "it is given the logits of models that were retrained without what is forgotten, which is what is to be found",
+    "dmm": "it is given the logits of retrained models, and what they say is what is to be found",
     "acu": "it needs a ridge head over frozen features", "repair": "it comes behind another method",
     "lat": "it is among the methods for text", "o3": "a gate, which leaves the weights as they are",
 }  # fmt: skip
