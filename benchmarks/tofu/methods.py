@@ -193,10 +193,10 @@ def repaired(subject: Subject, cell: Cell, done: Unlearned) -> Unlearned:
         return done
     model = done.go_to("end")
     began = clock()
-    _repair(subject, cell, model)
+    made = _repair(subject, cell, model)
     seconds = done.seconds + clock() - began
     moments = {**done.moments, "repaired": [parameter.detach().clone() for parameter in trained(model)]}
-    steps = {**done.steps, "repaired": done.steps["end"] + cell.repair}
+    steps = {**done.steps, "repaired": done.steps["end"] + made}
     return replace(done, moments=moments, steps=steps, seconds=seconds)
 
 
@@ -235,7 +235,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
     for dial in dials:
         result = unlearn(
             model, answers.loader(BATCH_SIZE, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
-            rules=rules, max_steps=steps // len(dials), seed=cell.seed, **dial,
+            rules=rules, max_steps=steps // len(dials), epochs=steps, seed=cell.seed, **dial,
         )  # fmt: skip
         watch.before += result.steps
         watch.look(model, watch.before)  # natural gradients end with the best cores, not with the last
@@ -287,7 +287,8 @@ def _rate(cell: Cell) -> float | None:
     return cell.learning_rate or own or how.learning_rate
 
 
-def _repair(subject: Subject, cell: Cell, model: nn.Module) -> None:
+def _repair(subject: Subject, cell: Cell, model: nn.Module) -> int:
+    """Repair in place; how many steps it took, as natural gradients end by themselves."""
     how = {**CARRIERS, **MORE_CARRIERS}[cell.carrier]
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
     names, neutral = cell.repair_retain or cell.retain, cell.neutral_weight or 1.0
@@ -296,11 +297,11 @@ def _repair(subject: Subject, cell: Cell, model: nn.Module) -> None:
     by_kl = cell.repair_hold == "KL" or "answers" not in {**RETAIN, **MORE_RETAIN}[names]  # which were learnt
     rate = cell.repair_rate or _rate(cell)
     dial: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
-    methods.repair(
+    return methods.repair(
         model, subject.examples(subject.forget).loader(BATCH_SIZE, seed=cell.seed), first.batches, others=others,
         objective=first.objective if by_kl else None,
-        max_steps=cell.repair, progress=False, seed=cell.seed, **dial,
-    )  # fmt: skip
+        max_steps=cell.repair, epochs=cell.repair, progress=False, seed=cell.seed, **dial,
+    ).steps  # fmt: skip
 
 
 def held(subject: Subject, retain: str, cell: Cell, reference: nn.Module | None) -> list[Retain]:
