@@ -94,5 +94,39 @@ def test_what_comes_next_may_depend_on_what_is_being_made(benchmark: Any, worker
     assert made == {2: -2, 3: -3, 4: -4}
 
 
+def test_the_zoo_makes_what_its_file_lacks_and_no_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings with the smallest gap on the case to choose on are reported on the others; what fails is left out."""
+    for folder in (PATH.parent, PATH.parent / "zoo", PATH.parent / "tofu"):
+        monkeypatch.syspath_prepend(str(folder))
+    schedule, rows = importlib.import_module("schedule"), importlib.import_module("rows")
+    gold, nothing, runs = schedule.GOLD, schedule.NOTHING, []
+
+    def make(run: Any) -> dict[str, Any]:
+        runs.append((run.row, run.case, run.settings))
+        if run.row is None:
+            return {gold: {"gap": 0.0, "of": run.case}, nothing: {"gap": 9.0}}
+        assert run.gold["of"] == run.case and run.full == (run.case != "first")
+        if run.row == "broken":
+            raise RuntimeError("no memory")
+        return {"gap": abs(run.settings["rate"] - 2) + 1}
+
+    def row(name: str, *rates: int) -> Any:
+        return rows.Row(name, None, [{"rate": rate} for rate in rates])
+
+    plan = schedule.Plan([row("broken", 1), row("tuned", 1, 2, 3)], "first", {"first": 0, "a": 1, "b": 2})
+    document: dict[str, Any] = {"rows": {}}
+    written = []
+    schedule.complete(document, plan, make, done=lambda: written.append(json.dumps(document)))
+    assert document["rows"]["tuned"]["settings"] == {"rate": 2}
+    assert set(schedule.whole(document, plan)) == {gold, nothing, "tuned"}
+    assert len(runs) == len({str(run) for run in runs}) == 3 + 2 + 3 + 2 and len(written) == len(runs) - 2
+    for text in written:  # interrupted anywhere, and gone on with, it ends with the same
+        runs.clear()
+        again = json.loads(text)
+        before = len(written) - written.index(text) - 1
+        schedule.complete(again, plan, make, done=lambda: None)
+        assert again == document and len(runs) == before + 2
+
+
 def _half(number: int) -> int:
     return number // 2
