@@ -16,7 +16,7 @@ from semu_peft.objectives import Attacker
 ATTACKERS = (Attacker("sgd", 1e-2, steps=50), Attacker("adam", 1e-3, steps=50))
 SHOWN = 2_000  # images that an attack is measured on, at most
 HEADS = (
-    *(f"{part}, {attacker.label}" for attacker in ATTACKERS for part in ("half back after", "area")),
+    *(f"{part}, {attacker.label}" for attacker in ATTACKERS for part in ("half back after", "area", "rest left")),
     "known at 8 bits", "at 4 bits", "best probe", "last probe", "MIA, threshold",
 )  # fmt: skip
 
@@ -77,10 +77,10 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [f"| method | {' | '.join(HEADS)} |", "| --- " * (len(HEADS) + 1) + "|"]
     for name, by_case in rows.items():
         found, cells = [by_case[case] for case in sorted(by_case)], []
-        for number, attacker in enumerate(ATTACKERS):
+        for number in range(len(ATTACKERS)):
             curves = [each["relearning"][number] for each in found]
-            back = [f"{each['steps_to_half'] or f'>{attacker.steps}'}" for each in curves]
-            cells += [", ".join(back), _mean([each["area"] for each in curves])]
+            cells += [", ".join(_back(each) for each in curves), _mean([each["area"] for each in curves])]
+            cells.append(_mean([each["retain"][-1] for each in curves]))
         cells += [_mean([each["quantised"][f"{bits} bits"][1] for each in found]) for bits in (8, 4)]
         probes = [each["probes"]["found"] for each in found]
         cells += [_mean([max(each) for each in probes]), _mean([each[-1] for each in probes])]
@@ -91,6 +91,13 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 def _batches(part: TensorDataset, generator: torch.Generator) -> list[Any]:
     order = torch.randperm(len(part), generator=generator)[:SHOWN]
     return list(zip(*(tensor[order.to(tensor.device)].split(500) for tensor in part.tensors), strict=True))
+
+
+def _back(curve: dict[str, Any]) -> str:
+    """After how many steps half was back; or that it came back only where a fifth of the rest was lost on the way."""
+    if curve["steps_to_half"] is not None:
+        return str(curve["steps_to_half"])
+    return "rest lost" if max(curve["forget"]) >= 50 else f">{curve['steps'][-1]}"
 
 
 def _mean(values: list[float]) -> str:

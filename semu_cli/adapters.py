@@ -39,7 +39,9 @@ def export(
     model: Model,
     adapter: RequiredAdapter,
     output_dir: OutputDir,
-    to: Annotated[str, typer.Option("--to", help="lora (PEFT), or of a pipeline diffusers or kohya.")] = "lora",
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="lora (PEFT), or of a pipeline diffusers or kohya.")
+    ] = "lora",
 ) -> Told:
     """Write the adapter as a LoRA with exactly the same effect, for programs that know nothing of SEMU."""
     if to not in ("lora", "diffusers", "kohya"):

@@ -30,7 +30,7 @@ from .options import (
     Test,
     TimeLimit,
 )
-from .verbs import Told
+from .verbs import RUN, Told
 
 
 def audit(
@@ -38,13 +38,15 @@ def audit(
     adapter: RequiredAdapter,
     forget: Data,
     output_dir: OutputDir,
-    request: Annotated[str | None, typer.Option("--request", help="What was asked, in words.")] = None,
+    request: Annotated[str | None, typer.Option("--request", metavar="TEXT", help="What was asked, in words.")] = None,
     forget_class: ForgetClass = None,
     retain: Kept = None,
     test: Test = None,
     neutral: Neutral = None,
     reference: Reference = None,
-    attacks: Annotated[bool, typer.Option("--attacks/--no-attacks", help="Run the attacks too.")] = True,
+    attacks: Annotated[
+        bool, typer.Option("--attacks/--no-attacks", help="Run the attacks too.", rich_help_panel=RUN)
+    ] = True,
     classifier: Classifier = None,
     samples: Samples = 16,
     num_inference_steps: InferenceSteps = 25,

@@ -136,6 +136,14 @@ def pipeline(model: str, adapter: Path | None = None) -> Any:
     return pipe
 
 
+def denoising_loss(pipe: Any, seed: int) -> Any:
+    """The loss that a pipeline's denoiser was trained by, with the noise that this seed draws."""
+    from semu_peft.concept.families import family_of
+    from semu_peft.objectives import DenoisingLoss, NoiseSchedule
+
+    return DenoisingLoss(NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale), seed=seed)
+
+
 def _loaded(kind: Any, model: str, adapter: Path | None) -> Any:
     _silently()
     return _adapted(kind.from_pretrained(model).to(device()).eval(), adapter)

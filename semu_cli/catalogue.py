@@ -103,7 +103,9 @@ def zoo() -> list[Method]:
 
 
 def methods(
-    job: Annotated[str | None, typer.Option("--job", help="Only of images, text, concept or python.")] = None,
+    job: Annotated[
+        str | None, typer.Option("--job", metavar="JOB", help="Only of images, text, concept or python.")
+    ] = None,
 ) -> Told:
     """List the methods, what each needs, and the paper."""
     from rich.table import Table

@@ -24,10 +24,12 @@ class Estimate:
         weight_bytes: The model's weights.
         gradient_bytes: Sums of gradients while the subspace is sought: 4 bytes for each weight of the target layers.
         step_seconds: One pass forward and backward, tried on this machine or given.
-        seconds: The pass that finds the subspace and the steps, or of these one where their number is not known.
+        sampling_seconds: What drawing latents takes before that, None where none are drawn or it was not tried.
+        seconds: All of it: sampling, the pass that finds the subspace and the steps, or of these one where their number
+            is not known.
 
     Examples:
-        >>> Estimate(1000, 2, 64, 2, 10, 4000, 2000, 0.5, 6.0).seconds
+        >>> Estimate(1000, 2, 64, 2, 10, 4000, 2000, 0.5, None, 6.0).seconds
         6.0
     """
 
@@ -39,6 +41,7 @@ class Estimate:
     weight_bytes: int
     gradient_bytes: int
     step_seconds: float | None
+    sampling_seconds: float | None
     seconds: float | None
 
     def told(self) -> Told:
@@ -53,9 +56,10 @@ class Estimate:
             lines.append("Time: unknown. Give --step-seconds.")
         else:
             steps = "1 step (it stops by itself)" if self.steps is None else _counted(self.steps, "step")
+            sampled = "" if self.sampling_seconds is None else f"{self.sampling_seconds:.2g} s of sampling, "
             lines.append(
-                f"Time: {_time(self.seconds)}, for {_batches(self.batches)} and {steps}, at {self.step_seconds:.2g} s "
-                "a pass; loading, natural gradients and data to keep come on top."
+                f"Time: {_time(self.seconds)}, for {sampled}{_batches(self.batches)} and {steps}, at "
+                f"{self.step_seconds:.2g} s a pass; loading, natural gradients and data to keep come on top."
             )
         return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
 
@@ -69,6 +73,7 @@ def estimate(
     steps: int | None,
     step_seconds: float | None,
     trial: Callable[[], Any] | None = None,
+    sampling_seconds: float | None = None,
 ) -> Estimate:
     """Estimate a run.
 
@@ -80,6 +85,7 @@ def estimate(
         steps: Training steps, if known.
         step_seconds: What a step takes; by default `trial` is tried, twice, and the second time counts.
         trial: A pass forward and backward.
+        sampling_seconds: What comes before the first pass.
     """
     names = target_names(model, target_modules)
     sizes = [model.get_submodule(name).weight.numel() for name in names]
@@ -89,12 +95,13 @@ def estimate(
             trial()
             step_seconds = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
-    seconds = None if step_seconds is None else step_seconds * (batches + (1 if steps is None else steps))
+    passes = batches + (1 if steps is None else steps)
+    seconds = None if step_seconds is None else (sampling_seconds or 0.0) + step_seconds * passes
     parameters = list(model.parameters())
     weights = sum(each.numel() * each.element_size() for each in parameters)
     return Estimate(
         sum(each.numel() for each in parameters), len(names), examples, batches, steps, weights, 4 * sum(sizes),
-        step_seconds, seconds,
+        step_seconds, sampling_seconds, seconds,
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Judged(Protocol):
         """The model that the adapter is in."""
 
 
+_MERGE = "`model = model.merge_and_unload()`"  # what the library tells who works in Python
 _KINDS: dict[str, Any] = {"concept": Drawing, "images": Recognised, "text": Answers}
 
 
@@ -120,7 +121,8 @@ def evaluate(
     neutral: Neutral = None,
     reference: Reference = None,
     metrics: Annotated[
-        list[str] | None, typer.Option("--metrics", help="Of language models: only this metric; again for more.")
+        list[str] | None,
+        typer.Option("--metrics", metavar="METRIC", help="Of language models: only this metric; again for more."),
     ] = None,
     classifier: Classifier = None,
     samples: Samples = 16,
@@ -158,10 +160,28 @@ def attack(
     """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions and seeds."""
     flags = dict(locals())
     report = attacked(judged(flags), flags)
-    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in report.rows]
+    told = [(name, found.replace(_MERGE, "`semu merge`"), beside) for name, found, beside in report.rows]
+    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in told]
     missing = [dataclasses.asdict(each) for each in report.not_run]
     data = {"has_reference": report.has_reference, "attacks": rows, "not_run": missing, "seconds": report.seconds}
-    return Told(data, [in_flags(str(report), flags_by_name(flags))])
+    return Told(data, _said(report, told))
+
+
+def _said(report: Any, rows: list[tuple[str, str, str]]) -> list[Any]:
+    """What attacks found as a table for people, how it is counted, and what was not run."""
+    from rich.table import Table
+
+    table = Table("attack", "this model", *(["the reference"] if report.has_reference else []), show_lines=True)
+    for row in rows:
+        table.add_row(*row[: len(table.columns)])
+    words: list[Any] = [table] if rows else []
+    if report.task == "diffusion":
+        words.append("Percentages are the original's training loss as a share of the model's: at 100 it knows as much.")
+    if not report.has_reference:
+        words.append("No retrained model was given, `--reference`: an attack may find what any model would give.")
+    if report.not_run:
+        words += ["Not run:", *(f"- {each.attack}: {each.reason}" for each in report.not_run)]
+    return words
 
 
 def _one(values: list[str], flag: str) -> str:

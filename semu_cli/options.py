@@ -7,90 +7,138 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", help="Folder of the model, or its name on the Hub.", show_default=False)]
-Adapter = Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter. Without: the bare model.")]
-RequiredAdapter = Annotated[Path, typer.Option("--adapter", help="Folder of the adapter.", show_default=False)]
-OutputDir = Annotated[Path, typer.Option("--output-dir", help="Folder to write to.", show_default=False)]
+from .verbs import RUN
+
+Model = Annotated[
+    str,
+    typer.Option("--model", metavar="MODEL", help="Folder of the model, or its name on the Hub.", show_default=False),
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", metavar="FOLDER", help="Folder of an adapter. Without: the bare model.")
+]
+RequiredAdapter = Annotated[
+    Path, typer.Option("--adapter", metavar="FOLDER", help="Folder of the adapter.", show_default=False)
+]
+OutputDir = Annotated[
+    Path, typer.Option("--output-dir", metavar="FOLDER", help="Folder to write to.", show_default=False)
+]
 Data = Annotated[
     list[str],
     typer.Option(
-        "--forget", show_default=False,
+        "--forget", metavar="DATA", show_default=False,
         help="What was to be forgotten, as `semu unlearn` took it: a folder, a file, or a prompt (again for more).",
     ),
 ]  # fmt: skip
 ImageData = Annotated[
     Path,
     typer.Option(
-        "--forget", help="Folder of images, flat or with a subfolder a class; what to forget.", show_default=False
+        "--forget",
+        metavar="FOLDER",
+        help="Folder of images, flat or with a subfolder a class; what to forget.",
+        show_default=False,
     ),
 ]
-Prompts = Annotated[list[str], typer.Option("--forget", help="A prompt to forget; again for more.", show_default=False)]
+Prompts = Annotated[
+    list[str],
+    typer.Option("--forget", metavar="PROMPT", help="A prompt to forget; again for more.", show_default=False),
+]
 Texts = Annotated[
     str,
     typer.Option(
-        "--forget", show_default=False,
+        "--forget", metavar="FILE", show_default=False,
         help="File of what to forget: .jsonl with question and answer or text in each line, .txt, .json or .parquet.",
     ),
 ]  # fmt: skip
 ForgetClass = Annotated[
-    str | None, typer.Option("--forget-class", help="Only this class of --forget; the others are kept, if measured.")
+    str | None,
+    typer.Option(
+        "--forget-class", metavar="CLASS", help="Only this class of --forget; the others are kept, if measured."
+    ),
 ]
-Retain = Annotated[str | None, typer.Option("--retain", help="What to keep, in the form of --forget.")]
-RetainPrompts = Annotated[list[str] | None, typer.Option("--retain", help="A prompt to hold as it is; again for more.")]
+Retain = Annotated[str | None, typer.Option("--retain", metavar="DATA", help="What to keep, in the form of --forget.")]
+RetainPrompts = Annotated[
+    list[str] | None, typer.Option("--retain", metavar="PROMPT", help="A prompt to hold as it is; again for more.")
+]
 Kept = Annotated[
-    list[str] | None, typer.Option("--retain", help="What was to be kept, in the form of --forget; prompts again.")
+    list[str] | None,
+    typer.Option("--retain", metavar="DATA", help="What was to be kept, in the form of --forget; prompts again."),
 ]
 Classifier = Annotated[
     str | None,
-    typer.Option("--classifier", help="Of pipelines: an image classifier, or a CLIP model, that judges the pictures."),
+    typer.Option(
+        "--classifier",
+        metavar="MODEL",
+        help="Of pipelines: an image classifier, or a CLIP model, that judges the pictures.",
+    ),
 ]
-Samples = Annotated[int, typer.Option("--samples", help="Of pipelines: pictures of each prompt, a seed each.", min=1)]
+Samples = Annotated[
+    int, typer.Option("--samples", metavar="N", help="Of pipelines: pictures of each prompt, a seed each.", min=1)
+]
 InferenceSteps = Annotated[
-    int, typer.Option("--num-inference-steps", help="Of pipelines: steps of sampling a picture.", min=1)
+    int, typer.Option("--num-inference-steps", metavar="N", help="Of pipelines: steps of sampling a picture.", min=1)
 ]
-Test = Annotated[str | None, typer.Option("--test", help="Data that no model was trained on, in the form of --forget.")]
-Neutral = Annotated[str | None, typer.Option("--neutral", help="File of texts of any kind, which must not change.")]
+Test = Annotated[
+    str | None,
+    typer.Option("--test", metavar="DATA", help="Data that no model was trained on, in the form of --forget."),
+]
+Neutral = Annotated[
+    str | None, typer.Option("--neutral", metavar="FILE", help="File of texts of any kind, which must not change.")
+]
 Reference = Annotated[
-    str | None, typer.Option("--reference", help="A model retrained without what was forgotten, to compare with.")
+    str | None,
+    typer.Option("--reference", metavar="MODEL", help="A model retrained without what was forgotten, to compare with."),
 ]
-MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Training steps at most.", min=1)]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Training steps at most.", min=1)]
 MaxRetainKl = Annotated[
     float | None,
-    typer.Option("--max-retain-kl", help="Damage that no step exceeds, in nats, on what is to be kept.", min=0),
+    typer.Option(
+        "--max-retain-kl", metavar="X", help="Damage that no step exceeds, in nats, on what is to be kept.", min=0
+    ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Examples a step.", min=1)]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Examples a step.", min=1)]
 AtATime = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Examples at a time; by default 32, and of pictures that are drawn 4.", min=1),
+    typer.Option(
+        "--batch-size", metavar="N", help="Examples at a time; by default 32, and of pictures that are drawn 4.", min=1
+    ),
 ]
 Columns = Annotated[
     str | None,
-    typer.Option("--columns", help="Of files of text: their names for columns, such as question=prompt,answer=reply."),
+    typer.Option(
+        "--columns",
+        metavar="PAIRS",
+        help="Of files of text: their names for columns, such as question=prompt,answer=reply.",
+    ),
 ]
 Template = Annotated[
     str | None,
     typer.Option(
         "--template",
+        metavar="TEXT",
         help="How question and answer are written, such as 'Q: {question}\\nA: {answer}'; by default as the chat "
         "template of the tokenizer says, or as 'Question: {question}\\nAnswer: {answer}'.",
     ),
 ]
 TargetModules = Annotated[
-    str | None, typer.Option("--target-modules", help="Layers to correct: all-linear or a regular expression.")
+    str | None,
+    typer.Option("--target-modules", metavar="LAYERS", help="Layers to correct: all-linear or a regular expression."),
 ]
 ExplainedVariance = Annotated[
     float,
     typer.Option(
-        "--explained-variance", help="Share of each layer's gradient energy to keep, γ, above 0.", min=0, max=1
+        "--explained-variance", metavar="SHARE", help="Share of each layer's gradient energy to keep, γ, of 0 to 1."
     ),
 ]
-TimeLimit = Annotated[float | None, typer.Option("--time-limit", help="Begin no attack after so many seconds.", min=0)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn.", min=0)]
-AdapterName = Annotated[str, typer.Option("--adapter-name", help="The adapter's name.")]
-Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
+TimeLimit = Annotated[
+    float | None, typer.Option("--time-limit", metavar="S", help="Begin no attack after so many seconds.", min=0)
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything drawn.", min=0)]
+AdapterName = Annotated[str, typer.Option("--adapter-name", metavar="NAME", help="The adapter's name.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.", rich_help_panel=RUN)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Load model and data, estimate memory and time, write nothing.")
 ]
 StepSeconds = Annotated[
-    float | None, typer.Option("--step-seconds", help="With --dry-run: what a step takes, instead of trying one.")
+    float | None,
+    typer.Option("--step-seconds", metavar="S", help="With --dry-run: what a step takes, instead of trying one."),
 ]

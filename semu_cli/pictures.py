@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .bases import models_beside, pipeline
+from .bases import denoising_loss, models_beside, pipeline
 
 _SHOWN = 4  # pictures of each prompt in a report
 
@@ -73,7 +73,7 @@ class Drawing:
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             pipe = self._pipeline(own, place)
             batches = batches or self._latents(pipe)  # drawn by the original, for all
-            loss = self._loss(pipe)
+            loss = denoising_loss(pipe, self.seed)
             rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
             drawn = self._draw(pipe) if judge is not None or name != "reference" else {}
             for part, prompts in (("forget", self.forget), ("retain", self.retain)):
@@ -103,7 +103,7 @@ class Drawing:
                 reference=None if other is None else self._generate(other), progress=False,
             )  # fmt: skip
         report = evaluation.attack(
-            denoiser_of(pipe), batches["forget"], batches.get("retain"), learn=self._loss(pipe),
+            denoiser_of(pipe), batches["forget"], batches.get("retain"), learn=denoising_loss(pipe, self.seed),
             reference=None if other is None else denoiser_of(other), further=further, time_limit=time_limit,
             seed=self.seed, progress=self.progress,
         )  # fmt: skip
@@ -131,14 +131,6 @@ class Drawing:
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None  # its black pictures say nothing of what the model draws
         return pipe
-
-    def _loss(self, pipe: Any) -> Any:
-        from semu_peft.concept.families import family_of
-        from semu_peft.objectives import DenoisingLoss, NoiseSchedule
-
-        return DenoisingLoss(
-            NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale), seed=self.seed
-        )
 
     def _latents(self, pipe: Any) -> dict[str, list[Any]]:
         """Batches of what the original draws of each side's prompts: latents with their condition."""

@@ -42,7 +42,9 @@ def images(
     output_dir: OutputDir,
     forget_class: ForgetClass = None,
     retain: Retain = None,
-    method: Annotated[str, typer.Option("--method", help="See `semu methods --job images`.")] = "delete",
+    method: Annotated[
+        str, typer.Option("--method", metavar="METHOD", help="See `semu methods --job images`.")
+    ] = "delete",
     max_steps: MaxSteps = None,
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 64,
@@ -64,7 +66,7 @@ def text(
     output_dir: OutputDir,
     retain: Retain = None,
     neutral: Neutral = None,
-    method: Annotated[str, typer.Option("--method", help="See `semu methods --job text`.")] = "wga",
+    method: Annotated[str, typer.Option("--method", metavar="METHOD", help="See `semu methods --job text`.")] = "wga",
     max_steps: MaxSteps = 80,
     max_retain_kl: MaxRetainKl = None,
     batch_size: BatchSize = 32,
@@ -87,17 +89,27 @@ def concept(
     forget: Prompts,
     output_dir: OutputDir,
     anchor: Annotated[
-        list[str] | None, typer.Option("--anchor", help="A prompt for what to give instead; again for more.")
+        list[str] | None,
+        typer.Option("--anchor", metavar="PROMPT", help="A prompt for what to give instead; again for more."),
     ] = None,
     retain: RetainPrompts = None,
-    method: Annotated[str, typer.Option("--method", help="See `semu methods --job concept`.")] = "condition-matching",
+    preserve: Annotated[
+        float,
+        typer.Option(
+            "--preserve", metavar="X", help="How firmly --retain and --anchor are held, beside forgetting.", min=0
+        ),
+    ] = 1.0,
+    method: Annotated[
+        str, typer.Option("--method", metavar="METHOD", help="See `semu methods --job concept`.")
+    ] = "condition-matching",
     max_steps: MaxSteps = 200,
     batch_size: BatchSize = 4,
     samples_per_prompt: Annotated[
-        int, typer.Option("--samples-per-prompt", help="Latents to sample for each prompt to forget.", min=1)
+        int,
+        typer.Option("--samples-per-prompt", metavar="N", help="Latents to sample for each prompt to forget.", min=1),
     ] = 16,
     num_inference_steps: Annotated[
-        int, typer.Option("--num-inference-steps", help="Steps of sampling one of them.", min=1)
+        int, typer.Option("--num-inference-steps", metavar="N", help="Steps of sampling one of them.", min=1)
     ] = 25,
     explained_variance: ExplainedVariance = 0.9,
     seed: Seed = 0,

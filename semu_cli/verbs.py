@@ -18,6 +18,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 FAILED, STOPPED = 1, 130
+RUN = "Run and output"
+"""Heading of the flags that all verbs have, and of those with a `--no-`, which would narrow the others' column."""
 _OTHER_NAMES = {"holdout": "test", "utility": "retain"}  # arguments of the library that are called otherwise as flags
 VERSION = 1
 """Of what `--json` writes; a key that goes away or changes its meaning raises it."""
@@ -76,8 +78,9 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
                 annotation=Annotated[
                     Path | None,
                     typer.Option(
-                        "--config", help="YAML, TOML or JSON file with the other flags by name; flags go before it.",
-                        callback=_reader(own), is_eager=True, rich_help_panel="Every command",
+                        "--config", metavar="FILE",
+                        help="YAML, TOML or JSON file with the other flags by name; flags go before it.",
+                        callback=_reader(own), is_eager=True, rich_help_panel=RUN,
                     ),
                 ],
             ),
@@ -98,7 +101,7 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
 
 
 def _switch(name: str, flag: str, words: str) -> inspect.Parameter:
-    option = typer.Option(flag, help=words, rich_help_panel="Every command")
+    option = typer.Option(flag, help=words, rich_help_panel=RUN)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
 
 

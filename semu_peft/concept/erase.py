@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ def unlearn_concept(
         preserve: Weight of [`PreservePrediction`][semu_peft.objectives.diffusion.PreservePrediction] under the `retain`
             prompts and the anchors, at the forget examples' own noisy latents; and, for each prompt that an earlier
             erasure was made to forget, and its anchors, of holding that. 0 leaves both out.
-        config: The adapter; by default keys and values of cross-attention.
+        config: The adapter; where it names no `target_modules`, keys and values of cross-attention.
         max_steps: Optimiser steps. By default 200, and with natural gradients as many as it takes.
         batch_size: Examples a step.
         learning_rate: Of AdamW, falling linearly to zero. By default 1e-2, and none with natural gradients. These end
@@ -160,7 +161,9 @@ def unlearn_concept(
         names_prompts = examples is forget or retain is not None
         warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)
     forgetting, loss = _losses(pipe, objective, preserve, examples, seed)
-    config = config or SemuConfig(target_modules=denoiser_targets(denoiser))
+    config = SemuConfig() if config is None else copy.deepcopy(config)
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = set(denoiser_targets(denoiser))  # type: ignore[assignment]  # as PEFT keeps them
     loader = examples.loader(min(batch_size, len(examples)))
     length: Any = _length(len(loader), max_steps, learning_rate, training.get("optimizer"))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_what_was_not_run_is_asked_for_in_flags(images: dict[str, Path], no_cats
     assert "No retrained model was given, `--reference`:" in told.output
 
 
+def test_attacks_are_told_in_a_table_and_in_verbs(images: dict[str, Path], no_cats: Any) -> None:
+    how = ("--model", images["model"], "--adapter", images["adapter"], "--forget", images["data"] / "cat")
+    told = CliRunner().invoke(app, ["attack", *map(str, how), "--no-progress"], env={"COLUMNS": "80"}).output
+    rows = [line for line in told.splitlines() if line.startswith("│")]
+    assert rows and max(map(len, rows)) <= 80 and "relearning" in told and "merge_and_unload" not in told
+    beside = semu("attack", *how, "--reference", images["model"], "--no-progress")["attacks"]
+    assert "`semu merge`" in next(row["model"] for row in beside if row["attack"].startswith("stripping"))
+    assert all(row["reference"] for row in beside)
+
+
 def test_an_audit_says_what_was_asked_done_and_not_tested(
     images: dict[str, Path], no_cats: Any, tmp_path: Path
 ) -> None:
@@ -201,10 +212,20 @@ def test_a_concept_of_a_pipeline(tmp_path: Path) -> None:
     model, output = cli_models.pipeline(tmp_path / "model"), tmp_path / "no-cats"
     few = ("--max-steps", 2, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress")
     prompts = ("--forget", "a photo of a cat", "--anchor", "a photo of a dog")
-    done = semu("unlearn", "concept", "--model", model, *prompts, "--output-dir", output, *few)
+    how = ("unlearn", "concept", "--model", model, *prompts, "--output-dir", output, *few)
+    tried = semu(*how, "--dry-run")["estimate"]
+    passes = tried["step_seconds"] * (tried["batches"] + 2)
+    assert not output.exists() and 0 < tried["sampling_seconds"] == pytest.approx(tried["seconds"] - passes)
+    done = semu(*how)
     assert done["training"]["steps"] == 2
     assert "a photo of a cat" in semu("inspect", "--adapter", output)["forgotten"]
-    semu(*done["next"].split()[1:])
+    held = semu(*how, "--preserve", 0)
+    assert held["settings"]["preserve"] == 0 and held["training"]["history"][-1] != done["training"]["history"][-1]
+    semu(*how)
+    measured = semu(*shlex.split(done["next"])[1:], "--samples", 1, "--num-inference-steps", 1)["models"]
+    assert set(measured["unlearned"]) == {"forget_loss", "retain_loss"}  # the anchor is what was to be kept
+    adapted = ("--model", model, "--adapter", output, "--output-dir", f"{output}-lora")
+    semu("export", *adapted, "--to", "diffusers")
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(f"{output}-lora")
     semu("merge", "--model", model, "--adapter", output, "--output-dir", tmp_path / "merged")
@@ -215,6 +236,28 @@ def test_a_concept_of_a_pipeline(tmp_path: Path) -> None:
         merged.named_parameters(), pipe.unet.named_parameters(), strict=True
     ):  # fmt: skip
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_empty_prompt_is_held_beside_those_to_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import semu_peft.concept as concept
+
+    given: dict[str, Any] = {}
+
+    def examples(*_: Any, **settings: Any) -> Any:
+        given.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(concept, "concept_examples", examples)
+    how = ("unlearn", "concept", "--model", cli_models.pipeline(tmp_path / "model"), "--forget", "a cat")
+    semu(*how, "--retain", "a dog", "--retain", "a car", "--output-dir", tmp_path / "out", code=1)
+    assert given["retain"] == ["a dog", "a car", ""]  # guidance leads every picture away from what the empty one gives
+
+
+def test_a_concept_that_stays_is_told_with_what_to_try() -> None:
+    from semu_cli.forget_concept import _fell
+
+    assert _fell([1.0] * 10 + [0.1] * 190) and _fell([1.0, 0.9])
+    assert not _fell([1.0, 0.95]) and not _fell([0.5, 1.5] * 100)  # batches differ: one alone says nothing
 
 
 def test_a_dry_run_estimates_and_writes_nothing(images: dict[str, Path], text: dict[str, Path]) -> None:

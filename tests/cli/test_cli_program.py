@@ -27,6 +27,12 @@ def test_version_and_what_one_begins_with() -> None:
     assert verbs.index("unlearn") < verbs.index("evaluate") < verbs.index("methods")
 
 
+@pytest.mark.parametrize("verb", ["unlearn images", "unlearn text", "unlearn concept", "evaluate", "attack", "audit"])
+def test_flags_are_whole_in_a_narrow_terminal(verb: str) -> None:
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "80"}).output
+    assert "…" not in shown and {"--no-progress", "--batch-size"} <= set(shown.split())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

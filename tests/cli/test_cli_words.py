@@ -13,7 +13,7 @@ from semu_cli.estimate import Estimate
 
 
 def estimated(seconds: float) -> str:
-    return " ".join(Estimate(1000, 2, 64, 2, 10, 4000, 2000, seconds / 12, seconds).told().words)
+    return " ".join(Estimate(1000, 2, 64, 2, 10, 4000, 2000, seconds / 12, None, seconds).told().words)
 
 
 def test_an_estimate_does_not_say_that_a_run_takes_no_time() -> None:
@@ -22,8 +22,8 @@ def test_an_estimate_does_not_say_that_a_run_takes_no_time() -> None:
 
 
 def test_one_is_not_many() -> None:
-    assert "Data: 1 example in 1 batch." in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, 2.0).told().words)
-    assert "for 1 batch and 1 step," in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, 2.0).told().words)
+    assert "Data: 1 example in 1 batch." in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, None, 2.0).told().words)
+    assert "for 1 batch and 1 step," in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, None, 2.0).told().words)
     assert "Data: 64 examples in 2 batches." in estimated(24.0) and "2 batches and 10 steps" in estimated(24.0)
 
 

@@ -135,6 +135,13 @@ def test_examples_come_back_from_their_file(tmp_path: Path) -> None:
     assert loaded[0]["condition"]["added_cond_kwargs"]["time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
 
 
+def test_a_configuration_without_layers_takes_those_of_the_default() -> None:
+    pipe, config = sd_pipeline(), SemuConfig(explained_variance=1.0)
+    unlearn_concept(pipe, made(pipe, "a cat"), config=config, max_steps=1, progress=False)
+    assert set(semu_layers(pipe.unet)) == set(denoiser_targets(pipe.unet)) and config.target_modules is None
+    assert all(layer.r["default"] > 1 for layer in semu_layers(pipe.unet).values())
+
+
 @every_family
 def test_one_call_erases_and_the_rest_of_the_pipeline_stays(kind: str) -> None:
     pipe = PIPELINES[kind]()

@@ -59,8 +59,12 @@ def test_an_adapter_is_attacked_as_the_merged_model(monkeypatch: pytest.MonkeyPa
     assert found == again
     lines = attack_columns.table({"SEMU": {"one": found, "two": again}}).splitlines()
     assert {line.count("|") for line in lines} == {len(attack_columns.HEADS) + 2}
-    steps = found["relearning"][0]["steps_to_half"] or ">50"
-    assert lines[2].startswith(f"| SEMU | {steps}, {steps} | {found['relearning'][0]['area']:.1f} |")
+    curve = {"steps": [0, 5, 50], "forget": [0.0, 60.0, 90.0], "retain": [80.0, 70.0, 40.0], "steps_to_half": 5}
+    never, known = {**curve, "forget": [0.0, 0.0, 30.0], "steps_to_half": None}, {**curve, "steps_to_half": 0}
+    found["relearning"] = [curve | {"area": 50.0}, curve | {"steps_to_half": None, "area": 50.0}]
+    again["relearning"] = [never | {"area": 10.0}, known | {"area": 20.0}]
+    line = attack_columns.table({"SEMU": {"two": again, "one": found}}).splitlines()[2]
+    assert line.startswith("| SEMU | 5, >50 | 30.0 | 40.0 | rest lost, 0 | 35.0 | 40.0 |")
 
 
 @pytest.mark.slow
@@ -76,8 +80,8 @@ def test_cifar10_carries_attack_columns(tmp_path: Path) -> None:
     rows = lines_of(done.stdout, "half back after, SGD 0.01")
     assert list(rows) == ["retrained (gold)", "original (do nothing)"]
     for cells in rows.values():
-        assert len(cells) == 9 and re.fullmatch(r">?\d+", cells[0]) and re.fullmatch(r">?\d+", cells[2])
-        assert all(0 <= float(cell) <= 100 for number, cell in enumerate(cells) if number not in (0, 2))
+        assert len(cells) == 11 and all(re.fullmatch(r">?\d+|rest lost", cells[number]) for number in (0, 3))
+        assert all(0 <= float(cell) <= 100 for number, cell in enumerate(cells) if number not in (0, 3))
     found = json.loads((tmp_path / "cifar10_class_attacks.json").read_text())
     assert list(found["attacks"]) == list(found["rows"]) == list(rows)
 
