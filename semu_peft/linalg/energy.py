@@ -7,11 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from semu_peft.arguments import check_share
+
 
 def check_explained_variance(explained_variance: float) -> None:
-    """Raise ValueError unless γ lies in (0, 1]."""
-    if not 0 < explained_variance <= 1:
-        raise ValueError(f"`explained_variance` must be in (0, 1], got {explained_variance!r}.")
+    """Raise TypeError unless γ is a number, ValueError unless it lies in (0, 1]."""
+    check_share("explained_variance", explained_variance)
 
 
 def rank_for_energy(singular_values: Tensor, explained_variance: float, energy: Tensor | None = None) -> int:

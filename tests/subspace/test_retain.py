@@ -189,9 +189,10 @@ def test_a_retain_set_without_batches_is_named() -> None:
     [
         ({"kind": "keep"}, "`kind` of a RetainRule must be one of"),
         ({"side": "left"}, "`side` of a RetainRule must be one of"),
-        ({"explained_variance": 0.0}, "explained_variance"),
+        ({"explained_variance": 0.0}, "`explained_variance` must be a share"),
+        ({"explained_variance": "x"}, "`explained_variance` must be a share"),
     ],
 )
 def test_bad_settings(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         RetainRule(**settings)
