@@ -49,6 +49,10 @@ from semu_peft import NaturalGradient, UnlearnResult
 from semu_peft.objectives import CrossEntropy, KLToOriginal, Objective
 
 BATCH_SIZE = 256
+# What was chosen for a random tenth: the start is a tenth of a nat from the end, batches differ by more than a step
+# gains, and quantiles of few images are coarse.
+CHOSEN_BATCH_SIZE = 1024
+PATIENT: dict[str, Any] = {"tolerance": 0.002, "patience": 16}
 SMOKE_IMAGES = 600
 SHOWN_STEPS = 20  # of a run's losses, in the file of what was chosen
 # Where the network keeps single images, and most of its weights are.
@@ -194,8 +198,9 @@ class Models:
             cut = int(RANDOM_SHARE * len(order))
             forget, retain = subset(self.train, order[:cut]), subset(self.train, order[cut:])
             needed = {"original": self.train, f"without-tenth-{seed}": retain}
-            # Of processes side by side, one begins with the gold model, so that neither waits for the other's.
-            names = sorted(needed, reverse=self.arguments.part[0] % 2 == 0)
+            # The original is needed by other processes too, so all but one of them begin with the gold model.
+            number, parts = self.arguments.part
+            names = sorted(needed, reverse=parts == 1 or number % 2 == 0)
             models = {name: self.trained(name, needed[name]) for name in names}
             yield ForgettingTask(
                 "random", f"seed {seed}", forget, retain, self.test, None, self.held_out, models["original"],
@@ -218,12 +223,14 @@ def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
             Method("SEMU, all layers, by AdamW", semu(best_objective, **size), 3e-2, 8),
         ]
     wide = {"explained_variance": 0.99, **size}
+    chosen = {"explained_variance": 0.99, "batch_size": CHOSEN_BATCH_SIZE, "natural": NaturalGradient(**PATIENT)}
     return [
-        Method("SEMU, with retain data", semu(best_objective, retain=4.0, **wide)),
-        Method("SEMU", semu(best_objective, **wide)),
+        Method("SEMU", semu(best_objective, **chosen)),
+        Method("SEMU, defaults", semu(best_objective, **wide)),
+        Method("SEMU, with retain data", semu(best_objective, retain=1.0, keep=KLToOriginal, **chosen)),
+        Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0, **size), 1e-4, 10),
         # Nine, as the paper trains on the union: the retain data are nine times the forget data.
         Method("AMUN, with retain data", amun(9.0, **size), 1e-4, 10),
-        Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0, **size), 1e-4, 10),
         Method("all weights, same objective", all_weights(best_objective_with_copy, **size), 1e-4, 10),
         Method("LoRA, same objective, with retain data", lora(best_objective, 4.0, budget, **size), 1e-2, 36),
         Method("LoRA of the same size, same objective", lora(best_objective, 0.0, budget, **size), 1e-2, 36),
@@ -255,9 +262,8 @@ def choices() -> list[Method]:
         data = f"KLToOriginal × {weight:g}" if weight else "no retain data"
         return Method(f"SEMU, {data}, AdamW {rate}, {epochs} epochs", run, rate, epochs)
 
-    # The start is some hundredths of a nat from the end, and batches differ by more than a step gains.
-    patient = {"tolerance": 0.002, "patience": 16}
-    wide, large = {"explained_variance": 0.999}, {"batch_size": 1024}
+    patient = PATIENT
+    wide, large = {"explained_variance": 0.999}, {"batch_size": CHOSEN_BATCH_SIZE}
     last = {"target_modules": LAST_STAGE, **wide}
     with_and_without = [
         (kept(1.0, patient), kept(0.0, patient)),
@@ -377,6 +383,7 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true", help="SEMU's settings for a random tenth, in a file of theirs")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th of the rows alone")
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name is one of these alone")
+    parser.add_argument("--train", choices=["original"], help="train this model, and measure nothing")
     parser.add_argument("--epochs", type=int, help="of training the models; by default 24, and 30 of the ViT")
     parser.add_argument("--smoke", action="store_true", help="go through all of it with 600 images")
     arguments = parser.parse_args()
@@ -400,6 +407,9 @@ def main() -> None:
     found = Table(arguments.output / f"{stem}.json", arguments.cache / f"{stem}.lock", said, declared)
     try:
         models = Models(arguments, clock)
+        if arguments.train:
+            models.trained(arguments.train, models.train)
+            return
         for task in models.class_tasks() if arguments.task == "class" else models.random_tasks():
             found.fill(task, arguments.task, clock)
     except NoTimeLeft as none_left:

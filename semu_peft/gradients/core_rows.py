@@ -41,11 +41,12 @@ class CaughtRows:
     """The rows of the backward passes since they were last taken, by layer.
 
     Attributes:
+        watching: Whether forward passes keep what the rows need of them; one whose rows nobody asks for has no need to.
         catching: Whether backward passes leave their rows here; a pass for the plain gradient has no need to.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.catching = False
+        self.watching, self.catching = True, False
         self._calls: dict[str, list[Rows]] = {name: [] for name in names}
 
     def __contains__(self, name: str) -> bool:
@@ -117,7 +118,7 @@ def _has_rows(layer: SemuLayer, adapter_name: str) -> bool:
 
 def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows) -> Any:
     def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled() or not output.requires_grad or is_aside():
+        if not caught.watching or not torch.is_grad_enabled() or not output.requires_grad or is_aside():
             return None
         # A hook on a view is lost when the model changes the view in place.
         changed = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else None

@@ -19,6 +19,7 @@ from semu_peft.gradients.core_rows import Rows
 from semu_peft.gradients.processes import sum_over_processes
 
 _LEAST = 1e-20  # where there is no curvature at all
+_SMALL = 2**18  # numbers; rows above it keep a device busy by themselves, and copies of them would fill it
 
 
 @dataclass(frozen=True)
@@ -190,114 +191,159 @@ class KroneckerFactors(Curvature):
     """K-FAC's approximation layer by layer: `B ⊗ A`, the second moments of the core's rows on either side.
 
     A diagonal core has the exact restriction `B ∘ A` of it, and a core without rows the diagonal alone. Each factor has
-    damping of its own, relative to its own mean, so that no layer's scale decides over another's.
+    damping of its own, relative to its own mean, so that no layer's scale decides over another's. Cores of one size are
+    computed with together: there are many of them, and each is small.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671, sections 3 and 6.3.
     """
 
     def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
         super().__init__(slots, decay, device)
-        self.totals: dict[str, Tensor] = {}
+        alike: dict[tuple[int, bool], list[CoreSlot]] = {}
         for slot in slots:
             if slot.has_rows:
-                rank = slot.shape[-1]
-                self.totals[f"{slot.name}.left"] = torch.zeros(rank, rank, device=device)
-                self.totals[f"{slot.name}.right"] = torch.zeros(rank, rank, device=device)
-            else:
-                self.totals[f"{slot.name}.squares"] = torch.zeros(slot.size, device=device)
-        self._inverses: dict[str, Tensor] = {}
-        self._inverted_at: float | None = None  # the damping that they are of
+                alike.setdefault((slot.shape[-1], slot.is_diagonal), []).append(slot)
+        self._stacks = [_Stack(each, device) for each in alike.values()]
+        self._squares = {slot.name: torch.zeros(slot.size, device=device) for slot in slots if not slot.has_rows}
+        self._inverted_at: float | None = None  # the damping that the inverses are of
 
     @property
     def wanted_seeds(self) -> float:
         return 8  # an example brings a row for each of its tokens or windows
 
     def observe(self, probes: Sequence[Probe]) -> None:
-        new = {key: torch.zeros_like(total) for key, total in self.totals.items()}
-        places = {slot.name: torch.zeros((), device=self.weight.device) for slot in self.slots if slot.has_rows}
-        for probe in probes:
-            for slot in self.slots:
-                if not slot.has_rows:
-                    new[f"{slot.name}.squares"] += probe.gradient[slot.place].square()
-                for rows in probe.rows.get(slot.name, ()):
-                    left, right = (side.flatten(0, 1).to(self.weight.device, torch.float32) for side in rows)
-                    new[f"{slot.name}.left"] += left.mT @ left
-                    new[f"{slot.name}.right"] += right.mT @ right
-                    places[slot.name] += len(right)
-        new = {key: sum_over_processes(part) for key, part in new.items()}
-        for name, count in places.items():
-            new[f"{name}.right"] /= sum_over_processes(count).clamp_min(1.0)
         left_over = self._age()
-        self.totals = {key: total * left_over + new[key] for key, total in self.totals.items()}
+        for stack in self._stacks:
+            stack.add(probes, left_over, self.weight)
+        for slot in self._slots_without_rows():
+            new = torch.stack([probe.gradient[slot.place].square() for probe in probes]).sum(0)
+            self._squares[slot.name] = self._squares[slot.name] * left_over + sum_over_processes(new)
         self._inverted_at = None
 
-    def _mean(self, key: str) -> Tensor:
-        total = self.totals[key]
-        return total / self.weight.clamp_min(1e-12).to(total.dtype)
+    def _slots_without_rows(self) -> list[CoreSlot]:
+        return [slot for slot in self.slots if not slot.has_rows]
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._mean(f"{name}.left"), self._mean(f"{name}.right")
+    def _mean_squares(self, slot: CoreSlot) -> Tensor:
+        return self._squares[slot.name] / self.weight.clamp_min(1e-12).to(self._squares[slot.name].dtype)
 
     def times(self, vector: Tensor) -> Tensor:
         result = torch.empty_like(vector)
-        for slot in self.slots:
-            part = vector[slot.place]
-            if not slot.has_rows:
-                result[slot.place] = self._mean(f"{slot.name}.squares") * part
-                continue
-            left, right = self._factors(slot.name)
-            if slot.is_diagonal:
-                result[slot.place] = (left * right) @ part
-            else:
-                result[slot.place] = (left @ part.view(slot.shape) @ right).flatten()
+        for stack in self._stacks:
+            result[stack.places] = stack.times(vector[stack.places])
+        for slot in self._slots_without_rows():
+            result[slot.place] = self._mean_squares(slot) * vector[slot.place]
         return result
 
     def solve(self, vector: Tensor, damping: float) -> Tensor:
         self._invert(damping)
         result = torch.empty_like(vector)
-        for slot in self.slots:
-            part = vector[slot.place]
-            if not slot.has_rows:
-                result[slot.place] = part / _damped(self._mean(f"{slot.name}.squares"), damping)
-            elif slot.is_diagonal:
-                result[slot.place] = self._inverses[slot.name] @ part
-            else:
-                left, right = self._inverses[f"{slot.name}.left"], self._inverses[f"{slot.name}.right"]
-                result[slot.place] = (left @ part.view(slot.shape) @ right).flatten()
+        for stack in self._stacks:
+            result[stack.places] = stack.solve(vector[stack.places])
+        for slot in self._slots_without_rows():
+            result[slot.place] = vector[slot.place] / _damped(self._mean_squares(slot), damping)
         return result
 
     def _invert(self, damping: float) -> None:
-        """Invert what has rows, damped: matrices of one size together, and without waiting for a device in between."""
+        """Invert what has rows, damped, without waiting for a device in between."""
         if self._inverted_at == damping:
             return
-        by_size: dict[int, dict[str, Tensor]] = {}
-        for slot in self.slots:
-            if slot.has_rows:
-                left, right = self._factors(slot.name)
-                sides = {"": left * right} if slot.is_diagonal else {".left": left, ".right": right}
-                by_size.setdefault(len(left), {}).update({slot.name + side: each for side, each in sides.items()})
-        stacks = {size: torch.stack(list(named.values())) for size, named in by_size.items()}
-        inverses, failed = {}, []
-        for size, stack in stacks.items():
-            factor, wrong = torch.linalg.cholesky_ex(_damped_matrices(stack, damping))
-            inverses[size] = torch.cholesky_inverse(factor)
-            failed.append(wrong.any())
+        failed = [stack.invert(damping) for stack in self._stacks]
         if failed and torch.stack(failed).any().item():  # rounding has made some of them indefinite
-            inverses = {size: _inverse_by_eigenvalues(stack, damping) for size, stack in stacks.items()}
-        self._inverses = {
-            name: inverse
-            for size, named in by_size.items()
-            for name, inverse in zip(named, inverses[size], strict=True)
-        }
+            for stack in self._stacks:
+                stack.invert_by_eigenvalues(damping)
         self._inverted_at = damping
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weight": self.weight, "totals": dict(self.totals)}
+        totals = {f"{name}.squares": total for name, total in self._squares.items()}
+        for stack in self._stacks:
+            totals |= stack.state_dict()
+        return {"weight": self.weight, "totals": totals}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.weight = state["weight"].to(self.weight.device)
-        self.totals = {key: state["totals"][key].to(total) for key, total in self.totals.items()}
+        self.weight, totals = state["weight"].to(self.weight.device), state["totals"]
+        self._squares = {name: totals[f"{name}.squares"].to(total) for name, total in self._squares.items()}
+        for stack in self._stacks:
+            stack.load_state_dict(totals, self.weight)
         self._inverted_at = None
+
+
+class _Stack:
+    """The factors of cores of one size, all diagonal or none.
+
+    Attributes:
+        places: `(n, r, r)`, or `(n, r)` of diagonal cores: where their numbers are in the vector of all.
+    """
+
+    def __init__(self, slots: Sequence[CoreSlot], device: torch.device) -> None:
+        self.names, self.is_diagonal = [slot.name for slot in slots], slots[0].is_diagonal
+        shape, self.rank = slots[0].shape, slots[0].shape[-1]
+        self.places = torch.stack([torch.arange(slot.place.start, slot.place.stop).view(shape) for slot in slots])
+        self.places = self.places.to(device)
+        self.totals = torch.zeros(2, len(slots), self.rank, self.rank, device=device)  # of the left and the right rows
+        self.means = self.totals.clone()
+        self.inverses = self.totals.clone()
+
+    def add(self, probes: Sequence[Probe], left_over: float, weight: Tensor) -> None:
+        """Add the rows of one step's probes to what is left of the sums; `weight` is that of all sums together."""
+        new, counts = torch.zeros_like(self.totals), [0] * len(self.names)
+        waiting: dict[torch.Size, list[tuple[int, Tensor, Tensor]]] = {}
+        for probe in probes:
+            for index, name in enumerate(self.names):
+                for rows in probe.rows.get(name, ()):
+                    left, right = (side.flatten(0, 1).to(new) for side in rows)
+                    counts[index] += len(right)
+                    if left.numel() <= _SMALL and left.shape == right.shape:
+                        waiting.setdefault(left.shape, []).append((index, left, right))
+                    else:
+                        new[0, index] += left.mT @ left
+                        new[1, index] += right.mT @ right
+        for group in waiting.values():  # a product of each would take longer to be asked for than to be computed
+            indices, lefts, rights = zip(*group, strict=True)
+            sides = torch.stack([torch.stack(lefts), torch.stack(rights)])
+            new.index_add_(1, torch.tensor(indices, device=new.device), sides.mT @ sides)
+        new = sum_over_processes(new)
+        new[1] /= sum_over_processes(torch.tensor(counts, device=new.device)).clamp_min(1).view(-1, 1, 1)
+        self.totals = self.totals * left_over + new
+        self._take_means(weight)
+
+    def _take_means(self, weight: Tensor) -> None:
+        means = self.totals / weight.clamp_min(1e-12).to(self.totals.dtype)
+        self.means = means[:1] * means[1:] if self.is_diagonal else means
+
+    def invert(self, damping: float) -> Tensor:
+        """Invert the damped means; returns whether any of them was indefinite, `()`."""
+        factor, wrong = torch.linalg.cholesky_ex(_damped_matrices(self.means, damping))
+        ones = torch.eye(self.rank, device=factor.device).expand_as(factor)
+        root = torch.linalg.solve_triangular(factor, ones, upper=False)
+        self.inverses = root.mT @ root
+        return wrong.any()
+
+    def invert_by_eigenvalues(self, damping: float) -> None:
+        """Invert the damped means, whose smallest eigenvalues are rounding's."""
+        values, vectors = torch.linalg.eigh(self.means)
+        self.inverses = (vectors / _damped(values, damping).unsqueeze(-2)) @ vectors.mT
+
+    def times(self, parts: Tensor) -> Tensor:
+        """The means on the cores' numbers, of the shape of `places`."""
+        return self._between(self.means, parts)
+
+    def solve(self, parts: Tensor) -> Tensor:
+        """The inverses on them."""
+        return self._between(self.inverses, parts)
+
+    def _between(self, matrices: Tensor, parts: Tensor) -> Tensor:
+        if self.is_diagonal:
+            return (matrices[0] @ parts.unsqueeze(-1)).squeeze(-1)
+        return matrices[0] @ parts @ matrices[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        sides = zip(("left", "right"), self.totals.unbind(), strict=True)
+        return {f"{name}.{side}": each.clone() for side, n in sides for name, each in zip(self.names, n, strict=True)}
+
+    def load_state_dict(self, totals: Mapping[str, Tensor], weight: Tensor) -> None:
+        sides = [torch.stack([totals[f"{name}.{side}"] for name in self.names]) for side in ("left", "right")]
+        self.totals = torch.stack(sides).to(self.totals)
+        self._take_means(weight)
 
 
 def _damped(eigenvalues: Tensor, damping: float) -> Tensor:
@@ -307,17 +353,11 @@ def _damped(eigenvalues: Tensor, damping: float) -> Tensor:
 
 
 def _damped_matrices(matrices: Tensor, damping: float) -> Tensor:
-    """Symmetric matrices `(N, n, n)`, raised by a share of the mean of their eigenvalues."""
+    """Symmetric matrices `(…, n, n)`, raised by a share of the mean of their eigenvalues."""
     raised = matrices.clone()
-    diagonal = raised.diagonal(dim1=1, dim2=2)
-    diagonal += (damping * diagonal.mean(1, keepdim=True)).clamp_min(_LEAST)
+    diagonal = raised.diagonal(dim1=-2, dim2=-1)
+    diagonal += (damping * diagonal.mean(-1, keepdim=True)).clamp_min(_LEAST)
     return raised
-
-
-def _inverse_by_eigenvalues(matrices: Tensor, damping: float) -> Tensor:
-    """The inverses of damped matrices `(N, n, n)` whose smallest eigenvalues are rounding's."""
-    values, vectors = torch.linalg.eigh(matrices)
-    return (vectors / _damped(values, damping).unsqueeze(1)) @ vectors.mT
 
 
 def _in_groups(rows: Tensor, examples: int) -> Tensor:

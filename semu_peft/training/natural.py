@@ -41,7 +41,8 @@ class NaturalGradient:
             what is minimised, so that a spent budget costs one nat. None sets no bound.
         tolerance: How forgotten is enough: the distance of the loss from its minimum, in nats (for a denoiser as a
             share of the loss at the start); where an objective has no minimum, the mean probability of the forgotten
-            answers.
+            answers. By default 0.01, or a fiftieth of the distance at the start where that is less: a random part of
+            the training data begins some hundredths of a nat from the end.
         curvature: `"whole"`, one matrix over all cores; `"kronecker"`, two factors a layer (K-FAC); by default the
             whole matrix up to 4,096 trained numbers, but for texts, few of which say too little of so many together.
         damping: `λ`, relative to the mean of the curvature's or a factor's diagonal. That of the whole matrix adapts
@@ -61,7 +62,7 @@ class NaturalGradient:
 
     Examples:
         >>> NaturalGradient(kl=0.02)
-        NaturalGradient(kl=0.02, max_retain_kl=None, tolerance=0.01)
+        NaturalGradient(kl=0.02, max_retain_kl=None, tolerance=None)
         >>> NaturalGradient(kl=0)
         Traceback (most recent call last):
         ValueError: `kl` must be above zero, got 0. Take 0.1, or less for smaller steps.
@@ -69,7 +70,7 @@ class NaturalGradient:
 
     kl: float = 0.1
     max_retain_kl: float | None = None
-    tolerance: float = 0.01
+    tolerance: float | None = None
     curvature: CurvatureKind = "auto"
     damping: float = 0.1
     proximal: float | None = None
@@ -116,7 +117,7 @@ _PROXIMAL = 0.01  # without a target for each number of the output
 _ABOVE_ZERO = {
     "kl": "Take 0.1, or less for smaller steps.",
     "max_retain_kl": "Take 0.01, or None for no bound.",
-    "tolerance": "Take 0.01.",
+    "tolerance": "Take 0.01, or None to go by the start.",
     "damping": "Take 0.1.",
 }
 

@@ -39,6 +39,8 @@ _HELD_EXAMPLES = 512  # on which start and end are compared,
 _MOST_DRAWS = 8  # with so many draws each, where the objective draws
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
+_TOLERANCE = 0.01  # by default
+_SHARE_OF_THE_WAY = 0.02  # from the start to the minimum, that may be left by default
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
 _MEMORY = 0.5  # of the running loss, which follows it fast
 
@@ -125,7 +127,7 @@ class NaturalLoop(Loop):
     def _look_at_start(self, start: Tried) -> None:
         self.start_loss = start.values["loss"]
         self._choose_curvature(self._affords_whole_matrix(start))
-        if self._is_forgotten(start):
+        if self._is_forgotten(start, self._tolerated(self.start_loss)):
             self._stop(ALREADY_FORGOTTEN)
 
     def _make_slots(self) -> list[CoreSlot]:
@@ -160,7 +162,7 @@ class NaturalLoop(Loop):
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
-        here = self.trials.evaluate(terms, with_gradient=True)
+        here = self._evaluate(terms, self.progress.step)
         if not math.isfinite(here.values["loss"]) and self.progress.step:
             # Where a batch before was still well: an ascent has gone as far as numbers do.
             self._move_to(self.best)
@@ -190,7 +192,7 @@ class NaturalLoop(Loop):
             self.lowest, self.stalled, self.best = self.running, 0, self._flat()
         else:
             self.stalled += 1
-        self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here) else 0
+        self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here, self._enough()) else 0
         if self.forgotten_batches >= min(2, batches_in(self.prepared.forget) or 2):
             self._stop(FORGOTTEN)
         elif max(self.stalled / self.control.patience, self.failures) >= self.natural.patience:
@@ -200,17 +202,25 @@ class NaturalLoop(Loop):
         self.context.control.stop(reason)
 
     def _enough(self, scale: float | None = None) -> float:
-        """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
-        scale = self.start_loss if scale is None else scale
-        if self.objectives[0].distribution == "categorical" or not math.isfinite(scale):
-            return self.natural.tolerance
-        return self.natural.tolerance * abs(scale)
+        """How forgotten is enough, in the unit of the loss; by default a share of the way where the way is short."""
+        tolerated = self._tolerated(self.start_loss if scale is None else scale)
+        minimum = self.objectives[0].minimum
+        if self.natural.tolerance is not None or minimum is None or not self.start_loss > minimum:
+            return tolerated
+        return min(tolerated, _SHARE_OF_THE_WAY * (self.start_loss - minimum))
 
-    def _is_forgotten(self, here: Tried) -> bool:
+    def _tolerated(self, scale: float) -> float:
+        """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
+        tolerance = self.natural.tolerance or _TOLERANCE
+        if self.objectives[0].distribution == "categorical" or not math.isfinite(scale):
+            return tolerance
+        return tolerance * abs(scale)
+
+    def _is_forgotten(self, here: Tried, enough: float) -> bool:
         minimum = self.objectives[0].minimum
         if minimum is None:
-            return here.values.get("answer_probability", math.inf) <= self.natural.tolerance
-        return here.values["forget_loss"] - minimum <= self._enough()
+            return here.values.get("answer_probability", math.inf) <= (self.natural.tolerance or _TOLERANCE)
+        return here.values["forget_loss"] - minimum <= enough
 
     def _leave_the_best(self) -> None:
         """End with the best cores seen, by the loss on the batches that the start was measured on; or at the choice."""
@@ -235,7 +245,7 @@ class NaturalLoop(Loop):
         """Try steps from here until one is good, and go there; where none is, stay."""
         step = self._start_step(self._data_at(terms))
         start = self._flat()
-        is_due = self.progress.step % self.natural.refresh == 0 or not self.curvature.weight
+        is_due = self._is_due(self.progress.step)
         # FSDP's graph cannot be gone through twice.
         gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
         if is_due:
@@ -263,7 +273,7 @@ class NaturalLoop(Loop):
                 break
             self._move_to(start + direction)
             self._apply(step, "update")
-            tried = self.trials.evaluate(terms, with_gradient=keep_graph)
+            tried = self._evaluate(terms, self.progress.step + 1, with_gradient=keep_graph)
             relief = self.proximal.at(start) - self.proximal.at(self._flat())
             outcome = self._outcome(here, tried, predicted, relief)
             if self.control.is_good(outcome):
@@ -274,7 +284,16 @@ class NaturalLoop(Loop):
         self.failures += 1
         self.control.load_state_dict(before)
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
-        return (self.trials.evaluate(terms, with_gradient=True) if keep_graph else here), 0.0
+        return (self._evaluate(terms, self.progress.step + 1) if keep_graph else here), 0.0
+
+    def _evaluate(self, terms: list[Term], step: int, *, with_gradient: bool = True) -> Tried:
+        """Evaluate where the cores are, such that a step can begin there, the run's `step`-th."""
+        self.caught.watching = self._is_due(step)
+        return self.trials.evaluate(terms, with_gradient=with_gradient)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step takes the curvature anew."""
+        return step % self.natural.refresh == 0
 
     def _is_too_far(self, place: Tensor) -> bool:
         """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""
@@ -285,7 +304,7 @@ class NaturalLoop(Loop):
         """Go back to the start, and from there on with the pull that is known now."""
         self._move_to(self.proximal.start)
         self.best, self.stalled, self.running, self.lowest = self.proximal.start, 0, math.nan, math.inf
-        return self.trials.evaluate(terms, with_gradient=keep_graph)
+        return self._evaluate(terms, self.progress.step, with_gradient=keep_graph)
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
         limit = self.natural.max_retain_kl

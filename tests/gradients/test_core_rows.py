@@ -78,3 +78,14 @@ def test_layers_whose_rows_are_not_to_be_seen_are_left_out() -> None:
     with catch_core_rows(model, semu_layers(model)) as caught:
         assert "0" not in caught and "1" in caught
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_pass_that_is_not_watched_keeps_nothing() -> None:
+    config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    with catch_core_rows(model, semu_layers(model)) as caught:
+        caught.catching = True
+        for watching in (False, True):
+            caught.watching = watching
+            model(VECTORS).sum().backward()
+            assert bool(caught.take()["0"]) is watching

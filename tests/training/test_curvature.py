@@ -64,6 +64,37 @@ def test_kronecker_factors_are_second_moments_of_either_side() -> None:
     assert torch.allclose(dense(curvature), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_cores_of_one_size_are_together_what_each_is_alone() -> None:
+    sizes = {"first": 3, "other": 2, "second": 3, "third": 3}
+    slots, start = [], 0
+    for name, size in sizes.items():
+        slots.append(CoreSlot(name, start, (size, size), True))
+        start += size * size
+    # Of one length, of two calls, and of more rows than are looked at together.
+    calls = {"first": [(5, 4)], "other": [(5, 4)], "second": [(5, 4)], "third": [(5, 4), (300, 400)]}
+    rows = {
+        name: [Rows(torch.randn(*shape, sizes[name]), torch.randn(*shape, sizes[name])) for shape in shapes]
+        for name, shapes in calls.items()
+    }
+    together = KroneckerFactors(slots, 0.8, torch.device("cpu"))
+    vector = torch.randn(start)
+    for _ in range(2):
+        together.observe([Probe(rows, vector, 5)])
+    for slot in slots:
+        alone = KroneckerFactors([CoreSlot(slot.name, 0, slot.shape, True)], 0.8, torch.device("cpu"))
+        for _ in range(2):
+            alone.observe([Probe(rows, vector, 5)])
+        part = vector[slot.place]
+        torch.testing.assert_close(together.times(vector)[slot.place], alone.times(part))
+        torch.testing.assert_close(together.solve(vector, 0.1)[slot.place], alone.solve(part, 0.1))
+        factors = [
+            sum(torch.einsum("nsi,nsj->ij", each[side], each[side]) for each in rows[slot.name]) for side in (0, 1)
+        ]
+        factors[1] /= sum(len(each.left.flatten(0, 1)) for each in rows[slot.name])
+        expected = factors[0] @ part.view(slot.shape) @ factors[1]
+        torch.testing.assert_close(alone.times(part), expected.flatten(), rtol=1e-4, atol=1e-2)
+
+
 def damped_alone(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix))
 
@@ -95,7 +126,9 @@ def test_factors_that_rounding_made_indefinite_are_solved_by_their_eigenvalues()
     curvature = KroneckerFactors([CoreSlot("square", 0, (3, 3), True)], 0.8, torch.device("cpu"))
     row = torch.tensor([[[2.0, 0.0, 0.0]]])  # all other directions have nothing but damping
     curvature.observe([Probe({"square": [Rows(row, row)]}, torch.zeros(9), 1)])
-    curvature.totals["square.left"].diagonal()[1:] = -1e-5
+    state = curvature.state_dict()
+    state["totals"]["square.left"].diagonal()[1:] = -1e-5
+    curvature.load_state_dict(state)
     damping = 1e-7
     nothing, something = damping * 4 / 3, 4 + damping * 4 / 3
     solved = curvature.solve(torch.ones(9), damping).view(3, 3)
