@@ -12,9 +12,10 @@ inputs that are varied. *simulated* knows SGD at one of the rates, *several* Ada
 Forget and retain images are split in two: the first half is for unlearning, the other for the attackers.
 
 The goal, a subject: a gap of at most 0.5 to the retrained model over UA, RA, TA and MIA, and under each of the five no
-faster back than in half of its steps. Rows come in the order of what they are likely to show. A run that was
-interrupted, or that `--seconds` ended, goes on where it was, if it is asked for the same: finished rows are in the
-result file's `.partial`. For answers of language models: `tofu/deep_forgetting.py`.
+faster back than in half of its steps. Rows come in the order of what they are likely to show; missing models are
+trained first, all at once. A run that was interrupted, or that `--seconds` ended, goes on where it was, if it is asked
+for the same: finished rows are in the result file's `.partial`. For answers of language models:
+`tofu/deep_forgetting.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -36,13 +39,16 @@ from peft import get_peft_model
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file is read by another's import
-from deep_subjects import DEVICE, Asked, Subject, batches, subject_of
+from deep_subjects import DEVICE, Asked, Subject, batches, subject_of, training_begun
 from side_by_side import side_by_side
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
-from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict, relearning
+from semu_peft.evaluation import RelearningCurve, evaluate_forgetting, predict
+from semu_peft.evaluation.knowledge import accuracy
 from semu_peft.files import written_whole
-from semu_peft.objectives import CrossEntropy, DecoupledDistillation, KLToOriginal, SimulatedRelearning
+from semu_peft.objectives import Attacker, CrossEntropy, DecoupledDistillation, KLToOriginal, SimulatedRelearning
+from semu_peft.objectives.attackers import Relearner
+from semu_peft.objectives.examples import Examples
 
 SHOWN = (0, 5, 10, 20, 50, 100, 200)
 SIMULATION_SEED, ATTACK_SEED = 0, 1_000
@@ -91,8 +97,8 @@ def several(kl_weight: float, **settings: Any) -> Way:
 GOLD, NOTHING = "retrained (gold)", "original (do nothing)"
 WAYS = {
     "several, KL × 10 of the other classes and labels, margin 3": several(10.0, frees_class=True, label_weight=1.0),
-    "struck-out distillation": Way(),
     "several, retain KL × 10, margin 3": several(10.0),
+    "struck-out distillation": Way(),
     "several, KL × 20 of the other classes and labels, margin 3": several(20.0, frees_class=True, label_weight=2.0),
     "several, KL × 10 of the other classes, margin 3": several(10.0, frees_class=True),
     "several, retain KL × 10 and labels, margin 3": several(10.0, label_weight=1.0),
@@ -175,15 +181,8 @@ def unlearned(subject: Subject, way: Way) -> tuple[nn.Module, int]:
 
 def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -> dict[str, Any]:
     """The metrics, and the curve of every attacker."""
-    forget, retain = ([subject.halves(side)[1]] for side in (subject.forget, subject.retain))
     on_forget, on_retain = (batches(side, AT_ONCE) for side in (subject.forget_test, subject.retain_test))
-    curves = [
-        relearning(
-            model, forget, retain, attacker=attacker, forget_test=on_forget, retain_test=on_retain,
-            steps=[*range(0, 20), *range(20, 400, 5)], seed=ATTACK_SEED, progress=False,
-        )
-        for attacker in subject.attackers
-    ]  # fmt: skip
+    attacks = {attacker.label: told(attacked(subject, model, attacker)) for attacker in subject.attackers}
     judged = evaluate_forgetting(
         model, batches(subject.forget, AT_ONCE), batches(subject.retain, AT_ONCE), on_retain, forgotten_test=on_forget,
         progress=False,
@@ -194,8 +193,31 @@ def measured(subject: Subject, model: nn.Module, trained: int, seconds: float) -
         "test accuracy": predict(model, on_retain, progress=False).accuracy,
         "trained": trained,
         "seconds": seconds,
-        "attacks": {curve.attacker: told(curve) for curve in curves},
+        "attacks": attacks,
     }
+
+
+def attacked(subject: Subject, model: nn.Module, attacker: Attacker) -> RelearningCurve:
+    """The curve of an attacker, as `relearning` gives it; the rest is looked at only where the curve asks for it.
+
+    That is at both ends, and where half of the class is back: there the attack counts only if the rest was held.
+    """
+    forget, retain = (Examples([subject.halves(side)[1]]) for side in (subject.forget, subject.retain))
+    on_forget, on_retain = (batches(side, AT_ONCE) for side in (subject.forget_test, subject.retain_test))
+    at = [step for step in (*range(0, 20), *range(20, 401, 5)) if step <= attacker.steps]
+    relearner = Relearner(model, attacker, forget, retain, CrossEntropy(), torch.Generator().manual_seed(ATTACK_SEED))
+    looks = iter(at)
+
+    def known(changed: nn.Module) -> tuple[float, float]:
+        step = next(looks)
+        if not torch.stack([value.isfinite().all() for value in relearner.values]).all():
+            return 0.0, 0.0  # the attack has diverged
+        of_forget = accuracy(changed, on_forget)
+        is_asked = of_forget >= RelearningCurve.half or step in (at[0], at[-1])
+        return of_forget, accuracy(changed, on_retain) if is_asked else math.nan
+
+    of_forget, of_retain = zip(*relearner.curve(at, known), strict=True)
+    return RelearningCurve(attacker.label, tuple(at), of_forget, of_retain)
 
 
 def told(curve: RelearningCurve) -> dict[str, Any]:
@@ -297,28 +319,40 @@ def main() -> None:
     asked |= {name: True for name in ("wide", "smoke") if getattr(arguments, name)}
     begun = resumed(temporary, asked)
     rows: Rows = begun["rows"]
-    names = [GOLD, NOTHING, *(way for way in WAYS if not arguments.only or any(each in way for each in arguments.only))]
+    chosen = [way for way in WAYS if not arguments.only or any(each in way for each in arguments.only)]
+    names = [GOLD, *chosen[:3], NOTHING, *chosen[3:]]
     tasks = [(subject, way) for way in names for subject in subjects if subject.name not in rows.get(way, {})]
-    for (subject, way), made, error, seconds in side_by_side(row, tasks, arguments.workers, arguments.seconds):
-        if error:
-            print(f"{subject.name}, {way}: failed\n{error}", flush=True)
-            continue
-        rows.setdefault(way, {})[subject.name] = made
-        steps = [attack["steps to half"] for attack in made["attacks"].values()]
-        print(f"{subject.name}, {way}: TA {made['test accuracy']:.1f}, {steps}, {seconds:.0f} s", flush=True)
-        write(temporary, begun)
-    if GOLD not in rows:
-        raise SystemExit(f"Gold's rows are missing: give more `--seconds`. What was made is in {temporary}.")
-    rows = {name: rows[name] for name in names if name in rows} | rows  # in their order, not as they were done
     document = {"command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]), "asked": asked}
     document |= {"workers": arguments.workers, **_environment()}
-    missing = [f"{each.name}, {way}" for way in names for each in subjects if each.name not in rows.get(way, {})]
-    document |= {"missing": missing, "table": table(rows), "verdicts": verdicts(rows), "rows": rows}
+    needs_models = bool(tasks) and arguments.data is not None and not arguments.smoke
+    with training_begun(subjects) if needs_models else nullcontext():
+        made_rows = side_by_side(row, tasks, arguments.workers, arguments.seconds, kind=lambda task: task[1])
+        for (subject, way), made, error, seconds in made_rows:
+            if error:
+                print(f"{subject.name}, {way}: failed\n{error}", flush=True)
+                continue
+            rows.setdefault(way, {})[subject.name] = made
+            steps = [attack["steps to half"] for attack in made["attacks"].values()]
+            print(f"{subject.name}, {way}: TA {made['test accuracy']:.1f}, {steps}, {seconds:.0f} s", flush=True)
+            write(temporary, begun)
+            if GOLD in rows:
+                write(path, document | written(rows, names, subjects))
+    if GOLD not in rows:
+        raise SystemExit(f"Gold's rows are missing: give more `--seconds`. What was made is in {temporary}.")
+    document |= written(rows, names, subjects)
+    missing = document["missing"]
     print(*document["table"], "", *document["verdicts"], sep="\n")
     write(path, document)
     print(f"Written to {path}" + (f"; {len(missing)} rows are missing: run it again" if missing else ""))
     if not missing:
         temporary.unlink(missing_ok=True)
+
+
+def written(rows: Rows, names: list[str], subjects: list[Asked]) -> dict[str, Any]:
+    """The rows in their order, not as they were done, with what is told of them and what is missing."""
+    rows = {name: rows[name] for name in names if name in rows} | rows
+    missing = [f"{each.name}, {way}" for way in names for each in subjects if each.name not in rows.get(way, {})]
+    return {"missing": missing, "table": table(rows), "verdicts": verdicts(rows), "rows": rows}
 
 
 def _subjects(arguments: argparse.Namespace) -> list[Asked]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -203,22 +207,50 @@ def images_of(data: Path, split: str) -> Side:
 
 def networks(asked: Asked) -> tuple[nn.Module, nn.Module]:
     """The original and the gold model, on the device: read, or trained there (some seconds on a GPU) and kept."""
+    original, gold = (network(asked, *each).to(DEVICE).requires_grad_(False) for each in _kinds(asked))
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()  # of the images; other processes want the memory
+    return original, gold
+
+
+def _kinds(asked: Asked) -> list[tuple[str, int | None]]:
+    """The two models of a subject by name, with the class that each never sees."""
+    return [("original", None), (f"without-{asked.index}", asked.index)]
+
+
+def network(asked: Asked, name: str, without: int | None) -> nn.Module:
+    """One model, trained on all images or on those of the other classes, in eval mode."""
     from pretrain import cached_model, train
     from resnet import ResNet
     from tasks import CLASS_RECIPE
 
     assert asked.data is not None and asked.models is not None
     build, kind = (partial(ResNet, widths=WIDTHS), "class-wide") if asked.is_wide else (ResNet, "class")
-    whole = images_of(asked.data, "test" if asked.is_smoke else "train")
-    pair = []
-    for name, side in (("original", whole), (f"without-{asked.index}", divided(whole, asked.index)[1])):
-        if asked.is_smoke:
-            few, recipe = TensorDataset(*placed(tuple(part[:512] for part in side))), replace(CLASS_RECIPE, epochs=1)
-            pair.append(train(few, recipe, asked.seed, False, name, build))
-        else:
-            images = TensorDataset(*placed(side))
-            pair.append(cached_model(asked.models, f"{kind}-{name}", images, CLASS_RECIPE, asked.seed, build=build))
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()  # of all those images; other processes want the memory
-    original, gold = (model.to(DEVICE).eval().requires_grad_(False) for model in pair)
-    return original, gold
+    side = images_of(asked.data, "test" if asked.is_smoke else "train")
+    if without is not None:
+        side = divided(side, without)[1]
+    if asked.is_smoke:
+        few, recipe = TensorDataset(*placed(tuple(part[:512] for part in side))), replace(CLASS_RECIPE, epochs=1)
+        return train(few, recipe, asked.seed, False, name, build).eval()
+    return cached_model(
+        asked.models, f"{kind}-{name}", TensorDataset(*placed(side)), CLASS_RECIPE, asked.seed, build=build
+    ).eval()
+
+
+@contextmanager
+def training_begun(asked: list[Asked]) -> Iterator[None]:
+    """Meanwhile the models of all subjects are trained at once, each in a process of its own; who needs one waits."""
+    wanted = {
+        (each.seed, each.is_wide, name): (each, name, without) for each in asked for name, without in _kinds(each)
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(wanted), context, max_tasks_per_child=1) as pool:
+        for each in wanted.values():
+            pool.submit(_train_one, *each)
+        yield
+
+
+def _train_one(asked: Asked, name: str, without: int | None) -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "cifar10"))
+    torch.set_num_threads(1)
+    network(asked, name, without)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -30,7 +30,11 @@ class Made(NamedTuple):
 
 
 def side_by_side(
-    make: Callable[[Any], Any], tasks: Iterable[Any], workers: int, seconds: float | None = None
+    make: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    seconds: float | None = None,
+    kind: Callable[[Any], Any] = lambda task: None,
 ) -> Iterator[Made]:
     """Give each row when it is made; they are begun in the order of `tasks`, and none that has no time left.
 
@@ -41,20 +45,27 @@ def side_by_side(
         tasks: What it is called with; they go to other processes, so they are plain. One at a time is asked for, when a
             process is free: where the next ones depend on rows that are still being made, None stands for to wait.
         workers: How many processes; with 1 it is this one.
-        seconds: Begin nothing that, by the longest of the last rows, would not be done within so many seconds from now.
+        seconds: Begin nothing that, by the longest of the last rows of its kind, would not be done within so many
+            seconds from now.
+        kind: Of a task; by default all are alike. One that was not met yet may be as short as the shortest of all.
     """
     started, following = time.perf_counter(), iter(tasks)
-    lasted: deque[float] = deque(maxlen=2 * workers)  # the first rows read the data as well
+    lasted: dict[Any, deque[float]] = defaultdict(lambda: deque(maxlen=2 * workers))  # the first read the data as well
 
     def next_task() -> Any:
-        spent = time.perf_counter() - started
-        has_time = seconds is None or spent + MARGIN * max(lasted, default=0.0) < seconds
-        return next(following, None) if has_time else None
+        for task in following:
+            if task is None or seconds is None:
+                return task
+            alike = lasted.get(kind(task))
+            expected = max(alike) if alike else min(map(min, lasted.values()), default=0.0)
+            if time.perf_counter() - started + MARGIN * expected < seconds:
+                return task
+        return None
 
     if workers == 1:
         while (task := next_task()) is not None:
             made = _made(make, task)
-            lasted.append(made.seconds)
+            lasted[kind(task)].append(made.seconds)
             yield made
         return
     running: dict[Future[Made], Any] = {}
@@ -70,7 +81,7 @@ def side_by_side(
                 error = future.exception()  # of the process: those of a row are caught where they come
                 is_broken = is_broken or error is not None
                 made = future.result() if error is None else Made(task, None, repr(error), 0.0)
-                lasted.append(made.seconds)
+                lasted[kind(task)].append(made.seconds)
                 yield made
 
 

@@ -100,6 +100,9 @@ class Way:
         until_relearnt: Go on until the answers are unlikely after an attack too, for up to three times the steps.
         rate: Of AdamW, for cores too; by default cores are trained by natural gradients.
         length: Times the steps.
+        most: Steps at most, instead.
+        kl: How far a step of natural gradients may move the outputs.
+        neutral: Whether the KL to the original is held on neutral text too, not that on which damage is measured.
         anew: Instead of an objective on the forget answers: this share of all weights is set anew, and the model is
             distilled from the original on the retain answers alone (UNDO, arXiv 2506.06278, whose teacher has forgotten
             first).
@@ -114,6 +117,9 @@ class Way:
     until_relearnt: bool = False
     rate: float | None = None
     length: int = 1
+    most: int | None = None
+    kl: float = 0.1
+    neutral: bool = False
     anew: float | None = None
 
 
@@ -127,8 +133,18 @@ def until_relearnt(objective: Literal["npo", "unseen"], kl_weight: float, gamma:
     return Way(objective, tuple(SEVERAL), kl_weight, gamma, until_relearnt=True, **settings)
 
 
+def both_held(attackers: list[Attacker], kl_weight: float, gamma: float = 0.99, neutral: bool = True) -> Way:
+    """Natural gradients in steps of half a nat, with retain answers and neutral text held."""
+    return Way("unseen", tuple(attackers), kl_weight, gamma, until_relearnt=True, most=80, kl=0.5, neutral=neutral)
+
+
 FAST: dict[str, Any] = {"rate": 3e-4, "length": 2}
 DEPTH = {
+    "unseen answers, two attackers, KL × 10 on retain answers and neutral text, γ 0.99": both_held(SIMULATED, 10.0),
+    "unseen answers, two attackers, KL × 30 on retain answers and neutral text, γ 0.99": both_held(SIMULATED, 30.0),
+    "unseen answers, four attackers, KL × 10 on retain answers and neutral text, γ 0.99": both_held(SEVERAL, 10.0),
+    "unseen answers, four attackers, KL × 3 on retain answers and neutral text, γ 0.99": both_held(SEVERAL, 3.0),
+    "unseen answers, two attackers, KL × 10 on retain answers, γ 0.99": both_held(SIMULATED, 10.0, neutral=False),
     "all weights, unseen answers, until relearnt, retain KL × 3, AdamW 3e-4": until_relearnt(
         "unseen", 3.0, None, **FAST
     ),
@@ -213,7 +229,7 @@ def texts_of(asked: Asked) -> Texts:
     subject = read_subject(asked.models, asked.data, asked.neutral)
     if asked.is_smoke:
         few = {"forget": subject.forget[:10], "retain": subject.retain[:20], "neutral": subject.neutral[:4]}
-        subject = replace(subject, **few)
+        subject = replace(subject, **few, more_neutral=subject.more_neutral[:4])
     original = load(subject.original).requires_grad_(False)
     forget, retain = (subject.examples(rows) for rows in (subject.forget, subject.retain))
     short = [row for row in range(len(retain)) if len(retain[row]["input_ids"]) <= LONGEST][:POOL]
@@ -297,13 +313,19 @@ def unlearned(texts: Texts, way: Way, asked: Asked) -> tuple[nn.Module, dict[str
         chosen = texts.forget.loader(BATCH_SIZE, shuffle=False)
         initialize_semu_weights(adapted, chosen, plain, skip_leading=way.skip, progress=False)
     steps = asked.steps * (1 if asked.is_smoke else way.length) * (3 if way.until_relearnt else 1)
+    if way.most is not None and not asked.is_smoke:
+        steps = way.most
     objective, natural = plain, None
     known = [replace(each, steps=1) if asked.is_smoke else each for each in way.simulated]
     if known:
         pools = (pool.batches for pool in texts.pools)
         objective = SimulatedRelearning(plain, *pools, known, copies=16, seed=asked.seed)
-        natural = NaturalGradient(patience=steps)  # the loss rises and falls with each attack
-    hold = Retain(texts.retain.loader(BATCH_SIZE, seed=asked.seed), objectives.KLToOriginal(reference), way.kl_weight)
+        natural = NaturalGradient(kl=way.kl, patience=steps)  # the loss rises and falls with each attack
+    kept = [texts.retain, *([texts.subject.examples(texts.subject.more_neutral)] if way.neutral else [])]
+    hold = [
+        Retain(each.loader(BATCH_SIZE, seed=asked.seed + at), objectives.KLToOriginal(reference), way.kl_weight)
+        for at, each in enumerate(kept)
+    ]
     attacker = known[0] if way.until_relearnt else None
     every = LOOK_EVERY if way.until_relearnt else 1
     stop = StopAt(lambda now: unlikely(texts, now, attacker), float(texts.unseen.mean()), every)

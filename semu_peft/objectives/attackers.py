@@ -5,6 +5,7 @@ The model itself is never written: what the attacker trains is a second set of v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_kind, check_number
 from semu_peft.model_state import aside, device_of
 from semu_peft.tuner.keys import without_wrappers
+from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.patterns import name_matches
 
-from .adapter_parts import all_parts
+from .adapter_parts import all_parts, modules_of
 from .base import Objective
-from .examples import Examples, Row, count_examples, examples_in
+from .batches import split_batch
+from .classification import CrossEntropy
+from .examples import Examples, Row, count_examples, examples_in, join_alike
 from .original import with_values
 
 OptimizerOfAttack = Literal["sgd", "adam"] | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -172,6 +176,36 @@ def _of_adapters(model: nn.Module) -> set[int]:
     return found
 
 
+def corrections_of(model: nn.Module) -> dict[int, Callable[[], Tensor]]:
+    """What SEMU layers add to their weights, where that can be added to the weight itself: by the weight's `id`.
+
+    Training `W` beside a correction `U R Vᵀ` that stays is training `W + U R Vᵀ`, in fewer operations. Layers are left
+    out that compute with something else than their own parameter (another adapter beneath, quantised or parametrised
+    weights), whose weight another module uses too, or has lower precision than the correction.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> config = SemuConfig(target_modules=["0"], r=2, init_weights=False)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), config)
+        >>> [correction().shape for correction in corrections_of(model).values()]
+        [torch.Size([3, 4])]
+    """
+    modules = modules_of(model)
+    uses = Counter(
+        id(weight)
+        for module in modules
+        for weight in vars(module).get("_parameters", {}).values()
+        if weight is not None
+    )
+    return {
+        id(module.base_layer.weight): module.correction
+        for module in modules
+        if isinstance(module, SemuLayer) and module.is_sum_of_weights() and uses[id(module.base_layer.weight)] == 1
+    }
+
+
 class Relearner:
     """One attacker at work on one model, step by step.
 
@@ -214,9 +248,15 @@ class Relearner:
     ) -> None:
         self.attacker, self.generator, self.learn = attacker, generator, learn
         self.originals = list(weights_of(model, attacker.layers).values())
-        self.values = [nn.Parameter(weight.detach().clone()) for weight in self.originals]
-        pairs = zip(self.originals, self.values, strict=True)
-        self.model = with_values(model, {id(weight): value for weight, value in pairs})
+        self._corrections = corrections_of(model)
+        with torch.no_grad():
+            self.values = [nn.Parameter(self._start(weight).clone()) for weight in self.originals]
+            values = dict(zip(map(id, self.originals), self.values, strict=True))
+            for weight in model.parameters():
+                if id(weight) in self._corrections and id(weight) not in values:
+                    values[id(weight)] = nn.Parameter(self._start(weight), requires_grad=False)
+        self.model = with_values(model, values)
+        _leave_out(self.model, {id(values[number]) for number in self._corrections})
         self.model.eval()
         self.device = device_of(self.model)
         self.rows = forget.draw(attacker.forget_examples, generator)
@@ -229,6 +269,25 @@ class Relearner:
             )
         self._ready = None if attacker.batch_size else self._batches()
         self._optimizer = attacker.make_optimizer(self.values)
+
+    @torch.no_grad()
+    def displaced(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The model's weights, and what has become of them: the change of one that is trained, else the value.
+
+        The relearner is used up, as these are its own tensors.
+        """
+        found = []
+        for weight, trained in zip(self.originals, self.values, strict=True):
+            value = trained.detach()
+            if id(weight) in self._corrections:
+                value.sub_(self._corrections[id(weight)]())
+            found.append((weight, value.sub_(weight) if weight.requires_grad else value))
+        return found
+
+    def _start(self, weight: nn.Parameter) -> Tensor:
+        """A weight as the attacker finds it, merged."""
+        correction = self._corrections.get(id(weight))
+        return weight.detach() if correction is None else weight.detach() + correction()
 
     def step(self) -> None:
         """Train for one step on all the attacker has, each example counting alike."""
@@ -272,4 +331,14 @@ class Relearner:
                 order = torch.randperm(len(rows), generator=self.generator)[: self.attacker.batch_size]
                 chosen = [rows[index] for index in order.tolist()]
             found += examples.batches_of(chosen) if chosen else []
-        return [send_to_device(batch, self.device) for batch in found]
+        found = [send_to_device(batch, self.device) for batch in found]
+        # Means over examples can be taken of all at once; those over tokens weigh an example by its length.
+        one_pass = self.attacker.augment is None and isinstance(self.learn, CrossEntropy)
+        return join_alike(found) if one_pass and all(split_batch(batch)[2].dim() == 1 for batch in found) else found
+
+
+def _leave_out(model: nn.Module, merged: Collection[int]) -> None:
+    """Let layers whose weight, by its `id`, has the correction in it compute with that weight alone."""
+    for module in modules_of(model):
+        if isinstance(module, SemuLayer) and id(getattr(module.base_layer, "weight", None)) in merged:
+            module._disable_adapters = True

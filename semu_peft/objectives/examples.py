@@ -72,12 +72,24 @@ class Examples:
         places: dict[int, list[int]] = {}
         for number, place in rows:
             places.setdefault(number, []).append(place)
-        parts: dict[Any, list[Any]] = {}
-        for number, chosen in places.items():
-            batch = self.batches[number]
-            part = select_examples(batch, torch.tensor(chosen), count_examples(batch))
-            parts.setdefault(_shape(part), []).append(part)
-        return [_join(alike) for alike in parts.values()]
+        return join_alike(
+            select_examples(self.batches[number], torch.tensor(chosen), count_examples(self.batches[number]))
+            for number, chosen in places.items()
+        )
+
+
+def join_alike(batches: Iterable[Any]) -> list[Any]:
+    """Join batches of the same form and shape, so that there is one for each shape that they come in.
+
+    Examples:
+        >>> import torch
+        >>> join_alike([(torch.zeros(1, 2), torch.tensor([3])), (torch.ones(1, 2), torch.tensor([4]))])[0][1]
+        tensor([3, 4])
+    """
+    parts: dict[Any, list[Any]] = {}
+    for batch in batches:
+        parts.setdefault(_shape(batch), []).append(batch)
+    return [_join(alike) for alike in parts.values()]
 
 
 def count_examples(batch: Any) -> int | None:

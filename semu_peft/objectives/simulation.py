@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_kind, check_number
@@ -158,11 +157,7 @@ class SimulatedRelearning(RandomObjective):
         relearner = Relearner(simulated.model, attacker, self._forget, self._retain, learn, self.generator)
         for _ in range(attacker.steps):
             relearner.step()
-        with torch.no_grad():
-            simulated.displaced = [
-                (weight, value.detach().sub_(weight) if weight.requires_grad else value.detach())
-                for weight, value in zip(relearner.originals, relearner.values, strict=True)
-            ]
+        simulated.displaced = relearner.displaced()
 
     def _attack_again(self, simulated: _Simulated) -> None:
         now = self._attack_state()

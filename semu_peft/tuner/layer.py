@@ -18,6 +18,7 @@ from .weight_use import WeightUse, weight_use
 
 __all__ = ["BASE", "ROOM", "NotInitializedError", "SemuLayer", "in_range"]
 
+_LINEAR_IN_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NOT_OF_THE_BASE = ("base_layer", "parametrizations")
 ROOM = "_room"  # where a configuration notes what an adapter is to have room for: rank and offset, by layer
 BASE = "__base__"  # PEFT's name for "no adapter" where each example of a batch names its own
@@ -320,6 +321,22 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         """`U (R − R₀) Vᵀ` in the shape of the base weight and in the adapter's dtype (float32 or better)."""
         left, right = self.semu_U[adapter_name], self.semu_V[adapter_name]
         return self.matrix_to_weight(left @ self.get_core(adapter_name) @ right.mT, adapter_name)
+
+    def is_sum_of_weights(self) -> bool:
+        """Whether the layer computes just what its base layer would with [`correction`] added to the weight."""
+        names = [name for name in self._live_adapters() if self.r[name] > 0]
+        if not names or self.disable_adapters or self.merged or isinstance(self.base_layer, BaseTunerLayer):
+            return False
+        ready = all(self.is_initialized(name) and not self.awaits_file[name] for name in names)
+        if not ready or self._weight_use is not WeightUse.PLAIN or not self.base_is_bare(*_LINEAR_IN_WEIGHT):
+            return False
+        weight, delta = self.base_layer.weight, self.semu_core.stored(names[0])
+        return weight.dtype == delta.dtype and weight.dtype.itemsize >= 4 and not weight.is_meta and not delta.is_meta
+
+    def correction(self) -> Tensor:
+        """The sum of what the active adapters add to the weight, in the shape of the base weight."""
+        deltas = [self.get_delta_weight(name) for name in self._live_adapters() if self.r[name] > 0]
+        return sum(deltas[1:], deltas[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the corrections of `adapter_names` (default: the active adapters) to the base weight.

@@ -8,9 +8,12 @@ import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from semu_peft.evaluation import relearning
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "deep_forgetting.py"
 
@@ -74,6 +77,32 @@ def test_a_row_that_fails_or_comes_too_late_costs_no_other_row(benchmark: Any) -
 def test_processes_make_every_row_once(benchmark: Any) -> None:
     made = list(benchmark.side_by_side(operator.neg, [1, 2, 3], workers=2))
     assert sorted((each.task, each.row) for each in made) == [(1, -1), (2, -2), (3, -3)]
+
+
+def test_only_rows_of_a_kind_that_takes_too_long_are_left_out(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setitem(benchmark.side_by_side.__globals__, "time", clock)
+
+    def make(seconds: float) -> float:
+        now[0] += seconds
+        return now[0]
+
+    made = benchmark.side_by_side(make, [1.0, 30.0, 30.0, 1.0], workers=1, seconds=60.0, kind=lambda task: task)
+    assert [each.row for each in made] == [1.0, 31.0, 32.0]
+
+
+@pytest.mark.parametrize("way", ["original", "gold"])
+def test_a_curve_that_looks_at_the_rest_where_it_must_is_the_curve(benchmark: Any, way: str) -> None:
+    subject = benchmark.subject_of(benchmark.Asked(3, 0, is_smoke=True))
+    model, attacker = getattr(subject, way), subject.attackers[0]
+    forget, retain = ([subject.halves(side)[1]] for side in (subject.forget, subject.retain))
+    tests = {"forget_test": [subject.forget_test], "retain_test": [subject.retain_test]}
+    seed, steps = benchmark.ATTACK_SEED, range(6)
+    expected = relearning(model, forget, retain, attacker=attacker, seed=seed, steps=steps, progress=False, **tests)
+    curve = benchmark.attacked(subject, model, attacker)
+    assert (curve.steps, curve.forget) == (expected.steps, expected.forget)
+    assert (curve.steps_to_half, curve.retain[-1]) == (expected.steps_to_half, expected.retain[-1])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_runs import QUIET, Interrupted, assert_same_state, trained_state
 
-from semu_peft import NaturalGradient, Retain, SemuConfig, gather, initialize_semu_weights, unlearn
+from semu_peft import NaturalGradient, Retain, SemuConfig, SemuLayer, gather, initialize_semu_weights, unlearn
 from semu_peft.objectives import (
     Attacker,
     ConditionMatching,
@@ -28,7 +28,7 @@ from semu_peft.objectives import (
     RandomLabel,
     SimulatedRelearning,
 )
-from semu_peft.objectives.attackers import flip
+from semu_peft.objectives.attackers import Relearner, corrections_of, flip
 from semu_peft.objectives.examples import Examples, single_examples
 from semu_peft.objectives.original import original, with_values
 
@@ -93,6 +93,55 @@ def test_the_displacement_is_that_of_fine_tuning_the_merged_model() -> None:
     by_hand = [F.kl_div(net(batch[0]).log_softmax(-1), q, reduction="batchmean") for net in (model, expected)]
     assert evaluation.loss.item() == pytest.approx(sum(each.item() for each in by_hand), rel=1e-10)
     assert [len(output.values) for output in evaluation.outputs] == [8, 8] and inner.minimum == objective.minimum
+
+
+@pytest.mark.parametrize("conv_mode", ["flatten", "per_channel"])
+def test_convolutions_are_attacked_merged(conv_mode: Any) -> None:
+    """With the correction in the weight, and all examples in one pass: as by an attacker who has the merged model."""
+    config = SemuConfig(target_modules=["conv", "head"], r=2, conv_mode=conv_mode, init_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(Convolving().double(), config).double()
+    x, y = torch.randn(9, 2, 4, 4, dtype=torch.float64), torch.arange(9) % 3
+    expected = copy.deepcopy(model).merge_and_unload()
+    relearners = [
+        Relearner(
+            net, Attacker("adam", 0.01, forget_examples=4, retain_examples=3), Examples([(x[:5], y[:5])]),
+            Examples([(x[5:], y[5:])]), CrossEntropy(), torch.Generator().manual_seed(1),
+        )
+        for net in (model, expected)
+    ]  # fmt: skip
+    for relearner in relearners:
+        relearner.step()
+        relearner.step()
+    ours, theirs = relearners
+    assert torch.allclose(ours.model(x), theirs.model(x), atol=1e-12) and not torch.allclose(ours.model(x), model(x))
+    assert len(corrections_of(model)) == 2 and len(ours._batches()) == 1
+    assert not any(isinstance(module, SemuLayer) and not module.disable_adapters for module in ours.model.modules())
+    moved = with_values(model, {id(weight): value for weight, value in ours.displaced()})
+    assert torch.allclose(moved(x), theirs.model(x), atol=1e-12)
+
+
+class Convolving(nn.Module):
+    """A convolution and a head, `(N, 2, 4, 4) -> (N, 3)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 5, 3, padding=1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))
+
+
+def test_a_weight_that_others_use_or_compute_is_attacked_as_it_is() -> None:
+    config = SemuConfig(target_modules=["conv", "head"], r=2, init_weights=False)
+    net = Convolving()
+    net.twin = nn.Linear(5, 3)
+    net.twin.weight = net.head.weight
+    assert len(corrections_of(get_peft_model(net, config))) == 1
+    assert not corrections_of(get_peft_model(Convolving().bfloat16(), config)), "the sum would be rounded"
+    parametrised = Convolving()
+    nn.utils.parametrizations.weight_norm(parametrised.head)
+    assert len(corrections_of(get_peft_model(parametrised, config))) == 1
 
 
 def test_the_model_is_untouched() -> None:
