@@ -229,6 +229,7 @@ def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
         Method("SEMU, defaults", semu(best_objective, **wide)),
         Method("SEMU, with retain data", semu(best_objective, retain=1.0, keep=KLToOriginal, **chosen)),
         Method("SalUn, with retain data", all_weights(random_label, saliency=True, retain=1.0, **size), 1e-4, 10),
+        Method("SEMU, defaults, with retain data", semu(best_objective, retain=1.0, keep=KLToOriginal, **wide)),
         # Nine, as the paper trains on the union: the retain data are nine times the forget data.
         Method("AMUN, with retain data", amun(9.0, **size), 1e-4, 10),
         Method("all weights, same objective", all_weights(best_objective_with_copy, **size), 1e-4, 10),
