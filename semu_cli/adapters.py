@@ -24,10 +24,10 @@ def merge(model: Model, adapter: RequiredAdapter, output_dir: OutputDir) -> Told
 
         parts = [merge_pipeline(pipeline(model, adapter))]
     elif job == "text":
-        adapted, tokenizer = language_model(model, adapter)
+        adapted, tokenizer = language_model(model, adapter, as_stored=True)
         parts = [adapted.merge_and_unload(safe_merge=True), tokenizer]
     else:
-        parts = [classifier(model, adapter).merge_and_unload(safe_merge=True), *_processor(model)]
+        parts = [classifier(model, adapter, as_stored=True).merge_and_unload(safe_merge=True), *_processor(model)]
     write_model(output_dir, lambda folder: [part.save_pretrained(str(folder)) for part in parts])
     return Told(
         {"job": job, "output_dir": str(output_dir)},
@@ -59,8 +59,8 @@ def export(
         how = f"pipe.load_lora_weights({str(output_dir)!r})"
     else:
         loaded: Any = {
-            "images": lambda: classifier(model, adapter),
-            "text": lambda: language_model(model, adapter)[0],
+            "images": lambda: classifier(model, adapter, as_stored=True),
+            "text": lambda: language_model(model, adapter, as_stored=True)[0],
             "concept": lambda: denoiser_of(pipeline(model, adapter)),
         }[job]()
         written = save_as_lora(loaded, output_dir)

@@ -144,3 +144,25 @@ def test_a_fact_that_is_both_to_be_forgotten_and_kept_is_refused(model: Path, tm
     every = cli_models.facts(tmp_path / "every.jsonl", cli_models.FACTS)
     how = ("--model", model, "--forget", forget, "--retain", every, "--output-dir", tmp_path / "out")
     assert "holds 1 of the rows to be forgotten, 'blue'" in semu("unlearn", "text", *how, code=2)["error"]["message"]
+
+
+def test_a_model_in_half_precision_works_in_float32_on_a_cpu_and_is_written_as_it_was(
+    model: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from semu_cli.bases import device, language_model
+
+    half = AutoModelForCausalLM.from_pretrained(model).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "half")
+    working = language_model(str(tmp_path / "half"))[0]
+    assert working.dtype == (torch.float32 if device() == "cpu" else torch.bfloat16)
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS[:1])
+    how = ("--model", tmp_path / "half", "--output-dir")
+    semu("unlearn", "text", *how, tmp_path / "out", "--forget", forget, "--max-steps", 2, "--no-progress")
+    semu("merge", *how, tmp_path / "merged", "--adapter", tmp_path / "out")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
