@@ -41,8 +41,8 @@ class NaturalGradient:
             what is minimised, so that a spent budget costs one nat. None sets no bound.
         tolerance: How forgotten is enough: the distance of the loss from its minimum, in nats (for a denoiser as a
             share of the loss at the start); where an objective has no minimum, the mean probability of the forgotten
-            answers. By default 0.01, or a fiftieth of the distance at the start where that is less: a random part of
-            the training data begins some hundredths of a nat from the end.
+            answers. By default 0.01, or with retain data a fiftieth of the distance at the start where that is less: a
+            random part of the training data begins some hundredths of a nat from the end.
         curvature: `"whole"`, one matrix over all cores; `"kronecker"`, two factors a layer (K-FAC); by default the
             whole matrix up to 4,096 trained numbers, but for texts, few of which say too little of so many together.
         damping: `λ`, relative to the mean of the curvature's or a factor's diagonal. That of the whole matrix adapts

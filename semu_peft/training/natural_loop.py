@@ -202,10 +202,13 @@ class NaturalLoop(Loop):
         self.context.control.stop(reason)
 
     def _enough(self, scale: float | None = None) -> float:
-        """How forgotten is enough, in the unit of the loss; by default a share of the way where the way is short."""
+        """How forgotten is enough, in the unit of the loss; by default a share of the way where the way is short.
+
+        Not without retain data: the last steps would be paid for by data that nothing holds.
+        """
         tolerated = self._tolerated(self.start_loss if scale is None else scale)
         minimum = self.objectives[0].minimum
-        if self.natural.tolerance is not None or minimum is None or not self.start_loss > minimum:
+        if self.natural.tolerance is not None or not self.weights or minimum is None or not self.start_loss > minimum:
             return tolerated
         return min(tolerated, _SHARE_OF_THE_WAY * (self.start_loss - minimum))
 

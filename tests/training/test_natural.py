@@ -175,16 +175,20 @@ def test_what_is_forgotten_already_takes_no_step() -> None:
 
 
 def test_a_start_next_to_the_end_still_goes_to_the_end() -> None:
-    """By default a share of a short way is left; a tolerance that is given is kept to."""
+    """With retain data a share of a short way is left by default; a tolerance that is given is kept to."""
     objective = DecoupledDistillation()
     near = adapted(objective)
     start = unlearn(near, FORGET, objective, optimizer=NaturalGradient(tolerance=0.2), **QUIET).history[-1]["loss"]
     assert 0.01 < start < 0.2
-    by_default, kept_to = copy.deepcopy(near), copy.deepcopy(near)
-    ended = unlearn(by_default, FORGET, objective, optimizer=NaturalGradient(proximal=0), **QUIET)
-    assert ended.history[-1]["loss"] <= 0.02 * start and ended.stop_reason == "the forget data are forgotten"
-    dials = NaturalGradient(proximal=0, tolerance=0.005)
-    assert unlearn(kept_to, FORGET, objective, optimizer=dials, **QUIET).steps < ended.steps
+    retain, left = Retain(KEEP, CrossEntropy(), 1e-3), {}
+    for keep, tolerance in itertools.product((retain, None), (None, 0.01)):
+        dials = NaturalGradient(proximal=0, tolerance=tolerance)
+        result = unlearn(copy.deepcopy(near), FORGET, objective, retain=keep, optimizer=dials, **QUIET)
+        assert result.stop_reason == "the forget data are forgotten"
+        last = result.history[-1]
+        left[keep is retain, tolerance] = last.get("forget_loss", last["loss"])
+    assert left[True, None] <= 0.02 * start < left[True, 0.01] <= 0.01
+    assert left[False, None] == left[False, 0.01]
 
 
 def test_the_damage_budget_is_never_exceeded() -> None:
