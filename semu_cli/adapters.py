@@ -55,7 +55,10 @@ def export(
     from semu_peft.concept.families import denoiser_of
 
     if to != "lora":
-        written = save_as_diffusers_lora(pipeline(model, adapter), output_dir, format=to)  # type: ignore[arg-type]
+        pipe, names = pipeline(model, adapter), []
+        # As a whole folder: what a killed run left in it would keep the next one from writing there.
+        write_model(output_dir, lambda folder: names.append(save_as_diffusers_lora(pipe, folder, format=to).name))  # type: ignore[arg-type]
+        written = output_dir / names[0]
         how = f"pipe.load_lora_weights({str(output_dir)!r})"
     else:
         loaded: Any = {

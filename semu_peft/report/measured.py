@@ -17,6 +17,7 @@ _STUDENT = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 _THIS = "this model"
+_REFERENCES = ("reference", "gold", "retrained", "retrained (gold)")  # what rows of a retrained model are called
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
             a mapping of numbers.
 
     Returns:
-        `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`.
+        `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`,
+        the row of the retrained model: that of a comparison, or one that is called so.
 
     Raises:
         TypeError: A result is neither.
@@ -118,7 +120,8 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
             row["values"]["average gap to the reference"] = _number(gaps[row["name"]])
         return {**read, "reference": metrics.reference}
     by_name = metrics if isinstance(metrics, Mapping) and not _is_numbers(metrics) else {_THIS: metrics}
-    return {"rows": [_row(str(name), result) for name, result in by_name.items()], "reference": None}
+    reference = next((str(name) for name in by_name if str(name).lower() in _REFERENCES), None)
+    return {"rows": [_row(str(name), result) for name, result in by_name.items()], "reference": reference}
 
 
 def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

@@ -70,7 +70,7 @@ def _request(contents: Contents) -> list[Part]:
 
 def _count(data: Contents) -> str:
     kind = "examples" if "examples" in data else "files"
-    return f"{data[kind]:,d} {kind}"
+    return f"{data[kind]:,d} {kind.removesuffix('s') if data[kind] == 1 else kind}"
 
 
 def _summary(contents: Contents) -> list[str]:
@@ -144,12 +144,13 @@ def _metrics(metrics: Contents) -> list[Part]:
     if not metrics["rows"]:
         return [Text("No metrics were given.", missing=True)]
     parts: list[Part] = []
-    for kind in dict.fromkeys(row["kind"] for row in metrics["rows"]):
+    kinds = dict.fromkeys(row["kind"] for row in metrics["rows"])
+    for kind in kinds:
         rows = [row for row in metrics["rows"] if row["kind"] == kind]
         names = dict.fromkeys(name for row in rows for name in row["values"])
-        heads = [f"{row['name']} (reference)" if row["name"] == metrics["reference"] else row["name"] for row in rows]
+        heads = [_head(row["name"], metrics["reference"]) for row in rows]
         cells = tuple((name, *(_measured(row["values"].get(name)) for row in rows)) for name in names)
-        caption = "Metrics" if kind == "mapping" else kind
+        caption = "Metrics" if kind == "mapping" or len(kinds) == 1 else kind
         parts.append(Table(caption, ("metric", *heads), cells))
     sources = {each["source"] for row in metrics["rows"] for each in row["values"].values() if each["source"]}
     if sources:
@@ -159,6 +160,10 @@ def _metrics(metrics: Contents) -> list[Part]:
     if metrics["reference"] is None:
         parts.append(Text("No retrained model stands beside these numbers.", missing=True))
     return parts
+
+
+def _head(name: str, reference: str | None) -> str:
+    return f"{name} (reference)" if name == reference and name.lower() != "reference" else name
 
 
 def _measured(value: Contents | None) -> str:
@@ -173,7 +178,11 @@ def _attacks(attacks: Sequence[Contents]) -> list[Part]:
     if not attacks:
         return [Text("No attacks were given.", missing=True)]
     rows = tuple((each["attack"], each["found"], each["reference"] or "–") for each in attacks)
-    return [Table("What attacks found", ("attack", "this model", "reference"), rows)]
+    unit = (
+        "What is known is in percent: of a classifier its accuracy, of a language model the answers' probability, of a "
+        "denoiser the original's loss as a share of its own, so that 100 is as much as the original knew."
+    )
+    return [Table("What attacks found", ("attack", "this model", "reference"), rows), Text(unit)]
 
 
 def _untested(contents: Contents) -> list[Part]:

@@ -395,6 +395,21 @@ def run_to_its_end(command: list[object], before: str = "") -> int:
 
 
 @pytest.mark.slow
+def test_killed_while_a_pipeline_is_put_in_place_leaves_no_half_of_it(tmp_path: Path) -> None:
+    model, adapter = cli_models.pipeline(tmp_path / "pipeline"), tmp_path / "no-cats"
+    few = ("--max-steps", 1, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress")
+    semu("unlearn", "concept", "--model", model, "--forget", "a cat", *few, "--output-dir", adapter)
+    for name, more in (("merge", ()), ("export", ("--to", "lora")), ("export", ("--to", "diffusers"))):
+        output = tmp_path / "".join(["out", *more])
+        writes = [name, "--model", model, "--adapter", adapter, *more, "--output-dir", output]
+        killed = f"{KILLED_WHILE_RENAMING_OR_EXCHANGING}\nos.replace = Path.replace"  # of a single file
+        assert run_to_its_end(writes, killed) == -9, writes
+        assert not output.exists(), writes
+        semu(*writes)
+        assert any(output.iterdir())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["text", "concept", "audit"])
 def test_killed_while_it_is_put_in_place_leaves_the_older_one_whole(
     verb: str, images: dict[str, Path], no_cats: Any, text: dict[str, Path], tmp_path: Path

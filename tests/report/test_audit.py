@@ -249,6 +249,16 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
     assert "several seeds" not in missing([METRICS, METRICS])
 
 
+def test_a_retrained_models_row_is_told_by_its_name() -> None:
+    rows = {"original": {"rouge": 1.0}, "unlearned": {"rouge": 0.3}, "reference": {"rouge": 0.4}}
+    report = audit("Forget it.", metrics=rows, data={"forget": __file__})
+    page = report.to_markdown()
+    assert "No retrained model" not in page and "| original | unlearned | reference |" in page and "| 1 file |" in page
+    assert not any("retrained" in each["test"] for each in report.contents["not_tested"])
+    del rows["reference"]
+    assert "No retrained model" in audit("Forget it.", metrics=rows).to_markdown()
+
+
 def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) -> None:
     assert "Losses over the steps" in plot_losses(trained["training"]).get_label()
     alone = [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0, "forget_loss": 1.0, "retain_loss": 0.0}]
