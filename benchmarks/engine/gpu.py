@@ -105,15 +105,15 @@ def _steps(mode: str) -> list[Figure]:
 def measure_extraction(
     kind: str, count: int, model: nn.Module, subject: Subject, arguments: argparse.Namespace
 ) -> tuple[float, float | None]:
-    """The faster of two turns, of which the first warms up; of long ones the only turn, after one over one batch.
+    """The faster of two turns over few batches, the only turn over many or of a long one; one batch warms up before.
 
     Of the floor, one pass forward and backward with the targets' weight gradients; of the others, an initialisation.
     Making the adapter is not counted, as it takes the same, or longer, of LoRA.
     """
     batches, turns = batches_of(subject, count), []
-    for turn in (batches, batches) if count <= 8 else (batches[:1], batches):
-        if turns and turns[0][0] > LONG:
-            return turns[0]
+    for turn in (batches[:1], batches, batches) if count <= 8 else (batches[:1], batches):
+        if len(turns) > 1 and turns[-1][0] > LONG:
+            break
         if kind == "floor pass":
             turns.append(seconds_and_peak(partial(floor_pass, model, subject, turn, arguments)))
             continue
@@ -121,7 +121,7 @@ def measure_extraction(
         wrapped = to_initialize(model, subject, arguments, rank)
         turns.append(seconds_and_peak(partial(initialization, accumulate, wrapped, subject, turn, arguments)))
         wrapped.unload().requires_grad_(False)
-    return turns[-1] if count > 8 else min(turns, key=lambda turn: turn[0])
+    return min(turns[1:], key=lambda turn: turn[0])
 
 
 def measure_step(
