@@ -111,7 +111,8 @@ def plot_attack(
     across, up = _AXES[kind]
     panel.set_xlabel(across, color=TEXT)
     panel.set_ylabel(f"{up} ({unit})", color=TEXT)
-    panel.set_ylim(bottom=0)
+    # From nothing on, and with room above: values that are nearly alike leave a margin too narrow for their points.
+    panel.set_ylim(0, 1.05 * panel.dataLim.y1 or 1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#e6e6e6", lw=0.8)

@@ -259,6 +259,12 @@ def test_a_retrained_models_row_is_told_by_its_name() -> None:
     assert "No retrained model" in audit("Forget it.", metrics=rows).to_markdown()
 
 
+def test_points_that_are_nearly_alike_are_whole_under_the_top_of_their_curve() -> None:
+    high = plot_attack(TextRelearning("Adam", (0, 9), (0.97, 0.98), (0.94, 0.93))).axes[0]
+    assert high.get_ylim() == pytest.approx((0, 1.05 * 0.98))
+    assert plot_attack(TextRelearning("Adam", (0, 9), (0.0, 0.0))).axes[0].get_ylim() == (0, 1)
+
+
 def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) -> None:
     assert "Losses over the steps" in plot_losses(trained["training"]).get_label()
     alone = [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0, "forget_loss": 1.0, "retain_loss": 0.0}]
