@@ -49,9 +49,17 @@ def sections() -> list[str]:
 
 
 def results(name: str) -> dict[str, Any]:
-    """The rows of one table of the benchmark, by their titles."""
-    path = RESULTS / f"zoo_{name.lower().replace('-', '')}.json"
-    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    """The rows of one table of the benchmark, by their titles; those of a GPU, with its own models, where it has none.
+
+    A row that was not run on all cases is left out.
+    """
+    rows: dict[str, Any] = {}
+    for kind in ("", "_gpu", "_gpu_second"):
+        path = RESULTS / f"zoo_{name.lower().replace('-', '')}{kind}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            cases = max(len(row["cases"]) for row in found.values())
+            rows = {title: row for title, row in found.items() if len(row["cases"]) == cases} | rows
     return rows
 
 

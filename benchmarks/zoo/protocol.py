@@ -74,7 +74,7 @@ def _digits(seed: int) -> tuple[Any, Any, Any, nn.Module]:
     return data, build, train, train(build, data, data.train, seed)
 
 
-@lru_cache
+@lru_cache(maxsize=2)  # each holds a copy of most images
 def cifar10_case(data: Path, cache: Path, index: int, seed: int) -> Case:
     """A ResNet of CIFAR-10 and the models of `benchmarks/cifar10`, trained on the first run; on a GPU where one is."""
     sys.path.insert(0, str(HERE.parent / "cifar10"))

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "tofu"))
 
 import attack_columns
-from machine import about, clock
+from machine import DEVICE, about, clock
 from protocol import Case, accuracy, cifar10_case, damage, digits_case, judged
 from results import gap, mean, write
 from rows import LEFT_OUT, Outcome, Row, blended, rows, share_within
@@ -73,7 +73,10 @@ def made(asked: Asked, run: Run) -> dict[str, Any]:
         return references(case, asked.attacks)
     row = next(row for row in rows() if row.name == run.row)
     assert run.gold is not None
-    return measured(row, case, run.settings, run.gold, full=run.full, attacks=asked.attacks and run.full)
+    found = measured(row, case, run.settings, run.gold, full=run.full, attacks=asked.attacks and run.full)
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()  # other processes want it
+    return found
 
 
 def attacked(model: Any, case: Case) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def main() -> None:
     parser.add_argument("--attacks", action="store_true", help="a second table: what attacks bring back")
     parser.add_argument("--only", nargs="+", help="methods whose title has one of these; without --resume no file")
     parser.add_argument("--first", nargs="+", default=[], help="begin with those whose title begins so")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side, some 5 GB of a GPU each")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side, some 4 GB of a GPU each")
     parser.add_argument("--seconds", type=float, help="begin no run that would not be done by then")
     parser.add_argument("--resume", action="store_true", help="complete the result file")
     arguments = parser.parse_args()
@@ -202,7 +205,7 @@ def main() -> None:
         "classes": arguments.classes, "seeds": arguments.seeds, "chosen on": tuning, "budget": BUDGET,
         **{key: value for key, value in about(arguments.workers).items() if key in ("machine", "seconds")},
     }  # fmt: skip
-    path = arguments.output / f"zoo_{what['data']}.json"
+    path = arguments.output / f"zoo_{what['data']}{'_gpu' if DEVICE.type == 'cuda' else ''}.json"
     document = begun(path, what, resume=arguments.resume)
     document["left out"] = LEFT_OUT
     keeps = arguments.resume or not arguments.only  # a few rows alone are not to take the place of a whole table
