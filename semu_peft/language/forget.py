@@ -127,7 +127,8 @@ def forget_text(
         forget: What to forget: a list of texts, of pairs (prompt, answer) or of mappings, a `datasets.Dataset` or a
             path, as [`text_examples`][semu_peft.language.dataset.text_examples] reads it; or ready `TextExamples`.
         retain: What to keep, likewise: answers of the same kind that must stay. Without them, forgetting more than a
-            few answers takes others of that kind along.
+            few answers takes others of that kind along. Where there are none, the model's own answers about others do,
+            by `own_samples(..., prompts=...)` and a `retain_weight` of 0.1.
         neutral: Texts of any kind, likewise, on which the model must not change.
         method: `"wga"` (weighted ascent, which forgot the most at the most of the utility in `benchmarks/tofu`),
             `"npo"` (β 0.03), `"simnpo"`, `"unseen-answers"`
