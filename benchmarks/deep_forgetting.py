@@ -138,7 +138,10 @@ def row(task: tuple[Asked, str]) -> dict[str, Any]:
         model, trained = unlearned(subject, WAYS[way])
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return measured(subject, model, trained, time.perf_counter() - started)
+    made = measured(subject, model, trained, time.perf_counter() - started)
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()  # other processes are on the card
+    return made
 
 
 @lru_cache(maxsize=6)
