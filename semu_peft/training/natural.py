@@ -54,7 +54,8 @@ class NaturalGradient:
         decay: What each new batch leaves of the running curvature's weight.
         refresh: Take the curvature anew every this many steps.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
-            with factors, whose steps are shorter, after four times as many.
+            with factors, whose steps are shorter, after four times as many. By default 4; with the whole matrix, where
+            batches of a classifier are small, as many as bring 64 examples, up to all of the forget set once.
 
     Raises:
         TypeError: A dial is no number.
@@ -76,7 +77,7 @@ class NaturalGradient:
     proximal: float | None = None
     decay: float = 0.8
     refresh: int = 2
-    patience: int = 4
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name, mend in _ABOVE_ZERO.items():
@@ -89,6 +90,8 @@ class NaturalGradient:
             raise ValueError(f"`decay` must be from 0 up to below 1, got {self.decay!r}. Take 0.8.")
         for name in ("refresh", "patience"):
             value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}. Give at least 1.")
         if self.curvature not in ("auto", "whole", "kronecker"):

@@ -40,6 +40,8 @@ _MOST_DRAWS = 8  # with so many draws each, where the objective draws
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _TOLERANCE = 0.01  # by default
+_PATIENCE = 4  # by default, or as many batches as bring
+_PATIENT_EXAMPLES = 64
 _SHARE_OF_THE_WAY = 0.02  # from the start to the minimum, that may be left by default
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
 _MEMORY = 0.5  # of the running loss, which follows it fast
@@ -171,7 +173,7 @@ class NaturalLoop(Loop):
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
             self._look_at_start(here)
-        self._note_running_loss(here)
+        self._note_running_loss(here, self._patience(examples_in(batches) * self.accelerator.num_processes))
         updates = self.control.updates_a_batch
         for update in range(updates):
             if self.context.control.should_stop or self.progress.step >= self.context.total_steps:
@@ -182,7 +184,16 @@ class NaturalLoop(Loop):
         self.progress.forget.batch += len(batches)
         self.progress.examples += examples_in(batches) * self.accelerator.num_processes
 
-    def _note_running_loss(self, here: Tried) -> None:
+    def _patience(self, examples: int) -> int:
+        """How many batches to wait for a lower loss, of so many examples each: a few images are not all alike."""
+        if self.natural.patience is not None:
+            return self.natural.patience
+        if not isinstance(self.curvature, WholeMatrix) or self.objectives[0].distribution != "categorical":
+            return _PATIENCE
+        wanted = math.ceil(_PATIENT_EXAMPLES / max(examples, 1))
+        return max(_PATIENCE, min(wanted, batches_in(self.prepared.forget) or wanted))
+
+    def _note_running_loss(self, here: Tried, patience: int) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
         loss = here.values["loss"] + self.proximal.at(self._flat())
         old = self.running
@@ -195,7 +206,7 @@ class NaturalLoop(Loop):
         self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here, self._enough()) else 0
         if self.forgotten_batches >= min(2, batches_in(self.prepared.forget) or 2):
             self._stop(FORGOTTEN)
-        elif max(self.stalled / self.control.patience, self.failures) >= self.natural.patience:
+        elif max(self.stalled / self.control.patience, self.failures) >= patience:
             self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
 
     def _stop(self, reason: str) -> None:

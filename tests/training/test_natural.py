@@ -191,6 +191,33 @@ def test_a_start_next_to_the_end_still_goes_to_the_end() -> None:
     assert left[False, None] == left[False, 0.01]
 
 
+def test_small_batches_are_waited_for_until_they_bring_64_examples() -> None:
+    """A loss that never falls: the number of batches that a run looks at before it gives up."""
+
+    class Seen(Callback):
+        batches = 0
+
+        def on_step_end(self, context: Any) -> None:
+            self.batches += 1
+
+    def looked_at(size: int, number: int, **dials: Any) -> int:
+        one, objective, seen = INPUTS[LABELS == 1][:1], DecoupledDistillation(), Seen()
+        batches = [(one.expand(size, -1), torch.full((size,), 1))] * number
+        model = adapted(objective)
+        with torch.no_grad():
+            for layer in semu_layers(model).values():
+                layer.semu_U["default"].zero_()  # no step changes anything
+        result = unlearn(model, batches, objective, optimizer=NaturalGradient(**dials), callbacks=seen, **QUIET)
+        assert result.stop_reason == "the loss no longer falls"
+        return seen.batches
+
+    by_default = {(16, 20): 4, (8, 20): 8, (8, 6): 6, (1, 100): 64, (64, 1): 4}
+    for (size, number), patience in by_default.items():
+        assert looked_at(size, number) == looked_at(size, number, patience=patience)
+        assert looked_at(size, number, patience=patience + 2) > looked_at(size, number)
+    assert looked_at(8, 20, curvature="kronecker") == looked_at(8, 20, curvature="kronecker", patience=4)
+
+
 def test_the_damage_budget_is_never_exceeded() -> None:
     objective, keep = GradientAscent(), Retain(KEEP, CrossEntropy())
     model = adapted(objective)
