@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from semu_peft.gradients.core_rows import Rows
 from semu_peft.gradients.processes import sum_over_processes
@@ -301,9 +300,7 @@ class _Stack:
         for group in waiting.values():  # a product of each would take longer to be asked for than to be computed
             indices, lefts, rights = zip(*group, strict=True)
             sides = torch.stack([torch.stack(lefts), torch.stack(rights)])
-            # A product with zeros and ones: `index_add_` adds in another order each time on a GPU.
-            of = F.one_hot(torch.tensor(indices, device=new.device), len(self.names)).to(new)
-            new += torch.einsum("gn,sgij->snij", of, sides.mT @ sides)
+            new.index_add_(1, torch.tensor(indices, device=new.device), sides.mT @ sides)
         new = sum_over_processes(new)
         new[1] /= sum_over_processes(torch.tensor(counts, device=new.device)).clamp_min(1).view(-1, 1, 1)
         self.totals = self.totals * left_over + new
