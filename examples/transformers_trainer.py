@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-from semu_peft import SemuConfig, initialize_semu_weights, objectives
+from semu_peft import Retain, SemuConfig, initialize_semu_weights, objectives
 from semu_peft.training.trainer import UnlearnTrainer
 
 FORGOTTEN = 3
@@ -35,7 +35,7 @@ def accuracy(predictions: Any) -> dict[str, float]:
 def main() -> None:
     parser = HfArgumentParser(TrainingArguments)
     parser.set_defaults(
-        num_train_epochs=10, per_device_train_batch_size=32, learning_rate=1e-2, weight_decay=0.0, report_to="none",
+        num_train_epochs=20, per_device_train_batch_size=32, learning_rate=1e-2, weight_decay=0.0, report_to="none",
         logging_steps=10, save_strategy="no",
     )  # fmt: skip
     (args,) = parser.parse_args_into_dataclasses()
@@ -59,9 +59,10 @@ def main() -> None:
     objective = objectives.DecoupledDistillation()
     adapted = get_peft_model(model, SemuConfig(target_modules="all-linear"))
     initialize_semu_weights(adapted, DataLoader(forget, batch_size=32), objective)
+    held = Retain(DataLoader(retain, batch_size=64, shuffle=True), objectives.KLToOriginal())
     trainer = UnlearnTrainer(
         adapted, args, train_dataset=forget, eval_dataset={"forget": forget, "retain": retain}, objective=objective,
-        compute_metrics=accuracy,
+        retain=held, compute_metrics=accuracy,
     )  # fmt: skip
     for stage in ("knows all", "unlearned"):
         if stage == "unlearned":

@@ -21,7 +21,5 @@ def test_the_program(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("unlearned"))
     forgotten, kept = (float(word.rstrip("%")) for word in line.split() if word.endswith("%"))
-    assert (
-        forgotten < 5 and kept > 80
-    )  # by AdamW and without retain data; 83.5 on one kind of processor, above 90 on another
+    assert forgotten < 5 and kept > 90
     assert (tmp_path / "adapter_config.json").is_file() and (tmp_path / "merged" / "config.json").is_file()
