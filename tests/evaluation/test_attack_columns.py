@@ -84,6 +84,10 @@ def test_cifar10_carries_attack_columns(tmp_path: Path) -> None:
         assert all(0 <= float(cell) <= 100 for number, cell in enumerate(cells) if number not in (0, 3))
     found = json.loads((tmp_path / "cifar10_class_attacks.json").read_text())
     assert list(found["attacks"]) == list(found["rows"]) == list(rows)
+    refused = subprocess.run(
+        [str(word) for word in [*command, "--task", "random"]], capture_output=True, text=True, timeout=100
+    )
+    assert refused.returncode == 2 and "--task class" in refused.stderr
 
 
 # In a process of its own: the folders of benchmarks have modules of one name.
