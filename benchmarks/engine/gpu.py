@@ -73,13 +73,8 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     """In order of value: what takes half a minute alone comes after the rest, and steps are compiled last."""
     main, later = arguments.subjects[:2], arguments.subjects[2:]
     first, *more = arguments.batches
-    few = {name: _extractions(name, first) for name in arguments.subjects}
-    long = {name: [figure for figure in few[name] if (name, figure.kind) in ONCE] for name in arguments.subjects}
-    few = {name: [figure for figure in few[name] if figure not in long[name]] for name in arguments.subjects}
-    rest = {
-        name: [figure for count in more for figure in _extractions(name, count) if (name, figure.kind) not in ONCE]
-        for name in arguments.subjects
-    }
+    few, long = ({name: _extractions(name, first, once=once) for name in arguments.subjects} for once in (False, True))
+    rest = {name: [figure for count in more for figure in _extractions(name, count)] for name in arguments.subjects}
     compiled = _steps("compiled") if arguments.compile else []
     return [
         *(Stage(name, few[name]) for name in main),
@@ -89,8 +84,9 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     ]
 
 
-def _extractions(name: str, count: int) -> list[Figure]:
-    kinds = ("floor pass", *EXTRACTIONS)
+def _extractions(name: str, count: int, *, once: bool = False) -> list[Figure]:
+    """Those that are measured once alone, or the others."""
+    kinds = [kind for kind in ("floor pass", *EXTRACTIONS) if ((name, kind) in ONCE) == once]
     return [Figure(kind, f"{kind}, {count} batches", partial(measure_extraction, kind, count)) for kind in kinds]
 
 
