@@ -173,7 +173,7 @@ class ResultFile:
                 )
             if attacks is not None:
                 attacked[name] = attacked.get(name, {}) | {task: attacks}
-            rows = merged({}, known) | {name: known.get(name, {}) | {task: metrics}}
+            rows = known | {name: known.get(name, {}) | {task: metrics}}
             tried = {"attack_table": attack_columns.table(attacked), "attacks": attacked} if attacked else {}
             write(self.path, self.said, rows, tried)
         self.adds = True

@@ -20,9 +20,9 @@ class Cell:
 
     Attributes:
         objective: Of `methods.OBJECTIVES`.
-        carrier: Of `methods.CARRIERS`.
-        retain: Of `methods.RETAIN`: what is held, answers of the retain set, neutral text or both; or, of
-            `methods.MORE_RETAIN`, what the model itself answers about others.
+        carrier: Of `methods.EVERY_CARRIER`.
+        retain: Of `methods.EVERY_RETAIN`: what is held, answers of the retain set, neutral text, both, or what the
+            model itself answers about others.
         seed: Of the order.
         hold: What is minimised on retain answers, the KL to the original or cross entropy; by default the objective's.
         weight: Of what is held, of each; by default the objective's.

@@ -62,10 +62,14 @@ CARRIERS = {
     LORA_8: Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
     ALL: Carrier(None, 1e-4),
 }
-# Not a part of the grid.
-MORE_CARRIERS = {NATURAL_99: Carrier(_semu(0.99), None, 80), NATURAL_999: Carrier(_semu(0.999), None, 80)}
 RETAIN = {"answers": ("answers",), "neutral": ("neutral",), "both": ("answers", "neutral")}
-MORE_RETAIN = {"own": ("own",), "own and neutral": ("own", "neutral")}  # what the model itself says
+# Also those that are not a part of the grid.
+EVERY_CARRIER = {
+    **CARRIERS,
+    NATURAL_99: Carrier(_semu(0.99), None, 80),
+    NATURAL_999: Carrier(_semu(0.999), None, 80),
+}
+EVERY_RETAIN = {**RETAIN, "own": ("own",), "own and neutral": ("own", "neutral")}  # what the model itself says
 # Simulated in turn, the first so many: none has the examples of the one that judges, nor so many steps as it.
 ATTACKERS = [
     Attacker("adam", 1e-4, steps=10, forget_examples=20),
@@ -208,7 +212,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
         cell: The settings.
         damage: Measures the damage of a model.
     """
-    how, said = {**CARRIERS, **MORE_CARRIERS}[cell.carrier], OBJECTIVES[cell.objective]
+    how, said = EVERY_CARRIER[cell.carrier], OBJECTIVES[cell.objective]
     model = load(subject.original)
     wrong = unseen_answers([as_example(row) for row in subject.forget], seed=cell.seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
@@ -282,19 +286,19 @@ def _rules(model: nn.Module, answers: TextExamples, loss: Objective) -> list[Rul
 
 def _rate(cell: Cell) -> float | None:
     """The learning rate of AdamW; None for natural gradients."""
-    how = {**CARRIERS, **MORE_CARRIERS}[cell.carrier]
+    how = EVERY_CARRIER[cell.carrier]
     own = OBJECTIVES[cell.objective].learning_rate if how.config is None else None
     return cell.learning_rate or own or how.learning_rate
 
 
 def _repair(subject: Subject, cell: Cell, model: nn.Module) -> int:
     """Repair in place; how many steps it took, as natural gradients end by themselves."""
-    how = {**CARRIERS, **MORE_CARRIERS}[cell.carrier]
+    how = EVERY_CARRIER[cell.carrier]
     reference = load(subject.original).requires_grad_(False) if how.config is None else None
     names, neutral = cell.repair_retain or cell.retain, cell.neutral_weight or 1.0
     as_held = replace(cell, weight=1.0, neutral_weight=neutral, hold=cell.repair_hold or cell.hold)
     first, *others = held(subject, names, as_held, reference)
-    by_kl = cell.repair_hold == "KL" or "answers" not in {**RETAIN, **MORE_RETAIN}[names]  # which were learnt
+    by_kl = cell.repair_hold == "KL" or "answers" not in EVERY_RETAIN[names]  # which were learnt
     rate = cell.repair_rate or _rate(cell)
     dial: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
     return methods.repair(
@@ -311,7 +315,7 @@ def held(subject: Subject, retain: str, cell: Cell, reference: nn.Module | None)
     neutral = weight if cell.neutral_weight is None else cell.neutral_weight
     by_objective = {None: said.keeps, "KL": None, "CE": objectives.CrossEntropy}[cell.hold]
     kept = []
-    for at, name in enumerate({**RETAIN, **MORE_RETAIN}[retain]):
+    for at, name in enumerate(EVERY_RETAIN[retain]):
         to_original = by_objective is None or name != "answers"
         term = objectives.KLToOriginal(reference=reference) if to_original else by_objective()
         loader = _texts(subject, name).loader(size, seed=cell.seed + at)

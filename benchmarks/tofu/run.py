@@ -34,7 +34,7 @@ from typing import Any
 from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
-from methods import CARRIERS, MORE_CARRIERS, MORE_RETAIN, OBJECTIVES, RETAIN, Unlearned, forget, repaired
+from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, OBJECTIVES, RETAIN, Unlearned, forget, repaired
 from subjects import Subject, load, read_subject
 
 COLUMNS = {
@@ -223,9 +223,9 @@ def _arguments() -> argparse.Namespace:
         "--only", nargs="+", help="of these lists, cells with one of these in their name, `--seeds` each"
     )
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="tables, of which no row is run again")
-    parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=[*CARRIERS, *MORE_CARRIERS])
+    parser.add_argument("--carriers", nargs="+", default=list(CARRIERS), choices=list(EVERY_CARRIER))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=[*RETAIN, *MORE_RETAIN])
+    parser.add_argument("--retain", nargs="+", default=list(RETAIN), choices=list(EVERY_RETAIN))
     parser.add_argument("--hold", choices=["KL", "CE"], help="on retain answers, by default the objective's")
     parser.add_argument("--weight", type=float, help="of what is held, by default the objective's")
     parser.add_argument("--kl", nargs="*", type=float, default=[], help="how far a natural step may go, one by one")
