@@ -36,7 +36,7 @@ _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that craw
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _HELD_EXAMPLES = 512  # on which start and end are compared,
-_MOST_DRAWS = 8  # with so many draws each, where the objective draws
+_MOST_ROUNDS = 8  # in so many rounds, each with draws and retain batches of its own
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _TOLERANCE = 0.01  # by default
@@ -421,9 +421,17 @@ class NaturalLoop(Loop):
                 examples += count_examples(batch) or 1
                 if examples >= _HELD_EXAMPLES:
                     break
+            # A few forget examples meet more than their share of the retain data, of which one batch says little.
+            first, rounds = list(pairs), min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))
+            for _ in range(1, rounds if retained else 1):
+                further = [(batch, [next(batches, None) for batches in retained]) for batch, _ in first]
+                if any(each is None for _, kept in further for each in kept):
+                    break
+                pairs += further
+        examples = sum(count_examples(batch) or 1 for batch, _ in pairs)
         # What draws at random is looked at more than once where there are few examples.
         draws = any(objective.is_random for objective in self.objectives)
-        rounds = min(_MOST_DRAWS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
+        rounds = min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
         self._move_to(self.proximal.start)
