@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from semu_peft.gradients.core_rows import Rows
 from semu_peft.gradients.processes import sum_over_processes
 
 _LEAST = 1e-20  # where there is no curvature at all
+_FLAT = 1e-6  # of the strongest layer's curvature: those of trained models are some 1e-3 of it, and more
 _SMALL = 2**18  # numbers; rows above it keep a device busy by themselves, and copies of them would fill it
 
 
@@ -191,8 +193,10 @@ class KroneckerFactors(Curvature):
     """K-FAC's approximation layer by layer: `B ⊗ A`, the second moments of the core's rows on either side.
 
     A diagonal core has the exact restriction `B ∘ A` of it, and a core without rows the diagonal alone. Each factor has
-    damping of its own, relative to its own mean, so that no layer's scale decides over another's. Cores of one size are
-    computed with together: there are many of them, and each is small.
+    damping of its own, relative to its own mean, so that no layer's scale decides over another's; but a layer that next
+    to nothing depends on any more (one of saturated attention) is held back, as its gradient falls with the root of its
+    curvature and its step would have no bound. Cores of one size are computed with together: there are many of them,
+    and each is small.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671, sections 3 and 6.3.
     """
@@ -206,6 +210,7 @@ class KroneckerFactors(Curvature):
         self._stacks = [_Stack(each, device) for each in alike.values()]
         self._squares = {slot.name: torch.zeros(slot.size, device=device) for slot in slots if not slot.has_rows}
         self._inverted_at: float | None = None  # the damping that the inverses are of
+        self._least = torch.zeros((), device=device)
 
     @property
     def wanted_seeds(self) -> float:
@@ -240,7 +245,7 @@ class KroneckerFactors(Curvature):
         for stack in self._stacks:
             result[stack.places] = stack.solve(vector[stack.places])
         for slot in self._slots_without_rows():
-            result[slot.place] = vector[slot.place] / _damped(self._mean_squares(slot), damping)
+            result[slot.place] = vector[slot.place] / _damped(self._mean_squares(slot).clamp_min(self._least), damping)
         return result
 
     def _invert(self, damping: float) -> None:
@@ -251,6 +256,10 @@ class KroneckerFactors(Curvature):
         if failed and torch.stack(failed).any().item():  # rounding has made some of them indefinite
             for stack in self._stacks:
                 stack.invert_by_eigenvalues(damping)
+        means = [self._mean_squares(slot).mean().view(1) for slot in self._slots_without_rows()]
+        self._least = _FLAT * torch.cat([stack.curvature() for stack in self._stacks] + means).max()
+        for stack in self._stacks:
+            stack.hold_back(self._least)
         self._inverted_at = damping
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,7 +309,9 @@ class _Stack:
         for group in waiting.values():  # a product of each would take longer to be asked for than to be computed
             indices, lefts, rights = zip(*group, strict=True)
             sides = torch.stack([torch.stack(lefts), torch.stack(rights)])
-            new.index_add_(1, torch.tensor(indices, device=new.device), sides.mT @ sides)
+            # A product with zeros and ones: `index_add_` adds in another order each time on a GPU.
+            of = F.one_hot(torch.tensor(indices, device=new.device), len(self.names)).to(new)
+            new += torch.einsum("gn,sgij->snij", of, sides.mT @ sides)
         new = sum_over_processes(new)
         new[1] /= sum_over_processes(torch.tensor(counts, device=new.device)).clamp_min(1).view(-1, 1, 1)
         self.totals = self.totals * left_over + new
@@ -322,6 +333,14 @@ class _Stack:
         """Invert the damped means, whose smallest eigenvalues are rounding's."""
         values, vectors = torch.linalg.eigh(self.means)
         self.inverses = (vectors / _damped(values, damping).unsqueeze(-2)) @ vectors.mT
+
+    def curvature(self) -> Tensor:
+        """What an average direction of each core costs, `(n,)`."""
+        return self.means.diagonal(dim1=-2, dim2=-1).mean(-1).prod(0)
+
+    def hold_back(self, least: Tensor) -> None:
+        """Treat cores of less curvature as if an average direction cost this."""
+        self.inverses[0] *= (self.curvature() / least.clamp_min(_LEAST)).clamp_max(1).view(-1, 1, 1)
 
     def times(self, parts: Tensor) -> Tensor:
         """The means on the cores' numbers, of the shape of `places`."""

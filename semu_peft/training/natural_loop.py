@@ -50,7 +50,7 @@ FORGOTTEN = "the forget data are forgotten"
 ALREADY_FORGOTTEN = "the forget data were forgotten already"
 BUDGET_SPENT = "the damage budget is spent"
 NO_LONGER_IMPROVES = "the loss no longer falls"
-NOT_FINITE = "the loss was not finite any more, so the best cores before were put back"
+NOT_FINITE = "the loss was not finite any more, or its gradient, so the best cores before were put back"
 
 
 class NaturalLoop(Loop):
@@ -167,8 +167,7 @@ class NaturalLoop(Loop):
         here = self._evaluate(terms, self.progress.step)
         if not math.isfinite(here.values["loss"]) and self.progress.step:
             # Where a batch before was still well: an ascent has gone as far as numbers do.
-            self._move_to(self.best)
-            return self._stop(NOT_FINITE)
+            return self._give_up()
         self._check_finite(here.values, self.progress.forget.batch)
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
@@ -208,6 +207,10 @@ class NaturalLoop(Loop):
             self._stop(FORGOTTEN)
         elif max(self.stalled / self.control.patience, self.failures) >= patience:
             self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
+
+    def _give_up(self) -> None:
+        self._move_to(self.best)
+        self._stop(NOT_FINITE)
 
     def _stop(self, reason: str) -> None:
         self.context.control.stop(reason)
@@ -262,8 +265,15 @@ class NaturalLoop(Loop):
         is_due = self._is_due(self.progress.step)
         # FSDP's graph cannot be gone through twice.
         gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
+        probes = self._probes(here) if is_due else []
+        if not self._all_finite([gradient, *(probe.gradient for probe in probes)]):
+            # Attention's gradient may overflow where its outputs do not.
+            if not self.progress.step:
+                raise ValueError(self._not_finite("a gradient"))
+            self._give_up()
+            return here
         if is_due:
-            self._observe(here)
+            self.curvature.observe(probes)
             if isinstance(self.curvature, WholeMatrix) and not self.retained:
                 self.proximal.strengthen(self.natural.proximal_under(self.objectives[0]) * self.curvature.scale)
                 if self._is_too_far(start):
@@ -363,7 +373,7 @@ class NaturalLoop(Loop):
             core.grad = None
         return edited
 
-    def _observe(self, here: Tried) -> None:
+    def _probes(self, here: Tried) -> list[Probe]:
         probes = []
         for term, evaluation in here.terms:
             if not term.weight or not evaluation.outputs:
@@ -381,7 +391,7 @@ class NaturalLoop(Loop):
                 finally:
                     self.caught.catching = False
                 probes.append(Probe(self.caught.take(), gradient, examples))
-        self.curvature.observe(probes)
+        return probes
 
     def _seed(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution

@@ -95,6 +95,27 @@ def test_cores_of_one_size_are_together_what_each_is_alone() -> None:
         torch.testing.assert_close(alone.times(part), expected.flatten(), rtol=1e-4, atol=1e-2)
 
 
+def test_what_next_to_nothing_depends_on_moves_no_further_than_the_rest() -> None:
+    """Its gradient falls with the root of its curvature, so that its Newton step would grow without bound."""
+    slots = [CoreSlot(name, 9 * index, (3, 3), True) for index, name in enumerate(("strong", "weak", "flat"))]
+    slots.append(CoreSlot("flat, without rows", 27, (2,), False))
+    scales = {"strong": 1.0, "weak": 1e-2, "flat": 1e-7}  # of the gradients; curvatures are their squares
+    rows = {name: [Rows(scale * torch.randn(5, 4, 3), torch.randn(5, 4, 3))] for name, scale in scales.items()}
+    vector = torch.cat([torch.randn(9) * scale for scale in scales.values()] + [torch.full((2,), 1e-7)])
+    together = KroneckerFactors(slots, 0.8, torch.device("cpu"))
+    together.observe([Probe(rows, vector, 5)])
+    step = together.solve(vector, 0.1)
+    for slot in slots[:2]:
+        alone = KroneckerFactors([CoreSlot(slot.name, 0, slot.shape, True)], 0.8, torch.device("cpu"))
+        alone.observe([Probe(rows, vector, 5)])
+        assert torch.equal(step[slot.place], alone.solve(vector[slot.place], 0.1))
+    longest = step[slots[0].place].abs().max()
+    assert step[slots[2].place].abs().max() < longest and step[slots[3].place].abs().max() < longest
+    alone = KroneckerFactors([CoreSlot("flat", 0, (3, 3), True)], 0.8, torch.device("cpu"))
+    alone.observe([Probe(rows, vector, 5)])
+    assert alone.solve(vector[slots[2].place], 0.1).abs().max() > 1e4 * longest
+
+
 def damped_alone(matrix: torch.Tensor, damping: float) -> torch.Tensor:
     return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix))
 
