@@ -10,6 +10,7 @@ import typer
 
 from .bases import check_adapter, check_new, classifier, job_of, language_model, pipeline, write_model
 from .options import Model, OutputDir, RequiredAdapter
+from .tables import Numbers
 from .verbs import Told
 
 
@@ -52,39 +53,41 @@ def export(
     if to != "lora" and job != "concept":
         raise typer.BadParameter(f"`--to {to}` is for pipelines of diffusers, and this model is for {job}. Take lora.")
     from semu_peft import save_as_diffusers_lora, save_as_lora
-    from semu_peft.concept.families import denoiser_of
+    from semu_peft.concept.families import denoiser_of, family_of
 
+    pipe: Any = pipeline(model, adapter) if job == "concept" else None
     if to != "lora":
-        pipe, names = pipeline(model, adapter), []
+        names: list[str] = []
         # As a whole folder: what a killed run left in it would keep the next one from writing there.
         write_model(output_dir, lambda folder: names.append(save_as_diffusers_lora(pipe, folder, format=to).name))  # type: ignore[arg-type]
         written = output_dir / names[0]
-        how = f"pipe.load_lora_weights({str(output_dir)!r})"
+        how = f"Load it with pipe.load_lora_weights({str(output_dir)!r})."
+        if to == "kohya":
+            how = "It is for ComfyUI, WebUI, Forge and sd-scripts: put it where these look for LoRAs."
     else:
         loaded: Any = {
             "images": lambda: classifier(model, adapter, as_stored=True),
             "text": lambda: language_model(model, adapter, as_stored=True)[0],
-            "concept": lambda: denoiser_of(pipeline(model, adapter)),
+            "concept": lambda: denoiser_of(pipe),
         }[job]()
         written = save_as_lora(loaded, output_dir)
-        how = f"PeftModel.from_pretrained(model, {str(output_dir)!r})"
-    return Told({"to": to, "output_dir": str(output_dir)}, [f"Written to {written}. Load it with {how}."])
+        inside = f"pipe.{family_of(pipe).denoiser}" if pipe is not None else "model"
+        how = f"Load it with PeftModel.from_pretrained({inside}, {str(output_dir)!r})."
+    return Told({"to": to, "output_dir": str(output_dir)}, [f"Written to {written}. {how}"])
 
 
 def inspect(adapter: RequiredAdapter) -> Told:
     """Show ranks, norms and energies of an adapter, what it was made for, and whether its files are whole."""
     check_adapter(adapter)
-    from rich.table import Table
-
     from semu_peft.adapter.saved import inspect_adapter
 
-    found = inspect_adapter(adapter)
-    table = Table(_layer_column(), "shape", "rank", "‖ΔW‖", "largest", "energy")
+    found, rows = inspect_adapter(adapter), []
     for name, layer in found.layers.items():
-        count, rows, columns = layer.shape
-        shape = f"{f'{count}×' if count > 1 else ''}{rows}×{columns}"
+        count, height, width = layer.shape
+        shape = f"{f'{count}×' if count > 1 else ''}{height}×{width}"
         numbers = (f"{layer.norm:.4g}", f"{layer.largest:.4g}", f"{layer.energy:.1%}")
-        table.add_row(name, shape, str(layer.rank), *numbers)
+        rows.append((name, shape, str(layer.rank), *numbers))
+    table = Numbers("layer", ("shape", "rank", "‖ΔW‖", "largest", "energy"), rows)
     is_sound = found.digest in ("ok", "absent")
     words: list[Any] = [
         table,
@@ -108,32 +111,24 @@ def compare(
     """Show how far two adapters correct the same directions, layer by layer."""
     check_adapter(first, "`first`")
     check_adapter(second, "`second`")
-    from rich.table import Table
-
     from semu_peft.adapter.saved import compare_adapters
 
     found = compare_adapters(first, second)
     if not found:
         return Told({"layers": found}, ["They have no layer in common."])
-    table = Table(_layer_column(), "outputs in common", "inputs in common", "cosine of ΔW", "largest cosine")
-    alike = {name: layer for name, layer in found.items() if layer.cosine is not None}
-    for name, layer in alike.items():
-        numbers = (f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", f"{layer.angles[0]:.3f}")
-        table.add_row(name, *numbers)
+    rows = [
+        (name, f"{layer.left:.3f}", f"{layer.right:.3f}", f"{layer.cosine:+.3f}", f"{layer.angles[0]:.3f}")
+        for name, layer in found.items()
+        if layer.cosine is not None
+    ]
+    table = Numbers("layer", ("outputs in common", "inputs in common", "cosine of ΔW", "largest cosine"), rows)
     meaning = "1: the same directions, 0: none in common. Where the cosine of ΔW is negative, one undoes the other."
-    words: list[Any] = [table, meaning] if alike else []
+    words: list[Any] = [table, meaning] if rows else []
     for side, folder in enumerate((first, second)):
         if idle := [name for name, layer in found.items() if not layer.norms[side]]:
             where = "any layer that both correct" if len(idle) == len(found) else ", ".join(idle)
             words.append(f"Nothing to compare: {folder} changes nothing in {where}.")
     return Told({"layers": found}, words)
-
-
-def _layer_column() -> Any:
-    """A column of layers' names, which begin alike and are told apart by their ends: the others are narrowed first."""
-    from rich.table import Column
-
-    return Column("layer", no_wrap=True, overflow="fold")
 
 
 def _processor(model: str) -> list[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .bases import language_model, models_beside
-from .text_file import read_texts, written_out
+from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
 
 
@@ -104,4 +104,6 @@ class Answers:
         return language_model(self.model, self.adapter)[0]
 
     def _read(self) -> dict[str, list[Any]]:
-        return {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}
+        data = {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}
+        check_plain(self.neutral, data.get("neutral"))
+        return data

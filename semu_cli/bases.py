@@ -74,7 +74,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _silently() -> None:
+def silently() -> None:
     """No progress bars of reading and writing weights, which take a moment; those of downloads and of the work stay."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
@@ -128,11 +128,11 @@ def pipeline(model: str, adapter: Path | None = None) -> Any:
 
     from semu_peft.concept.families import denoiser_of
 
-    _silently()
+    silently()
     disable_progress_bar()
     pipe = DiffusionPipeline.from_pretrained(model).to(device())
     pipe.set_progress_bar_config(disable=True)
-    _adapted(denoiser_of(pipe), adapter)
+    _adapted(denoiser_of(pipe), adapter, model)
     return pipe
 
 
@@ -146,11 +146,11 @@ def denoising_loss(pipe: Any, seed: int) -> Any:
 
 def _loaded(kind: Any, model: str, adapter: Path | None, as_stored: bool) -> Any:
     """A model where the work is done; on a CPU in float32: one without units for half takes ten times as long."""
-    _silently()
+    silently()
     loaded = kind.from_pretrained(model).to(device()).eval()
     if not as_stored and device() == "cpu" and loaded.dtype.itemsize < 4 and not getattr(loaded, "is_quantized", False):
         loaded = loaded.float()
-    return _adapted(loaded, adapter)
+    return _adapted(loaded, adapter, model)
 
 
 def check_adapter(adapter: Path | None, flag: str = "`--adapter`") -> None:
@@ -161,14 +161,31 @@ def check_adapter(adapter: Path | None, flag: str = "`--adapter`") -> None:
         )
 
 
-def _adapted(model: Any, adapter: Path | None) -> Any:
+def _adapted(model: Any, adapter: Path | None, place: str) -> Any:
     if adapter is None:
         return model
     from peft import PeftModel
 
     import semu_peft  # noqa: F401  registers the method
 
+    _check_made_for(adapter, model, place)
     return PeftModel.from_pretrained(model, str(adapter))
+
+
+def _check_made_for(adapter: Path, model: Any, place: str) -> None:
+    """Raise a usage error where the model has none of the adapter's layers: it was made for another one."""
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return  # damaged: PEFT says what is wrong with it
+    there = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    if layers and not there & set(layers):
+        of = f", which was made for {made_for}" if made_for else ""
+        raise typer.BadParameter(
+            f"`--adapter`: {place} has no layer of {adapter}{of} ({layers[0]!r}, for one). Give the model that it was "
+            "made for as --model."
+        )
 
 
 def check_output(folder: Path) -> None:

@@ -122,7 +122,8 @@ class ImageRequest:
         from semu_peft.evaluation import predict
 
         return {
-            name: predict(model, part.loader(self.batch_size), progress=False).accuracy for name, part in parts.items()
+            name: predict(model, part.loader(self.batch_size), progress=self.progress, name=f"{name} images").accuracy
+            for name, part in parts.items()
         }
 
     def _words(self, examples: int, found: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -51,7 +51,9 @@ class ImageFolder:
         return DataLoader(self, batch_size=min(batch_size, len(self)), shuffle=shuffle)  # type: ignore[arg-type]
 
 
-def read_images(path: str | Path, model: Any, name: str = "forget", only: str | None = None) -> ImageFolder:
+def read_images(
+    path: str | Path, model: Any, name: str = "forget", only: str | None = None, *, original: Any = None
+) -> ImageFolder:
     """Read a folder of images: with a subfolder a class, or flat.
 
     Args:
@@ -59,7 +61,8 @@ def read_images(path: str | Path, model: Any, name: str = "forget", only: str | 
         model: The classifier, which says what its classes are called and what its inputs are like.
         name: The flag, for errors.
         only: Leave all classes but this one out. In a flat folder all images are of it; without it their classes are
-            what the model takes them for.
+            what the original takes them for.
+        original: The model before it forgot; by default `model`.
 
     Raises:
         typer.BadParameter: There are no images, or a class that the model does not have.
@@ -76,7 +79,7 @@ def read_images(path: str | Path, model: Any, name: str = "forget", only: str | 
             raise typer.BadParameter(f"`--{name}`: {folder} has no images ({', '.join(_SUFFIXES)}). Check the path.")
         label = None if only is None else _numbers([only], model, "forget-class")[0]
         flat = ImageFolder(files, [label or 0] * len(files), prepare)
-        return flat if label is not None else ImageFolder(files, _taken_for(model, flat), prepare)
+        return flat if label is not None else ImageFolder(files, _taken_for(original or model, model, files), prepare)
     numbers = dict(zip(found, _numbers(list(found), model, name), strict=True))
     if only is not None and only not in found:
         raise typer.BadParameter(f"`--forget-class` must be one of {', '.join(found)}, got {only!r}.")
@@ -84,9 +87,11 @@ def read_images(path: str | Path, model: Any, name: str = "forget", only: str | 
     return ImageFolder([file for file, _ in chosen], [label for _, label in chosen], prepare)
 
 
-def read_others(path: str | Path, model: Any, only: str | None, name: str = "retain") -> ImageFolder | None:
+def read_others(
+    path: str | Path, model: Any, only: str | None, name: str = "retain", *, original: Any = None
+) -> ImageFolder | None:
     """Read a folder of images without one class; None where there is no other."""
-    folder, every = Path(path), read_images(path, model, name)
+    folder, every = Path(path), read_images(path, model, name, original=original)
     if only is None:
         return every
     if all(file.parent == folder for file in every.files):
@@ -115,10 +120,17 @@ def _numbers(names: list[str], model: Any, flag: str) -> list[int]:
     )
 
 
-def _taken_for(model: Any, images: ImageFolder) -> list[int]:
+def _taken_for(original: Any, model: Any, files: list[Path]) -> list[int]:
+    """The model's numbers for the classes that the original takes images for."""
     from semu_peft.evaluation import predict
 
-    return [int(label) for label in predict(model, images.loader(64), progress=False).predicted]
+    images = ImageFolder(files, [0] * len(files), preparation(original))
+    found = [int(label) for label in predict(original, images.loader(64), progress=False).predicted]
+    names = original.config.id2label
+    if names == model.config.id2label:
+        return found
+    number = dict(zip(names, _numbers([str(name) for name in names.values()], model, "reference"), strict=True))
+    return [number[label] for label in found]
 
 
 def preparation(model: Any) -> Callable[[Any], Any]:

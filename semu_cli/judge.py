@@ -32,6 +32,7 @@ from .options import (
 )
 from .pictures import Drawing
 from .recognised import Recognised
+from .tables import Numbers
 from .verbs import Told, flags_by_name, in_flags
 
 
@@ -203,12 +204,7 @@ def _cells(row: Any) -> dict[str, str]:
     return {key: f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}%" for key, value in row.items()}
 
 
-def _table(rows: dict[str, dict[str, str]]) -> Any:
-    """One row a model, one column a number."""
-    from rich.table import Table
-
+def _table(rows: dict[str, dict[str, str]]) -> Numbers:
+    """One row a number, one column a model: a language model has more numbers than a terminal has room for."""
     heads = list(dict.fromkeys(head for row in rows.values() for head in row))
-    table = Table("", *heads)
-    for name, row in rows.items():
-        table.add_row(name, *(row.get(head, "–") for head in heads))
-    return table
+    return Numbers("", tuple(rows), [(head, *(row.get(head, "–") for row in rows.values())) for head in heads])

@@ -75,7 +75,7 @@ class Drawing:
             batches = batches or self._latents(pipe)  # drawn by the original, for all
             loss = denoising_loss(pipe, self.seed)
             rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
-            drawn = self._draw(pipe) if judge is not None or name != "reference" else {}
+            drawn = self._draw(pipe, name) if judge is not None or name != "reference" else {}
             for part, prompts in (("forget", self.forget), ("retain", self.retain)):
                 if judge is not None and prompts:
                     said = [
@@ -152,6 +152,14 @@ class Drawing:
         settings = {"num_inference_steps": self.num_inference_steps, "batch_size": self.batch_size}
         return lambda prompts, seeds: sample_pipeline(pipe, prompts, seeds=seeds, **settings)
 
-    def _draw(self, pipe: Any) -> dict[str, Any]:
-        draw = self._generate(pipe)
-        return {prompt: draw([prompt] * self.samples, self.seeds) for prompt in (*self.forget, *self.retain)}
+    def _draw(self, pipe: Any, name: str) -> dict[str, Any]:
+        """Pictures by prompt, `samples` of each."""
+        import torch
+        from tqdm.auto import tqdm
+
+        draw, drawn = self._generate(pipe), {prompt: [] for prompt in (*self.forget, *self.retain)}  # type: ignore[var-annotated]
+        seeds = [self.seeds[start : start + self.batch_size] for start in range(0, self.samples, self.batch_size)]
+        parts = [(prompt, part) for prompt in drawn for part in seeds]
+        for prompt, part in tqdm(parts, desc=f"{name}: pictures", disable=not self.progress, leave=False):
+            drawn[prompt].append(draw([prompt] * len(part), part))
+        return {prompt: torch.cat(each) for prompt, each in drawn.items()}

@@ -54,12 +54,13 @@ class Recognised:
         """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share."""
         from semu_peft.evaluation import evaluate_forgetting, predict
 
-        rows = {}
+        rows, original = {}, None
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             base = classifier(place, own)
+            original = original or base
             said: dict[str, Any] = {
-                part: predict(base, data.loader(self.batch_size), progress=False)
-                for part, data in self._read(base).items()
+                part: predict(base, data.loader(self.batch_size), progress=self.progress, name=f"{name}: {part} images")
+                for part, data in self._read(base, original).items()
             }
             rows[name] = {f"{part} accuracy": each.accuracy for part, each in said.items()}
             if len(said) == 3:
@@ -72,7 +73,8 @@ class Recognised:
         from semu_peft import evaluation
 
         base = classifier(self.model, self.adapter)
-        batches = {part: list(data.loader(self.batch_size)) for part, data in self._read(base).items()}
+        original = base if self.adapter is None else classifier(self.model)
+        batches = {part: list(data.loader(self.batch_size)) for part, data in self._read(base, original).items()}
         other = None if self.reference is None else classifier(self.reference)
         return evaluation.attack(
             base, batches["forget"], batches.get("retain"), test=batches.get("test"), reference=other,
@@ -83,16 +85,18 @@ class Recognised:
         """The model with its adapter."""
         return classifier(self.model, self.adapter)
 
-    def _read(self, base: Any) -> dict[str, Any]:
+    def _read(self, base: Any, original: Any) -> dict[str, Any]:
+        """The images for one of the models; what is in a folder without classes, the original says for all."""
+        of = {"original": original}
         data = {
-            "forget": read_images(self.forget, base, only=self.forget_class),
-            "retain": self._kept(base),
-            "test": None if self.test is None else read_images(self.test, base, "test"),
+            "forget": read_images(self.forget, base, only=self.forget_class, **of),
+            "retain": self._kept(base, of),
+            "test": None if self.test is None else read_images(self.test, base, "test", **of),
         }
         return {part: images for part, images in data.items() if images is not None}
 
-    def _kept(self, base: Any) -> Any:
+    def _kept(self, base: Any, of: dict[str, Any]) -> Any:
         """What was kept: the folder that is named, or the other classes of the one with the class to forget."""
         if self.retain is not None:
-            return read_others(self.retain, base, self.forget_class)
-        return None if self.forget_class is None else read_others(self.forget, base, self.forget_class, "forget")
+            return read_others(self.retain, base, self.forget_class, **of)
+        return None if self.forget_class is None else read_others(self.forget, base, self.forget_class, "forget", **of)

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from .bases import device
+from .bases import device, silently
 from .image_folder import preparation
 
 
@@ -82,6 +82,7 @@ def judge_of(place: str, forget: list[str], retain: list[str], forget_class: str
     """
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoProcessor
 
+    silently()
     try:
         config = AutoConfig.from_pretrained(place)
         is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or [])

@@ -69,6 +69,15 @@ def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str
     return data
 
 
+def check_plain(path: str | None, rows: list[Any] | None) -> None:
+    """Raise a usage error unless what is given as `--neutral` is texts, which answer no question."""
+    if rows is not None and not all(row.is_plain for row in rows):
+        raise typer.BadParameter(
+            f"`--neutral` must be texts, got {path} with answers to questions. Give a .txt file, or a .jsonl file with "
+            "text in each line; what was to be kept of answers is --retain."
+        )
+
+
 def columns_of(columns: str | None) -> dict[str, str]:
     """The data's names for columns, by ours.
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 FAILED, STOPPED = 1, 130
+_UNBOUNDED = 100_000  # columns
 RUN = "Run and output"
 """Heading of the flags that all verbs have, and of those with a `--no-`, which would narrow the others' column."""
 _OTHER_NAMES = {"holdout": "test", "utility": "retain"}  # arguments of the library that are called otherwise as flags
@@ -188,11 +190,16 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
         raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
     if as_json:
         _write(name, "failed" if told.code else "done", told.data)
-    printed = words if as_json else Console(highlight=False, soft_wrap=True)
+    printed = words if as_json else Console(highlight=False, soft_wrap=True, width=_width())
     for line in told.words:
         printed.print(line, markup=not isinstance(line, str))
     if told.code:
         raise typer.Exit(told.code)
+
+
+def _width() -> int | None:
+    """Of lines on stdout: a terminal's or what `COLUMNS` says; what is read by a program or a file is not wrapped."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNBOUNDED
 
 
 def _write(name: str, status: str, data: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import typer
 from test_cli import semu
+from typer.testing import CliRunner
 
+from semu_cli import app
 from semu_cli.recognition import ByText, judge_of, named_class
 
 FEW = ("--samples", 2, "--num-inference-steps", 1, "--no-progress")
@@ -27,7 +29,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "--max-steps", 2, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress",
     )  # fmt: skip
     images = cli_models.image_folder(folder / "images")
-    return {"model": model, "adapter": output, "classifier": cli_models.classifier(folder / "classifier", images)}
+    classifier = cli_models.classifier(folder / "classifier", images)
+    return {"model": model, "adapter": output, "classifier": classifier, "images": images}
 
 
 def how(place: dict[str, Path]) -> tuple[Any, ...]:
@@ -50,6 +53,16 @@ def test_evaluate_says_what_a_classifier_recognises(place: dict[str, Path]) -> N
         assert found["models"]["original"][f"{part}_accuracy"] == expected
     losses = {name: row["forget_loss"] for name, row in found["models"].items()}
     assert losses["unlearned"] != losses["original"] and min(losses.values()) > 0
+
+
+def test_long_work_says_how_far_it_is(place: dict[str, Path]) -> None:
+    given = [str(each) for each in how(place) if each != "--no-progress"]
+    told = CliRunner().invoke(app, ["evaluate", *given, "--classifier", str(place["classifier"])]).output
+    assert "original: pictures" in told and "unlearned: pictures" in told
+    images = ["--model", str(place["classifier"]), "--forget", str(place["images"]), "--forget-class", "cat"]
+    told = CliRunner().invoke(app, ["evaluate", *images]).output
+    assert "model: forget images" in told and "model: retain images" in told
+    assert "images" not in CliRunner().invoke(app, ["evaluate", *images, "--no-progress"]).output
 
 
 def test_attack_draws_other_seeds_and_names_what_is_missing(place: dict[str, Path]) -> None:

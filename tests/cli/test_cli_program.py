@@ -85,12 +85,12 @@ def test_weights_are_read_without_bars_and_downloads_with_them() -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    from semu_cli.bases import _silently
+    from semu_cli.bases import silently
 
     were_shown = not are_progress_bars_disabled()
     try:
         enable_progress_bars()
-        _silently()
+        silently()
         assert not logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     finally:
         logging.enable_progress_bar()

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import cli_models
+from test_cli import semu
 from typer.testing import CliRunner
 
 from semu_cli import app
@@ -65,3 +66,54 @@ def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Pat
     said = " ".join(held.output.split())
     assert held.exit_code == 0 and "Hardly anything was forgotten." in said, held.output
     assert "allow more damage, --max-retain-kl" in said and "--neutral" not in said and "--template" not in said
+
+
+def test_a_flat_folder_is_judged_by_what_the_original_saw_in_it(tmp_path: Path) -> None:
+    """Not by what the model takes the images for that has forgotten them: it agrees with itself."""
+    images = cli_models.image_folder(tmp_path / "photos")
+    model, output = cli_models.classifier(tmp_path / "model", images), tmp_path / "no-cats"
+    how = ("--model", model, "--forget", images / "cat", "--no-progress")
+    semu("unlearn", "images", *how, "--output-dir", output)
+    retained = ("--retain", images / "dog", "--reference", model)
+    found = semu("evaluate", *how, *retained, "--adapter", output)["models"]
+    assert {name: row["forget_accuracy"] for name, row in found.items()} == {
+        "original": 100.0, "unlearned": 0.0, "reference": 100.0
+    }  # fmt: skip
+    assert {row["retain_accuracy"] for row in found.values()} == {100.0}
+    attacked = semu("attack", *how, "--adapter", output)["attacks"]
+    stripped = next(row["model"] for row in attacked if row["attack"].startswith("stripping"))
+    assert stripped.startswith("forgotten 0.0 → 100.0 ")
+
+
+def test_an_adapter_of_another_model_is_refused_in_flags(tmp_path: Path) -> None:
+    images = cli_models.image_folder(tmp_path / "photos", 2)
+    model, output = cli_models.classifier(tmp_path / "model", images), tmp_path / "no-cats"
+    semu("unlearn", "images", "--model", model, "--forget", images / "cat", "--max-steps", 1, "--output-dir", output)
+    other = cli_models.language_model(tmp_path / "other")
+    for verb in ("merge", "export"):
+        how = ("--model", other, "--adapter", output, "--output-dir", tmp_path / "out")
+        told = semu(verb, *how, code=2)["error"]["message"]
+        assert told.startswith(f"`--adapter`: {other} has no layer of {output}, which was made for {model} (")
+        assert told.endswith("Give the model that it was made for as --model.") and not (tmp_path / "out").exists()
+
+
+def test_answers_are_no_neutral_texts(tmp_path: Path) -> None:
+    model, facts = (
+        cli_models.language_model(tmp_path / "model"),
+        cli_models.facts(tmp_path / "a.jsonl", cli_models.FACTS),
+    )
+    how = ("evaluate", "--model", model, "--forget", facts, "--neutral", facts)
+    told = semu(*how, code=2)["error"]
+    assert told["kind"] == "usage" and told["message"].startswith(f"`--neutral` must be texts, got {facts} with")
+
+
+def test_a_lora_of_a_pipeline_is_said_with_the_program_that_reads_it(tmp_path: Path) -> None:
+    model, output = cli_models.pipeline(tmp_path / "pipeline"), tmp_path / "no-cats"
+    few = ("--max-steps", 1, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress")
+    semu("unlearn", "concept", "--model", model, "--forget", "a cat", *few, "--output-dir", output)
+    told = {}
+    for to in ("lora", "diffusers", "kohya"):
+        how = ["export", "--model", model, "--adapter", output, "--to", to, "--output-dir", tmp_path / to]
+        told[to] = CliRunner().invoke(app, list(map(str, how))).output
+    assert f"PeftModel.from_pretrained(pipe.unet, {str(tmp_path / 'lora')!r})" in told["lora"]
+    assert "pipe.load_lora_weights" in told["diffusers"] and "ComfyUI" in told["kohya"]
