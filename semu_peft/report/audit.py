@@ -28,6 +28,7 @@ from .contents import (
     not_tested,
     settings_contents,
     spectrum_contents,
+    task_of,
     training_contents,
 )
 from .curves import AttackCurve, plot_attack
@@ -220,7 +221,7 @@ def audit(
     _check(request, title, model, data, profile, digest_weights, adapter_name)
     runs = _runs(training)
     measured, (attacked, not_run) = read_metrics(metrics), read_attacks(attacks)
-    contents = {
+    contents: dict[str, Any] = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "title": title,
@@ -241,7 +242,7 @@ def audit(
         "environment": environment_contents(model),
     }
     contents["share"] = _share(contents)
-    task = read_task(measured, attacked, attacks)
+    task = read_task(measured, attacked, attacks) or task_of(contents["model"].get("class", ""))
     missing = untested(measured, attacked, task, ["damage"] if _with_damage(runs) else [])
     contents["not_tested"] = not_tested(missing, not_run)
     marked = [] if forgotten is None else [forgotten] if isinstance(forgotten, (int, str)) else list(forgotten)

@@ -39,6 +39,11 @@ LIMITS = (
     "guesses can be confirmed by the digest of a data set that holds nothing else.",
 )
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "diffusers", "huggingface_hub", "safetensors")
+_TASKS = {
+    ("ForImageClassification",): "classification",
+    ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"): "language",
+    ("UNet2DConditionModel", "Transformer2DModel"): "diffusion",
+}  # by the ends of names
 _ELSEWHERE = ("ranks", "offsets", "base_model_name_or_path", "peft_type", "inference_mode", "revision", "auto_mapping")
 
 
@@ -73,6 +78,17 @@ def model_contents(model: nn.Module | None, adapter_name: str, digest: bool) -> 
         }
         told["layers"] = [_layer(name, layer, adapter_name) for name, layer in layers.items()]
     return told
+
+
+def task_of(model_class: str) -> str | None:
+    """What models of a class are for, as transformers and diffusers call them; `None` where the name does not say.
+
+    Examples:
+        >>> from semu_peft.report.contents import task_of
+        >>> task_of("ViTForImageClassification"), task_of("Sequential")
+        ('classification', None)
+    """
+    return next((task for ends, task in _TASKS.items() if model_class.endswith(ends)), None)
 
 
 def file_contents(folder: str | os.PathLike[str] | None) -> dict[str, Any] | None:

@@ -15,6 +15,11 @@ from .figure import new_figure
 class Text:
     """A paragraph.
 
+    Attributes:
+        text: What it says.
+        missing: It says that something is missing.
+        lead: It sums up what follows.
+
     Examples:
         >>> from semu_peft.report.document import Text
         >>> Text("No metrics were given.", missing=True).missing
@@ -23,6 +28,7 @@ class Text:
 
     text: str
     missing: bool = False
+    lead: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ h2 { font-size: 1.25rem; margin: 2.25rem 0 .6rem; padding-top: .6rem; border-top
 p { margin: .6rem 0; max-width: 46rem; white-space: pre-line; }
 .soft, figcaption, caption { color: var(--soft); }
 .missing { color: var(--note); }
+.lead { font-weight: 600; border-left: 4px solid var(--link); padding-left: .75rem; }
 a { color: var(--link); }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; list-style: none; font-size: .95rem; }
 main ul { padding-left: 1.2rem; max-width: 46rem; }
@@ -117,7 +118,7 @@ def _section(section: Section, numbered: object) -> str:
 
 def _part(part: Text | Items | Table) -> str:
     if isinstance(part, Text):
-        shown = ' class="missing"' if part.missing else ""
+        shown = ' class="missing"' if part.missing else ' class="lead"' if part.lead else ""
         return f"<p{shown}>{escape(part.text)}</p>"
     if isinstance(part, Items):
         return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in part.items)}</ul>"

@@ -41,7 +41,8 @@ def escaped(text: str) -> str:
 def _part(part: Text | Items | Table | Picture) -> str:
     if isinstance(part, Text):
         paragraphs = [escaped(paragraph) for paragraph in re.split(r"\n\s*\n", part.text)]
-        return "\n\n".join(f"*{text}*" if part.missing else text for text in paragraphs)
+        mark = "*" if part.missing else "**" if part.lead else ""
+        return "\n\n".join(f"{mark}{text}{mark}" for text in paragraphs)
     if isinstance(part, Items):
         return "\n".join(f"- {escaped(item)}" for item in part.items)
     if isinstance(part, Picture):

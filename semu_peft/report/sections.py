@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .document import Items, Picture, Section, Table, Text
+from .headline import headline
+from .wording import measured, model_name, shown
 
 Contents = Mapping[str, Any]
 Part = Text | Items | Table | Picture
@@ -38,29 +40,10 @@ def sections(contents: Contents, pictures: Sequence[Picture] = ()) -> list[Secti
     ]
 
 
-def shown(value: Any) -> str:
-    """A number, a text or a list of them, as a person reads it."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,d}"
-    if isinstance(value, float):
-        return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
-    if isinstance(value, Mapping):
-        kind = value.get("type")
-        parts = [f"{key}={shown(each)}" for key, each in value.items() if key != "type" and each is not None]
-        return f"{kind}({', '.join(parts)})" if kind else ", ".join(parts) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(shown, value)) or "none"
-    return str(value)
-
-
 def _request(contents: Contents) -> list[Part]:
     request = contents["request"]
     text = Text(request["text"]) if request["text"] else Text("The request was not given in words.", missing=True)
-    parts: list[Part] = [text, Items(tuple(_summary(contents)))]
+    parts: list[Part] = [text, *headline(contents), Items(tuple(_summary(contents)))]
     rows = [(role, _count(data)) for role, data in request["data"].items()]
     parts.append(
         Table("Data", ("data", "how many"), tuple(rows)) if rows else Text("No data were given.", missing=True)
@@ -148,8 +131,8 @@ def _metrics(metrics: Contents) -> list[Part]:
     for kind in kinds:
         rows = [row for row in metrics["rows"] if row["kind"] == kind]
         names = dict.fromkeys(name for row in rows for name in row["values"])
-        heads = [_head(row["name"], metrics["reference"]) for row in rows]
-        cells = tuple((name, *(_measured(row["values"].get(name)) for row in rows)) for name in names)
+        heads = [model_name(row["name"], metrics["reference"]) for row in rows]
+        cells = tuple((name, *(measured(row["values"].get(name)) for row in rows)) for name in names)
         caption = "Metrics" if kind == "mapping" or len(kinds) == 1 else kind
         parts.append(Table(caption, ("metric", *heads), cells))
     sources = {each["source"] for row in metrics["rows"] for each in row["values"].values() if each["source"]}
@@ -160,18 +143,6 @@ def _metrics(metrics: Contents) -> list[Part]:
     if metrics["reference"] is None:
         parts.append(Text("No retrained model stands beside these numbers.", missing=True))
     return parts
-
-
-def _head(name: str, reference: str | None) -> str:
-    return f"{name} (reference)" if name == reference and name.lower() != "reference" else name
-
-
-def _measured(value: Contents | None) -> str:
-    if value is None or value["value"] is None:
-        return "–"
-    interval = value["interval"]
-    beside = f" ({shown(interval[0])} to {shown(interval[1])})" if interval else ""
-    return f"{shown(value['value'])}{beside}"
 
 
 def _attacks(attacks: Sequence[Contents]) -> list[Part]:
