@@ -179,9 +179,9 @@ class Loop:
             while not self._is_over():
                 self._train_epoch()
         self._call("on_train_end")
-        self._warn_of_the_end()
+        self._end()
 
-    def _warn_of_the_end(self) -> None:
+    def _end(self) -> None:
         """Say so where an optimiser with a rate did not do what it was for."""
         losses = [entry["loss"] for entry in self.progress.history]
         few = max(1, len(losses) // 10)

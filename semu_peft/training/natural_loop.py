@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -120,11 +121,21 @@ class NaturalLoop(Loop):
             if self.held and math.isnan(self.start_loss):
                 self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
             super().train()
-            if self.held:
-                self._leave_the_best()
 
-    def _warn_of_the_end(self) -> None:
-        """Nothing to warn of: a worse end than the start is not left."""
+    def _end(self) -> None:
+        """Leave the best cores; say so where those are the ones that the run began with."""
+        if not self.held:
+            return
+        self._leave_the_best()
+        was_forgotten = self.context.control.reason == ALREADY_FORGOTTEN
+        if self.choose is None and not was_forgotten and torch.equal(self._flat(), self.proximal.start):
+            bounded = self.natural.max_retain_kl is not None
+            mend = "a larger `max_retain_kl`" if bounded else "a `learning_rate`, by which AdamW trains"
+            warnings.warn(
+                "No step lowered the loss over the first batches of the run, so the adapter is as it was before. Give "
+                f"more examples in a batch, or {mend}.",
+                stacklevel=5,
+            )
 
     def _look_at_start(self, start: Tried) -> None:
         self.start_loss = start.values["loss"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ def test_what_is_forgotten_already_takes_no_step() -> None:
     model = adapted(objective)
     unlearn(model, FORGET, objective, optimizer=NaturalGradient(tolerance=0.5), **QUIET)
     before = trained_state(model)
-    result = unlearn(model, FORGET, objective, optimizer=NaturalGradient(tolerance=0.6), **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there is nothing to mend
+        result = unlearn(model, FORGET, objective, optimizer=NaturalGradient(tolerance=0.6), **QUIET)
     assert result.steps == 0 and result.stop_reason == "the forget data were forgotten already"
     assert_same_state(trained_state(model), before)
 
@@ -250,7 +253,8 @@ def test_without_retain_data_the_budget_is_on_the_other_answers() -> None:
     assert math.isclose(result.history[-1]["damage"], expected, rel_tol=1e-3)
 
 
-def test_a_loss_that_cannot_fall_leaves_the_start() -> None:
+@pytest.mark.parametrize(("limit", "mend"), [(None, "a `learning_rate`"), (0.05, "a larger `max_retain_kl`")])
+def test_a_loss_that_cannot_fall_leaves_the_start_and_says_so(limit: float | None, mend: str) -> None:
     class Rising(CrossEntropy):
         """Whatever is done to the cores is worse."""
 
@@ -262,7 +266,8 @@ def test_a_loss_that_cannot_fall_leaves_the_start() -> None:
     Rising.minimum = None
     model = adapted(DecoupledDistillation())
     before = trained_state(model)
-    unlearn(model, FORGET, Rising(), **QUIET)
+    with pytest.warns(UserWarning, match="No step lowered the loss .* as it was before. .*, or " + mend):
+        unlearn(model, FORGET, Rising(), max_retain_kl=limit, **QUIET)
     assert_same_state(trained_state(model), before)
 
 
