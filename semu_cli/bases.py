@@ -205,11 +205,14 @@ def check_new(folder: Path) -> None:
 def write_adapter(folder: Path, save: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
     """Save an adapter and what was done: the whole of both, or neither."""
     from semu_peft.files import folder_written_whole
+    from semu_peft.tuner.adapter_file import forget_older_weights, read_settings
 
-    with folder_written_whole(folder, ["adapter_config.json", "adapter_model.safetensors", RECORD]) as temporary:
+    names = ["adapter_config.json", "adapter_model.safetensors", RECORD, "README.md"]
+    with folder_written_whole(folder, names) as temporary:
         save(temporary)
         text = json.dumps(cast(Any, plain(record)), indent=2, ensure_ascii=False)
         (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+    forget_older_weights(folder, read_settings(folder / names[0]).get("weights_sha256"))
 
 
 def write_model(folder: Path, save: Callable[[Path], Any]) -> None:

@@ -83,6 +83,8 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
 def saver(model: Any, adapter_name: str) -> Callable[[Path], None]:
     """Saves an adapter of a `PeftModel`, which puts all names but `default` into a folder of their own, without one."""
 
+    from semu_peft.tuner.model_card import fill_model_card
+
     def save(folder: Path) -> None:
         model.save_pretrained(str(folder), selected_adapters=[adapter_name])
         inside = folder / adapter_name
@@ -90,6 +92,7 @@ def saver(model: Any, adapter_name: str) -> Callable[[Path], None]:
             for file in inside.iterdir():
                 file.replace(folder / file.name)
             inside.rmdir()
+            fill_model_card(folder, model.peft_config[adapter_name].to_dict())
 
     return save
 
@@ -149,8 +152,8 @@ def _told(record: Mapping[str, Any], outcome: Outcome, output_dir: Path) -> Told
     training, then = outcome.training, shlex.join(outcome.then)
     words = [
         *outcome.words,
-        f"{training.trainable_parameters:,} numbers were trained, {training.steps} steps in {training.seconds:.1f} s "
-        f"({training.stop_reason}).",
+        f"{training.trainable_parameters:,} numbers were trained, {counted(training.steps, 'step')} in "
+        f"{training.seconds:.1f} s ({training.stop_reason}).",
         f"The adapter is in {output_dir}.",
         f"Next: {then}",
     ]

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -20,6 +21,7 @@ from torch import Tensor
 from .arguments import check_path
 
 _ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed writer has left
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
 
@@ -97,6 +99,22 @@ def folder_written_whole(path: str | os.PathLike[str], names: Collection[str]) -
             _replace_one_by_one(target, temporary, list(names))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def final_name(folder: Path) -> str:
+    """The name of a folder, or of a temporary one of `folder_written_whole` the name that it will have.
+
+    Examples:
+        >>> import tempfile
+        >>> from semu_peft.files import final_name, folder_written_whole
+        >>> with folder_written_whole(Path(tempfile.mkdtemp(), "no-cats"), ["a.txt"]) as temporary:
+        ...     final_name(temporary)
+        'no-cats'
+    """
+    name = folder.name
+    while (found := _TEMPORARY.fullmatch(name)) is not None:
+        name = found[1]
+    return name
 
 
 def _exchanged(target: Path, temporary: Path) -> bool:

@@ -164,6 +164,8 @@ def unlearn_concept(
     config = SemuConfig() if config is None else copy.deepcopy(config)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = set(denoiser_targets(denoiser))  # type: ignore[assignment]  # as PEFT keeps them
+    if config.base_model_name_or_path is None and (name := getattr(pipe, "name_or_path", None)):
+        config.base_model_name_or_path = str(name)  # the pipeline's, which a denoiser does not know
     loader = examples.loader(min(batch_size, len(examples)))
     length: Any = _length(len(loader), max_steps, learning_rate, training.get("optimizer"))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)

@@ -21,6 +21,7 @@ from semu_peft.tuner.adapter_file import forget_older_weights, keep_weights
 from semu_peft.tuner.keys import PREFIX, without_prefix, without_wrappers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.misnomers import check_order
+from semu_peft.tuner.model_card import CARD_NAME, card_in, write_model_card
 from semu_peft.tuner.parameter import ParamWrapper
 
 from .kohya import kohya_tensors
@@ -110,7 +111,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter_name: str = "def
 
     Args:
         model: The model with the adapter.
-        path: The folder to write `adapter_config.json` and `adapter_model.safetensors` to.
+        path: The folder to write `adapter_config.json`, `adapter_model.safetensors` and the card, `README.md`, to. What
+            somebody wrote into a card that is there stays.
         adapter_name: The adapter to save.
 
     Returns:
@@ -138,10 +140,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter_name: str = "def
     config = next(iter(semu_layers(model, adapter_name).values())).configs[adapter_name]
     state_dict = get_peft_model_state_dict(root, adapter_name=adapter_name, save_embedding_layers=False)
     weights = {f"{PREFIX}{without_prefix(key)}": value.cpu() for key, value in state_dict.items()}
-    with folder_written_whole(path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]) as folder:
+    older = card_in(Path(path))
+    with folder_written_whole(path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]) as folder:
         save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, weights)
         settings = {**config.to_dict(), "inference_mode": True, "weights_sha256": keep_weights(folder)}
         (folder / CONFIG_NAME).write_text(json.dumps(as_json(settings), indent=2, sort_keys=True), encoding="utf-8")
+        write_model_card(folder, settings, older)
     forget_older_weights(Path(path), settings["weights_sha256"])
     return Path(path)
 

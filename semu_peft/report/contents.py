@@ -54,9 +54,12 @@ def model_contents(model: nn.Module | None, adapter_name: str, digest: bool) -> 
     base = base_model(model)
     parameters = {id(parameter): parameter.numel() for parameter in own_parameters(model).values()}
     layers = _layers(model, adapter_name)
+    settings = next(iter(layers.values())).configs[adapter_name].to_dict() if layers else {}
+    # An adapter knows the pipeline that it is of, and a denoiser only the folder inside it.
+    name = settings.get("base_model_name_or_path") or getattr(getattr(base, "config", None), "_name_or_path", None)
     told: dict[str, Any] = {
         "class": type(base).__qualname__,
-        "name": _short_name(getattr(getattr(base, "config", None), "_name_or_path", "") or ""),
+        "name": _short_name(name or ""),
         "parameters": sum(parameters.values()),
         "sha256": model_fingerprint(model) if digest else None,
         "adapter": None,
@@ -64,7 +67,6 @@ def model_contents(model: nn.Module | None, adapter_name: str, digest: bool) -> 
     }
     if layers:
         merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
-        settings = next(iter(layers.values())).configs[adapter_name].to_dict()
         told["adapter"] = {
             "name": adapter_name,
             "merged": bool(merged),

@@ -14,9 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from peft.utils import CONFIG_NAME
 
 from semu_peft.arguments import check_kind, check_path
-from semu_peft.files import written_whole
+from semu_peft.files import final_name, written_whole
 
-_CARD = "README.md"
+CARD_NAME = "README.md"
 _BLANK = "# Model Card for Model ID"  # the template that PEFT and transformers write where there is no card yet
 _TAGS = ("semu", "machine-unlearning")
 _BEGIN, _END = "<!-- semu_peft: what was forgotten -->", "<!-- semu_peft: end -->"
@@ -40,7 +40,8 @@ model = PeftModel.from_pretrained(base_model, "{name}")
 merged = model.merge_and_unload()  # a stock model that has forgotten
 ```
 
-Importing `semu_peft` is what registers the method with PEFT; nothing of it is called.
+Importing `semu_peft` is what registers the method with PEFT; nothing of it is called. `base_model` is the loaded model;
+of a diffusion pipeline it is the denoiser, `pipe.unet` or `pipe.transformer`, which then has the adapter.
 
 Without `semu_peft`, load the same correction as a LoRA. It is written once, and PEFT alone reads it:
 
@@ -90,9 +91,26 @@ def fill_model_card(folder: Path, settings: Mapping[str, Any]) -> None:
         folder: The folder that the adapter was saved to.
         settings: The fields of the adapter's configuration.
     """
-    path = folder / _CARD
+    path = folder / CARD_NAME
     if path.is_file():
-        _filled(path.read_text(encoding="utf-8"), folder.name, settings).save(path)
+        _filled(path.read_text(encoding="utf-8"), final_name(folder), settings).save(path)
+
+
+def write_model_card(folder: Path, settings: Mapping[str, Any], older: str | None = None) -> None:
+    """Write the adapter's card, where nothing else writes one.
+
+    Args:
+        folder: The folder that the adapter is being saved to.
+        settings: The fields of the adapter's configuration.
+        older: The text of a card that was there, which is kept unless it is blank.
+    """
+    _filled(older or _blank_card(), final_name(folder), settings).save(folder / CARD_NAME)
+
+
+def card_in(folder: Path) -> str | None:
+    """The text of the card in a folder, where there is one."""
+    path = folder / CARD_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def update_model_card(
@@ -160,11 +178,11 @@ def update_model_card(
         card.text = _told(card.text, description, data.eval_results or [])
     content = str(card)
     if local:
-        with written_whole(Path(adapter, _CARD)) as temporary:
+        with written_whole(Path(adapter, CARD_NAME)) as temporary:
             temporary.write_text(content, encoding="utf-8")
     else:
         HfApi(token=token).upload_file(
-            path_or_fileobj=content.encode(), path_in_repo=_CARD, repo_id=str(adapter), revision=revision,
+            path_or_fileobj=content.encode(), path_in_repo=CARD_NAME, repo_id=str(adapter), revision=revision,
             commit_message="Update the model card",
         )  # fmt: skip
     return card
@@ -190,7 +208,7 @@ def _filled(text: str, name: str, settings: Mapping[str, Any]) -> ModelCard:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
-    card = folder / _CARD
+    card = folder / CARD_NAME
     return _settings(folder / CONFIG_NAME, str(folder)), card.read_text("utf-8") if card.is_file() else _blank_card()
 
 
@@ -209,7 +227,7 @@ def _read_repository(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], 
             "`push_to_hub` was given."
         ) from error
     try:
-        return settings, Path(hf_hub_download(name, _CARD, **given)).read_text(encoding="utf-8")
+        return settings, Path(hf_hub_download(name, CARD_NAME, **given)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return settings, _blank_card()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -117,3 +118,32 @@ def test_a_lora_of_a_pipeline_is_said_with_the_program_that_reads_it(tmp_path: P
         told[to] = CliRunner().invoke(app, list(map(str, how))).output
     assert f"PeftModel.from_pretrained(pipe.unet, {str(tmp_path / 'lora')!r})" in told["lora"]
     assert "pipe.load_lora_weights" in told["diffusers"] and "ComfyUI" in told["kohya"]
+
+
+def test_a_card_calls_the_adapter_and_its_model_as_the_user_did(tmp_path: Path) -> None:
+    """Not as the temporary folder that it was written in; an adapter with a name of its own has a card as well."""
+    images = cli_models.image_folder(tmp_path / "photos", 2)
+    model, output = cli_models.classifier(tmp_path / "model", images), tmp_path / "no-cats"
+    how = ("unlearn", "images", "--model", model, "--forget", images / "cat", "--max-steps", 1, "--no-progress")
+    for seed, name in enumerate(("default", "cats")):
+        semu(*how, "--output-dir", output, "--adapter-name", name, "--seed", seed)
+        card = (output / "README.md").read_text()
+        assert 'PeftModel.from_pretrained(base_model, "no-cats")' in card and "Model Card for Model ID" not in card
+        assert f"An adapter that makes `{model}` forget." in card
+    assert len(list(output.glob(".adapter_model.*"))) == 1, "the earlier weights do not stay behind"
+
+
+def test_the_pipeline_of_a_concept_is_said_wherever_its_adapter_is(tmp_path: Path) -> None:
+    model, output = cli_models.pipeline(tmp_path / "my-pipeline"), tmp_path / "no-cats"
+    few = ("--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress", "--output-dir", output)
+    semu("unlearn", "concept", "--model", model, "--forget", "a cat", "--max-steps", 1, *few)
+    assert semu("inspect", "--adapter", output)["base_model"] == str(model)
+    card = (output / "README.md").read_text()
+    assert f"base_model: {model}" in card and f"An adapter that makes `{model}` forget." in card
+    assert 'PeftModel.from_pretrained(base_model, "no-cats")' in card and "`pipe.unet`" in card
+    judged = ("--model", model, "--adapter", output, "--forget", "a cat", "--samples", 1, "--num-inference-steps", 1)
+    semu("audit", *judged, "--no-attacks", "--no-progress", "--output-dir", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["model"]["name"] == "my-pipeline"  # and not "unet", the folder inside
+    semu("export", "--model", model, "--adapter", output, "--to", "lora", "--output-dir", tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)

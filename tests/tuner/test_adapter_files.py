@@ -148,6 +148,15 @@ def test_save_adapter_writes_the_digest_too(tmp_path: Path) -> None:
         assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "a")(x), model(x))
 
 
+def test_save_adapter_writes_a_card_and_keeps_what_somebody_wrote(tmp_path: Path) -> None:
+    save_adapter(adapter(0), tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "# SEMU adapter" in card and 'from_pretrained(base_model, "a")' in card and "- semu\n" in card
+    (tmp_path / "a" / "README.md").write_text(card + "\nOf the third of May.\n")
+    save_adapter(adapter(1), tmp_path / "a")
+    assert "Of the third of May." in (tmp_path / "a" / "README.md").read_text()
+
+
 # ---- what a file may hold ----
 
 FOREIGN = {
