@@ -200,8 +200,10 @@ def rows() -> list[Row]:
         Row("ssd, share searched", edited("ssd", is_searched=True), [{"lower": value} for value in (1.0, 0.1, 0.0)]),
         Row("lfssd", edited("lfssd"), [{"threshold": value} for value in (1.2, 2.0, 3.0)]),
         Row("iau", edited("iau"), [{"step_size": value} for value in (0.03, 0.1, 0.3)]),
+        Row("iau, step searched", edited("iau", is_searched=True), [{"step_size": 1.0}]),
         Row("k_fade", edited("k_fade"),
-            [{"damping": d, "step_size": s} for d, s in ((0.1, 1.0), (0.1, 3.0), (1.0, 10.0))]),
+            [{"damping": d, "step_size": s} for d, s in ((0.1, 0.03), (1.0, 0.1), (1.0, 0.3))]),
+        Row("k_fade, step searched", edited("k_fade", is_searched=True), [{"damping": d} for d in (0.1, 1.0)]),
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from .noise import noise_columns
 from .pruning import prune_weights
 from .reversal import concept_target, reverse_rows
 from .ridge import Certificate, RidgeHead
+from .search import search_step
 
 __all__ = [
     "Applied",
@@ -23,4 +24,5 @@ __all__ = [
     "prune_weights",
     "reverse_rows",
     "search_dampening",
+    "search_step",
 ]

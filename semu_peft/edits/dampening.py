@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from semu_peft.adapter.search_scale import best_trial
-from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_share
+from semu_peft.arguments import check_kind, check_number, check_share
 from semu_peft.gradients.gather import Gathered
 from semu_peft.gradients.statistics import SquaredSum
 
 from .deltas import Scaled, at_places
 from .edit import Edit
+from .search import best_edit
 
 
 def dampen(
@@ -110,9 +110,8 @@ def search_dampening(
 ) -> Edit:
     """Look for the share of weights at which dampening them scores best: no threshold does for all requests.
 
-    The importances are gathered once; a trial costs one call of `score`, of which there are about twenty. The search is
-    that of [`search_scale`][semu_peft.adapter.search_scale.search_scale]; of equal scores the smallest share is taken,
-    so that no more is damped than has to be.
+    The importances are gathered once and searched as by [`best_edit`][semu_peft.edits.search.best_edit]; of equal
+    scores the smallest share is taken, so that no more is damped than has to be.
 
     Args:
         model: The model, which is as it was before when the search is done, whatever happens in it.
@@ -140,25 +139,11 @@ def search_dampening(
         >>> search_dampening(model, forget, everything, lambda model: float(loss(model, data[0])))
         Edit(dampen(threshold=..., share=..., lower=1): ... numbers of ... parameters)
     """
-    check_model(model)
     check_share("highest", highest)
-    check_count("halvings", halvings, least=0)
-    if not callable(score):
-        raise TypeError("`score` must be a function of the model, `model -> float`.")
-
-    def at(share: float) -> float:
-        if share == 0.0:
-            return score(model)
-        with dampen(forget, everything, share=share, lower=lower).apply(model):
-            return score(model)
-
-    found = best_trial(at, highest=highest, halvings=halvings)
-    if found.scale == 0.0:
-        raise ValueError(
-            f"`score` is nowhere better than without dampening ({found.score:g}). Give a smaller `lower`, other "
-            "`targets`, or a score that dampening moves."
-        )
-    return dampen(forget, everything, share=found.scale, lower=lower)
+    return best_edit(
+        model, lambda share: dampen(forget, everything, share=share, lower=lower), score, highest=highest,
+        halvings=halvings,
+    )  # fmt: skip
 
 
 def _importances(forget: Gathered, everything: Gathered) -> dict[str, tuple[Tensor, Tensor]]:

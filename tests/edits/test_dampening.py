@@ -179,34 +179,6 @@ class TestParameters:
 # ---- a digit ----
 
 
-@pytest.fixture(scope="module")
-def digits() -> dict[str, Any]:
-    """An MLP that knows the digits, and the importances for forgetting one of them."""
-    from sklearn.datasets import load_digits
-
-    torch.manual_seed(0)
-    x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
-    x, order = x.float() / 16, torch.randperm(len(x))
-    x, y = x[order][:1300], y[order][:1300]
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(30):
-        for rows in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    forget = y == 3
-    seen = [gather_parameters(model, [(x[part], y[part])], CrossEntropy(), progress=False)
-            for part in (forget, torch.ones_like(forget))]  # fmt: skip
-
-    def accuracies(candidate: nn.Module) -> tuple[float, float]:
-        with torch.no_grad():
-            right = candidate(x).argmax(1) == y
-        return 100 * right[forget].float().mean().item(), 100 * right[~forget].float().mean().item()
-
-    return {"model": model, "seen": seen, "accuracies": accuracies}
-
-
 def test_a_digit_is_forgotten_and_the_others_stay(digits: dict[str, Any]) -> None:
     model, accuracies = digits["model"], digits["accuracies"]
     assert min(accuracies(model)) > 99
