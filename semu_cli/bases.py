@@ -223,3 +223,14 @@ def write_model(folder: Path, save: Callable[[Path], Any]) -> None:
         folder.rmdir()  # it is empty; then one rename puts the finished one there
     with folder_written_whole(folder, ["config.json"]) as temporary:
         save(temporary)
+        _readable(temporary)
+
+
+def _readable(folder: Path) -> None:
+    """Let who may read a folder's files, by the umask, read its weights: safetensors thinks of the owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ class RelearningCurve:
     Attributes:
         attacker: The attacker in words.
         steps: After how many steps it was measured; the first is 0.
-        forget: How much of what was forgotten is known then, in percent, on examples that the attacker did not have.
+        forget: How much of what was forgotten is known then, in percent, on examples that the attacker did not have,
+            unless he had all there are.
         retain: How much of the rest; empty where there is none.
         reference: The curve of the retrained model, or of another that never knew.
         half: What counts as back, in percent.
         hold: An attack counts only while this share of the retained knowledge of its start is left: training on forget
             examples alone makes any model answer the one class for everything.
+        seen: Whether the attacker had the very examples that were measured.
 
     Examples:
         >>> gold = RelearningCurve("SGD 0.01", (0, 5, 10, 50), (0.0, 0.0, 0.0, 60.0), (97.0, 97.0, 96.0, 95.0))
@@ -49,6 +52,7 @@ class RelearningCurve:
     reference: RelearningCurve | None = field(default=None, repr=False)
     half: float = 50.0
     hold: float = 0.8
+    seen: bool = False
 
     @property
     def area(self) -> float:
@@ -71,7 +75,8 @@ class RelearningCurve:
         """The attack, what it found, and what it found of the reference."""
         kept = f"; retained {self.retain[0]:.1f} → {self.retain[-1]:.1f}" if self.retain else ""
         reference = "" if self.reference is None else self.reference._found()
-        return f"relearning: {self.attacker}", self._found() + kept, reference
+        own = "; measured on the attacker's own examples, as there are no others" if self.seen else ""
+        return f"relearning: {self.attacker}", self._found() + kept + own, reference
 
     def _found(self) -> str:
         back = "never" if self.steps_to_half is None else f"after {self.steps_to_half}"
@@ -181,8 +186,9 @@ def relearning(
         loss_state = loss.state_dict()
         generator = torch.Generator().manual_seed(seed)
         relearner = Relearner(attacked, attacker, *pools, loss, generator)
-        left = pools[0].without(relearner.rows) or pools[0].rows
-        on_forget = pools[0].batches_of(left, size=256) if tests[0] is None else tests[0]
+        left = pools[0].without(relearner.rows)
+        seen = not left and tests[0] is None
+        on_forget = pools[0].batches_of(left or pools[0].rows, size=256) if tests[0] is None else tests[0]
         on_retain = (pools[1].batches if pools[1] else []) if tests[1] is None else tests[1]
         sides = [side for side in (on_forget, on_retain) if side]
 
@@ -192,10 +198,12 @@ def relearning(
                 return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
             return [measure(changed, side) for side in sides]
 
-        seen = relearner.curve(at, known, name if progress else None)
+        found = relearner.curve(at, known, name if progress else None)
         loss.load_state_dict(loss_state)
-        of_forget, *of_retain = zip(*seen, strict=True)
-        return RelearningCurve(attacker.label, at, of_forget, of_retain[0] if of_retain else (), beside, half)
+        of_forget, *of_retain = zip(*found, strict=True)
+        had = dataclasses.replace(attacker, forget_examples=len(relearner.rows))
+        kept = of_retain[0] if of_retain else ()
+        return RelearningCurve(had.label, at, of_forget, kept, beside, half, seen=seen)
 
     gold = None if reference is None else curve(reference, "reference relearns", None)
     return curve(model, "relearns", gold)

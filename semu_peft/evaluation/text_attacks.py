@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ class TextRelearning:
     def row(self) -> tuple[str, str, str]:
         """The attack, what it found, and what it found of gold."""
         curves = [" → ".join(f"{value:.3f}" for value in curve) for curve in (self.probability, self.gold)]
-        return f"relearning: {self.attacker}", curves[0], curves[1]
+        own = "; measured on the attacker's own answers, as there are no others" if self.seen else ""
+        return f"relearning: {self.attacker}", curves[0] + own, curves[1]
 
 
 def relearn_text(
@@ -247,7 +249,8 @@ def relearn_text(
 
     beside = () if gold is None else curve(gold, "gold relearns")
     found = curve(model, "relearns")
-    return TextRelearning(attacker.label, at, found, beside, measured is None and len(drawn) == len(examples))
+    had = dataclasses.replace(attacker, forget_examples=len(drawn))
+    return TextRelearning(had.label, at, found, beside, measured is None and len(drawn) == len(examples))
 
 
 @contextmanager

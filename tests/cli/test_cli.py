@@ -75,6 +75,8 @@ def test_merge_and_export_give_the_adapters_outputs(images: dict[str, Path], no_
     how = ("--model", images["model"], "--adapter", images["adapter"])
     semu("merge", *how, "--output-dir", tmp_path / "merged")
     semu("export", *how, "--to", "lora", "--output-dir", tmp_path / "lora")
+    modes = {file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert len(modes) == 1, "who may read the configuration may read the weights"
 
     def base(folder: Path) -> Any:
         return AutoModelForImageClassification.from_pretrained(folder).eval()

@@ -80,6 +80,16 @@ def test_related_data_is_learnt_and_the_forgotten_measured() -> None:
     assert curve.forget[0] == predict(net, FORGET, progress=False).accuracy and curve.retain == ()
 
 
+def test_an_attacker_is_said_to_have_what_there_is_and_to_be_measured_on_it() -> None:
+    all_of_it = relearning(Mlp(), FORGET[:1], attacker=Attacker("sgd", 0.1, steps=1), progress=False)
+    assert all_of_it.row[0] == "relearning: SGD 0.1, 10 examples" and all_of_it.seen
+    assert all_of_it.row[1].endswith("; measured on the attacker's own examples, as there are no others")
+    some = relearning(Mlp(), FORGET, attacker=Attacker("sgd", 0.1, steps=1), progress=False)
+    assert some.row[0] == "relearning: SGD 0.1, 20 examples" and not some.seen and "own examples" not in some.row[1]
+    apart = relearning(Mlp(), RETAIN[:1], attacker=ATTACKER, forget_test=FORGET, progress=False)
+    assert not apart.seen
+
+
 def test_area_and_steps_to_half() -> None:
     curve = RelearningCurve("x", (0, 10, 30), (0.0, 40.0, 80.0), (90.0, 90.0, 90.0))
     assert curve.area == pytest.approx((10 * 20 + 20 * 60) / 30)

@@ -99,6 +99,7 @@ def test_relearning_is_plain_training_of_all_weights() -> None:
         optimizer.step()
     expected = score_answers(trained, tokenizer, FORGET, **QUIET).probability.mean().item()
     assert found.seen and found.probability[-1] == pytest.approx(expected, rel=1e-3)
+    assert "own answers" in found.row[1] and found.row[0] == "relearning: SGD 0.1, 3 examples"
 
 
 def test_relearning_on_other_answers_is_measured_on_the_probes() -> None:
