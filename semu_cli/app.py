@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -78,6 +80,9 @@ def main() -> None:
         }
         exit code 0
     """
+    for stream in (sys.stdout, sys.stderr):  # of an old code page: a sign that it lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it misses; nothing here waits for them
     for library in ("transformers", "diffusers", "peft"):  # what they are to drop some day is no affair of a user here

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bases import RECORD
+from .bases import RECORD, check_place
 from .judge import attacked, judged
 from .options import (
     AtATime,
@@ -58,8 +58,7 @@ def audit(
     progress: Progress = True,
 ) -> Told:
     """Write a report to sign and to doubt: what was asked, done, measured, attacked, and what was not tested."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise typer.BadParameter(f"`--output-dir` must be a folder, got {output_dir}, a file. Choose another path.")
+    check_place(output_dir)
     flags = dict(locals())
     subject = judged(flags)
     from semu_peft.report import audit as report_on

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,7 +132,8 @@ def pipeline(model: str, adapter: Path | None = None) -> Any:
 
     silently()
     disable_progress_bar()
-    pipe = DiffusionPipeline.from_pretrained(model).to(device())
+    with _whole(model):
+        pipe = DiffusionPipeline.from_pretrained(model).to(device())
     pipe.set_progress_bar_config(disable=True)
     _adapted(denoiser_of(pipe), adapter, model)
     return pipe
@@ -144,10 +147,22 @@ def denoising_loss(pipe: Any, seed: int) -> Any:
     return DenoisingLoss(NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale), seed=seed)
 
 
+@contextlib.contextmanager
+def _whole(model: str) -> Iterator[None]:
+    """What safetensors says of a damaged file, with the model that it is in."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"Weights of {model} are damaged ({error}). Copy or download the model again.") from error
+
+
 def _loaded(kind: Any, model: str, adapter: Path | None, as_stored: bool) -> Any:
     """A model where the work is done; on a CPU in float32: one without units for half takes ten times as long."""
     silently()
-    loaded = kind.from_pretrained(model).to(device()).eval()
+    with _whole(model):
+        loaded = kind.from_pretrained(model).to(device()).eval()
     if not as_stored and device() == "cpu" and loaded.dtype.itemsize < 4 and not getattr(loaded, "is_quantized", False):
         loaded = loaded.float()
     return _adapted(loaded, adapter, model)
@@ -155,10 +170,14 @@ def _loaded(kind: Any, model: str, adapter: Path | None, as_stored: bool) -> Any
 
 def check_adapter(adapter: Path | None, flag: str = "`--adapter`") -> None:
     """Raise a usage error unless the folder has an adapter in it, or none is asked for."""
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise typer.BadParameter(
-            f"{flag}: there is no adapter_config.json in {adapter}. Give the folder that `semu unlearn` wrote."
-        )
+    if adapter is None:
+        return
+    weights = ("adapter_model.safetensors", "adapter_model.bin")
+    for names in (("adapter_config.json",), weights):
+        if not any((adapter / name).is_file() for name in names):
+            raise typer.BadParameter(
+                f"{flag}: there is no {names[0]} in {adapter}. Give the folder that `semu unlearn` wrote."
+            )
 
 
 def _adapted(model: Any, adapter: Path | None, place: str) -> Any:
@@ -177,8 +196,10 @@ def _check_made_for(adapter: Path, model: Any, place: str) -> None:
     try:
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        return  # damaged: PEFT says what is wrong with it
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} is damaged ({error}). Copy or download the adapter again."
+        ) from error
     there = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     if layers and not there & set(layers):
         of = f", which was made for {made_for}" if made_for else ""
@@ -188,17 +209,28 @@ def _check_made_for(adapter: Path, model: Any, place: str) -> None:
         )
 
 
-def check_output(folder: Path) -> None:
-    """Raise a usage error unless results can go there: an adapter's folder may be written over, no other."""
+def check_place(folder: Path) -> None:
+    """Raise a usage error unless a folder can be there: before hours of work, and not after them."""
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"`--output-dir` must be a folder, got {folder}, a file. Choose another path.")
+    above = next(each for each in (folder.absolute().parent, *folder.absolute().parents) if each.exists())
+    if not above.is_dir():
+        raise typer.BadParameter(f"`--output-dir`: {folder} would be inside {above}, a file. Choose another path.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"`--output-dir`: nothing may be written to {above}. Choose another path.")
+
+
+def check_output(folder: Path) -> None:
+    """Raise a usage error unless results can go there: an adapter's folder may be written over, no other."""
+    check_place(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file():
         raise typer.BadParameter(f"`--output-dir`: {folder} has other files in it. Choose a new folder.")
 
 
 def check_new(folder: Path) -> None:
     """Raise a usage error unless the folder is a new or an empty one."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_place(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise typer.BadParameter(f"`--output-dir`: {folder} exists and is not empty. Choose a new folder.")
 
 

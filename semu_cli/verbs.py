@@ -204,7 +204,8 @@ def _width() -> int | None:
 
 def _write(name: str, status: str, data: Mapping[str, Any]) -> None:
     content = {"command": name, "version": VERSION, "status": status, **plain(data)}
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(content, indent=2, ensure_ascii=not is_unicode, allow_nan=False))
 
 
 def plain(value: Any) -> Any:

@@ -335,11 +335,12 @@ def test_an_unknown_class_is_told_with_those_there_are(images: dict[str, Path], 
 
 
 def test_a_failure_is_one_sentence_and_with_traceback_the_error(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")  # and no weights
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
     found = semu("inspect", "--adapter", tmp_path, code=1)
-    assert found["status"] == "failed" and found["error"]["kind"] == "FileNotFoundError"
+    assert found["status"] == "failed" and found["error"]["kind"] == "ValueError"
     result = CliRunner().invoke(app, ["inspect", "--adapter", str(tmp_path), "--traceback"])
-    assert isinstance(result.exception, FileNotFoundError)
+    assert isinstance(result.exception, ValueError)
 
 
 def test_help_and_completion_do_not_wait_for_torch() -> None:
