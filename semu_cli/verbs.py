@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TextIO, get_args
 
 import typer
 
@@ -164,7 +164,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
 def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool, flags: Mapping[str, str]) -> None:
     from rich.console import Console
 
-    words = Console(stderr=True, highlight=False, soft_wrap=True)
+    words = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
 
     def failed(code: int, kind: str, message: str) -> typer.Exit:
         if as_json:
@@ -190,16 +190,16 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
         raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
     if as_json:
         _write(name, "failed" if told.code else "done", told.data)
-    printed = words if as_json else Console(highlight=False, soft_wrap=True, width=_width())
+    printed = words if as_json else Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
     for line in told.words:
         printed.print(line, markup=not isinstance(line, str))
     if told.code:
         raise typer.Exit(told.code)
 
 
-def _width() -> int | None:
-    """Of lines on stdout: a terminal's or what `COLUMNS` says; what is read by a program or a file is not wrapped."""
-    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else _UNBOUNDED
+def _width(stream: TextIO) -> int | None:
+    """Of lines: a terminal's or what `COLUMNS` says; what is read by a program or a file is not wrapped."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else _UNBOUNDED
 
 
 def _write(name: str, status: str, data: Mapping[str, Any]) -> None:

@@ -52,6 +52,7 @@ def test_what_is_no_terminal_gets_a_line_a_row(tmp_path: Path, monkeypatch: pyte
     model.add_module(name, torch.nn.Linear(4, 3))
     get_peft_model(model, SemuConfig(target_modules=[name], r=2, init_weights=False)).save_pretrained(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
-    told = CliRunner().invoke(app, ["inspect", "--adapter", str(tmp_path)]).output
-    row = next(line for line in told.splitlines() if name in line)
-    assert re.fullmatch(rf"│ {name} │ 3×4 +│ 2 +│ \S+ +│ \S+ +│ \S+% +│", row)
+    for more in ([], ["--json"]):  # then in words on stderr
+        told = CliRunner().invoke(app, ["inspect", "--adapter", str(tmp_path), *more]).output
+        lines = [line for line in told.splitlines() if line.startswith(f"│ {name}")]
+        assert lines and re.fullmatch(rf"│ {name} │ 3×4 +│ 2 +│ \S+ +│ \S+ +│ \S+% +│", lines[0])
