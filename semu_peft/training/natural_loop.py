@@ -23,6 +23,7 @@ from semu_peft.objectives.examples import count_examples, examples_in
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
 from .fingerprint import Fingerprint, describe
+from .held_batches import examples_of, first_pairs, rounds_of
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
@@ -36,8 +37,6 @@ from .trials import Term, Trials, Tried
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
-_HELD_EXAMPLES = 512  # on which start and end are compared,
-_MOST_ROUNDS = 8  # in so many rounds, each with draws and retain batches of its own
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _FALL_THAT_COUNTS = 0.5  # of the tolerance
 _TOLERANCE = 0.01  # by default
@@ -425,8 +424,6 @@ class NaturalLoop(Loop):
         """The batches, with draws of their own, on which the cores are compared with the start."""
         now = [objective.state_dict() for objective in self.objectives]
         _restore(self.objectives, self.first_draws)
-        pairs: list[tuple[Any, list[Any]]] = []
-        examples = 0
         loaders = [self.prepared.forget, *self.prepared.retain]
         positions = [self.progress.forget, *self.progress.retain]
         with ExitStack() as stack:
@@ -434,25 +431,10 @@ class NaturalLoop(Loop):
                 stack.enter_context(first_batches(loader, seed, at.first_generators))
                 for loader, seed, at in zip(loaders, self._seeds(), positions, strict=True)
             ]
-            for batch in forget:
-                kept = [next(batches, None) for batches in retained]
-                if any(each is None for each in kept):
-                    break
-                pairs.append((batch, kept))
-                examples += count_examples(batch) or 1
-                if examples >= _HELD_EXAMPLES:
-                    break
-            # A few forget examples meet more than their share of the retain data, of which one batch says little.
-            first, rounds = list(pairs), min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))
-            for _ in range(1, rounds if retained else 1):
-                further = [(batch, [next(batches, None) for batches in retained]) for batch, _ in first]
-                if any(each is None for _, kept in further for each in kept):
-                    break
-                pairs += further
-        examples = sum(count_examples(batch) or 1 for batch, _ in pairs)
+            pairs = first_pairs(forget, retained)
         # What draws at random is looked at more than once where there are few examples.
         draws = any(objective.is_random for objective in self.objectives)
-        rounds = min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1))) if draws else 1
+        rounds = rounds_of(examples_of(pairs)) if draws else 1
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
         self._move_to(self.proximal.start)
