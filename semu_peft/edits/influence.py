@@ -79,17 +79,17 @@ def newton_step(
     gradients, and `G` is `n_F / n_R` times the mean gradient of the `n_F` examples to forget: at a minimum of the loss
     of all data the gradient of the retained data is its negative, so that a step of 1 goes to where training without
     them would end, as far as the loss is quadratic and its curvature `B ⊗ A`. For a linear regression it is, and the
-    step *is* retraining.
+    step *is* retraining. The moments are means over rows (tokens, or windows of a convolution); an example's curvature
+    is that of all its rows, as if these were independent.
 
         forget = gather(model, forget_batches, loss)
         retain = gather(model, retain_batches, loss, statistic=CoreCovariance.of_weight)
         newton_step(forget, retain).apply(model)
 
-    Biases stay: give a layer a constant input to have its bias in the weight. Moments are means over rows, tokens or
-    windows of a convolution; with several rows an example, scale with `step_size`.
+    Biases stay: give a layer a constant input to have its bias in the weight.
 
     Source: K-FADE (PB&J), arXiv 2602.10568, inferred from its abstract as there is no code; K-FAC: Martens and Grosse
-    2015, arXiv 1503.05671.
+    2015, arXiv 1503.05671; its rows of one example: Grosse and Martens 2016, arXiv 1602.01407.
 
     Args:
         forget: Sums of gradients, [`GradientSum`][semu_peft.gradients.statistics.GradientSum].
@@ -135,7 +135,8 @@ def newton_step(
         if gradients[name].shape != (len(factors.outputs), len(a)):
             raise ValueError(f"`retain`: the factors of {name!r} do not fit its gradient. Gather `of_weight`.")
         mean = float(a.double().trace() / len(a)) * (1.0 if b is None else float(b.double().trace() / len(b)))
-        step = kronecker_solve(share * step_size * gradients[name].double(), a, b, damping * mean)
+        rows = factors.rows / retain.examples
+        step = kronecker_solve(share * step_size / rows * gradients[name].double(), a, b, damping * mean)
         deltas[name] = Dense(step.to(gradients[name].dtype))
     if not deltas:
         raise ValueError("`retain` must have the factors of some of the layers in `forget`. Gather the same `targets`.")

@@ -394,6 +394,11 @@ class CoreCovariance(Statistic):
         return cls(left, right)
 
     @property
+    def rows(self) -> float:
+        """How many rows were seen: each example has one, or as many as tokens, or as windows of a convolution."""
+        return float(self._rows)
+
+    @property
     def inputs(self) -> Tensor:
         """`A`, `(r, r)`."""
         return self._inputs / self._rows.clamp_min(1).to(self._inputs.dtype)

@@ -69,6 +69,22 @@ def test_a_newton_step_of_a_regression_is_retraining() -> None:
     assert (model.layer.weight - fitted(x[10:], t[10:])).abs().max() < 1e-10
 
 
+def test_an_examples_curvature_is_that_of_all_its_rows() -> None:
+    """Of tokens, or windows of a convolution."""
+    x, t = torch.randn(50, 4, 6).double(), torch.randn(50, 4, 3).double()
+
+    def half(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return 0.5 * (model(inputs) - targets).square().sum((1, 2)).mean()
+
+    model = Regression(fitted(x.flatten(0, 1), t.flatten(0, 1)))
+    downhill = gather(model, [(x[:10], t[:10])], half, progress=False)
+    retain = [(x[10:30], t[10:30]), (x[30:], t[30:])]
+    factors = gather(model, retain, half, statistic=CoreCovariance.of_weight, progress=False)
+    newton_step(downhill, factors, damping=0.0, outputs="identity").apply(model)
+    assert (model.layer.weight - fitted(x[10:].flatten(0, 1), t[10:].flatten(0, 1))).abs().max() < 1e-10
+
+
 def test_an_influence_step_is_retraining_to_first_order() -> None:
     """`H⁻¹ g` with the curvature of all data: halving what is forgotten quarters the error."""
     x, t = torch.randn(2000, 4).double(), torch.randn(2000, 2).double()
