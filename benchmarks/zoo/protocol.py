@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 SHOWN = 2_000  # images of each kind that a model is judged on, at most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One request: the data of both sides, the original model and the one retrained without what is forgotten."""
 

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,19 @@ def given(name: str, case: Case) -> dict[str, Any]:
 
 
 def amun(case: Case, settings: Settings) -> Outcome:
-    """Neighbours are searched for in large batches, of which the search makes hundreds of passes."""
+    """Of `GATHERED` batches, as the search for neighbours makes hundreds of passes."""
     model = fresh(case)
-    pairs = adversarial_examples(model, case.batches(case.forget, 1000))
-    parts = [zip(*(tensor.split(64) for side in pair for tensor in side), strict=True) for pair in pairs]
-    forget = [(each[:2], each[2:]) for part in parts for each in part]
-    result = methods.amun(model, forget, case.batches(case.retain), progress=False, **settings)
+    result = methods.amun(model, neighbours(case), case.batches(case.retain), progress=False, **settings)
     return Outcome(model, result.trainable_parameters, size_of(model))
+
+
+@lru_cache(maxsize=1)
+def neighbours(case: Case) -> list[Any]:
+    """Pairs of forget batches and their adversarial neighbours, searched in large batches; kept for other settings."""
+    together = [torch.cat(parts).split(1000) for parts in zip(*gathered_from(case)[0], strict=True)]
+    pairs = adversarial_examples(fresh(case), list(zip(*together, strict=True)))
+    parts = [zip(*(tensor.split(64) for side in pair for tensor in side), strict=True) for pair in pairs]
+    return [(each[:2], each[2:]) for part in parts for each in part]
 
 
 def size_of(model: nn.Module) -> int:
