@@ -49,12 +49,12 @@ def sections() -> list[str]:
 
 
 def results(name: str) -> dict[str, Any]:
-    """The rows of one table of the benchmark, by their titles; those of a GPU, with its own models, where it has none.
+    """The rows of one table of the benchmark by their titles, and those of later runs, which had models of their own.
 
     A row that was not run on all cases is left out.
     """
     rows: dict[str, Any] = {}
-    for kind in ("", "_gpu", "_gpu_second"):
+    for kind in ("", "_second", "_gpu", "_gpu_second"):
         path = RESULTS / f"zoo_{name.lower().replace('-', '')}{kind}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))["rows"]
