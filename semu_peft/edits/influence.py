@@ -135,8 +135,8 @@ def newton_step(
         if gradients[name].shape != (len(factors.outputs), len(a)):
             raise ValueError(f"`retain`: the factors of {name!r} do not fit its gradient. Gather `of_weight`.")
         mean = float(a.double().trace() / len(a)) * (1.0 if b is None else float(b.double().trace() / len(b)))
-        rows = factors.rows / retain.examples
-        step = kronecker_solve(share * step_size / rows * gradients[name].double(), a, b, damping * mean)
+        rows = factors.rows / retain.examples  # none where no retained example came by
+        step = kronecker_solve(share * step_size * gradients[name].double(), rows * a, b, damping * rows * mean)
         deltas[name] = Dense(step.to(gradients[name].dtype))
     if not deltas:
         raise ValueError("`retain` must have the factors of some of the layers in `forget`. Gather the same `targets`.")

@@ -256,10 +256,12 @@ class KroneckerFactors(Curvature):
         if failed and torch.stack(failed).any().item():  # rounding has made some of them indefinite
             for stack in self._stacks:
                 stack.invert_by_eigenvalues(damping)
+        curvatures = [stack.curvature() for stack in self._stacks]
         means = [self._mean_squares(slot).mean().view(1) for slot in self._slots_without_rows()]
-        self._least = _FLAT * torch.cat([stack.curvature() for stack in self._stacks] + means).max()
-        for stack in self._stacks:
-            stack.hold_back(self._least)
+        self._least = _FLAT * torch.cat([*curvatures, *means]).max()
+        for stack, curvature in zip(self._stacks, curvatures, strict=True):
+            # As if an average direction of a core that nothing depends on cost this.
+            stack.inverses[0] *= (curvature / self._least.clamp_min(_LEAST)).clamp_max(1).view(-1, 1, 1)
         self._inverted_at = damping
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,10 +339,6 @@ class _Stack:
     def curvature(self) -> Tensor:
         """What an average direction of each core costs, `(n,)`."""
         return self.means.diagonal(dim1=-2, dim2=-1).mean(-1).prod(0)
-
-    def hold_back(self, least: Tensor) -> None:
-        """Treat cores of less curvature as if an average direction cost this."""
-        self.inverses[0] *= (self.curvature() / least.clamp_min(_LEAST)).clamp_max(1).view(-1, 1, 1)
 
     def times(self, parts: Tensor) -> Tensor:
         """The means on the cores' numbers, of the shape of `places`."""

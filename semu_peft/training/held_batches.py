@@ -8,7 +8,7 @@ from typing import Any
 
 from semu_peft.objectives.examples import count_examples
 
-HELD_EXAMPLES = 512
+_HELD_EXAMPLES = 512
 _MOST_ROUNDS = 8
 
 Pair = tuple[Any, list[Any]]
@@ -31,15 +31,17 @@ def first_pairs(forget: Iterable[Any], retained: Sequence[Iterator[Any]]) -> lis
         [('forget', ['first']), ('forget', ['second'])]
     """
     pairs: list[Pair] = []
+    examples = 0
     for batch in forget:
         kept = [next(batches, None) for batches in retained]
         if any(each is None for each in kept):
             break
         pairs.append((batch, kept))
-        if examples_of(pairs) >= HELD_EXAMPLES:
+        examples += examples_of(pairs[-1:])
+        if examples >= _HELD_EXAMPLES:
             break
     first = list(pairs)
-    for _ in range(1, rounds_of(examples_of(first)) if retained else 1):
+    for _ in range(1, rounds_of(examples) if retained else 1):
         further = [(batch, [next(batches, None) for batches in retained]) for batch, _ in first]
         if any(each is None for _, kept in further for each in kept):
             break
@@ -60,4 +62,4 @@ def rounds_of(examples: int) -> int:
         >>> rounds_of(1), rounds_of(200), rounds_of(512)
         (8, 3, 1)
     """
-    return min(_MOST_ROUNDS, math.ceil(HELD_EXAMPLES / max(examples, 1)))
+    return min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))

@@ -85,6 +85,25 @@ def test_an_examples_curvature_is_that_of_all_its_rows() -> None:
     assert (model.layer.weight - fitted(x[10:].flatten(0, 1), t[10:].flatten(0, 1))).abs().max() < 1e-10
 
 
+def test_a_layer_that_no_retained_example_reached_stays() -> None:
+    """Nothing is known of its curvature, as with an expert that is routed to for the forget data alone."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.forgotten = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kept(x) + (self.forgotten(x) if x[0, 0] > 0 else 0)
+
+    x, labels = torch.rand(8, 6), torch.arange(8) % 3
+    downhill = gather(Routed(), [(x, labels)], CrossEntropy(), progress=False)
+    factors = gather(Routed(), [(-x, labels)], CrossEntropy(), statistic=CoreCovariance.of_weight, progress=False)
+    deltas = newton_step(downhill, factors, damping=0.1).deltas
+    assert deltas["kept"].tensors()["values"].abs().max() > 0
+    assert "forgotten" not in deltas or not deltas["forgotten"].tensors()["values"].any()
+
+
 def test_an_influence_step_is_retraining_to_first_order() -> None:
     """`H⁻¹ g` with the curvature of all data: halving what is forgotten quarters the error."""
     x, t = torch.randn(2000, 4).double(), torch.randn(2000, 2).double()
