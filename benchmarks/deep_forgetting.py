@@ -1,11 +1,13 @@
 """How deep a class is forgotten, and what that costs: damage against steps of relearning, beside the retrained model.
 
     OMP_NUM_THREADS=1 python benchmarks/deep_forgetting.py                     # scikit-learn's digits, a few minutes
-    python benchmarks/deep_forgetting.py --data DIR --models runs/cifar10 --classes 0 3 8 --seeds 0 --wide --workers 8
+    python benchmarks/deep_forgetting.py --data DIR --models runs/cifar10 --classes 0 3 8 --seeds 0 --workers 8
 
-The second is for a GPU: CIFAR-10, the ResNet-14 of the class benchmark (`cifar10/run.py` makes it) and one of twice the
-width, some minutes; hours on CPU cores. Struck-out distillation at the weights alone, and under simulated relearning by
-several attackers, with several weights of the retain KL and several margins.
+The second is CIFAR-10 with the ResNet-14 of the class benchmark (`cifar10/run.py` makes it): some minutes of a GPU, an
+hour or two a row of a CPU core. `--networks` has one of twice the width, for four times as long, and a plain one for a
+third.
+Struck-out distillation at the weights alone, and under simulated relearning by several attackers, with several weights
+of the retain KL and several margins.
 
 Five attackers, none with an image or a seed of the simulation: SGD at two rates, Adam, the head alone, and SGD on
 inputs that are varied. *simulated* knows SGD at one of the rates, *several* Adam too; the other two kinds nobody does.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import platform
@@ -31,7 +34,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import peft
 import torch
@@ -39,7 +42,7 @@ from peft import get_peft_model
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where this file is read by another's import
-from deep_subjects import DEVICE, Asked, Subject, batches, subject_of, training_begun
+from deep_subjects import DEVICE, Asked, Network, Subject, batches, subject_of, training_begun
 from side_by_side import side_by_side
 
 from semu_peft import NaturalGradient, Retain, SemuConfig, initialize_semu_weights, unlearn
@@ -319,10 +322,11 @@ def main() -> None:
     temporary = path.with_suffix(".partial")
     models = None if arguments.data is None else str(arguments.models)
     asked = {"classes": arguments.classes, "seeds": arguments.seeds, "models": models}
-    asked |= {name: True for name in ("wide", "smoke") if getattr(arguments, name)}
+    asked |= {} if arguments.networks == ["ResNet-14"] else {"networks": arguments.networks}
+    asked |= {"smoke": True} if arguments.smoke else {}
     begun = resumed(temporary, asked)
     rows: Rows = begun["rows"]
-    chosen = [way for way in WAYS if not arguments.only or any(each in way for each in arguments.only)]
+    chosen = [way for way in WAYS if not arguments.only or any(asks_for(each, way) for each in arguments.only)]
     names = [GOLD, *chosen[:3], NOTHING, *chosen[3:]]
     tasks = [(subject, way) for way in names for subject in subjects if subject.name not in rows.get(way, {})]
     document = {"command": " ".join(["python benchmarks/deep_forgetting.py", *sys.argv[1:]]), "asked": asked}
@@ -358,14 +362,15 @@ def written(rows: Rows, names: list[str], subjects: list[Asked]) -> dict[str, An
     return {"missing": missing, "table": table(rows), "verdicts": verdicts(rows), "rows": rows}
 
 
+def asks_for(text: str, way: str) -> bool:
+    """Whether `--only` with this text asks for a way: a whole name for that way alone, though others begin with it."""
+    return text == way if text in WAYS else text in way
+
+
 def _subjects(arguments: argparse.Namespace) -> list[Asked]:
     data, models = arguments.data, None if arguments.data is None else arguments.models
-    kinds = [(seed, False) for seed in arguments.seeds] + [(seed, True) for seed in arguments.seeds[: arguments.wide]]
-    return [
-        Asked(index, seed, data, models, is_wide, arguments.smoke)
-        for index in arguments.classes
-        for seed, is_wide in kinds
-    ]
+    every = itertools.product(arguments.classes, arguments.networks, arguments.seeds)
+    return [Asked(index, seed, data, models, network, arguments.smoke) for index, network, seed in every]
 
 
 def _environment() -> dict[str, Any]:
@@ -382,8 +387,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("runs/cifar10"), help="folder of its trained models")
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--wide", action="store_true", help="a wider ResNet too, with the first of the seeds")
-    parser.add_argument("--only", nargs="+", help="only the ways whose name contains one of these")
+    parser.add_argument("--networks", nargs="+", default=["ResNet-14"], choices=get_args(Network), help="of CIFAR-10")
+    parser.add_argument("--only", nargs="+", help="only the ways of these names, or whose name contains one of these")
     parser.add_argument("--workers", type=int, default=1, help="processes that make rows side by side")
     parser.add_argument("--seconds", type=float, help="begin no row that would not be done after so long")
     parser.add_argument("--smoke", action="store_true", help="few images and steps, to see that everything runs")

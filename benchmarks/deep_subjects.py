@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ RETAINED = 16_000  # CIFAR-10's retain images, half of them for unlearning
 TESTED = 2_000
 WIDTHS = (64, 128, 256)
 Side = tuple[Tensor, ...]
+Network = Literal["ResNet-14", "wide", "plain"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Asked:
         seed: Of the models and of what is drawn.
         data: Folder of CIFAR-10; None for digits.
         models: Folder of its models.
-        is_wide: The network of twice the width, trained here where it is missing.
+        network: Of CIFAR-10: the benchmark's ResNet-14, one of twice the width, or a plain one without shortcuts.
         is_smoke: Few images and few steps, to see that everything runs.
     """
 
@@ -44,13 +45,14 @@ class Asked:
     seed: int
     data: Path | None = None
     models: Path | None = None
-    is_wide: bool = False
+    network: Network = "ResNet-14"
     is_smoke: bool = False
 
     @property
     def name(self) -> str:
         """What rows call it."""
-        kind = "digits" if self.data is None else "CIFAR-10, wide" if self.is_wide else "CIFAR-10"
+        kind = "digits" if self.data is None else "CIFAR-10"
+        kind += "" if self.network == "ResNet-14" else f", {self.network}"
         return f"{kind}, class {self.index}, seed {self.seed}"
 
 
@@ -173,7 +175,7 @@ def trained_mlp(side: Side, seed: int) -> nn.Module:
 
 
 def cifar10(asked: Asked) -> Subject:
-    """The ResNets of the class benchmark, or one of twice the width."""
+    """The ResNet of the class benchmark, or another network."""
     sys.path.insert(0, str(Path(__file__).parent / "cifar10"))
     from methods import TARGET_MODULES
 
@@ -220,12 +222,16 @@ def _kinds(asked: Asked) -> list[tuple[str, int | None]]:
 
 def network(asked: Asked, name: str, without: int | None) -> nn.Module:
     """One model, trained on all images or on those of the other classes, in eval mode."""
+    from plain import PlainNet
     from pretrain import cached_model, train
     from resnet import ResNet
     from tasks import CLASS_RECIPE
 
     assert asked.data is not None and asked.models is not None
-    build, kind = (partial(ResNet, widths=WIDTHS), "class-wide") if asked.is_wide else (ResNet, "class")
+    build: Callable[[], nn.Module] = {
+        "ResNet-14": ResNet, "wide": partial(ResNet, widths=WIDTHS), "plain": PlainNet
+    }[asked.network]  # fmt: skip
+    kind = "class" if asked.network == "ResNet-14" else f"class-{asked.network}"
     side = images_of(asked.data, "test" if asked.is_smoke else "train")
     if without is not None:
         side = divided(side, without)[1]
@@ -241,7 +247,7 @@ def network(asked: Asked, name: str, without: int | None) -> nn.Module:
 def training_begun(asked: list[Asked]) -> Iterator[None]:
     """Meanwhile the models of all subjects are trained at once, each in a process of its own; who needs one waits."""
     wanted = {
-        (each.seed, each.is_wide, name): (each, name, without) for each in asked for name, without in _kinds(each)
+        (each.seed, each.network, name): (each, name, without) for each in asked for name, without in _kinds(each)
     }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(wanted), context, max_tasks_per_child=1) as pool:

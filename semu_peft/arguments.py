@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def check_model(model: Any, name: str = "model") -> None:
         >>> check_model(nn.Linear(2, 2))
     """
     check_kind(name, model, nn.Module, "a model, a torch `nn.Module`", "Load or build it first.")
+
+
+def check_score(score: Any) -> None:
+    """Check that an argument called `score` can be asked how good a model is.
+
+    Raises:
+        TypeError: It is no function.
+
+    Examples:
+        >>> check_score(0.5)
+        Traceback (most recent call last):
+        TypeError: `score` must be a function of the model, got 0.5. Write `lambda model: ...`, higher if better.
+    """
+    wanted, mend = "a function of the model", "Write `lambda model: ...`, higher if better."
+    check_kind("score", score, Callable, wanted, mend)  # type: ignore[arg-type]
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:

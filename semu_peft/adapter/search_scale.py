@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from semu_peft.arguments import check_adapter_name, check_count, check_model, check_number
+from semu_peft.arguments import check_adapter_name, check_count, check_model, check_number, check_score
 from semu_peft.tuner.adapted import initialized_layers
 from semu_peft.tuner.layer import SemuLayer
 
@@ -67,6 +67,7 @@ def search_scale(
         adapter_name: The adapter to scale.
 
     Raises:
+        TypeError: `score` is no function.
         ValueError: An argument is out of range, a score is not finite, or no scale scores better than 0, the model
             without the correction. The model is as before then.
         NotInitializedError: The adapter has no bases yet.
@@ -84,8 +85,9 @@ def search_scale(
     check_adapter_name(adapter_name)
     check_number("highest", highest, low=0.0)
     check_count("halvings", halvings, least=0)
-    if not callable(score) or highest == 0:
-        raise ValueError("`score` must be a function of the model, and `highest` above 0. Give `model -> float`.")
+    check_score(score)
+    if highest == 0:
+        raise ValueError("`highest` must be above 0, got 0. Give the largest scale to try.")
     layers = initialized_layers(model, adapter_name)
     before = {name: layer.scaling[adapter_name] for name, layer in layers.items()}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from semu_peft.adapter.search_scale import best_trial
-from semu_peft.arguments import check_count, check_kind, check_model, check_number
+from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_score
 
 from .deltas import Dense
 from .edit import Edit
@@ -56,8 +56,7 @@ def best_edit(
     check_model(model)
     check_number("highest", highest, low=0.0)
     check_count("halvings", halvings, least=0)
-    if not callable(score):
-        raise TypeError("`score` must be a function of the model, `model -> float`.")
+    check_score(score)
 
     def at(size: float) -> float:
         if size == 0.0:

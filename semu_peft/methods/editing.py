@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from semu_peft.adapter.search_scale import ScaleSearch, search_scale
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
+from semu_peft.arguments import check_score
 from semu_peft.edits import (
     Certificate,
     Edit,
@@ -187,17 +188,13 @@ def _check_choice(threshold: float | None, share: float | None, score: object) -
     given = [
         name for name, value in (("threshold", threshold), ("share", share), ("score", score)) if value is not None
     ]
-    _check_score(score)
+    if score is not None:
+        check_score(score)
     if len(given) != 1:
         raise ValueError(
             f"One of `threshold`, `share` and `score` must be given, got {given or 'none'}. Give `share=0.05` to "
             "dampen a twentieth of the weights, or a score to have the share searched."
         )
-
-
-def _check_score(score: object) -> None:
-    if score is not None and not callable(score):
-        raise TypeError(f"`score` must be a function of the model, `model -> float`, got {type(score).__name__}.")
 
 
 def iau(
@@ -231,7 +228,8 @@ def iau(
         >>> methods.iau(nn.Linear(4, 3), forget, retain, progress=False).made_by
         'influence_step'
     """
-    _check_score(score)
+    if score is not None:
+        check_score(score)
     options: dict[str, Any] = {"statistic": GradientSum, "per": "batch", "progress": progress}
     seen = [gather_parameters(model, data, CrossEntropy(), **options) for data in (forget, retain)]
     step = influence_step(*seen, step_size=step_size, update=update)
@@ -270,7 +268,8 @@ def k_fade(
         >>> methods.k_fade(nn.Linear(4, 3), forget, retain, progress=False).made_by
         'newton_step'
     """
-    _check_score(score)
+    if score is not None:
+        check_score(score)
     gradients = gather(model, forget, CrossEntropy(), progress=progress)
     factors = gather(model, retain, CrossEntropy(), statistic=CoreCovariance.of_weight, progress=progress)
     step = newton_step(gradients, factors, damping=damping, step_size=step_size)

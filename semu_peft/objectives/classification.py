@@ -6,6 +6,7 @@ All losses are means over the batch, computed in float32 whatever the model's dt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from semu_peft.arguments import check_count, check_kind, check_model, check_numb
 from .base import Evaluation, Objective, Outputs, RandomObjective
 from .batches import call_model
 from .original import reference_model
+
+_A_CLASS = 8  # examples of a label in a batch from which on it looks like a whole class, and not like single examples
+_MUCH = 0.25  # of what they are taught: another class of the forget data
 
 
 @dataclass
@@ -226,13 +230,31 @@ class DecoupledDistillation(ForgettingClasses):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("margin", self.margin, low=0)
+        self._has_warned = False
 
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
-        return original.masked_fill(self.forgotten(labels, original.shape[1]), float("-inf")).softmax(-1)
+        target = original.masked_fill(self.forgotten(labels, original.shape[1]), float("-inf")).softmax(-1)
+        if self.classes is None and not self._has_warned:
+            self._look_for_classes(labels, target)
+        return target
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
+
+    def _look_for_classes(self, labels: Tensor, target: Tensor) -> None:
+        """Warn where whole classes seem to be forgotten together, and their examples are taught one another's class."""
+        found, counts = labels.unique(return_counts=True)
+        if not 1 < len(found) < target.shape[1] or counts.min() < _A_CLASS:
+            return
+        share = target[:, found].sum(1).mean().item()
+        if share >= _MUCH:
+            warnings.warn(
+                f"The forget examples of classes {found.tolist()} are led to one another's class with {share:.0%} of "
+                "the probability. If these classes are to be forgotten as a whole, name all that are: `classes=[...]`.",
+                stacklevel=2,
+            )
+            self._has_warned = True
 
     def _read(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         logits, labels = super()._read(model, batch)

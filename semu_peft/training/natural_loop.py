@@ -84,7 +84,7 @@ class NaturalLoop(Loop):
         self.failures, self.stalled, self.running, self.lowest = 0, 0, math.nan, math.inf
         self.best = self._flat()
         self.proximal = Proximal(self.best)
-        self.start_loss = math.nan
+        self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
         self.choose = choose
         self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
         self.first_draws: list[Any] = []
@@ -117,7 +117,7 @@ class NaturalLoop(Loop):
                 self.curvature.load_state_dict(self._restored["curvature"])
                 self.control.load_state_dict(self._restored["control"])
             self.held = self._held_terms()
-            if self.held and math.isnan(self.start_loss):
+            if self.held and not self.start_values:
                 self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
             super().train()
 
@@ -136,8 +136,12 @@ class NaturalLoop(Loop):
                 stacklevel=5,
             )
 
+    @property
+    def start_loss(self) -> float:
+        return self.start_values.get("loss", math.nan)
+
     def _look_at_start(self, start: Tried) -> None:
-        self.start_loss = start.values["loss"]
+        self.start_values = start.values
         self._choose_curvature(self._affords_whole_matrix(start))
         if self._is_forgotten(start, self._tolerated(self.start_loss)):
             self._stop(ALREADY_FORGOTTEN)
@@ -255,16 +259,21 @@ class NaturalLoop(Loop):
             ends = [self.path[self.choose(self.progress.history)]]
         else:
             ends = [self._flat(), self.best, self.proximal.start]
-        tried = [self._at(end) for end in ends]
-        losses = [each.values["loss"] + self.proximal.at(end) for each, end in zip(tried, ends, strict=True)]
+        tried: list[dict[str, float]] = []
+        seen = [(self.proximal.start, self.start_values)]
+        for end in ends:
+            known = next((values for place, values in seen if torch.equal(place, end)), None)
+            tried.append(self._values_at(end) if known is None else known)
+            seen.append((end, tried[-1]))
+        losses = [values["loss"] + self.proximal.at(end) for values, end in zip(tried, ends, strict=True)]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         lowest = losses.index(min(losses))
         self._move_to(ends[lowest])
-        self._enter_into_history(tried[lowest].values)
+        self._enter_into_history(tried[lowest])
 
-    def _at(self, place: Tensor) -> Tried:
+    def _values_at(self, place: Tensor) -> dict[str, float]:
         self._move_to(place)
-        return self.trials.evaluate(self.held, with_gradient=False)
+        return self.trials.evaluate(self.held, with_gradient=False).values
 
     # ---- one step ----
 
@@ -438,7 +447,7 @@ class NaturalLoop(Loop):
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
         self._move_to(self.proximal.start)
-        terms = [term for _ in range(rounds) for batch, kept in pairs for term in self.trials.terms(batch, kept)]
+        terms = self.trials.terms_that_fit(pairs * rounds)
         self._move_to(here)
         _restore(self.objectives, now)
         return terms
@@ -471,6 +480,7 @@ class NaturalLoop(Loop):
             "start": self.proximal.start,
             "pull": self.proximal.pull,
             "best": self.best,
+            "start_values": self.start_values,
             "path": self.path,
             **{name: getattr(self, name) for name in _NUMBERS},
         }
@@ -480,12 +490,12 @@ class NaturalLoop(Loop):
         self.generator.set_state(state["generator"])
         self.first_draws, self.best = state["first_draws"], state["best"]
         self.proximal = Proximal(state["start"], state["pull"])
-        self.path = list(state["path"])
+        self.path, self.start_values = list(state["path"]), dict(state["start_values"])
         for name in _NUMBERS:
             setattr(self, name, state[name])
 
 
-_NUMBERS = ("failures", "stalled", "running", "lowest", "start_loss", "forgotten_batches", "budget_was_hit")
+_NUMBERS = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit")
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

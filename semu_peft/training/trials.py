@@ -14,6 +14,8 @@ from semu_peft.objectives.base import Evaluation, Objective, Outputs
 from semu_peft.objectives.distributions import divergence, strike_out
 from semu_peft.objectives.original import original
 
+from .held_batches import Pair, bytes_within, have_room
+
 Mean = Callable[[dict[str, float]], dict[str, float]]
 """The mean of numbers over all processes."""
 
@@ -91,6 +93,22 @@ class Trials:
         terms = [self._term(objective, batch, 1.0, is_forget=True)]
         pairs = zip(keep, retained, self.weights, strict=True)
         return terms + [self._term(each, kept, weight, is_forget=False) for each, kept, weight in pairs]
+
+    def terms_that_fit(self, pairs: Sequence[Pair]) -> list[Term]:
+        """Those of the first pairs of batches, one at least, as far as there is room for what they keep in memory.
+
+        What the original says of a batch of text takes a gigabyte where the vocabulary is large.
+        """
+        terms: list[Term] = []
+        taken = 0.0
+        for batch, retained in pairs:
+            if not have_room(taken):
+                break
+            found = self.terms(batch, retained)
+            terms += found
+            own = bytes_within([[term.prepared, term.original] for term in found])
+            taken += self.mean_over_processes({"bytes": float(own)})["bytes"]  # so that all look at as many
+        return terms
 
     def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> Term:
         term = Term(objective, batch, weight, objective.prepare(self.model, batch), is_forget)

@@ -96,7 +96,7 @@ def test_a_failed_search_leaves_the_model() -> None:
         (lambda m: float("nan"), ValueError, "`score` must be finite"),
         (lambda m: 1.0, ValueError, "nowhere from 0 to 8 better than at 0"),
         (lambda m: -scale_of(m), ValueError, "nowhere from 0 to 8 better"),
-        (None, ValueError, "`score` must be a function"),
+        (None, TypeError, "`score` must be a function"),
     ]
     for score, error, message in cases:
         with pytest.raises(error, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -120,6 +121,26 @@ def test_several_classes_are_struck_out_at_once() -> None:
     assert all(0 < loss < 99 for loss in losses) and len(set(losses)) > 1
     sure = 99 * F.one_hot(torch.tensor([3]), 5).float()  # an example of another class is not led to its own either
     assert RandomLabel(classes=[4])(MODEL, (sure, torch.tensor([3]))) > 90
+
+
+def test_whole_classes_that_are_taught_one_another_are_told_of_once() -> None:
+    def batch(*labels: int) -> tuple[Tensor, Tensor]:  # images of 0 look like 1, those of 1 like 0, all others like 4
+        alike = torch.tensor([[2.0, 1.0, 0, 0, 0], [1.0, 2.0, 0, 0, 0], [0, 0, 2.0, 0, 1.0], [0, 0, 0, 2.0, 1.0]])
+        y = torch.tensor(labels)
+        return 5 * alike[y], y
+
+    objective = DecoupledDistillation(reference=MODEL)
+    quiet = [batch(*[0] * 16), batch(*[0, 1] * 4), batch(*[2, 3] * 8), batch(*[0, 1] * 8, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in quiet:  # one class, single examples, classes that are not alike, single examples beside classes
+            objective(MODEL, each)
+        DecoupledDistillation(reference=MODEL, classes=[0, 1])(MODEL, batch(*[0, 1] * 8))
+    with pytest.warns(UserWarning, match=r"classes \[0, 1\] .*9\d%.*`classes=\[\.\.\.\]`"):
+        objective(MODEL, batch(*[0, 1] * 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective(MODEL, batch(*[0, 1] * 8))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from semu_peft.objectives import DecoupledDistillation, KLToOriginal
+from semu_peft.training import held_batches
 from semu_peft.training.held_batches import examples_of, first_pairs
+from semu_peft.training.trials import Trials
 
 
 def batches(number: int, size: int) -> list[Any]:
@@ -27,6 +31,7 @@ def test_few_forget_examples_meet_more_of_the_retain_data() -> None:
     assert numbers(pairs) == [(index % 2, index) for index in range(12)] and examples_of(pairs) == 600
     assert len(first_pairs(batches(1, 1), [iter(batches(100, 8))])) == 8
     assert len(first_pairs(batches(1, 400), [iter(batches(100, 8))])) == 2
+    assert len(first_pairs(batches(1, 40), [iter(batches(100, 200)), iter(batches(100, 8))])) == 3  # 600 are enough
 
 
 def test_no_batch_is_looked_at_twice_for_nothing() -> None:
@@ -35,3 +40,15 @@ def test_no_batch_is_looked_at_twice_for_nothing() -> None:
     assert numbers(first_pairs(batches(2, 5), [iter(batches(5, 8))])) == [(0, 0), (1, 1), (0, 2), (1, 3)]
     assert numbers(first_pairs(batches(2, 5), [iter(batches(9, 8)), iter(batches(1, 8))])) == [(0, 0, 0)]
     assert first_pairs([], [iter(batches(5, 8))]) == []
+
+
+def test_what_is_kept_of_large_outputs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a large vocabulary are gigabytes: as many batches as fit, and always one."""
+    model = torch.nn.Linear(3, 50)
+    objectives = [DecoupledDistillation(reference=model), KLToOriginal(reference=model)]
+    trials = Trials(model, objectives, [1.0], "default", limit=None, measures_damage=False, mean_over_processes=dict)
+    pairs: list[Any] = [((torch.rand(8, 3), torch.arange(8)), [(torch.rand(4, 3), torch.arange(4))]) for _ in range(6)]
+    for room, held in ((2**30, 6), (3 * (8 + 4) * 50 * 4, 3), (1, 1)):
+        monkeypatch.setattr(held_batches, "_HELD_BYTES", room)
+        terms = trials.terms_that_fit(pairs)
+        assert [term.batch for term in terms] == [batch for forget, kept in pairs[:held] for batch in (forget, *kept)]
