@@ -13,6 +13,7 @@ from semu_peft.objectives.examples import count_examples
 
 _HELD_EXAMPLES = 512
 _MOST_ROUNDS = 8
+_HELD_TOKENS = 4_096  # of texts, which have one output a token
 _HELD_BYTES = 2**30  # what the original says of 2,000 tokens of a vocabulary of 128,000
 
 Pair = tuple[Any, list[Any]]
@@ -70,9 +71,22 @@ def rounds_of(examples: int) -> int:
     return min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))
 
 
-def have_room(kept: float) -> bool:
-    """Whether more can be kept of the held batches beside so many bytes, in which the original's outputs weigh most."""
-    return kept < _HELD_BYTES
+def share_of_enough(pair: Pair, kept: Any) -> float:
+    """How much a pair brings of what is enough of texts, or takes of the room for what is kept of it; at 1 it is all.
+
+    Args:
+        pair: Of batches.
+        kept: What is kept of them, in which the original's outputs weigh most.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.training.held_batches import share_of_enough
+        >>> texts = {"input_ids": torch.zeros(8, 64), "labels": torch.zeros(8, 64, dtype=torch.int64)}
+        >>> share_of_enough((texts, [texts]), []), share_of_enough((texts, []), torch.zeros(2**26))
+        (0.125, 0.25)
+    """
+    forget, retained = pair
+    return max(min(map(_tokens, (forget, *retained))) / _HELD_TOKENS, bytes_within(kept) / _HELD_BYTES)
 
 
 def bytes_within(value: Any) -> int:
@@ -91,6 +105,14 @@ def bytes_within(value: Any) -> int:
     if isinstance(value, Mapping):
         value = list(value.values())
     return sum(map(bytes_within, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _tokens(batch: Any) -> int:
+    """How many labels of tokens there are; none where an example has one label, or one for each pixel."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, (list, tuple)) else 0
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return 0
+    return int((labels >= 0).sum())
 
 
 def _count(batch: Any) -> int:

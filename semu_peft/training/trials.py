@@ -14,7 +14,7 @@ from semu_peft.objectives.base import Evaluation, Objective, Outputs
 from semu_peft.objectives.distributions import divergence, strike_out
 from semu_peft.objectives.original import original
 
-from .held_batches import Pair, bytes_within, have_room
+from .held_batches import Pair, share_of_enough
 
 Mean = Callable[[dict[str, float]], dict[str, float]]
 """The mean of numbers over all processes."""
@@ -95,19 +95,19 @@ class Trials:
         return terms + [self._term(each, kept, weight, is_forget=False) for each, kept, weight in pairs]
 
     def terms_that_fit(self, pairs: Sequence[Pair]) -> list[Term]:
-        """Those of the first pairs of batches, one at least, as far as there is room for what they keep in memory.
+        """Those of the first pairs of batches, one at least, until texts are enough or take all the room.
 
         What the original says of a batch of text takes a gigabyte where the vocabulary is large.
         """
         terms: list[Term] = []
         taken = 0.0
         for batch, retained in pairs:
-            if not have_room(taken):
+            if taken >= 1:
                 break
             found = self.terms(batch, retained)
             terms += found
-            own = bytes_within([[term.prepared, term.original] for term in found])
-            taken += self.mean_over_processes({"bytes": float(own)})["bytes"]  # so that all look at as many
+            own = share_of_enough((batch, list(retained)), [[term.prepared, term.original] for term in found])
+            taken += self.mean_over_processes({"taken": own})["taken"]  # so that all look at as many
         return terms
 
     def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> Term:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from semu_peft.objectives import DecoupledDistillation, KLToOriginal
+from semu_peft.objectives import CrossEntropy, DecoupledDistillation, KLToOriginal
 from semu_peft.training import held_batches
 from semu_peft.training.held_batches import examples_of, first_pairs
 from semu_peft.training.trials import Trials
@@ -52,3 +52,19 @@ def test_what_is_kept_of_large_outputs_is_bounded(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(held_batches, "_HELD_BYTES", room)
         terms = trials.terms_that_fit(pairs)
         assert [term.batch for term in terms] == [batch for forget, kept in pairs[:held] for batch in (forget, *kept)]
+
+
+def test_texts_are_enough_when_their_tokens_are() -> None:
+    def text(tokens: int) -> dict[str, torch.Tensor]:
+        labels = torch.full((2, 600), -100)
+        labels.view(-1)[:tokens] = 1
+        return {"logits": torch.zeros(2, 600, 3), "labels": labels}
+
+    class Says(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    objectives = [CrossEntropy(shift_labels=False), CrossEntropy(shift_labels=False)]
+    trials = Trials(Says(), objectives, [1.0], "default", limit=None, measures_damage=False, mean_over_processes=dict)
+    for forget, kept, held in ((1_100, 1_200, 4), (1_000, 1_200, 5), (1_100, 10, 9), (10, 1_100, 9)):
+        assert len(trials.terms_that_fit([(text(forget), [text(kept)])] * 9)) == 2 * held
