@@ -109,6 +109,9 @@ WAYS = {
     "several, KL × 10 of the other classes and labels, margin 3, 80 steps": several(
         10.0, frees_class=True, label_weight=1.0, length=2
     ),
+    "several, KL × 10 of the other classes and labels, margin 3, larger subspace": several(
+        10.0, frees_class=True, label_weight=1.0, has_more=True
+    ),
     "simulated, retain KL × 10, margin 3": Way(10.0, 3.0, "simulated"),
     "several, retain KL × 30, margin 3": several(30.0),
     "several, retain KL × 10, margin 3, factors": several(10.0, is_by_factors=True),
