@@ -25,7 +25,7 @@ RETAINED = 16_000  # CIFAR-10's retain images, half of them for unlearning
 TESTED = 2_000
 WIDTHS = (64, 128, 256)
 Side = tuple[Tensor, ...]
-Network = Literal["ResNet-14", "wide", "plain"]
+Network = Literal["ResNet-14", "ResNet-8", "wide", "plain"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Asked:
         seed: Of the models and of what is drawn.
         data: Folder of CIFAR-10; None for digits.
         models: Folder of its models.
-        network: Of CIFAR-10: the benchmark's ResNet-14, one of twice the width, or a plain one without shortcuts.
+        network: Of CIFAR-10: the benchmark's ResNet-14, one of half the blocks, one of twice the width, or a plain one
+            without shortcuts.
         is_smoke: Few images and few steps, to see that everything runs.
     """
 
@@ -229,7 +230,8 @@ def network(asked: Asked, name: str, without: int | None) -> nn.Module:
 
     assert asked.data is not None and asked.models is not None
     build: Callable[[], nn.Module] = {
-        "ResNet-14": ResNet, "wide": partial(ResNet, widths=WIDTHS), "plain": PlainNet
+        "ResNet-14": ResNet, "ResNet-8": partial(ResNet, blocks=1), "wide": partial(ResNet, widths=WIDTHS),
+        "plain": PlainNet,
     }[asked.network]  # fmt: skip
     kind = "class" if asked.network == "ResNet-14" else f"class-{asked.network}"
     side = images_of(asked.data, "test" if asked.is_smoke else "train")

@@ -43,6 +43,12 @@ def test_rows_of_other_classes_or_seeds_are_not_averaged_in(benchmark: Any, tmp_
         benchmark.resumed(path, asked)
 
 
+def test_a_way_can_be_asked_for_by_its_whole_name_though_others_begin_with_it(benchmark: Any) -> None:
+    name = "several, retain KL × 10, margin 3"
+    assert [way for way in benchmark.WAYS if benchmark.asks_for(name, way)] == [name]
+    assert len([way for way in benchmark.WAYS if benchmark.asks_for("several, retain KL × 10", way)]) > 3
+
+
 def _row(accuracy: float, steps: list[int | None]) -> dict[str, Any]:
     attacks = {
         f"attacker {number}": {"steps to half": step, "of steps": 50, "retained at the end": 90.0}
