@@ -4,10 +4,9 @@
     python benchmarks/deep_forgetting.py --data DIR --models runs/cifar10 --classes 0 3 8 --seeds 0 --workers 8
 
 The second is CIFAR-10 with the ResNet-14 of the class benchmark (`cifar10/run.py` makes it): some minutes of a GPU, an
-hour or two a row of a CPU core. `--networks` has one of twice the width, for four times as long, and a plain one for a
-third.
-Struck-out distillation at the weights alone, and under simulated relearning by several attackers, with several weights
-of the retain KL and several margins.
+hour or two a row of a CPU core. `--networks` has one of twice the width, for four times as long, and two for less, of
+half the blocks and without shortcuts. Struck-out distillation at the weights alone, and under simulated relearning by
+several attackers, with several weights of the retain KL and several margins.
 
 Five attackers, none with an image or a seed of the simulation: SGD at two rates, Adam, the head alone, and SGD on
 inputs that are varied. *simulated* knows SGD at one of the rates, *several* Adam too; the other two kinds nobody does.
