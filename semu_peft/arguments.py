@@ -39,8 +39,8 @@ def check_model(model: Any, name: str = "model") -> None:
     check_kind(name, model, nn.Module, "a model, a torch `nn.Module`", "Load or build it first.")
 
 
-def check_score(score: Any) -> None:
-    """Check that an argument called `score` can be asked how good a model is.
+def check_score(score: Any, *, optional: bool = False) -> None:
+    """Check that an argument called `score` can be asked how good a model is, or is None where that is allowed.
 
     Raises:
         TypeError: It is no function.
@@ -50,6 +50,8 @@ def check_score(score: Any) -> None:
         Traceback (most recent call last):
         TypeError: `score` must be a function of the model, got 0.5. Write `lambda model: ...`, higher if better.
     """
+    if optional and score is None:
+        return
     wanted, mend = "a function of the model", "Write `lambda model: ...`, higher if better."
     check_kind("score", score, Callable, wanted, mend)  # type: ignore[arg-type]
 

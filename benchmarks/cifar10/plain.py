@@ -22,7 +22,7 @@ class ConvNorm(nn.Module):
 class PlainNet(nn.Module):
     """Four convolutions, 32-64-128-128 channels, three of them with a stride of 2: 0.24M parameters.
 
-    A step costs 30% of one of the ResNet-14. Its layers are called as there, so that one pattern targets both.
+    It has a third of the ResNet-14's multiplications. Its layers are called as there, so that one pattern targets both.
     """
 
     def __init__(self, num_classes: int = 10) -> None:

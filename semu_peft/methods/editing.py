@@ -188,8 +188,7 @@ def _check_choice(threshold: float | None, share: float | None, score: object) -
     given = [
         name for name, value in (("threshold", threshold), ("share", share), ("score", score)) if value is not None
     ]
-    if score is not None:
-        check_score(score)
+    check_score(score, optional=True)
     if len(given) != 1:
         raise ValueError(
             f"One of `threshold`, `share` and `score` must be given, got {given or 'none'}. Give `share=0.05` to "
@@ -228,8 +227,7 @@ def iau(
         >>> methods.iau(nn.Linear(4, 3), forget, retain, progress=False).made_by
         'influence_step'
     """
-    if score is not None:
-        check_score(score)
+    check_score(score, optional=True)
     options: dict[str, Any] = {"statistic": GradientSum, "per": "batch", "progress": progress}
     seen = [gather_parameters(model, data, CrossEntropy(), **options) for data in (forget, retain)]
     step = influence_step(*seen, step_size=step_size, update=update)
@@ -268,8 +266,7 @@ def k_fade(
         >>> methods.k_fade(nn.Linear(4, 3), forget, retain, progress=False).made_by
         'newton_step'
     """
-    if score is not None:
-        check_score(score)
+    check_score(score, optional=True)
     gradients = gather(model, forget, CrossEntropy(), progress=progress)
     factors = gather(model, retain, CrossEntropy(), statistic=CoreCovariance.of_weight, progress=progress)
     step = newton_step(gradients, factors, damping=damping, step_size=step_size)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from semu_peft.objectives.examples import count_examples
+from semu_peft.objectives.batches import split_batch
+from semu_peft.objectives.examples import examples_in
 
 _HELD_EXAMPLES = 512
 _MOST_ROUNDS = 8
@@ -36,18 +37,17 @@ def first_pairs(forget: Iterable[Any], retained: Sequence[Iterator[Any]]) -> lis
         [('forget', ['first']), ('forget', ['second'])]
     """
     pairs: list[Pair] = []
-    examples = 0
     for batch in forget:
         kept = [next(batches, None) for batches in retained]
         if any(each is None for each in kept):
             break
         pairs.append((batch, kept))
-        examples += examples_of(pairs[-1:])
-        if examples >= _HELD_EXAMPLES:
+        if examples_of(pairs) >= _HELD_EXAMPLES:
             break
     first = list(pairs)
-    numbers = [examples, *(sum(map(_count, each)) for each in zip(*(kept for _, kept in first), strict=True))]
-    for _ in range(1, min(map(rounds_of, numbers)) if retained else 1):
+    sides = zip(*((batch, *kept) for batch, kept in first), strict=True)
+    rounds = min((rounds_of(examples_in(side)) for side in sides), default=1) if retained else 1
+    for _ in range(1, rounds):
         further = [(batch, [next(batches, None) for batches in retained]) for batch, _ in first]
         if any(each is None for _, kept in further for each in kept):
             break
@@ -57,7 +57,7 @@ def first_pairs(forget: Iterable[Any], retained: Sequence[Iterator[Any]]) -> lis
 
 def examples_of(pairs: Sequence[Pair]) -> int:
     """How many forget examples there are, one at least for a batch of which that is not known."""
-    return sum(_count(batch) for batch, _ in pairs)
+    return examples_in(batch for batch, _ in pairs)
 
 
 def rounds_of(examples: int) -> int:
@@ -109,11 +109,10 @@ def bytes_within(value: Any) -> int:
 
 def _tokens(batch: Any) -> int:
     """How many labels of tokens there are; none where an example has one label, or one for each pixel."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, (list, tuple)) else 0
+    try:
+        labels: Any = split_batch(batch)[2]
+    except TypeError:  # it has no labels, as a denoiser's has none
+        return 0
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return 0
     return int((labels >= 0).sum())
-
-
-def _count(batch: Any) -> int:
-    return count_examples(batch) or 1

@@ -101,12 +101,12 @@ class Trials:
         """
         terms: list[Term] = []
         taken = 0.0
-        for batch, retained in pairs:
+        for pair in pairs:
             if taken >= 1:
                 break
-            found = self.terms(batch, retained)
+            found = self.terms(*pair)
             terms += found
-            own = share_of_enough((batch, list(retained)), [[term.prepared, term.original] for term in found])
+            own = share_of_enough(pair, [[term.prepared, term.original] for term in found])
             taken += self.mean_over_processes({"taken": own})["taken"]  # so that all look at as many
         return terms
 
