@@ -17,6 +17,9 @@ from semu_peft.arguments import check_count
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """`(model, batch) -> scalar loss` that is to be minimised: an `Objective` or a plain function."""
 
+Reader = Callable[[nn.Module, Any], Any]
+"""`(model, batch) -> what the model says`, equal to another that gives the same."""
+
 Distribution = Literal["categorical", "gaussian"]
 """What a model's output describes: probabilities of classes or tokens, or the mean of a Gaussian (a denoiser)."""
 
@@ -116,6 +119,18 @@ class Objective(ABC):
         self.load_state_dict(prepared)
         return Evaluation(self(model, batch), () if outputs is None else (Outputs(outputs),))
 
+    def reader(self) -> Reader | None:
+        """Return what runs the model on a batch, where nothing else of the model is in the loss; or None.
+
+        Of the terms of a sum whose readers are equal, one runs the model for all. An objective that has one defines
+        `evaluate_reading(reading, prepared)`.
+        """
+        return None
+
+    def evaluate_reading(self, reading: Any, prepared: Any) -> Evaluation:
+        """Return what `evaluate` does, of what the `reader` has given."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly: the random state, where there is one."""
         return {}
@@ -162,7 +177,8 @@ class Objective(ABC):
 class WeightedSum(Objective):
     """`Σ weight · objective`, made by adding and scaling objectives; all terms see the same batch.
 
-    Its `distribution` is that of its terms if they agree, else None.
+    The model is run once for all terms that read it alike, as those of `KLToOriginal() + CrossEntropy()` do. The sum's
+    `distribution` is that of its terms if they agree, else None.
 
     Args:
         terms: Pairs of a weight and an objective or plain function.
@@ -199,15 +215,21 @@ class WeightedSum(Objective):
             object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        losses = [weight * objective(model, batch) for weight, objective in self.terms]
+        readings, losses = _Readings(model, batch), []
+        for weight, objective in self.terms:
+            if objective.reader() is None:
+                loss = objective(model, batch)
+            else:
+                loss = readings.evaluate(objective, objective.prepare(model, batch)).loss
+            losses.append(weight * loss)
         return torch.stack(losses).sum()
 
     def prepare(self, model: nn.Module, batch: Any) -> list[Any]:
         return [objective.prepare(model, batch) for _, objective in self.terms]
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
-        pairs = zip(self.terms, prepared, strict=True)
-        evaluations = [objective.evaluate(model, batch, given) for (_, objective), given in pairs]
+        readings, pairs = _Readings(model, batch), zip(self.terms, prepared, strict=True)
+        evaluations = [readings.evaluate(objective, given) for (_, objective), given in pairs]
         losses = [weight * each.loss for (weight, _), each in zip(self.terms, evaluations, strict=True)]
         outputs = [
             replace(output, weight=weight * output.weight)
@@ -331,3 +353,19 @@ def _terms(objective: Objective) -> tuple[tuple[float, Objective], ...]:
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and value == 0
+
+
+class _Readings:
+    """What a model says of one batch, run once for each way of reading it."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self.model, self.batch = model, batch
+        self.found: dict[Reader, Any] = {}
+
+    def evaluate(self, objective: Objective, prepared: Any) -> Evaluation:
+        reader = objective.reader()
+        if reader is None:
+            return objective.evaluate(self.model, self.batch, prepared)
+        if reader not in self.found:
+            self.found[reader] = reader(self.model, self.batch)
+        return objective.evaluate_reading(self.found[reader], prepared)

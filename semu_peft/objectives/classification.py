@@ -17,12 +17,35 @@ from torch.nn import functional as F
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_number
 
-from .base import Evaluation, Objective, Outputs, RandomObjective
+from .base import Evaluation, Objective, Outputs, RandomObjective, Reader
 from .batches import call_model
 from .original import reference_model
 
 _A_CLASS = 8  # examples of a label in a batch from which on it looks like a whole class, and not like single examples
 _MUCH = 0.25  # of what they are taught: another class of the forget data
+
+
+@dataclass(frozen=True)
+class ReadLogits:
+    """How classification objectives run a model, so that those of a sum run it once.
+
+    Args:
+        shift_labels: As an objective's.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.classification import ReadLogits
+        >>> logits, labels = ReadLogits()(torch.nn.Identity(), (torch.zeros(1, 2).bfloat16(), torch.tensor([1])))
+        >>> logits.dtype, ReadLogits() == ReadLogits(None)
+        (torch.float32, True)
+    """
+
+    shift_labels: bool | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """The logits `(T, classes)` in float32 or better, and the labels `(T,)`."""
+        logits, labels = call_model(model, batch, shift_labels=self.shift_labels)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
 
 
 @dataclass
@@ -49,7 +72,15 @@ class ClassificationObjective(Objective):
         return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
-        logits, labels = self._read(model, batch)
+        return self.evaluate_reading(self._read(model, batch), prepared)
+
+    def reader(self) -> Reader | None:
+        kind, own = type(self), ClassificationObjective
+        reads_itself = any(getattr(kind, name) is not getattr(own, name) for name in ("__call__", "evaluate", "_read"))
+        return None if reads_itself else ReadLogits(self.shift_labels)
+
+    def evaluate_reading(self, reading: tuple[Tensor, Tensor], prepared: Any) -> Evaluation:
+        logits, labels = reading
         return Evaluation(self.loss(logits, labels, prepared), (Outputs(logits, labels),))
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
@@ -58,8 +89,7 @@ class ClassificationObjective(Objective):
 
     def _read(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The logits `(T, classes)` in float32 or better, and the labels `(T,)`."""
-        logits, labels = call_model(model, batch, shift_labels=self.shift_labels)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
+        return ReadLogits(self.shift_labels)(model, batch)
 
     @torch.no_grad()
     def _read_original(self, model: nn.Module, batch: Any, reference: nn.Module | None) -> tuple[Tensor, Tensor]:

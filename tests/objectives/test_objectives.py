@@ -19,8 +19,10 @@ from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
     DenoisingLoss,
+    Evaluation,
     GradientAscent,
     InvertedHinge,
+    KLToOriginal,
     NoiseSchedule,
     Objective,
     RandomLabel,
@@ -359,6 +361,57 @@ def test_arithmetic_of_objectives() -> None:
         (0 + ce + 0, value),
     ):
         assert objective(model, BATCH).item() == pytest.approx(expected, abs=1e-12)
+
+
+class _Counted(nn.Linear):
+    """A linear classifier that counts how often it is run."""
+
+    runs = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(input)
+
+
+def test_a_sum_runs_the_model_once_for_terms_that_read_it_alike() -> None:
+    """The loss, the gradient and the outputs are those of the terms one by one."""
+    torch.manual_seed(0)
+    model, batch = _Counted(3, 4), (torch.randn(6, 3), torch.randint(4, (6,)))
+    kept = KLToOriginal(reference=nn.Linear(3, 4))
+    terms = [(1.0, kept), (0.5, CrossEntropy()), (-0.25, UniformDistribution())]
+    expected = sum(weight * objective(model, batch) for weight, objective in terms)
+    gradient = torch.autograd.grad(expected, model.weight)[0]
+    total = kept + 0.5 * CrossEntropy() - 0.25 * UniformDistribution()
+    model.runs = 0
+    loss = total(model, batch)
+    assert model.runs == 1
+    evaluation = total.evaluate(model, batch, total.prepare(model, batch))
+    assert model.runs == 2
+    assert torch.allclose(loss, expected) and torch.equal(evaluation.loss, loss)
+    assert torch.allclose(torch.autograd.grad(loss, model.weight)[0], gradient, atol=1e-7)
+    assert [output.weight for output in evaluation.outputs] == [1.0, 0.5, -0.25]
+    assert all(torch.equal(output.values, model(batch[0])) for output in evaluation.outputs)
+
+
+def test_what_reads_the_model_in_its_own_way_runs_it_itself() -> None:
+    """A margin moves the logits, another shift reads other labels, and a subclass may do what it likes."""
+
+    class Doubled(CrossEntropy):
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            return 2 * super().__call__(model, batch)
+
+    class Other(CrossEntropy):
+        def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+            return super().evaluate(model, (-batch[0], batch[1]), prepared)
+
+    torch.manual_seed(0)
+    model, batch = _Counted(3, 4), (torch.randn(6, 3), torch.randint(4, (6,)))
+    distillation = DecoupledDistillation(reference=nn.Linear(3, 4), margin=3.0)
+    for own in (Doubled(), Other(), distillation, CrossEntropy(shift_labels=False)):
+        expected = CrossEntropy()(model, batch) + own(model, batch)
+        model.runs = 0
+        assert torch.equal((CrossEntropy() + own)(model, batch), expected)
+        assert model.runs == 2
 
 
 def test_plain_functions_are_lifted() -> None:
