@@ -249,20 +249,10 @@ def write_adapter(folder: Path, save: Callable[[Path], Any], record: Mapping[str
 
 def write_model(folder: Path, save: Callable[[Path], Any]) -> None:
     """Save a model into a new folder: the whole of it, or nothing."""
-    from semu_peft.files import folder_written_whole
+    from semu_peft.files import folder_written_whole, follow_umask
 
     if folder.is_dir():
         folder.rmdir()  # it is empty; then one rename puts the finished one there
     with folder_written_whole(folder, ["config.json"]) as temporary:
         save(temporary)
-        _readable(temporary)
-
-
-def _readable(folder: Path) -> None:
-    """Let who may read a folder's files, by the umask, read its weights: safetensors thinks of the owner alone."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(mode)
+        follow_umask(*temporary.rglob("*.safetensors"))

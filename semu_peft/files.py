@@ -169,34 +169,51 @@ def digest_of(path: str | Path) -> str:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file whole, with the same bytes for the same content.
 
-    safetensors itself writes the entries of the metadata in an order that changes from process to process, and lets
-    the owner alone read the file whatever the umask says.
+    safetensors itself writes the entries of the metadata in an order that changes from process to process.
 
-        Examples:
-            >>> import tempfile, torch
-            >>> from semu_peft.files import save_tensors
-            >>> folder = tempfile.mkdtemp()
-            >>> first = save_tensors(f"{folder}/a.safetensors", {"core": torch.eye(2)}, {"rank": "2", "gamma": "0.9"})
-            >>> second = save_tensors(f"{folder}/b.safetensors", {"core": torch.eye(2)}, {"gamma": "0.9", "rank": "2"})
-            >>> first.read_bytes() == second.read_bytes()
-            True
+    Args:
+        path: The file.
+        tensors: Contiguous tensors by name, no two of which share memory.
+        metadata: Texts by name; `{"format": "pt"}` is added.
 
-        Args:
-            path: The file.
-            tensors: Contiguous tensors by name, no two of which share memory.
-            metadata: Texts by name; `{"format": "pt"}` is added.
+    Returns:
+        The file.
 
-        Returns:
-            The file.
+    Examples:
+        >>> import tempfile, torch
+        >>> from semu_peft.files import save_tensors
+        >>> folder = tempfile.mkdtemp()
+        >>> first = save_tensors(f"{folder}/a.safetensors", {"core": torch.eye(2)}, {"rank": "2", "gamma": "0.9"})
+        >>> second = save_tensors(f"{folder}/b.safetensors", {"core": torch.eye(2)}, {"gamma": "0.9", "rank": "2"})
+        >>> first.read_bytes() == second.read_bytes()
+        True
     """
     entries = {"format": "pt", **(metadata or {})}
     with written_whole(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask
         save_file(dict(tensors), temporary, metadata=entries)
-        temporary.chmod(mode)
+        follow_umask(temporary)
         _sort_metadata(temporary)
     return Path(path)
+
+
+def follow_umask(*files: Path) -> None:
+    """Let who may read other files that are written beside these read them: safetensors thinks of the owner alone.
+
+    Examples:
+        >>> import tempfile
+        >>> from semu_peft.files import follow_umask
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "weights").touch(0o600), (folder / "config").touch()
+        (None, None)
+        >>> follow_umask(folder / "weights")
+        >>> (folder / "weights").stat().st_mode == (folder / "config").stat().st_mode
+        True
+    """
+    for file in files:
+        probe = file.with_name(f".{file.stem}.{uuid.uuid4().hex}{file.suffix}")
+        probe.touch()  # as reading the umask means to set it, for all threads
+        file.chmod(probe.stat().st_mode)
+        probe.unlink()
 
 
 def load_tensors(path: str | Path, made_by: str) -> tuple[dict[str, Tensor], dict[str, str]]:

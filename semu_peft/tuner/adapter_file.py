@@ -14,7 +14,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from semu_peft.files import digest_of, save_tensors
+from semu_peft.files import digest_of, follow_umask, save_tensors
 
 from .keys import layer_of, without_prefix, without_wrappers
 from .peft_type import NAME
@@ -97,11 +97,11 @@ def forget_older_weights(folder: Path, digest: str | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def same_mode(folder: Path) -> None:
-    """Let who may read a configuration, by the umask, read its weights: safetensors thinks of the owner alone."""
+def share_weights(folder: Path) -> None:
+    """Let who may read a configuration read its weights."""
     path = weights_file(folder)
     if path is not None and not path.is_symlink():
-        path.chmod((folder / CONFIG_NAME).stat().st_mode)
+        follow_umask(path)
 
 
 def _kept(folder: Path, digest: str) -> Path:

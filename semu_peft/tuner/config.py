@@ -22,7 +22,7 @@ from .adapter_file import (
     matching_weights,
     read_settings,
     replace_pickle,
-    same_mode,
+    share_weights,
 )
 from .misnomers import explaining
 from .model_card import fill_model_card
@@ -329,7 +329,7 @@ class SemuConfig(PeftConfig):
             os.replace(Path(temporary, CONFIG_NAME), folder / CONFIG_NAME)
         forget_older_weights(folder, written.weights_sha256)
         if written.weights_sha256 is not None:
-            same_mode(folder)
+            share_weights(folder)
         fill_model_card(folder, self.to_dict())
 
     @classmethod
