@@ -41,7 +41,7 @@ from .measured import flat_attacks, read_attacks, read_metrics, read_task, untes
 from .plots import plot_confusion, plot_spectra
 from .samples import plot_samples
 from .sections import sections
-from .tradeoff import plot_losses, plot_tradeoff
+from .tradeoff import has_losses, plot_losses, plot_tradeoff
 
 FORMAT = "semu_peft.Audit"
 SCHEMA_VERSION = 1
@@ -304,7 +304,8 @@ def _curves(runs: Mapping[str, UnlearnResult], attacks: Any) -> list[Picture]:
     if both:
         caption = "Forgetting against damage"
         pictures.append(vector_picture("tradeoff", caption, lambda axes: plot_tradeoff(both, ax=axes)))
-    if others := {name: result for name, result in runs.items() if name not in both and result.history}:
+    others = {name: result for name, result in runs.items() if name not in both and has_losses(result)}
+    if others:
         pictures.append(vector_picture("tradeoff", "Losses", lambda axes: plot_losses(others, ax=axes)))
     curves = [curve for name, each in flat_attacks(attacks) if (curve := AttackCurve.of(each, name)) is not None]
     for kind in dict.fromkeys((curve.kind, curve.unit) for curve in curves):

@@ -135,6 +135,16 @@ def plot_losses(
     return finished(figure, ax, f"Losses over the steps. {told}.", path, dpi)
 
 
+def has_losses(result: UnlearnResult) -> bool:
+    """Whether `plot_losses` has something to draw of a run.
+
+    Examples:
+        >>> has_losses(UnlearnResult([{"step": 1, "damage": 0.1}], 1, 64, 81, 0.5, True, "stopped by a callback"))
+        False
+    """
+    return bool(_losses(result))
+
+
 def _losses(result: UnlearnResult) -> list[str]:
     """The two sides of the loss where most steps know them, else the loss; the last entry may know more than others."""
     both = ["forget_loss", "retain_loss"]
