@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from semu_peft.arguments import check_count, check_model
 from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.attackers import weights_of
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import with_values, without_adapter
 from semu_peft.tuner.adapted import find_token_head
 from semu_peft.tuner.keys import without_wrappers
@@ -160,7 +161,7 @@ def quantization(
 
     Raises:
         TypeError: An argument is of another kind.
-        ValueError: `bits` is below 2, or an adapter's correction cannot be told.
+        ValueError: `bits` is below 2, there is no batch, or an adapter's correction cannot be told.
 
     Examples:
         >>> import torch
@@ -174,7 +175,10 @@ def quantization(
     check_model(model)
     check_count("bits", bits, least=2)
     check_count("group_size", group_size, optional=True)
+    check_batches(forget, "forget")
     data = [list(forget), [] if retain is None else list(retain)]
+    if not data[0]:
+        raise ValueError("`forget` must give at least one batch, got none. Check that it has not been used up.")
     rounded, layers = _rounded(model, bits, group_size)
     pairs = [(measure(model, each), measure(rounded, each)) if each else None for each in data]
     assert pairs[0] is not None

@@ -146,7 +146,8 @@ def relearning(
         measure: `(model, batches) -> percent`; by default the accuracy.
         forget_test: What is measured; by default the forget examples that the attacker does not have.
         retain_test: What is measured of the rest; by default `retain`.
-        steps: When it is measured; by default at 0, 5, 10, 20, 50, … and the attacker's last step.
+        steps: When it is measured, beside the first and the last step of the attacker; later ones are passed over. By
+            default at 0, 5, 10, 20, 50, …
         half: What counts as back, in percent.
         seed: Seed of the attacker's draws.
         progress: Show a progress bar.
@@ -179,11 +180,12 @@ def relearning(
     check_switch("progress", progress)
     pools = Examples(forget, "forget"), None if retain is None else Examples(retain, "retain")
     tests = [None if each is None else list(each) for each in (forget_test, retain_test)]
+    for step in steps or ():
+        check_count("steps", step, least=0)
     at = _when(attacker.steps, steps)
     loss = CrossEntropy() if learn is None else as_objective(learn)
 
     def curve(attacked: nn.Module, name: str, beside: RelearningCurve | None) -> RelearningCurve:
-        loss_state = loss.state_dict()
         generator = torch.Generator().manual_seed(seed)
         relearner = Relearner(attacked, attacker, *pools, loss, generator)
         left = pools[0].without(relearner.rows)
@@ -198,8 +200,11 @@ def relearning(
                 return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
             return [measure(changed, side) for side in sides]
 
-        found = relearner.curve(at, known, name if progress else None)
-        loss.load_state_dict(loss_state)
+        loss_state = loss.state_dict()
+        try:
+            found = relearner.curve(at, known, name if progress else None)
+        finally:  # a loss may draw, and is the caller's
+            loss.load_state_dict(loss_state)
         of_forget, *of_retain = zip(*found, strict=True)
         had = dataclasses.replace(attacker, forget_examples=len(relearner.rows))
         kept = of_retain[0] if of_retain else ()
@@ -211,4 +216,4 @@ def relearning(
 
 def _when(last: int, steps: Sequence[int] | None) -> tuple[int, ...]:
     usual = [*STEPS, *(100 * 2**k for k in range(10))]
-    return tuple(sorted({0, last, *(step for step in (usual if steps is None else steps) if 0 <= step <= last)}))
+    return tuple(sorted({0, last, *(step for step in (usual if steps is None else steps) if step <= last)}))

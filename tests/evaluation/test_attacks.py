@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -61,7 +62,8 @@ def test_a_classifier() -> None:
     ]  # fmt: skip
     assert all(other for name, _, other in report.rows if name != "of my own")
     reasons = {each.attack: each.reason for each in report.not_run}
-    assert reasons.keys() == {"inputs: flipped", "logit lens", "adversarial prompts"}
+    few = "lens: a few tokens of each layer"
+    assert reasons.keys() == {"inputs: flipped", "logit lens", few, "adversarial prompts"}
     assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
 
 
@@ -78,7 +80,9 @@ def test_language_models_and_denoisers() -> None:
     assert report.task == "language"
     assert [type(result).__name__ for result in report.results] == [
         "Stripping", "QuantizationAttack", "QuantizationAttack", "RelearningCurve", "Probes", "Probes",
+        "LensAttack",
     ]  # fmt: skip
+    assert "prompt_attacks" in {each.attack: each.reason for each in report.not_run}["prompts"]
     assert "No retrained model was given" in report.to_markdown()
 
     unet = text_unet()
@@ -92,6 +96,82 @@ def test_language_models_and_denoisers() -> None:
     assert report.results[0].forget == (100.0, 100.0), "nothing was trained: it knows as much as the original"
     missing = attack(wrapped, concept(), attackers=SHORT, progress=False)
     assert not missing.results and "DenoisingLoss" in missing.not_run[0].reason
+
+
+def reasons_of(report: Any) -> dict[str, str]:
+    return {each.attack: each.reason for each in report.not_run}
+
+
+def test_an_attack_that_fails_takes_no_other_with_it() -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False, modules_to_save=["head"]))
+    asked: list[nn.Module] = []
+
+    def mine(attacked: nn.Module) -> float:
+        asked.append(attacked)
+        return 1 / 0
+
+    report = attack(
+        model, FORGET, RETAIN, reference=Mlp(), attackers=SHORT, further={"mine": mine, "after it": lambda _: 42},
+        progress=False,
+    )  # fmt: skip
+    reasons = reasons_of(report)
+    assert reasons["mine"] == "it failed: ZeroDivisionError: division by zero" and asked == [model]
+    for bits in (8, 4):
+        told = reasons[f"quantisation: {bits} bits"]
+        assert told.startswith("it failed: ValueError: `model` has modules") and "merge_and_unload" in told
+    names = [name.partition(":")[0] for name, _, _ in report.rows]
+    assert names == ["stripping", "relearning", "inputs", "inputs", "linear probe", "after it"]
+    assert "- mine: it failed" in report.to_markdown()
+
+
+def test_what_only_the_reference_cannot_stand_is_told_of_the_model() -> None:
+    other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    model = adapted()
+    alone, beside = (
+        attack(model, FORGET, RETAIN, attackers=[], reference=reference, progress=False) for reference in (None, other)
+    )
+    probe, alone_probe = (
+        next(each for each in report.results if type(each).__name__ == "Probes") for report in (beside, alone)
+    )
+    assert probe == alone_probe and probe.reference == ()
+    reason = reasons_of(beside)["linear probes, of the reference"]
+    assert reason.startswith("it could not be attacked, and what is told is of this model alone: ValueError")
+    assert "`reference` must have the layers that are read of the model, got none of the name 'fc1'" in reason
+    assert [row[0] for row in beside.rows] == [row[0] for row in alone.rows]
+    assert beside.rows[1][2], "rounding asks for no layers of the same names"
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    report = attack(adapted(), FORGET, RETAIN, TEST, reference=Mlp(), attackers=SHORT, progress=False)
+    for name in ("linear probes", "membership: confidence and threshold"):
+        assert "pip install semu-peft[evaluation]" in reasons_of(report)[name]
+    assert "relearning" in report.to_markdown() and len(report.results) >= 6
+
+
+def test_an_interrupt_is_no_failed_attack() -> None:
+    def stop(_: nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attack(Mlp(), FORGET, attackers=[], further={"stop": stop}, progress=False)
+
+
+def test_attacks_of_one_name_are_all_run() -> None:
+    """Two attackers may be alike in words, and an attack of one's own may be called as one that is here."""
+    alike = [Attacker("sgd", 0.05, steps=2, batch_size=size) for size in (2, 5)]
+    report = attack(
+        adapted(), FORGET, attackers=alike, further={"stripping": lambda _: "mine"}, measure=lambda *_: 1.0,
+        progress=False,
+    )  # fmt: skip
+    names = [name.partition(":")[0] for name, _, _ in report.rows]
+    assert names.count("relearning") == 2 and names.count("stripping") == 2
+
+
+def test_one_attacker_needs_no_list() -> None:
+    report = attack(Mlp(), FORGET, attackers=SHORT[0], progress=False)
+    assert sum(name.startswith("relearning") for name, _, _ in report.rows) == 1
 
 
 def test_when_the_time_is_over_the_rest_is_named() -> None:
@@ -181,13 +261,16 @@ def _said(labels: Tensor) -> Predictions:
     ("argument", "value"),
     [
         ("model", None), ("reference", 5), ("forget", []), ("forget", 5), ("retain", "x"), ("time_limit", -1.0),
-        ("seed", "x"), ("progress", 1), ("further", [1]),
+        ("seed", "x"), ("progress", 1), ("further", [1]), ("further", {"a": 3}), ("attackers", [1]), ("attackers", 1),
+        ("shadow", 1), ("shadow", [1]), ("shadow", [(1, 2)]), ("shadow", [()]), ("measure", 5),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(argument: str, value: Any) -> None:
-    arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
-    with pytest.raises((ValueError, TypeError), match=argument):
-        attack(**arguments)
+def test_mistakes_are_named_before_anything_is_run(argument: str, value: Any) -> None:
+    asked: list[Any] = []
+    arguments = {"further": {"mine": asked.append}, "model": Mlp(), "forget": FORGET, "progress": False}
+    with pytest.raises((ValueError, TypeError), match=f"^`{argument}` must"):
+        attack(**arguments | {argument: value})
+    assert not asked
 
 
 def test_no_seeds_are_named() -> None:

@@ -213,6 +213,7 @@ def test_rmia_counts_whom_an_example_dominates() -> None:
     ("argument", "call"),
     [
         ("bits", lambda: quantization(Mlp(), FORGET, bits=1)),
+        ("forget", lambda: quantization(Mlp(), [])),
         ("group_size", lambda: quantization(Mlp(), FORGET, group_size=0)),
         ("model", lambda: quantization(None, FORGET)),
         ("max_examples", lambda: linear_probes(Mlp(), FORGET, RETAIN, max_examples=1)),

@@ -90,6 +90,38 @@ def test_an_attacker_is_said_to_have_what_there_is_and_to_be_measured_on_it() ->
     assert not apart.seen
 
 
+def test_one_example_is_one() -> None:
+    one = relearning(Mlp(), FORGET, attacker=Attacker("sgd", 0.1, steps=1, forget_examples=1), progress=False)
+    assert one.attacker == "SGD 0.1, 1 example"
+
+
+def test_what_is_to_vary_the_examples_is_a_function() -> None:
+    with pytest.raises(TypeError, match="`augment` must be a function"):
+        Attacker(augment=3)  # type: ignore[arg-type]
+
+
+def test_an_attack_that_fails_leaves_the_loss_as_it_was() -> None:
+    class Drawn(CrossEntropy):
+        drawn = 0
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            self.drawn += 1
+            if self.drawn == 3:
+                raise RuntimeError("out of memory")
+            return super().__call__(model, batch)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"drawn": self.drawn}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.drawn = state["drawn"]
+
+    loss = Drawn()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        relearning(Mlp(), FORGET, attacker=Attacker("sgd", 0.1, steps=9), learn=loss, progress=False)
+    assert loss.drawn == 0
+
+
 def test_area_and_steps_to_half() -> None:
     curve = RelearningCurve("x", (0, 10, 30), (0.0, 40.0, 80.0), (90.0, 90.0, 90.0))
     assert curve.area == pytest.approx((10 * 20 + 20 * 60) / 30)
@@ -140,7 +172,7 @@ def test_what_shares_no_weights_is_refused() -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("model", 5), ("forget", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1), ("half", "x"),
-     ("progress", "no"), ("learn", CrossEntropy)],
+     ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
 )  # fmt: skip
 def test_mistakes_are_named(argument: str, value: Any) -> None:
     arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
