@@ -177,7 +177,8 @@ def attack(
             order of these batches.
         further: Attacks of your own by name, `(model) -> result`; beside those that are here, none is replaced.
         measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the answer probability of
-            language models, and of denoisers the original's loss as a share of the model's.
+            language models, and of denoisers the original's loss as a share of the model's, of which half is back
+            midway from where a model starts to 100.
         prompt_steps: Steps of each search for a prompt.
         time_limit: Begin no attack after so many seconds; what is left is named in the report.
         seed: Seed of all draws.
@@ -400,6 +401,7 @@ class _Plan:
         return lambda beside: relearning(
             self.model, forget, self.data.retain, attacker=attacker, reference=beside, learn=self.learn,
             measure=measure, forget_test=measured_on, seed=self.seed, progress=False,
+            half=None if isinstance(measure, LossOfOriginal) else 50.0,
         )  # fmt: skip
 
     def _on_inputs(self, measure: Measure) -> Iterator[_Attack]:

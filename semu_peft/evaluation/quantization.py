@@ -57,6 +57,9 @@ class QuantizationAttack:
         retain: The same of the rest, where there is any.
         reference: Of the retrained model, on the forget data.
         layers: What became of each layer's correction, where the model has an adapter.
+        vanished: The layers of whose correction less than half is left.
+        smallest_surviving_norm: The smallest norm of a layer's correction of which at least half is left; None where
+            all vanish.
 
     Examples:
         >>> QuantizationAttack(4, None, (0.0, 83.0), (95.0, 94.0), layers=(LayerRounding("fc1", 0.1, 0.0, 0.0),))
@@ -69,16 +72,15 @@ class QuantizationAttack:
     retain: tuple[float, float] | None = None
     reference: tuple[float, float] | None = None
     layers: tuple[LayerRounding, ...] = field(default=(), repr=False)
+    vanished: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    smallest_surviving_norm: float | None = field(init=False, repr=False, compare=False)
 
-    @property
-    def vanished(self) -> tuple[str, ...]:
-        """The layers of whose correction less than half is left."""
-        return tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
-
-    @property
-    def smallest_surviving_norm(self) -> float | None:
-        """The smallest norm of a layer's correction of which at least half is left; None where all vanish."""
-        return min((layer.norm for layer in self.layers if layer.survived >= _SURVIVES), default=None)
+    def __post_init__(self) -> None:
+        """Fields and no properties, so that a report has them too."""
+        left = [layer.norm for layer in self.layers if layer.survived >= _SURVIVES]
+        gone = tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
+        object.__setattr__(self, "vanished", gone)
+        object.__setattr__(self, "smallest_surviving_norm", min(left, default=None))
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -92,7 +94,9 @@ class QuantizationAttack:
     def _found(self) -> str:
         kept = "" if self.retain is None else f", retained {self.retain[0]:.1f} → {self.retain[1]:.1f}"
         lost = f", {len(self.vanished)} of {len(self.layers)} corrections vanish" if self.layers else ""
-        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}"
+        smallest = self.smallest_surviving_norm
+        survives = "" if smallest is None else f", the smallest that survives has the norm {smallest:.3g}"
+        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}{survives}"
 
     def __repr__(self) -> str:
         return f"QuantizationAttack({self._how()}: {self._found()})"

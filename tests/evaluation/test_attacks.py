@@ -14,7 +14,17 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, gates, initialize_semu_weights
-from semu_peft.evaluation import Predictions, attack, flipped_inputs, noisy_inputs, predict, search_prompt, stripping
+from semu_peft.evaluation import (
+    Predictions,
+    PromptSearch,
+    RelearningCurve,
+    attack,
+    flipped_inputs,
+    noisy_inputs,
+    predict,
+    search_prompt,
+    stripping,
+)
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
 
@@ -94,6 +104,12 @@ def test_language_models_and_denoisers() -> None:
     kinds = [type(result).__name__ for result in report.results]
     assert kinds[-1] == "PromptSearch" and "RelearningCurve" in kinds
     assert report.results[0].forget == (100.0, 100.0), "nothing was trained: it knows as much as the original"
+    curve = next(each for each in report.results if isinstance(each, RelearningCurve))
+    assert curve.half == (curve.forget[0] + 100) / 2 and curve.half != 50
+    own = attack(
+        wrapped, concept(), learn=loss, attackers=SHORT, prompt_steps=2, measure=lambda *_: 12.0, progress=False
+    )
+    assert next(each for each in own.results if isinstance(each, RelearningCurve)).half == 50
     missing = attack(wrapped, concept(), attackers=SHORT, progress=False)
     assert not missing.results and "DenoisingLoss" in missing.not_run[0].reason
 
@@ -233,11 +249,19 @@ def test_a_searched_prompt_beats_the_concepts_own_and_repeats() -> None:
     before.assert_same(unet)
     assert torch.equal(loss.state_dict()["generator"], state["generator"])
     assert min(found.found) < found.prompted == found.known and found.back is None
+    assert "how much is back is not told, as the prompt's loss is less than 5% above" in repr(found)
     again = search_prompt(unet, concept(), loss, steps=15, learning_rate=0.1, seeds=(0, 1), progress=False)
     assert again.found == found.found
     assert found.embedding.shape == (1, 6, 8)
     with pytest.raises(ValueError, match="text embedding"):
         search_prompt(unet, [{"latents": torch.zeros(1, 4, 8, 8), "condition": {}}], loss)
+
+
+def test_little_that_was_forgotten_is_not_told_as_thousands_of_percent() -> None:
+    assert PromptSearch(prompted=1.1838, found=(1.1732,), known=1.1833).back is None
+    assert PromptSearch(prompted=1.0499, found=(0.9,), known=1.0).back is None
+    assert PromptSearch(prompted=1.06, found=(1.03,), known=1.0).back == pytest.approx(50.0)
+    assert "not told" not in repr(PromptSearch(prompted=1.0499, found=(0.9,)))
 
 
 def test_what_a_denoiser_knows_is_measured_with_the_same_draws() -> None:
