@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_switch
@@ -20,6 +21,7 @@ from semu_peft.tuner.keys import without_wrappers
 
 from .classification import Predictions, predict
 from .knowledge import LossOfOriginal, Measure, Task, accuracy, answer_probability, task_of
+from .language_membership import batch_membership
 from .membership import attack_membership
 from .perturbation import flipped_inputs, noisy_inputs, stripping
 from .probing import FEWEST_EXAMPLES, lens_attack, linear_probes, logit_lens
@@ -27,7 +29,7 @@ from .prompt_search import search_prompt
 from .prompts import is_encoder_decoder
 from .quantization import quantization
 from .relearning import relearning, usual_attackers
-from .shadow_membership import lira_scores, rmia_scores, score_attack
+from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 
 Run = Callable[[nn.Module | None], Any]
 """`(reference) -> result`: an attack on the model, and on the reference where there is one."""
@@ -146,6 +148,7 @@ def attack(
     shadow: Sequence[tuple[Predictions, Predictions]] = (),
     further: Mapping[str, Callable[[nn.Module], Any]] | None = None,
     measure: Measure | None = None,
+    tokenizer: Any = None,
     prompt_steps: int = 100,
     time_limit: float | None = None,
     seed: int = 0,
@@ -156,14 +159,16 @@ def attack(
     The model is not written. An attack that fails is named in the report with its error, and the others go on; where it
     fails on the reference alone, what it found of the model is told. Stripping, quantisation to 8 and 4 bits and
     relearning fit every model; probes layer by layer classifiers and language models, changed inputs classifiers of
-    floating-point inputs, lenses language models, searched prompts text-to-image denoisers, membership classifiers.
-    Attacks on the text that a language model writes are not among them: give them as `further`.
+    floating-point inputs, lenses language models, searched prompts text-to-image denoisers, membership classifiers and
+    language models. Attacks on the text that a language model writes, and on what a pipeline draws from other seeds,
+    need more than batches: give them as `further`.
 
     Args:
         model: The unlearned model as it is to be given away.
         forget: Batches of what was forgotten.
         retain: Batches of the rest.
-        test: Batches that no model was trained on, for membership.
+        test: Batches that no model was trained on, for membership. Like the forgotten ones, best: a model that never
+            knew tells a class from the others.
         reference: The model retrained without the forget set, or another that never knew it. Without one, what is found
             may be what every model gives.
         related: Batches of related data: relearning from them alone is tried as well.
@@ -179,6 +184,7 @@ def attack(
         measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the answer probability of
             language models, and of denoisers the original's loss as a share of the model's, of which half is back
             midway from where a model starts to 100.
+        tokenizer: Of a language model: makes texts of tokens, for membership by zlib.
         prompt_steps: Steps of each search for a prompt.
         time_limit: Begin no attack after so many seconds; what is left is named in the report.
         seed: Seed of all draws.
@@ -199,8 +205,8 @@ def attack(
         >>> report = attack(model, forget, retain, attackers=[], progress=False)
         >>> [name for name, _, _ in report.rows][:2]
         ['stripping: the adapter switched off', 'quantisation: 8 bits a row']
-        >>> report.not_run[-1].attack
-        'membership: confidence and threshold'
+        >>> report.not_run[-1]
+        NotRun(attack='membership: LiRA and RMIA', reason='`test` was not given')
     """
     check_model(model)
     if reference is not None:
@@ -216,8 +222,9 @@ def attack(
     data = _Data.read(forget=forget, retain=retain, test=test, related=related, forget_test=forget_test)
     own = _check_further(further)
     plan = _Plan(
-        model, data, learn, _check_attackers(attackers), _check_shadow(shadow), measure, seed, prompt_steps, set(own)
-    )
+        model, data, learn, _check_attackers(attackers), _check_shadow(shadow), measure, seed, prompt_steps, set(own),
+        tokenizer,
+    )  # fmt: skip
     planned = plan.attacks()
     planned += [_Attack(name, _call(run, model), has_reference=False) for name, run in own.items()]
     return _carry_out(planned, plan.task, reference, time_limit, progress)
@@ -332,6 +339,7 @@ class _Plan:
     seed: int
     prompt_steps: int
     further: Collection[str]
+    tokenizer: Any
 
     def __post_init__(self) -> None:
         self.task = task_of(self.model, self.data.forget[0], self.learn)
@@ -474,21 +482,28 @@ class _Plan:
             yield _Attack(name, f"it needs more than batches: give {call} as `further[{name!r}]`")
 
     def _membership(self) -> Iterator[_Attack]:
-        plain, with_shadows = "membership: confidence and threshold", "membership: LiRA and RMIA"
-        if self.task != "classification":
-            yield _Attack(plain, f"these see one answer an example, and this is a {self.task} model")
+        if self.task == "classification":
+            yield from self._membership_of_examples()
+        else:
+            reason = f"these see one answer an example, and this is a {self.task} model"
+            yield _Attack("membership: confidence, log odds, LiRA and RMIA", reason)
+        if self.task == "language":
+            yield from self._membership_of_texts()
+
+    def _membership_of_examples(self) -> Iterator[_Attack]:
+        missing = [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]
+        plain = f"it needs {' and '.join(missing)}" if missing else self._confidence
+        yield _Attack("membership: confidence and threshold", plain)
+        no_test = "`test` was not given" if self.data.test is None else None
+        yield _Attack("membership: log odds", no_test or self._by_score(self._log_odds))
+        no_shadow = None if self.shadow else "`shadow` was not given: predictions of models that never knew"
+        if no_test or no_shadow:
+            yield _Attack("membership: LiRA and RMIA", no_test or no_shadow or "")
             return
-        if missing := [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]:
-            reason = f"it needs {' and '.join(missing)}"
-            yield _Attack(with_shadows, reason)
-            yield _Attack(plain, reason)
-            return
-        if not self.shadow:
-            yield _Attack(with_shadows, "`shadow` was not given: predictions of models that never knew")
-        yield _Attack(plain, self._confidence)
-        if self.shadow:
-            yield _Attack("membership: LiRA", lambda _: self._lira())
-            yield _Attack("membership: RMIA", lambda _: self._rmia())
+        no_odds = any(each.log_odds is None for pair in self.shadow for each in pair)
+        reason = "predictions in `shadow` have no `log_odds`: make them by `predict`"
+        yield _Attack("membership: LiRA", reason if no_odds else self._by_score(self._lira))
+        yield _Attack("membership: RMIA", self._by_score(self._rmia))
 
     def _confidence(self, reference: nn.Module | None) -> Compared:
         def of(model: nn.Module) -> Any:
@@ -499,24 +514,49 @@ class _Plan:
         name = "membership: confidence and threshold, taken for never trained on"
         return Compared(name, of(self.model), None if reference is None else of(reference))
 
-    def _said(self, value: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """On forget and test: what the model says, and what the shadow models say."""
-        import torch
+    def _by_score(self, scored: Callable[[Predictions, Predictions], ShadowMembership]) -> Run:
+        """Score what a model says of forget and test examples, and the reference alike."""
 
-        forget, test = (predict(self.model, each or [], progress=False) for each in (self.data.forget, self.data.test))
-        shadows = [torch.stack([getattr(pair[side], value) for pair in self.shadow]) for side in (0, 1)]
-        return getattr(forget, value), getattr(test, value), shadows[0], shadows[1]
+        def of(model: nn.Module) -> ShadowMembership:
+            sides = (self.data.forget, self.data.test or [])
+            return scored(*(predict(model, side, progress=False) for side in sides))
 
-    def _lira(self) -> Any:
-        forget, test, forget_out, test_out = self._said("log_odds")
-        return score_attack(lira_scores(forget, forget_out), lira_scores(test, test_out), attack="LiRA", seed=self.seed)
+        return lambda beside: replace(of(self.model), reference=None if beside is None else of(beside))
 
-    def _rmia(self) -> Any:
+    def _log_odds(self, forget: Predictions, test: Predictions) -> ShadowMembership:
+        return score_attack(_odds(forget), _odds(test), attack="log odds, without shadow models", seed=self.seed)
+
+    def _lira(self, forget: Predictions, test: Predictions) -> ShadowMembership:
+        outside = [torch.stack([_odds(pair[side]) for pair in self.shadow]) for side in (0, 1)]
+        scores = [lira_scores(_odds(side), of_it) for side, of_it in zip((forget, test), outside, strict=True)]
+        return score_attack(*scores, attack="LiRA", seed=self.seed)
+
+    def _rmia(self, forget: Predictions, test: Predictions) -> ShadowMembership:
         """Half of the test examples are the population, the others the non-members."""
-        forget, test, forget_out, test_out = self._said("confidence")
-        half = (test[1::2], test_out[:, 1::2])
-        member = rmia_scores(forget, forget_out, *half)
-        return score_attack(member, rmia_scores(test[::2], test_out[:, ::2], *half), attack="RMIA", seed=self.seed)
+        forget_out, test_out = (torch.stack([pair[side].confidence for pair in self.shadow]) for side in (0, 1))
+        half = (test.confidence[1::2], test_out[:, 1::2])
+        member = rmia_scores(forget.confidence, forget_out, *half)
+        other = rmia_scores(test.confidence[::2], test_out[:, ::2], *half)
+        return score_attack(member, other, attack="RMIA", seed=self.seed)
+
+    def _membership_of_texts(self) -> Iterator[_Attack]:
+        name, test = "membership of texts", self.data.test
+        if test is None:
+            yield _Attack(name, "`test` was not given: batches of texts that no model was trained on")
+            return
+        yield _Attack(
+            name,
+            lambda beside: batch_membership(
+                self.model, self.data.forget, test, tokenizer=self.tokenizer, reference=beside, seed=self.seed
+            ),
+        )
+        if self.tokenizer is None:
+            yield _Attack(f"{name}: zlib", "`tokenizer` was not given, which makes texts of tokens")
+
+
+def _odds(said: Predictions) -> Tensor:
+    assert said.log_odds is not None  # `predict` tells them
+    return said.log_odds
 
 
 def _head(model: nn.Module) -> str | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from answer_models import FACTS, decoder, word_tokenizer
+from answer_models import FORGET as QUESTIONS
 from diffusion_models import text_unet
 from models import CLASSES, Mlp, Snapshot, image_batches, llama, vector_batches
 from peft import get_peft_model
@@ -20,13 +23,18 @@ from semu_peft.evaluation import (
     RelearningCurve,
     attack,
     flipped_inputs,
+    lira_scores,
     noisy_inputs,
     predict,
+    score_attack,
     search_prompt,
     stripping,
+    text_membership,
 )
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
+from semu_peft.language import text_examples
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
+from semu_peft.report.measured import plain
 
 FORGET, RETAIN, TEST = (vector_batches(2, 10, seed=seed) for seed in (1, 2, 3))
 SHORT = [Attacker("sgd", 0.05, steps=3, forget_examples=5)]
@@ -68,9 +76,17 @@ def test_a_classifier() -> None:
     names = [name for name, _, _ in report.rows]
     assert [name.partition(":")[0] for name in names] == [
         "stripping", "quantisation", "quantisation", "relearning", "relearning", "inputs", "inputs", "linear probe",
-        "membership", "membership", "membership", "of my own",
+        "membership", "membership", "membership", "membership", "of my own",
     ]  # fmt: skip
     assert all(other for name, _, other in report.rows if name != "of my own")
+    for name in ("log odds, without shadow models", "LiRA", "RMIA"):
+        found = next(each for each in report.results if getattr(each, "attack", None) == name)
+        assert found.row[2] == found.reference._found() != found.row[1], "gold is another model, and scored itself"
+    odds = [predict(gold, data, progress=False).log_odds for data in (FORGET, TEST)]
+    outside = [torch.stack([pair[side].log_odds for pair in shadow]) for side in (0, 1)]
+    scores = [lira_scores(own, others) for own, others in zip(odds, outside, strict=True)]
+    lira = next(each for each in report.results if getattr(each, "attack", None) == "LiRA")
+    assert lira.reference == score_attack(*scores, attack="LiRA")
     reasons = {each.attack: each.reason for each in report.not_run}
     few = "lens: a few tokens of each layer"
     assert reasons.keys() == {"inputs: flipped", "logit lens", few, "adversarial prompts"}
@@ -116,6 +132,53 @@ def test_language_models_and_denoisers() -> None:
 
 def reasons_of(report: Any) -> dict[str, str]:
     return {each.attack: each.reason for each in report.not_run}
+
+
+def test_membership_without_shadow_models_has_an_area_with_its_interval() -> None:
+    model = Mlp()
+    report = attack(model, FORGET, test=TEST, attackers=[], progress=False)
+    (found,) = (each for each in report.results if type(each).__name__ == "ShadowMembership")
+    odds = [predict(model, data, progress=False).log_odds for data in (FORGET, TEST)]
+    assert found.auc == score_attack(*odds).auc and found.interval[0] < found.auc < found.interval[1]
+    assert found.row[2] == "", "there is no reference"
+    assert reasons_of(report)["membership: confidence and threshold"] == "it needs `retain`"
+    bare = [tuple(replace(each, log_odds=None) for each in (predict(Mlp(), side, progress=False),) * 2)
+            for side in (FORGET, FORGET)]  # fmt: skip
+    report = attack(model, FORGET, test=TEST, attackers=[], shadow=bare, progress=False)
+    assert "`log_odds`" in reasons_of(report)["membership: LiRA"]
+    assert any(name == "membership: RMIA" for name, _, _ in report.rows)
+
+
+def test_membership_of_texts() -> None:
+    """The same areas as by questions and answers; zlib needs the tokenizer, and gold is read alike."""
+    model, gold, tokenizer = decoder(), decoder(seed=1), word_tokenizer()
+    forget, test = (list(text_examples(tokenizer, rows).loader(2, shuffle=False)) for rows in (QUESTIONS, FACTS))
+    report = attack(
+        model, forget, test=test, reference=gold, attackers=[], tokenizer=tokenizer, measure=lambda *_: 0.0,
+        progress=False,
+    )  # fmt: skip
+    (found,) = (each for each in report.results if type(each).__name__ == "TextMembership")
+    by_answers = text_membership(model, tokenizer, QUESTIONS, FACTS, reference=gold, progress=False)
+    assert {name: each.auc for name, each in found.found.items()} == {
+        name: pytest.approx(each.auc) for name, each in by_answers.items()
+    }
+    assert (
+        found.reference["min_k"].auc == text_membership(gold, tokenizer, QUESTIONS, FACTS, progress=False)["min_k"].auc
+    )
+    assert list(found.found) == ["loss", "zlib", "min_k", "min_k_plus_plus", "reference"]
+    assert "Min-K%++" in found.row[1] and "zlib" in found.row[2] and "less the reference's" not in found.row[2]
+    told = plain(found)
+    assert told["found"]["loss"]["interval"] == list(found.found["loss"].interval)
+
+    without = attack(model, forget, test=test, attackers=[], measure=lambda *_: 0.0, progress=False)
+    assert "`tokenizer` was not given" in reasons_of(without)["membership of texts: zlib"]
+    assert any(name == "membership of texts" for name, _, _ in without.rows)
+    assert (
+        "`test` was not given"
+        in reasons_of(attack(model, forget, attackers=[], measure=lambda *_: 0.0, progress=False))[
+            "membership of texts"
+        ]
+    )
 
 
 def test_an_attack_that_fails_takes_no_other_with_it() -> None:
