@@ -12,7 +12,7 @@ import torch
 from answer_models import FACTS, decoder, word_tokenizer
 from answer_models import FORGET as QUESTIONS
 from diffusion_models import text_unet
-from models import CLASSES, Mlp, Snapshot, image_batches, llama, vector_batches
+from models import CLASSES, Mlp, Snapshot, image_batches, llama, t5, vector_batches
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -179,6 +179,15 @@ def test_membership_of_texts() -> None:
             "membership of texts"
         ]
     )
+
+
+def test_an_encoder_decoder_has_no_lens_and_is_attacked_otherwise() -> None:
+    report = attack(t5(), text(), test=text(1), attackers=SHORT, progress=False)
+    assert report.task == "language"
+    for name in ("logit lens", "lens: a few tokens of each layer"):
+        assert "decoders alone" in reasons_of(report)[name]
+    assert not [reason for reason in reasons_of(report).values() if "it failed" in reason]
+    assert report.rows[-1][0] == "membership of texts"
 
 
 def test_an_attack_that_fails_takes_no_other_with_it() -> None:
