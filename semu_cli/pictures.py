@@ -110,7 +110,8 @@ class Drawing:
         if judge is not None:
             return report
         missing = evaluation.NotRun("other seeds", "`classifier` was not given, which tells what a picture shows")
-        return dataclasses.replace(report, not_run=(*report.not_run, missing))
+        others = [each for each in report.not_run if each.attack != missing.attack]
+        return dataclasses.replace(report, not_run=(*others, missing))
 
     def unlearned(self) -> Any:
         """The denoiser with its adapter."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_switch
@@ -20,20 +21,32 @@ from semu_peft.tuner.keys import without_wrappers
 
 from .classification import Predictions, predict
 from .knowledge import LossOfOriginal, Measure, Task, accuracy, answer_probability, task_of
+from .language_membership import batch_membership
 from .membership import attack_membership
 from .perturbation import flipped_inputs, noisy_inputs, stripping
-from .probing import FEWEST_EXAMPLES, linear_probes, logit_lens
+from .probing import FEWEST_EXAMPLES, lens_attack, linear_probes, logit_lens
 from .prompt_search import search_prompt
+from .prompts import is_encoder_decoder
 from .quantization import quantization
 from .relearning import relearning, usual_attackers
-from .shadow_membership import lira_scores, rmia_scores, score_attack
+from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 
-Run = Callable[[], Any]
+Run = Callable[[nn.Module | None], Any]
+"""`(reference) -> result`: an attack on the model, and on the reference where there is one."""
+
+
+@dataclass(frozen=True)
+class _Attack:
+    """An attack, with what runs it or the reason why it is not run, and whether the reference is attacked as well."""
+
+    name: str
+    run: Run | str
+    has_reference: bool = True
 
 
 @dataclass(frozen=True)
 class NotRun:
-    """An attack that was not tried.
+    """An attack that was not tried, or failed.
 
     Attributes:
         attack: Its name.
@@ -79,7 +92,7 @@ class AttackReport:
     Attributes:
         task: What the model is for.
         results: One result an attack, each with a `row`.
-        not_run: The attacks that were left out.
+        not_run: The attacks that were left out or failed, and those that the reference could not stand.
         seconds: How long it took.
         has_reference: Whether there was a retrained model to compare with.
 
@@ -131,10 +144,11 @@ def attack(
     related: Iterable[Any] | None = None,
     forget_test: Iterable[Any] | None = None,
     learn: LossFunction | None = None,
-    attackers: Sequence[Attacker] | None = None,
+    attackers: Attacker | Sequence[Attacker] | None = None,
     shadow: Sequence[tuple[Predictions, Predictions]] = (),
     further: Mapping[str, Callable[[nn.Module], Any]] | None = None,
     measure: Measure | None = None,
+    tokenizer: Any = None,
     prompt_steps: int = 100,
     time_limit: float | None = None,
     seed: int = 0,
@@ -142,30 +156,35 @@ def attack(
 ) -> AttackReport:
     """Try on a model what somebody would who wants the forgotten back, as far as the data given allow.
 
-    The model is not written. Stripping, quantisation to 8 and 4 bits and relearning fit every model; probes layer by
-    layer classifiers and language models, changed inputs classifiers of floating-point inputs, the logit lens language
-    models, searched prompts text-to-image denoisers, membership classifiers. Attacks on the text that a language model
-    writes are not among them: give them as `further`.
+    The model is not written. An attack that fails is named in the report with its error, and the others go on; where it
+    fails on the reference alone, what it found of the model is told. Stripping, quantisation to 8 and 4 bits and
+    relearning fit every model; probes layer by layer classifiers and language models, changed inputs classifiers of
+    floating-point inputs, lenses language models, searched prompts text-to-image denoisers, membership classifiers and
+    language models. Attacks on the text that a language model writes, and on what a pipeline draws from other seeds,
+    need more than batches: give them as `further`.
 
     Args:
         model: The unlearned model as it is to be given away.
         forget: Batches of what was forgotten.
         retain: Batches of the rest.
-        test: Batches that no model was trained on, for membership.
+        test: Batches that no model was trained on, for membership. Like the forgotten ones, best: a model that never
+            knew tells a class from the others.
         reference: The model retrained without the forget set, or another that never knew it. Without one, what is found
             may be what every model gives.
         related: Batches of related data: relearning from them alone is tried as well.
         forget_test: Examples of what was forgotten that relearning is measured on; by default the forget examples that
             the attacker does not have.
         learn: What relearning minimises: by default cross entropy. Denoisers need it: `DenoisingLoss(scheduler)`.
-        attackers: Who relearns; by default
+        attackers: Who relearns, one or several; by default
             [`usual_attackers`][semu_peft.evaluation.relearning.usual_attackers], with smaller rates for language models
             and denoisers.
         shadow: Of each shadow model, trained without the forget set, its predictions on `forget` and on `test`, in the
             order of these batches.
-        further: Attacks of your own by name, `(model) -> result`.
+        further: Attacks of your own by name, `(model) -> result`; beside those that are here, none is replaced.
         measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the answer probability of
-            language models, and of denoisers the original's loss as a share of the model's.
+            language models, and of denoisers the original's loss as a share of the model's, of which half is back
+            midway from where a model starts to 100.
+        tokenizer: Of a language model: makes texts of tokens, for membership by zlib.
         prompt_steps: Steps of each search for a prompt.
         time_limit: Begin no attack after so many seconds; what is left is named in the report.
         seed: Seed of all draws.
@@ -186,47 +205,103 @@ def attack(
         >>> report = attack(model, forget, retain, attackers=[], progress=False)
         >>> [name for name, _, _ in report.rows][:2]
         ['stripping: the adapter switched off', 'quantisation: 8 bits a row']
-        >>> report.not_run[-1].attack
-        'membership: confidence and threshold'
+        >>> report.not_run[-1]
+        NotRun(attack='membership: LiRA and RMIA', reason='`test` was not given')
     """
     check_model(model)
     if reference is not None:
         check_model(reference, "reference")
     if time_limit is not None:
         check_number("time_limit", time_limit, low=0)
+    if measure is not None:
+        mend = "Write `lambda model, batches: ...`."
+        check_kind("measure", measure, Callable, "a function of model and batches", mend)  # type: ignore[arg-type]
     check_count("seed", seed, least=0)
     check_count("prompt_steps", prompt_steps)
     check_switch("progress", progress)
     data = _Data.read(forget=forget, retain=retain, test=test, related=related, forget_test=forget_test)
-    if further is not None:
-        check_kind("further", further, Mapping, "a mapping of functions", "Write `{'name': lambda model: ...}`.")
-    plan = _Plan(model, data, reference, learn, attackers, tuple(shadow), measure, seed, prompt_steps)
+    own = _check_further(further)
+    plan = _Plan(
+        model, data, learn, _check_attackers(attackers), _check_shadow(shadow), measure, seed, prompt_steps, set(own),
+        tokenizer,
+    )  # fmt: skip
     planned = plan.attacks()
-    planned.update({name: _call(run, model) for name, run in (further or {}).items()})
-    return _carry_out(planned, plan.task, reference is not None, time_limit, progress)
+    planned += [_Attack(name, _call(run, model), has_reference=False) for name, run in own.items()]
+    return _carry_out(planned, plan.task, reference, time_limit, progress)
 
 
 def _call(function: Callable[[nn.Module], Any], model: nn.Module) -> Run:
-    return lambda: function(model)
+    return lambda _: function(model)
+
+
+def _check_attackers(attackers: Any) -> list[Attacker] | None:
+    if attackers is None or isinstance(attackers, Attacker):
+        return None if attackers is None else [attackers]
+    wanted, mend = "an `Attacker` or a list of them", "Write `[Attacker('sgd', 1e-2)]`."
+    check_kind("attackers", attackers, Sequence, wanted, mend)
+    for each in attackers:
+        check_kind("attackers", each, Attacker, wanted, mend)
+    return list(attackers)
+
+
+def _check_shadow(shadow: Any) -> list[tuple[Predictions, Predictions]]:
+    wanted = "a list of pairs of `Predictions`, on `forget` and on `test`"
+    mend = "Write `[(predict(shadow_model, forget), predict(shadow_model, test)), ...]`."
+    check_kind("shadow", shadow, Sequence, wanted, mend)
+    for pair in shadow:
+        check_kind("shadow", pair, (tuple, list), wanted, mend)
+        if len(pair) != 2:
+            raise ValueError(f"`shadow` must be {wanted}, got {len(pair)} of one model. {mend}")
+        for each in pair:
+            check_kind("shadow", each, Predictions, wanted, mend)
+    return list(shadow)
+
+
+def _check_further(further: Any) -> dict[str, Callable[[nn.Module], Any]]:
+    if further is None:
+        return {}
+    wanted, mend = "a mapping of functions of the model", "Write `{'name': lambda model: ...}`."
+    check_kind("further", further, Mapping, wanted, mend)
+    for run in further.values():
+        check_kind("further", run, Callable, wanted, mend)  # type: ignore[arg-type]
+    return {str(name): run for name, run in further.items()}
 
 
 def _carry_out(
-    planned: Mapping[str, Run | str], task: Task, has_reference: bool, time_limit: float | None, progress: bool
+    planned: Sequence[_Attack], task: Task, reference: nn.Module | None, time_limit: float | None, progress: bool
 ) -> AttackReport:
     from tqdm.auto import tqdm
 
     started, results, not_run = time.perf_counter(), [], []
-    bar = tqdm(planned.items(), desc="attacks", disable=not progress)
-    for name, run in bar:
-        bar.set_postfix_str(name)
-        if isinstance(run, str):
-            not_run.append(NotRun(name, run))
+    bar = tqdm(planned, desc="attacks", disable=not progress)
+    for each in bar:
+        bar.set_postfix_str(each.name)
+        if isinstance(each.run, str):
+            not_run.append(NotRun(each.name, each.run))
         elif time_limit is not None and time.perf_counter() - started >= time_limit:
-            not_run.append(NotRun(name, f"the time limit of {time_limit:g} s was reached"))
+            not_run.append(NotRun(each.name, f"the time limit of {time_limit:g} s was reached"))
         else:
-            result = run()
-            results.append(result if hasattr(result, "row") else Compared(name, result))
-    return AttackReport(task, tuple(results), tuple(not_run), time.perf_counter() - started, has_reference)
+            found, failed = _tried(each.name, each.run, reference if each.has_reference else None)
+            results += found
+            not_run += failed
+    return AttackReport(task, tuple(results), tuple(not_run), time.perf_counter() - started, reference is not None)
+
+
+def _tried(name: str, run: Run, reference: nn.Module | None) -> tuple[list[Any], list[NotRun]]:
+    """The result if there is one, and what failed: neither another attack nor, for the reference, the model's own."""
+    try:
+        result = run(reference)
+    except Exception as error:
+        if reference is None:
+            return [], [NotRun(name, f"it failed: {_in_words(error)}")]
+        found, own_failed = _tried(name, run, None)
+        of_it = f"it could not be attacked, and what is told is of this model alone: {_in_words(error)}"
+        return found, own_failed or [NotRun(f"{name}, of the reference", of_it)]
+    return [result if hasattr(result, "row") else Compared(name, result)], []
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -257,13 +332,14 @@ class _Plan:
 
     model: nn.Module
     data: _Data
-    reference: nn.Module | None
     learn: LossFunction | None
     attackers: Sequence[Attacker] | None
-    shadow: tuple[tuple[Predictions, Predictions], ...]
+    shadow: Sequence[tuple[Predictions, Predictions]]
     measured_by: Measure | None
     seed: int
     prompt_steps: int
+    further: Collection[str]
+    tokenizer: Any
 
     def __post_init__(self) -> None:
         self.task = task_of(self.model, self.data.forget[0], self.learn)
@@ -287,40 +363,38 @@ class _Plan:
         except ValueError:
             return None
 
-    def attacks(self) -> dict[str, Run | str]:
-        """All attacks by name."""
-        planned: dict[str, Run | str] = {}
+    def attacks(self) -> list[_Attack]:
+        """All attacks, in the order of the report."""
+        planned: list[_Attack] = []
         if self.measure is None:
-            planned["stripping, quantisation, relearning"] = (
+            reason = (
                 "a denoiser is measured by its training loss beside the original's: give `learn`, a `DenoisingLoss`, "
                 "and the model with its `adapter`, or `measure`"
             )
+            planned.append(_Attack("stripping, quantisation, relearning", reason))
         else:
-            planned.update(self._on_weights(self.measure))
-            planned.update(self._on_inputs(self.measure))
-        planned.update(self._inside())
-        planned.update(self._prompts())
-        planned.update(self._membership())
-        return planned
+            planned += [*self._on_weights(self.measure), *self._on_inputs(self.measure)]
+        return [*planned, *self._inside(), *self._prompts(), *self._membership()]
 
-    def _on_weights(self, measure: Measure) -> dict[str, Run | str]:
-        data, beside = self.data, self.reference
-        planned: dict[str, Run | str] = {"stripping": lambda: stripping(self.model, data.forget, measure=measure)}
+    def _on_weights(self, measure: Measure) -> Iterator[_Attack]:
+        data = self.data
+        yield _Attack("stripping", lambda _: stripping(self.model, data.forget, measure=measure), has_reference=False)
         for bits in (8, 4):
-            planned[f"quantisation: {bits} bits"] = lambda bits=bits: quantization(  # type: ignore[misc]
-                self.model, data.forget, data.retain, bits=bits, reference=beside, measure=measure
+            yield _Attack(
+                f"quantisation: {bits} bits",
+                lambda beside, bits=bits: quantization(  # type: ignore[misc]
+                    self.model, data.forget, data.retain, bits=bits, reference=beside, measure=measure
+                ),
             )
         for attacker in self._attackers():
-            planned[f"relearning: {attacker.label}, {attacker.steps} steps"] = self._relearning(
-                attacker, data.forget, data.forget_test
-            )
+            what = f"{attacker.label}, {attacker.steps} steps"
+            yield _Attack(f"relearning: {what}", self._relearning(attacker, data.forget, data.forget_test, measure))
             if data.related is not None:
-                planned[f"relearning from related data: {attacker.label}, {attacker.steps} steps"] = self._relearning(
-                    attacker, data.related, data.forget_test or data.forget
-                )
+                on = data.forget_test or data.forget
+                run = self._relearning(attacker, data.related, on, measure)
+                yield _Attack(f"relearning from related data: {what}", run)
         if data.related is None:
-            planned["relearning from related data"] = "`related` was not given"
-        return planned
+            yield _Attack("relearning from related data", "`related` was not given")
 
     def _attackers(self) -> Sequence[Attacker]:
         if self.attackers is not None:
@@ -329,103 +403,160 @@ class _Plan:
             return [Attacker("adam", rate, steps=50, batch_size=8) for rate in (1e-4, 1e-3)]
         return usual_attackers(_head(self.model), images=_holds(self.data.forget[0], dims=4))
 
-    def _relearning(self, attacker: Attacker, forget: list[Any], measured_on: list[Any] | None) -> Run:
-        return lambda: relearning(
-            self.model, forget, self.data.retain, attacker=attacker, reference=self.reference, learn=self.learn,
-            measure=self.measure or accuracy, forget_test=measured_on, seed=self.seed, progress=False,
+    def _relearning(
+        self, attacker: Attacker, forget: list[Any], measured_on: list[Any] | None, measure: Measure
+    ) -> Run:
+        return lambda beside: relearning(
+            self.model, forget, self.data.retain, attacker=attacker, reference=beside, learn=self.learn,
+            measure=measure, forget_test=measured_on, seed=self.seed, progress=False,
+            half=None if isinstance(measure, LossOfOriginal) else 50.0,
         )  # fmt: skip
 
-    def _on_inputs(self, measure: Measure) -> dict[str, Run | str]:
-        data, beside = self.data, self.reference
-        if self.task != "classification":
-            return {"inputs: noise, flips": f"they are for classifiers, and this is a {self.task} model"}
-        planned: dict[str, Run | str] = {}
-        for scale in (0.1, 0.3):
-            planned[f"inputs: noise of {scale}"] = lambda scale=scale: noisy_inputs(  # type: ignore[misc]
-                self.model, data.forget, scale=scale, seeds=range(self.seed, self.seed + 3), reference=beside,
-                measure=measure,
-            )  # fmt: skip
-        if not _holds(data.forget[0]):
-            return {"inputs: noise, flips": "the inputs are no floating-point numbers"}
-        planned["inputs: flipped"] = (
-            (lambda: flipped_inputs(self.model, data.forget, reference=beside, measure=measure))
-            if _holds(data.forget[0], dims=4)
-            else "the inputs are no images (N, C, H, W)"
-        )
-        return planned
-
-    def _inside(self) -> dict[str, Run | str]:
+    def _on_inputs(self, measure: Measure) -> Iterator[_Attack]:
         data = self.data
-        planned: dict[str, Run | str] = {}
+        if self.task != "classification":
+            yield _Attack("inputs: noise, flips", f"they are for classifiers, and this is a {self.task} model")
+            return
+        if not _holds(data.forget[0]):
+            yield _Attack("inputs: noise, flips", "the inputs are no floating-point numbers")
+            return
+        for scale in (0.1, 0.3):
+            yield _Attack(
+                f"inputs: noise of {scale}",
+                lambda beside, scale=scale: noisy_inputs(  # type: ignore[misc]
+                    self.model, data.forget, scale=scale, seeds=range(self.seed, self.seed + 3), reference=beside,
+                    measure=measure,
+                ),
+            )  # fmt: skip
+        flipped: Run = lambda beside: flipped_inputs(self.model, data.forget, reference=beside, measure=measure)  # noqa: E731
+        is_images = _holds(data.forget[0], dims=4)
+        yield _Attack("inputs: flipped", flipped if is_images else "the inputs are no images (N, C, H, W)")
+
+    def _inside(self) -> Iterator[_Attack]:
+        model, data = self.model, self.data
         if self.task == "diffusion":
-            planned["linear probes"] = "a denoiser's activations are of noise: none was built"
+            yield _Attack("linear probes", "a denoiser's activations are of noise: none was built")
         elif data.retain is None:
-            planned["linear probes"] = "`retain` was not given"
+            yield _Attack("linear probes", "`retain` was not given")
         elif min(examples_in(data.forget), examples_in(data.retain)) < FEWEST_EXAMPLES:
-            planned["linear probes"] = f"they need at least {FEWEST_EXAMPLES} examples to forget and to retain"
+            yield _Attack("linear probes", f"they need at least {FEWEST_EXAMPLES} examples to forget and to retain")
         else:
             kept = data.retain
-            planned["linear probes"] = lambda: linear_probes(
-                self.model, data.forget, kept, reference=self.reference, seed=self.seed
+            yield _Attack(
+                "linear probes",
+                lambda beside: linear_probes(model, data.forget, kept, reference=beside, seed=self.seed),
             )
-        lens: Run = lambda: logit_lens(self.model, data.forget, reference=self.reference)  # noqa: E731
-        planned["logit lens"] = lens if self.task == "language" else "it reads language models"
-        return planned
+        lens: Run | str = lambda beside: logit_lens(model, data.forget, reference=beside)  # noqa: E731
+        few: Run | str = lambda beside: lens_attack(model, data.forget, reference=beside)  # noqa: E731
+        if self.task != "language" or is_encoder_decoder(model):
+            lens = few = "it reads language models that are decoders alone"
+        yield _Attack("logit lens", lens)
+        yield _Attack("lens: a few tokens of each layer", few)
 
-    def _prompts(self) -> dict[str, Run | str]:
+    def _prompts(self) -> Iterator[_Attack]:
         name, learn = "adversarial prompts", self.learn
-        if self.task != "diffusion":
-            return {name: "they are searched for text-to-image denoisers"}
         condition = self.data.forget[0].get("condition", {}) if isinstance(self.data.forget[0], Mapping) else {}
-        if learn is None or "encoder_hidden_states" not in condition:
-            return {name: "the batches have no text embedding (`encoder_hidden_states`), or no `learn` was given"}
-        seeds = range(self.seed, self.seed + 3)
-        return {
-            name: lambda: search_prompt(
-                self.model, self.data.forget, learn, original=self._original(), reference=self.reference, seeds=seeds,
-                steps=self.prompt_steps, progress=False,
-            )
-        }  # fmt: skip
+        if self.task != "diffusion":
+            yield _Attack(name, "they are searched for text-to-image denoisers")
+        elif learn is None or "encoder_hidden_states" not in condition:
+            reason = "the batches have no text embedding (`encoder_hidden_states`), or no `learn` was given"
+            yield _Attack(name, reason)
+        else:
+            seeds = range(self.seed, self.seed + 3)
+            yield _Attack(
+                name,
+                lambda beside: search_prompt(
+                    self.model, self.data.forget, learn, original=self._original(), reference=beside, seeds=seeds,
+                    steps=self.prompt_steps, progress=False,
+                ),
+            )  # fmt: skip
+        yield from self._left_to_further()
 
-    def _membership(self) -> dict[str, Run | str]:
-        plain, with_shadows = "membership: confidence and threshold", "membership: LiRA and RMIA"
-        if self.task != "classification":
-            return {plain: f"these see one answer an example, and this is a {self.task} model"}
-        if missing := [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]:
-            reason = f"it needs {' and '.join(missing)}"
-            return {with_shadows: reason, plain: reason}
-        planned: dict[str, Run | str] = {plain: self._confidence}
-        if not self.shadow:
-            return {with_shadows: "`shadow` was not given: predictions of models that never knew", **planned}
-        return {**planned, "membership: LiRA": self._lira, "membership: RMIA": self._rmia}
+    def _left_to_further(self) -> Iterator[_Attack]:
+        """What needs more than a model and batches, where nobody has given it."""
+        name, call = {
+            "language": ("prompts", "`lambda model: prompt_attacks(model, tokenizer, questions)`"),
+            "diffusion": ("other seeds", "`lambda _: seed_attack(generate, prompts, classifier, classes)`"),
+        }.get(self.task, ("", ""))
+        if name and name not in self.further:
+            yield _Attack(name, f"it needs more than batches: give {call} as `further[{name!r}]`")
 
-    def _confidence(self) -> Compared:
+    def _membership(self) -> Iterator[_Attack]:
+        if self.task == "classification":
+            yield from self._membership_of_examples()
+        else:
+            reason = f"these see one answer an example, and this is a {self.task} model"
+            yield _Attack("membership: confidence, log odds, LiRA and RMIA", reason)
+        if self.task == "language":
+            yield from self._membership_of_texts()
+
+    def _membership_of_examples(self) -> Iterator[_Attack]:
+        missing = [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]
+        plain = f"it needs {' and '.join(missing)}" if missing else self._confidence
+        yield _Attack("membership: confidence and threshold", plain)
+        no_test = "`test` was not given" if self.data.test is None else None
+        yield _Attack("membership: log odds", no_test or self._by_score(self._log_odds))
+        no_shadow = None if self.shadow else "`shadow` was not given: predictions of models that never knew"
+        if no_test or no_shadow:
+            yield _Attack("membership: LiRA and RMIA", no_test or no_shadow or "")
+            return
+        no_odds = any(each.log_odds is None for pair in self.shadow for each in pair)
+        reason = "predictions in `shadow` have no `log_odds`: make them by `predict`"
+        yield _Attack("membership: LiRA", reason if no_odds else self._by_score(self._lira))
+        yield _Attack("membership: RMIA", self._by_score(self._rmia))
+
+    def _confidence(self, reference: nn.Module | None) -> Compared:
         def of(model: nn.Module) -> Any:
             sides = [predict(model, each or [], progress=False) for each in (self.data.retain, self.data.test)]
             forget = predict(model, self.data.forget, progress=False)
             return attack_membership(sides[0].confidence, sides[1].confidence, forget.confidence, seed=self.seed)
 
         name = "membership: confidence and threshold, taken for never trained on"
-        return Compared(name, of(self.model), None if self.reference is None else of(self.reference))
+        return Compared(name, of(self.model), None if reference is None else of(reference))
 
-    def _said(self, value: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """On forget and test: what the model says, and what the shadow models say."""
-        import torch
+    def _by_score(self, scored: Callable[[Predictions, Predictions], ShadowMembership]) -> Run:
+        """Score what a model says of forget and test examples, and the reference alike."""
 
-        forget, test = (predict(self.model, each or [], progress=False) for each in (self.data.forget, self.data.test))
-        shadows = [torch.stack([getattr(pair[side], value) for pair in self.shadow]) for side in (0, 1)]
-        return getattr(forget, value), getattr(test, value), shadows[0], shadows[1]
+        def of(model: nn.Module) -> ShadowMembership:
+            sides = (self.data.forget, self.data.test or [])
+            return scored(*(predict(model, side, progress=False) for side in sides))
 
-    def _lira(self) -> Any:
-        forget, test, forget_out, test_out = self._said("log_odds")
-        return score_attack(lira_scores(forget, forget_out), lira_scores(test, test_out), attack="LiRA", seed=self.seed)
+        return lambda beside: replace(of(self.model), reference=None if beside is None else of(beside))
 
-    def _rmia(self) -> Any:
+    def _log_odds(self, forget: Predictions, test: Predictions) -> ShadowMembership:
+        return score_attack(_odds(forget), _odds(test), attack="log odds, without shadow models", seed=self.seed)
+
+    def _lira(self, forget: Predictions, test: Predictions) -> ShadowMembership:
+        outside = [torch.stack([_odds(pair[side]) for pair in self.shadow]) for side in (0, 1)]
+        scores = [lira_scores(_odds(side), of_it) for side, of_it in zip((forget, test), outside, strict=True)]
+        return score_attack(*scores, attack="LiRA", seed=self.seed)
+
+    def _rmia(self, forget: Predictions, test: Predictions) -> ShadowMembership:
         """Half of the test examples are the population, the others the non-members."""
-        forget, test, forget_out, test_out = self._said("confidence")
-        half = (test[1::2], test_out[:, 1::2])
-        member = rmia_scores(forget, forget_out, *half)
-        return score_attack(member, rmia_scores(test[::2], test_out[:, ::2], *half), attack="RMIA", seed=self.seed)
+        forget_out, test_out = (torch.stack([pair[side].confidence for pair in self.shadow]) for side in (0, 1))
+        half = (test.confidence[1::2], test_out[:, 1::2])
+        member = rmia_scores(forget.confidence, forget_out, *half)
+        other = rmia_scores(test.confidence[::2], test_out[:, ::2], *half)
+        return score_attack(member, other, attack="RMIA", seed=self.seed)
+
+    def _membership_of_texts(self) -> Iterator[_Attack]:
+        name, test = "membership of texts", self.data.test
+        if test is None:
+            yield _Attack(name, "`test` was not given: batches of texts that no model was trained on")
+            return
+        yield _Attack(
+            name,
+            lambda beside: batch_membership(
+                self.model, self.data.forget, test, tokenizer=self.tokenizer, reference=beside, seed=self.seed
+            ),
+        )
+        if self.tokenizer is None:
+            yield _Attack(f"{name}: zlib", "`tokenizer` was not given, which makes texts of tokens")
+
+
+def _odds(said: Predictions) -> Tensor:
+    assert said.log_odds is not None  # `predict` tells them
+    return said.log_odds
 
 
 def _head(model: nn.Module) -> str | None:

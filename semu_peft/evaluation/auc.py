@@ -1,9 +1,11 @@
-"""How well a score tells two sets of examples apart, and how sure that is: the one AUC of all membership attacks."""
+"""How well a score tells two sets of examples apart, and how sure that is, as of a mean: the one AUC and bootstrap."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_DRAWN_AT_ONCE = 1_000_000  # examples, of all redraws together: 16 MB of places and values
 
 
 def auc(higher: Tensor, lower: Tensor) -> float:
@@ -52,6 +54,38 @@ def auc_with_interval(
         drawn.append(_wins(left, right, rows, columns))
     low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return auc(higher, lower), (low, high)
+
+
+def mean_interval(values: Tensor, *, redraws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Between which values 95% of the means of examples drawn again lie (the percentile bootstrap).
+
+    Args:
+        values: One number an example, `(N,)`.
+        redraws: How many draws.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: There is no number, or one is NaN.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation.auc import mean_interval
+        >>> mean_interval(torch.tensor([0.0, 1.0] * 50))
+        (0.4, 0.6)
+    """
+    numbers = values.detach().cpu().double()
+    if not len(numbers) or numbers.isnan().any():
+        raise ValueError(
+            f"`values` must hold a number for each example, got {len(numbers)} with {int(numbers.isnan().sum())} NaN. "
+            "Leave out examples that have none."
+        )
+    generator, means = torch.Generator().manual_seed(seed), []
+    at_once = max(1, _DRAWN_AT_ONCE // len(numbers))
+    for start in range(0, redraws, at_once):
+        size = (min(at_once, redraws - start), len(numbers))
+        means.append(numbers[torch.randint(len(numbers), size, generator=generator)].mean(1))
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _places(higher: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from semu_peft.arguments import check_count, check_device, check_model, check_nu
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model, check_batches
 
+from .auc import mean_interval
 from .comparison import ForgettingMetrics
 from .membership import MembershipInference, attack_membership
 
@@ -200,7 +201,7 @@ def evaluate_forgetting(
         test: Test examples; for class forgetting those of the remaining classes. TA = accuracy; also the attack's
             non-members.
         forgotten_test: For class forgetting, the test examples of the forgotten class.
-        seed: Seeds the draw of the membership attack's training examples.
+        seed: Seeds the draw of the membership attack's training examples, and those of the intervals.
         progress: Show a progress bar per loader.
         device: Where batches are sent; by default the device of the model's first parameter.
         max_attack_examples: Most examples per side that the attack is fitted on; `None` as in the papers (slow).
@@ -252,6 +253,8 @@ def evaluate_forgetting(
     on_forget, on_retain, on_test = predicted("forget", forget), predicted("retain", retain), predicted("test", test)
     attack = _attack(on_retain, on_test, on_forget, seed=seed, max_examples=max_attack_examples)
     trainable_now, total_parameters = _count_parameters(model)
+    on_forgotten = None if forgotten_test is None else predicted("forgotten_test", forgotten_test)
+    low, high = _accuracy_interval(on_forget, seed)
     return ForgettingMetrics(
         unlearning_accuracy=100 - on_forget.accuracy,
         retain_accuracy=on_retain.accuracy,
@@ -261,12 +264,19 @@ def evaluate_forgetting(
         membership_threshold=attack.threshold_share,
         trainable_parameters=trainable_now if trainable_parameters is None else trainable_parameters,
         total_parameters=total_parameters,
-        forgotten_test_accuracy=(
-            None if forgotten_test is None else predicted("forgotten_test", forgotten_test).accuracy
-        ),
+        forgotten_test_accuracy=None if on_forgotten is None else on_forgotten.accuracy,
+        unlearning_accuracy_interval=(100 - high, 100 - low),
+        retain_accuracy_interval=_accuracy_interval(on_retain, seed),
+        test_accuracy_interval=_accuracy_interval(on_test, seed),
+        forgotten_test_accuracy_interval=None if on_forgotten is None else _accuracy_interval(on_forgotten, seed),
         seconds=seconds,
         adapter_bytes=adapter_bytes,
     )
+
+
+def _accuracy_interval(said: Predictions, seed: int) -> tuple[float, float]:
+    low, high = mean_interval(said.predicted == said.labels, seed=seed)
+    return 100 * low, 100 * high
 
 
 def _attack(member: Predictions, non_member: Predictions, forget: Predictions, **settings: Any) -> MembershipInference:

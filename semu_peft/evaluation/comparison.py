@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ GAP_METRICS = {
     "membership_inference": "MIA",
 }
 _FORMAT = "semu_peft.ForgettingComparison"
+_INTERVALS = (
+    "membership_interval", "unlearning_accuracy_interval", "retain_accuracy_interval", "test_accuracy_interval",
+    "forgotten_test_accuracy_interval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class ForgettingMetrics:
         adapter_bytes: Size of the saved adapter.
         membership_interval: Between which values 95% of refits of the membership attack lie.
         membership_threshold: The same share by an attack that does not saturate, a threshold.
+        unlearning_accuracy_interval: Between which values 95% of those of examples drawn again lie, as of the next
+            three; they are of the predictions that the accuracies are of, and do not count when metrics are compared.
+        retain_accuracy_interval: Of the retain accuracy.
+        test_accuracy_interval: Of the test accuracy.
+        forgotten_test_accuracy_interval: Of that on the forgotten class's test examples.
 
     Raises:
         ValueError: A percentage is outside [0, 100] or NaN, or a count or time is negative.
@@ -66,13 +75,18 @@ class ForgettingMetrics:
     adapter_bytes: int | None = None
     membership_interval: tuple[float, float] | None = None
     membership_threshold: float | None = None
+    unlearning_accuracy_interval: tuple[float, float] | None = field(default=None, compare=False)
+    retain_accuracy_interval: tuple[float, float] | None = field(default=None, compare=False)
+    test_accuracy_interval: tuple[float, float] | None = field(default=None, compare=False)
+    forgotten_test_accuracy_interval: tuple[float, float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.membership_interval is not None:
-            low, high = self.membership_interval  # a list where it comes out of a file
-            object.__setattr__(self, "membership_interval", (low, high))
-            if not 0 <= low <= high <= 100:
-                raise ValueError(f"`membership_interval` must be two percentages in order, got {low} and {high}.")
+        for name in _INTERVALS:
+            if (bounds := getattr(self, name)) is not None:
+                low, high = bounds  # a list where it comes out of a file
+                object.__setattr__(self, name, (low, high))
+                if not 0 <= low <= high <= 100:
+                    raise ValueError(f"`{name}` must be two percentages in order, got {low} and {high}.")
         for name in (*GAP_METRICS, "forgotten_test_accuracy", "membership_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:

@@ -7,6 +7,7 @@ and, for the forget and retain sets, `paraphrased_answer`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_model
 from semu_peft.language.shapes import TextExample
 
+from .auc import mean_interval
 from .cached import Measurements, model_digest
 from .drift import fluency, neutral_kl
 from .generation import generate_answers, rouge_l
@@ -26,10 +28,10 @@ from .memorisation import (
     exact_memorisation,
     extraction_strength,
     forget_quality,
-    forget_truth_ratio,
     model_utility,
     probability_with_options,
     retain_truth_ratio,
+    symmetric_ratio,
     truth_ratio,
 )
 from .prompts import are_plain, encoder_for, read_plain, read_texts
@@ -70,6 +72,13 @@ class LanguageMetrics:
         membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
         privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
+        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next five; they do
+            not count when metrics are compared.
+        rouge_interval: Of the ROUGE-L recall.
+        truth_ratio_interval: Of the truth ratio.
+        paraphrased_probability_interval: Of the paraphrased answers' probability.
+        extraction_strength_interval: Of the extraction strength.
+        exact_memorisation_interval: Of the exact memorisation.
 
     Examples:
         >>> from semu_peft.evaluation import LanguageMetrics
@@ -92,6 +101,12 @@ class LanguageMetrics:
     membership: Mapping[str, float] = field(default_factory=dict)
     privacy_leakage: float | None = None
     truth_ratios: tuple[float, ...] = ()
+    probability_interval: tuple[float, float] | None = field(default=None, compare=False)
+    rouge_interval: tuple[float, float] | None = field(default=None, compare=False)
+    truth_ratio_interval: tuple[float, float] | None = field(default=None, compare=False)
+    paraphrased_probability_interval: tuple[float, float] | None = field(default=None, compare=False)
+    extraction_strength_interval: tuple[float, float] | None = field(default=None, compare=False)
+    exact_memorisation_interval: tuple[float, float] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"LanguageMetrics({', '.join(f'{name} {value}' for name, value in self.row().items())})"
@@ -198,8 +213,12 @@ def evaluate_language(
             found["utility"] = suite.utility()
             is_whole = len(found["utility"]) == 3 * len(utility or {})
             found[metric] = model_utility(found["utility"]) if is_whole else None
+        elif metric == "fluency":
+            found[metric] = fluency(suite.rouge("forget")["written"])
         else:
-            found[metric] = suite.forget(metric)
+            by_row = suite.forget(metric)
+            found[metric] = float(by_row.mean())
+            found[f"{metric}_interval"] = mean_interval(by_row) if math.isfinite(found[metric]) else None
     if "truth_ratio" in wanted:
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
@@ -271,18 +290,16 @@ class _Suite:
     progress: bool
     seen: dict[str, Any] = field(default_factory=dict)
 
-    def forget(self, metric: str) -> float:
-        """One metric of the forget set."""
+    def forget(self, metric: str) -> Tensor:
+        """One metric of each row of the forget set that has it; NaN where the model has diverged."""
         if metric == "truth_ratio":
-            return forget_truth_ratio(self.ratios("forget"))
+            return symmetric_ratio(self.ratios("forget"))
         if metric == "paraphrased_probability":
-            return _mean_probability(self.truth("forget")["correct"])
-        if metric == "rouge":
-            return _mean(self.rouge("forget")["recall"])
-        if metric == "fluency":
-            return fluency(self.rouge("forget")["written"])
-        answers = self.answers("forget")
-        return _mean_probability(answers["nll"]) if metric == "probability" else _mean(answers[metric])
+            return _probabilities(self.truth("forget")["correct"])
+        if metric == "probability":
+            return _probabilities(self.answers("forget")["nll"])
+        values = _vector(self.rouge("forget")["recall"] if metric == "rouge" else self.answers("forget")[metric])
+        return values[~values.isnan()]  # an answer without words or tokens has none
 
     def utility(self) -> dict[str, float]:
         """The three measures of each set that is to be kept; two of one without wrong answers, one of plain texts."""
@@ -413,9 +430,17 @@ def _options(row: TextExample, paraphrased: bool) -> list[str]:
     return [str(row.paraphrased_answer) if paraphrased else row.answer, *row.perturbed_answers]
 
 
+def _vector(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _probabilities(nll: Sequence[float]) -> Tensor:
+    return _vector(nll).neg().exp()
+
+
 def _mean(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).nanmean())
+    return float(_vector(values).nanmean())
 
 
 def _mean_probability(nll: Sequence[float]) -> float:
-    return float(torch.tensor(nll, dtype=torch.float64).neg().exp().mean())
+    return float(_probabilities(nll).mean())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from semu_peft.objectives.batches import call_model
 
 from .auc import auc_with_interval
 from .prompts import encoder_for, read_questions
-from .token_scores import TokenScores, score_answers, text_batches
+from .token_scores import TokenScores, score_answers, score_batches, text_batches
 
 
 @dataclass(frozen=True)
@@ -206,20 +206,128 @@ def text_membership(
     for name, source in (("forget", forget), ("holdout", holdout)):
         examples = read_questions(source, name)
         scores = score_answers(model, tokenizer, examples, batch_size=batch_size, name=name, **options)
-        values = {
-            "loss": scores.nll,
-            "zlib": zlib_score(scores, [example.answer for example in examples]),
-            "min_k": min_k(scores),
-            "min_k_plus_plus": min_k(scores, standardized=True),
-        }
+        values = _read_by_all(scores, [example.answer for example in examples])
         if reference is not None:
             other = score_answers(reference, tokenizer, examples, batch_size=batch_size, name=name, **options)
             values["reference"] = scores.nll - other.nll
         if gradients:
             values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
         found.append(values)
-    sides = {attack: (found[0][attack], found[1][attack]) for attack in found[0]}
-    return {attack: separation(*each, resamples=resamples, seed=seed) for attack, each in sides.items()}
+    return _told_apart(*found, resamples=resamples, seed=seed)
+
+
+def _read_by_all(scores: TokenScores, texts: Sequence[str] | None) -> dict[str, Tensor]:
+    """The scores that need no other model; zlib's where the texts are known."""
+    by_zlib = {} if texts is None else {"zlib": zlib_score(scores, texts)}
+    ranked = {"min_k": min_k(scores), "min_k_plus_plus": min_k(scores, standardized=True)}
+    return {"loss": scores.nll, **by_zlib, **ranked}
+
+
+def _told_apart(
+    forget: Mapping[str, Tensor], holdout: Mapping[str, Tensor], *, resamples: int, seed: int
+) -> dict[str, Separation]:
+    return {
+        attack: separation(scores, holdout[attack], resamples=resamples, seed=seed) for attack, scores in forget.items()
+    }
+
+
+@dataclass(frozen=True)
+class TextMembership:
+    """How well attacks tell forget texts from those that no model was trained on, of a model and of a reference.
+
+    Attributes:
+        found: By the attack's name: `loss`, `zlib`, `min_k`, `min_k_plus_plus`, and `reference`, the loss less that of
+            the reference.
+        reference: The same of the reference, without the last.
+
+    Examples:
+        >>> from semu_peft.evaluation import Separation
+        >>> from semu_peft.evaluation.language_membership import TextMembership
+        >>> TextMembership({"loss": Separation(0.734, (0.68, 0.79))})
+        TextMembership(AUC by loss 73.4% (68.0 to 79.0))
+    """
+
+    found: Mapping[str, Separation]
+    reference: Mapping[str, Separation] = field(default_factory=dict)
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The attack, what it found, and what it found of the reference, with 95% intervals."""
+        return "membership of texts", _areas(self.found), _areas(self.reference)
+
+    def __repr__(self) -> str:
+        beside = f"; reference {_areas(self.reference)}" if self.reference else ""
+        return f"TextMembership({_areas(self.found)}{beside})"
+
+
+def _areas(found: Mapping[str, Separation]) -> str:
+    words = {"min_k": "Min-K%", "min_k_plus_plus": "Min-K%++", "reference": "loss less the reference's"}
+    told = [
+        f"{words.get(attack, attack)} {100 * each.auc:.1f}% ({100 * each.interval[0]:.1f} to "
+        f"{100 * each.interval[1]:.1f})"
+        for attack, each in found.items()
+    ]
+    return f"AUC by {', '.join(told)}" if told else ""
+
+
+def batch_membership(
+    model: nn.Module,
+    forget: Iterable[Any],
+    holdout: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    reference: nn.Module | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> TextMembership:
+    """The attacks of `text_membership` on batches of tokens, whose labels say what counts; alike on the reference.
+
+    Args:
+        model: The unlearned model.
+        forget: Batches of the texts or answers that were to be forgotten.
+        holdout: Batches alike that no model was trained on.
+        tokenizer: Makes texts of the labels, for zlib; without one that is left out. What ends a sequence is its end
+            token, or else that of the model's configuration.
+        reference: A model that never saw the forget set.
+        resamples: Draws for the interval.
+        seed: Of these draws.
+
+    Raises:
+        ValueError: There is no sequence.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation.language_membership import batch_membership
+        >>> forget, holdout = ([{"input_ids": ids, "labels": ids}] for ids in torch.tensor([[[3, 4]], [[5, 6]]]))
+        >>> list(batch_membership(decoder, forget, holdout).found)
+        ['loss', 'min_k', 'min_k_plus_plus']
+    """
+    check_count("resamples", resamples)
+    sides = [list(forget), list(holdout)]
+    ends = _ends(model, tokenizer)
+
+    def scored(attacked: nn.Module) -> list[tuple[TokenScores, list[str] | None]]:
+        found = []
+        for side in sides:
+            scores, tokens = score_batches(attacked, side)
+            scores = replace(scores, has_eos=all(int(part[-1]) in ends for part in tokens))
+            texts = None if tokenizer is None else [tokenizer.decode(part, skip_special_tokens=True) for part in tokens]
+            found.append((scores, texts))
+        return found
+
+    own, other = scored(model), [] if reference is None else scored(reference)
+    values, beside = ([_read_by_all(*side) for side in each] for each in (own, other))
+    for value, (mine, _), (theirs, _) in zip(values, own, other, strict=False):
+        value["reference"] = mine.nll - theirs.nll
+    told = [_told_apart(*each, resamples=resamples, seed=seed) for each in (values, beside) if each]
+    return TextMembership(*told)
+
+
+def _ends(model: nn.Module, tokenizer: Any) -> Collection[int]:
+    """The tokens that end a sequence, as far as they are known."""
+    configured = getattr(getattr(model, "config", None), "eos_token_id", None)
+    known = configured if tokenizer is None else tokenizer.eos_token_id
+    return [] if known is None else known if isinstance(known, (list, tuple)) else [known]
 
 
 def privacy_leakage(auc: float, gold_auc: float) -> float:

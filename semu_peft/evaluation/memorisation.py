@@ -61,8 +61,19 @@ def forget_truth_ratio(ratios: Numbers) -> float:
         >>> forget_truth_ratio([0.5, 2.0])
         0.5
     """
+    return float(symmetric_ratio(ratios).mean())
+
+
+def symmetric_ratio(ratios: Numbers) -> Tensor:
+    """`min(R, 1/R)` of each row, `(N,)`: 1 where wrong answers are as likely as the right one.
+
+    Examples:
+        >>> from semu_peft.evaluation.memorisation import symmetric_ratio
+        >>> symmetric_ratio([0.5, 4.0]).tolist()
+        [0.5, 0.25]
+    """
     values = _vector(ratios)
-    return float(torch.minimum(values, 1 / values).mean())
+    return torch.minimum(values, 1 / values)
 
 
 def retain_truth_ratio(ratios: Numbers) -> float:

@@ -86,7 +86,7 @@ def linear_probes(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: A layer is not there, or there are fewer than four examples a side.
+        ValueError: The model or the reference has no such layer, or there are fewer than four examples a side.
 
     Examples:
         >>> import torch
@@ -100,6 +100,10 @@ def linear_probes(
     check_count("max_examples", max_examples, least=4)
     names = _blocks(model) if layers is None else list(layers)
     batches = list(forget), list(retain)
+    _check_layers(model, names, "`layers` must name layers of the model")
+    if reference is not None:
+        check_model(reference, "reference")
+        _check_layers(reference, names, "`reference` must have the layers that are read of the model")
     found = _probed(model, names, batches, max_examples, seed)
     other = None if reference is None else _probed(reference, names, batches, max_examples, seed)
     return Probes("linear probe", tuple(names), tuple(found), () if other is None else tuple(other))
@@ -224,6 +228,12 @@ def _blocks(model: nn.Module) -> list[str]:
     return [without_wrappers(name) for name in names]
 
 
+def _check_layers(model: nn.Module, names: Sequence[str], wanted: str) -> None:
+    there = [without_wrappers(name) for name, _ in base_model(model).named_modules()]
+    if missing := [name for name in names if name not in there]:
+        raise ValueError(f"{wanted}, got none of the name {missing[0]!r}. It has {there[1:6]} …")
+
+
 def _probed(
     model: nn.Module, names: Sequence[str], sides: tuple[list[Any], list[Any]], most: int, seed: int
 ) -> list[float]:
@@ -234,9 +244,6 @@ def _probed(
 @torch.no_grad()
 def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], most: int) -> dict[str, Tensor]:
     """The pooled outputs `(N, D)` of each layer."""
-    modules = {without_wrappers(name): module for name, module in base_model(model).named_modules()}
-    if missing := [name for name in names if name not in modules]:
-        raise ValueError(f"`layers` must be layers of the model, got {missing[0]!r}. It has {list(modules)[1:6]} …")
     modules = {name: _outermost(base_model(model), name) for name in names}
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     mask: Tensor | None = None

@@ -19,6 +19,7 @@ from semu_peft.objectives.diffusion import read_batch
 from .knowledge import mean_loss
 
 _WHERE = "encoder_hidden_states"
+_LEAST_GAP = 0.05  # of the original's loss: over a smaller one the share of the way says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,12 @@ class PromptSearch:
 
     @property
     def back(self) -> float | None:
-        """How much of the way from the forgotten loss to the original's the search has gone, in percent."""
-        if self.known is None or self.prompted <= self.known:
+        """How much of the way from the forgotten loss to the original's the search has gone, in percent.
+
+        None without an original, and where the forgotten loss is less than 5% above the original's: what little was
+        forgotten is then within what a search gains on any prompt, and a share of it would be thousands of percent.
+        """
+        if self.known is None or self.prompted - self.known < _LEAST_GAP * self.known:
             return None
         return 100 * (self.prompted - min(self.found)) / (self.prompted - self.known)
 
@@ -64,7 +69,9 @@ class PromptSearch:
         parts = [f"loss {self.prompted:.4f} under the prompt, {best}"]
         parts += [] if self.known is None else [f"original {self.known:.4f}"]
         parts += [] if self.reference is None else [f"reference {self.reference:.4f}"]
-        parts += [] if self.back is None else [f"back {self.back:.0f}%"]
+        if self.known is not None:
+            untold = "how much is back is not told, as the prompt's loss is less than 5% above the original's"
+            parts.append(untold if self.back is None else f"back {self.back:.0f}%")
         return "; ".join(parts)
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from semu_peft.arguments import check_count, check_model
 from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.attackers import weights_of
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import with_values, without_adapter
 from semu_peft.tuner.adapted import find_token_head
 from semu_peft.tuner.keys import without_wrappers
@@ -56,6 +57,9 @@ class QuantizationAttack:
         retain: The same of the rest, where there is any.
         reference: Of the retrained model, on the forget data.
         layers: What became of each layer's correction, where the model has an adapter.
+        vanished: The layers of whose correction less than half is left.
+        smallest_surviving_norm: The smallest norm of a layer's correction of which at least half is left; None where
+            all vanish.
 
     Examples:
         >>> QuantizationAttack(4, None, (0.0, 83.0), (95.0, 94.0), layers=(LayerRounding("fc1", 0.1, 0.0, 0.0),))
@@ -68,16 +72,15 @@ class QuantizationAttack:
     retain: tuple[float, float] | None = None
     reference: tuple[float, float] | None = None
     layers: tuple[LayerRounding, ...] = field(default=(), repr=False)
+    vanished: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    smallest_surviving_norm: float | None = field(init=False, repr=False, compare=False)
 
-    @property
-    def vanished(self) -> tuple[str, ...]:
-        """The layers of whose correction less than half is left."""
-        return tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
-
-    @property
-    def smallest_surviving_norm(self) -> float | None:
-        """The smallest norm of a layer's correction of which at least half is left; None where all vanish."""
-        return min((layer.norm for layer in self.layers if layer.survived >= _SURVIVES), default=None)
+    def __post_init__(self) -> None:
+        """Fields and no properties, so that a report has them too."""
+        left = [layer.norm for layer in self.layers if layer.survived >= _SURVIVES]
+        gone = tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
+        object.__setattr__(self, "vanished", gone)
+        object.__setattr__(self, "smallest_surviving_norm", min(left, default=None))
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -91,7 +94,9 @@ class QuantizationAttack:
     def _found(self) -> str:
         kept = "" if self.retain is None else f", retained {self.retain[0]:.1f} → {self.retain[1]:.1f}"
         lost = f", {len(self.vanished)} of {len(self.layers)} corrections vanish" if self.layers else ""
-        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}"
+        smallest = self.smallest_surviving_norm
+        survives = "" if smallest is None else f", the smallest that survives has the norm {smallest:.3g}"
+        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}{survives}"
 
     def __repr__(self) -> str:
         return f"QuantizationAttack({self._how()}: {self._found()})"
@@ -160,7 +165,7 @@ def quantization(
 
     Raises:
         TypeError: An argument is of another kind.
-        ValueError: `bits` is below 2, or an adapter's correction cannot be told.
+        ValueError: `bits` is below 2, there is no batch, or an adapter's correction cannot be told.
 
     Examples:
         >>> import torch
@@ -174,7 +179,10 @@ def quantization(
     check_model(model)
     check_count("bits", bits, least=2)
     check_count("group_size", group_size, optional=True)
+    check_batches(forget, "forget")
     data = [list(forget), [] if retain is None else list(retain)]
+    if not data[0]:
+        raise ValueError("`forget` must give at least one batch, got none. Check that it has not been used up.")
     rounded, layers = _rounded(model, bits, group_size)
     pairs = [(measure(model, each), measure(rounded, each)) if each else None for each in data]
     assert pairs[0] is not None

@@ -33,10 +33,12 @@ class RelearningCurve:
             unless he had all there are.
         retain: How much of the rest; empty where there is none.
         reference: The curve of the retrained model, or of another that never knew.
-        half: What counts as back, in percent.
+        half: What counts as back, in percent; where it is not 50, the curve's text says so.
         hold: An attack counts only while this share of the retained knowledge of its start is left: training on forget
             examples alone makes any model answer the one class for everything.
         seen: Whether the attacker had the very examples that were measured.
+        area: The mean of the forget curve over its steps, in percent (the trapezoid rule): 0 is a model that stays.
+        steps_to_half: After how many steps it was back for the first time, the rest being held; None where it was not.
 
     Examples:
         >>> gold = RelearningCurve("SGD 0.01", (0, 5, 10, 50), (0.0, 0.0, 0.0, 60.0), (97.0, 97.0, 96.0, 95.0))
@@ -53,18 +55,21 @@ class RelearningCurve:
     half: float = 50.0
     hold: float = 0.8
     seen: bool = False
+    area: float = field(init=False, repr=False, compare=False)
+    steps_to_half: int | None = field(init=False, repr=False, compare=False)
 
-    @property
-    def area(self) -> float:
-        """The mean of the forget curve over its steps, in percent (the trapezoid rule): 0 is a model that stays."""
+    def __post_init__(self) -> None:
+        """Fields and no properties, so that a report has them too."""
+        object.__setattr__(self, "area", self._area())
+        object.__setattr__(self, "steps_to_half", self._steps_to_half())
+
+    def _area(self) -> float:
         if len(self.steps) < 2:
             return self.forget[0]
         pairs = zip(self.steps, self.steps[1:], self.forget, self.forget[1:], strict=False)
         return sum((end - start) * (low + high) / 2 for start, end, low, high in pairs) / self.steps[-1]
 
-    @property
-    def steps_to_half(self) -> int | None:
-        """After how many steps it was back for the first time, the rest being held; None where it was not."""
+    def _steps_to_half(self) -> int | None:
         kept = self.retain or (math.inf,) * len(self.steps)
         least = self.hold * kept[0] if self.retain else -math.inf
         found = zip(self.steps, self.forget, kept, strict=True)
@@ -81,7 +86,9 @@ class RelearningCurve:
     def _found(self) -> str:
         back = "never" if self.steps_to_half is None else f"after {self.steps_to_half}"
         ends = f"{self.forget[0]:.1f} → {self.forget[-1]:.1f} in {self.steps[-1]} steps"
-        return f"{ends}, half back {back}, area {self.area:.1f}"
+        midway = ", midway from the start to 100" if self.half == _midway(self.forget) else ""
+        at = "" if self.half == 50 else f" (at {self.half:.1f}{midway})"
+        return f"{ends}, half back{at} {back}, area {self.area:.1f}"
 
     def __repr__(self) -> str:
         other = self.reference
@@ -125,7 +132,7 @@ def relearning(
     forget_test: Iterable[Any] | None = None,
     retain_test: Iterable[Any] | None = None,
     steps: Sequence[int] | None = None,
-    half: float = 50.0,
+    half: float | None = 50.0,
     seed: int = 0,
     progress: bool = True,
 ) -> RelearningCurve:
@@ -146,8 +153,11 @@ def relearning(
         measure: `(model, batches) -> percent`; by default the accuracy.
         forget_test: What is measured; by default the forget examples that the attacker does not have.
         retain_test: What is measured of the rest; by default `retain`.
-        steps: When it is measured; by default at 0, 5, 10, 20, 50, … and the attacker's last step.
-        half: What counts as back, in percent.
+        steps: When it is measured, beside the first and the last step of the attacker; later ones are passed over. By
+            default at 0, 5, 10, 20, 50, …
+        half: What counts as back, in percent; None is midway from where the model starts to 100, and for the reference
+            from where that one starts. So it is for a share of what the original does
+            ([`LossOfOriginal`][semu_peft.evaluation.knowledge.LossOfOriginal]), which no model begins at 0.
         seed: Seed of the attacker's draws.
         progress: Show a progress bar.
 
@@ -175,15 +185,17 @@ def relearning(
     if reference is not None:
         check_model(reference, "reference")
     check_count("seed", seed, least=0)
-    check_number("half", half, low=0)
+    if half is not None:
+        check_number("half", half, low=0)
     check_switch("progress", progress)
     pools = Examples(forget, "forget"), None if retain is None else Examples(retain, "retain")
     tests = [None if each is None else list(each) for each in (forget_test, retain_test)]
+    for step in steps or ():
+        check_count("steps", step, least=0)
     at = _when(attacker.steps, steps)
     loss = CrossEntropy() if learn is None else as_objective(learn)
 
     def curve(attacked: nn.Module, name: str, beside: RelearningCurve | None) -> RelearningCurve:
-        loss_state = loss.state_dict()
         generator = torch.Generator().manual_seed(seed)
         relearner = Relearner(attacked, attacker, *pools, loss, generator)
         left = pools[0].without(relearner.rows)
@@ -198,17 +210,25 @@ def relearning(
                 return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
             return [measure(changed, side) for side in sides]
 
-        found = relearner.curve(at, known, name if progress else None)
-        loss.load_state_dict(loss_state)
+        loss_state = loss.state_dict()
+        try:
+            found = relearner.curve(at, known, name if progress else None)
+        finally:  # a loss may draw, and is the caller's
+            loss.load_state_dict(loss_state)
         of_forget, *of_retain = zip(*found, strict=True)
         had = dataclasses.replace(attacker, forget_examples=len(relearner.rows))
         kept = of_retain[0] if of_retain else ()
-        return RelearningCurve(had.label, at, of_forget, kept, beside, half, seen=seen)
+        back = _midway(of_forget) if half is None else half
+        return RelearningCurve(had.label, at, of_forget, kept, beside, back, seen=seen)
 
     gold = None if reference is None else curve(reference, "reference relearns", None)
     return curve(model, "relearns", gold)
 
 
+def _midway(forget: Sequence[float]) -> float:
+    return (forget[0] + 100) / 2
+
+
 def _when(last: int, steps: Sequence[int] | None) -> tuple[int, ...]:
     usual = [*STEPS, *(100 * 2**k for k in range(10))]
-    return tuple(sorted({0, last, *(step for step in (usual if steps is None else steps) if 0 <= step <= last)}))
+    return tuple(sorted({0, last, *(step for step in (usual if steps is None else steps) if step <= last)}))

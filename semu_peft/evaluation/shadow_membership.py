@@ -18,8 +18,10 @@ class ShadowMembership:
 
     Attributes:
         attack: Its name.
-        auc: The area under its curve in percent: 50 where it cannot tell, as for a retrained model.
+        auc: The area under its curve in percent: 50 where it cannot tell. A retrained model has that where the two are
+            alike; where they are not, such as a class and the other classes, it says what unlike examples give.
         interval: Between which areas 95% of those of examples drawn with replacement lie.
+        reference: The same of a model that never trained on them.
 
     Examples:
         >>> ShadowMembership("RMIA", 61.2, (57.0, 65.3))
@@ -29,17 +31,20 @@ class ShadowMembership:
     attack: str
     auc: float
     interval: tuple[float, float]
+    reference: ShadowMembership | None = None
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """The attack, what it found, and what a model that never trained on them gives."""
-        return f"membership: {self.attack}", self._found(), "AUC 50% by construction"
+        """The attack, what it found, and what it found of the reference."""
+        other = "" if self.reference is None else self.reference._found()
+        return f"membership: {self.attack}", self._found(), other
 
     def _found(self) -> str:
         return f"AUC {self.auc:.1f}%, 95% interval {self.interval[0]:.1f} to {self.interval[1]:.1f}"
 
     def __repr__(self) -> str:
-        return f"ShadowMembership({self.attack}: {self._found()})"
+        beside = "" if self.reference is None else f"; reference {self.reference._found()}"
+        return f"ShadowMembership({self.attack}: {self._found()}{beside})"
 
 
 def score_attack(

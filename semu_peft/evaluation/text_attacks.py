@@ -231,8 +231,10 @@ def relearn_text(
     measured = None if probes is None else read_questions(probes, "probes")
     encoder = encoder_for(model, tokenizer, template)
     batch = TextCollator(tokenizer)([encoder.answer(row.prompt or "", row.answer) for row in examples])
+    for step in steps or ():
+        check_count("steps", step, least=0)
     marks = {round(attacker.steps * part / 5) for part in range(6)} if steps is None else {0, *steps, attacker.steps}
-    at = tuple(sorted(step for step in marks if 0 <= step <= attacker.steps))
+    at = tuple(sorted(step for step in marks if step <= attacker.steps))
     drawn: list[int] = []
 
     def curve(attacked: nn.Module, name: str) -> tuple[float, ...]:

@@ -8,13 +8,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.language.encode import Row, TextEncoder
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import IGNORED, call_model
+from semu_peft.objectives.batches import IGNORED, call_model, read_tokens
 
 from .prompts import encoder_for, read_plain, read_questions
 
@@ -155,6 +156,44 @@ def score_texts(
         for kind in (scores.log_probs, scores.correct, scores.standardized)
     )
     return TokenScores(log_probs, correct, standardized, has_eos=tokenizer.eos_token_id is not None)
+
+
+def score_batches(model: nn.Module, batches: Iterable[Any]) -> tuple[TokenScores, list[Tensor]]:
+    """Let a language model read batches as they are, one entry a sequence, of the tokens whose labels count.
+
+    Args:
+        model: A causal or an encoder-decoder language model.
+        batches: Mappings with `input_ids` and `labels`; packed sequences are told apart.
+
+    Returns:
+        What the model says, and these tokens, N vectors `(n_i,)`. Whether the last is the end of the sequence is not
+        known here: `has_eos` is False.
+
+    Raises:
+        ValueError: There is no sequence.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation.token_scores import score_batches
+        >>> ids = torch.tensor([[3, 4, 5, 6]])
+        >>> scores, tokens = score_batches(decoder, [{"input_ids": ids, "labels": ids}])
+        >>> tokens  # nothing predicts the first
+        [tensor([4, 5, 6])]
+    """
+    found: list[list[Tensor]] = [[], [], []]
+    read: list[Tensor] = []
+    device = device_of(model)
+    with torch.no_grad(), eval_mode(model):
+        for batch in batches:
+            tokens = read_tokens(model, send_to_device(batch, device))
+            counts = tokens.sequences.bincount().tolist()
+            for kind, values in zip(found, _read_logits(tokens.logits, tokens.labels), strict=True):
+                kind += values.cpu().split(counts)
+            read += tokens.labels.cpu().split(counts)
+    if not read:
+        raise ValueError("`batches` must hold at least one sequence, got none. Check that they have not been used up.")
+    log_probs, correct, standardized = found
+    return TokenScores(log_probs, correct, standardized), read
 
 
 def text_windows(tokenizer: Any, texts: Any, max_length: int, name: str = "texts") -> list[list[Row]]:

@@ -85,6 +85,8 @@ class Attacker:
         check_count("batch_size", self.batch_size, optional=True)
         if not self.forget_examples and not self.retain_examples:
             raise ValueError("`forget_examples` must be at least 1 where `retain_examples` is 0, got 0. Give examples.")
+        if self.augment is not None:
+            check_kind("augment", self.augment, Callable, "a function (batch, generator) -> batch", "Write `flip`.")  # type: ignore[arg-type]
         if self.layers is not None:
             check_kind("layers", self.layers, (str, list, tuple), "a name or a list of names", "Write ['classifier'].")
 
@@ -98,7 +100,7 @@ class Attacker:
         patterns = [self.layers] if isinstance(self.layers, str) else self.layers or ()
         where = f" on {', '.join(patterns)}" if patterns else ""
         varied = f", {getattr(self.augment, '__name__', 'augmented')}" if self.augment else ""
-        return f"{told}{where}, {self.forget_examples} examples{varied}"
+        return f"{told}{where}, {self.forget_examples} example{'' if self.forget_examples == 1 else 's'}{varied}"
 
     def __repr__(self) -> str:
         return f"Attacker({self.label}, {self.steps} steps)"

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import copy
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from answer_models import FACTS, decoder, word_tokenizer
+from answer_models import FORGET as QUESTIONS
 from diffusion_models import text_unet
-from models import CLASSES, Mlp, Snapshot, image_batches, llama, vector_batches
+from models import CLASSES, Mlp, Snapshot, image_batches, llama, t5, vector_batches
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, gates, initialize_semu_weights
-from semu_peft.evaluation import Predictions, attack, flipped_inputs, noisy_inputs, predict, search_prompt, stripping
+from semu_peft.evaluation import (
+    Predictions,
+    PromptSearch,
+    RelearningCurve,
+    attack,
+    flipped_inputs,
+    lira_scores,
+    noisy_inputs,
+    predict,
+    score_attack,
+    search_prompt,
+    stripping,
+    text_membership,
+)
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
+from semu_peft.language import text_examples
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
+from semu_peft.report.measured import plain
 
 FORGET, RETAIN, TEST = (vector_batches(2, 10, seed=seed) for seed in (1, 2, 3))
 SHORT = [Attacker("sgd", 0.05, steps=3, forget_examples=5)]
@@ -57,11 +76,20 @@ def test_a_classifier() -> None:
     names = [name for name, _, _ in report.rows]
     assert [name.partition(":")[0] for name in names] == [
         "stripping", "quantisation", "quantisation", "relearning", "relearning", "inputs", "inputs", "linear probe",
-        "membership", "membership", "membership", "of my own",
+        "membership", "membership", "membership", "membership", "of my own",
     ]  # fmt: skip
     assert all(other for name, _, other in report.rows if name != "of my own")
+    for name in ("log odds, without shadow models", "LiRA", "RMIA"):
+        found = next(each for each in report.results if getattr(each, "attack", None) == name)
+        assert found.row[2] == found.reference._found() != found.row[1], "gold is another model, and scored itself"
+    odds = [predict(gold, data, progress=False).log_odds for data in (FORGET, TEST)]
+    outside = [torch.stack([pair[side].log_odds for pair in shadow]) for side in (0, 1)]
+    scores = [lira_scores(own, others) for own, others in zip(odds, outside, strict=True)]
+    lira = next(each for each in report.results if getattr(each, "attack", None) == "LiRA")
+    assert lira.reference == score_attack(*scores, attack="LiRA")
     reasons = {each.attack: each.reason for each in report.not_run}
-    assert reasons.keys() == {"inputs: flipped", "logit lens", "adversarial prompts"}
+    few = "lens: a few tokens of each layer"
+    assert reasons.keys() == {"inputs: flipped", "logit lens", few, "adversarial prompts"}
     assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
 
 
@@ -78,7 +106,9 @@ def test_language_models_and_denoisers() -> None:
     assert report.task == "language"
     assert [type(result).__name__ for result in report.results] == [
         "Stripping", "QuantizationAttack", "QuantizationAttack", "RelearningCurve", "Probes", "Probes",
+        "LensAttack",
     ]  # fmt: skip
+    assert "prompt_attacks" in {each.attack: each.reason for each in report.not_run}["prompts"]
     assert "No retrained model was given" in report.to_markdown()
 
     unet = text_unet()
@@ -90,8 +120,146 @@ def test_language_models_and_denoisers() -> None:
     kinds = [type(result).__name__ for result in report.results]
     assert kinds[-1] == "PromptSearch" and "RelearningCurve" in kinds
     assert report.results[0].forget == (100.0, 100.0), "nothing was trained: it knows as much as the original"
+    curve = next(each for each in report.results if isinstance(each, RelearningCurve))
+    assert curve.half == (curve.forget[0] + 100) / 2 and curve.half != 50
+    own = attack(
+        wrapped, concept(), learn=loss, attackers=SHORT, prompt_steps=2, measure=lambda *_: 12.0, progress=False
+    )
+    assert next(each for each in own.results if isinstance(each, RelearningCurve)).half == 50
     missing = attack(wrapped, concept(), attackers=SHORT, progress=False)
     assert not missing.results and "DenoisingLoss" in missing.not_run[0].reason
+
+
+def reasons_of(report: Any) -> dict[str, str]:
+    return {each.attack: each.reason for each in report.not_run}
+
+
+def test_membership_without_shadow_models_has_an_area_with_its_interval() -> None:
+    model = Mlp()
+    report = attack(model, FORGET, test=TEST, attackers=[], progress=False)
+    (found,) = (each for each in report.results if type(each).__name__ == "ShadowMembership")
+    odds = [predict(model, data, progress=False).log_odds for data in (FORGET, TEST)]
+    assert found.auc == score_attack(*odds).auc and found.interval[0] < found.auc < found.interval[1]
+    assert found.row[2] == "", "there is no reference"
+    assert reasons_of(report)["membership: confidence and threshold"] == "it needs `retain`"
+    bare = [tuple(replace(each, log_odds=None) for each in (predict(Mlp(), side, progress=False),) * 2)
+            for side in (FORGET, FORGET)]  # fmt: skip
+    report = attack(model, FORGET, test=TEST, attackers=[], shadow=bare, progress=False)
+    assert "`log_odds`" in reasons_of(report)["membership: LiRA"]
+    assert any(name == "membership: RMIA" for name, _, _ in report.rows)
+
+
+def test_membership_of_texts() -> None:
+    """The same areas as by questions and answers; zlib needs the tokenizer, and gold is read alike."""
+    model, gold, tokenizer = decoder(), decoder(seed=1), word_tokenizer()
+    forget, test = (list(text_examples(tokenizer, rows).loader(2, shuffle=False)) for rows in (QUESTIONS, FACTS))
+    report = attack(
+        model, forget, test=test, reference=gold, attackers=[], tokenizer=tokenizer, measure=lambda *_: 0.0,
+        progress=False,
+    )  # fmt: skip
+    (found,) = (each for each in report.results if type(each).__name__ == "TextMembership")
+    by_answers = text_membership(model, tokenizer, QUESTIONS, FACTS, reference=gold, progress=False)
+    assert {name: each.auc for name, each in found.found.items()} == {
+        name: pytest.approx(each.auc) for name, each in by_answers.items()
+    }
+    assert (
+        found.reference["min_k"].auc == text_membership(gold, tokenizer, QUESTIONS, FACTS, progress=False)["min_k"].auc
+    )
+    assert list(found.found) == ["loss", "zlib", "min_k", "min_k_plus_plus", "reference"]
+    assert "Min-K%++" in found.row[1] and "zlib" in found.row[2] and "less the reference's" not in found.row[2]
+    told = plain(found)
+    assert told["found"]["loss"]["interval"] == list(found.found["loss"].interval)
+
+    without = attack(model, forget, test=test, attackers=[], measure=lambda *_: 0.0, progress=False)
+    assert "`tokenizer` was not given" in reasons_of(without)["membership of texts: zlib"]
+    assert any(name == "membership of texts" for name, _, _ in without.rows)
+    assert (
+        "`test` was not given"
+        in reasons_of(attack(model, forget, attackers=[], measure=lambda *_: 0.0, progress=False))[
+            "membership of texts"
+        ]
+    )
+
+
+def test_an_encoder_decoder_has_no_lens_and_is_attacked_otherwise() -> None:
+    report = attack(t5(), text(), test=text(1), attackers=SHORT, progress=False)
+    assert report.task == "language"
+    for name in ("logit lens", "lens: a few tokens of each layer"):
+        assert "decoders alone" in reasons_of(report)[name]
+    assert not [reason for reason in reasons_of(report).values() if "it failed" in reason]
+    assert report.rows[-1][0] == "membership of texts"
+
+
+def test_an_attack_that_fails_takes_no_other_with_it() -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False, modules_to_save=["head"]))
+    asked: list[nn.Module] = []
+
+    def mine(attacked: nn.Module) -> float:
+        asked.append(attacked)
+        return 1 / 0
+
+    report = attack(
+        model, FORGET, RETAIN, reference=Mlp(), attackers=SHORT, further={"mine": mine, "after it": lambda _: 42},
+        progress=False,
+    )  # fmt: skip
+    reasons = reasons_of(report)
+    assert reasons["mine"] == "it failed: ZeroDivisionError: division by zero" and asked == [model]
+    for bits in (8, 4):
+        told = reasons[f"quantisation: {bits} bits"]
+        assert told.startswith("it failed: ValueError: `model` has modules") and "merge_and_unload" in told
+    names = [name.partition(":")[0] for name, _, _ in report.rows]
+    assert names == ["stripping", "relearning", "inputs", "inputs", "linear probe", "after it"]
+    assert "- mine: it failed" in report.to_markdown()
+
+
+def test_what_only_the_reference_cannot_stand_is_told_of_the_model() -> None:
+    other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    model = adapted()
+    alone, beside = (
+        attack(model, FORGET, RETAIN, attackers=[], reference=reference, progress=False) for reference in (None, other)
+    )
+    probe, alone_probe = (
+        next(each for each in report.results if type(each).__name__ == "Probes") for report in (beside, alone)
+    )
+    assert probe == alone_probe and probe.reference == ()
+    reason = reasons_of(beside)["linear probes, of the reference"]
+    assert reason.startswith("it could not be attacked, and what is told is of this model alone: ValueError")
+    assert "`reference` must have the layers that are read of the model, got none of the name 'fc1'" in reason
+    assert [row[0] for row in beside.rows] == [row[0] for row in alone.rows]
+    assert beside.rows[1][2], "rounding asks for no layers of the same names"
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    report = attack(adapted(), FORGET, RETAIN, TEST, reference=Mlp(), attackers=SHORT, progress=False)
+    for name in ("linear probes", "membership: confidence and threshold"):
+        assert "pip install semu-peft[evaluation]" in reasons_of(report)[name]
+    assert "relearning" in report.to_markdown() and len(report.results) >= 6
+
+
+def test_an_interrupt_is_no_failed_attack() -> None:
+    def stop(_: nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attack(Mlp(), FORGET, attackers=[], further={"stop": stop}, progress=False)
+
+
+def test_attacks_of_one_name_are_all_run() -> None:
+    """Two attackers may be alike in words, and an attack of one's own may be called as one that is here."""
+    alike = [Attacker("sgd", 0.05, steps=2, batch_size=size) for size in (2, 5)]
+    report = attack(
+        adapted(), FORGET, attackers=alike, further={"stripping": lambda _: "mine"}, measure=lambda *_: 1.0,
+        progress=False,
+    )  # fmt: skip
+    names = [name.partition(":")[0] for name, _, _ in report.rows]
+    assert names.count("relearning") == 2 and names.count("stripping") == 2
+
+
+def test_one_attacker_needs_no_list() -> None:
+    report = attack(Mlp(), FORGET, attackers=SHORT[0], progress=False)
+    assert sum(name.startswith("relearning") for name, _, _ in report.rows) == 1
 
 
 def test_when_the_time_is_over_the_rest_is_named() -> None:
@@ -153,11 +321,19 @@ def test_a_searched_prompt_beats_the_concepts_own_and_repeats() -> None:
     before.assert_same(unet)
     assert torch.equal(loss.state_dict()["generator"], state["generator"])
     assert min(found.found) < found.prompted == found.known and found.back is None
+    assert "how much is back is not told, as the prompt's loss is less than 5% above" in repr(found)
     again = search_prompt(unet, concept(), loss, steps=15, learning_rate=0.1, seeds=(0, 1), progress=False)
     assert again.found == found.found
     assert found.embedding.shape == (1, 6, 8)
     with pytest.raises(ValueError, match="text embedding"):
         search_prompt(unet, [{"latents": torch.zeros(1, 4, 8, 8), "condition": {}}], loss)
+
+
+def test_little_that_was_forgotten_is_not_told_as_thousands_of_percent() -> None:
+    assert PromptSearch(prompted=1.1838, found=(1.1732,), known=1.1833).back is None
+    assert PromptSearch(prompted=1.0499, found=(0.9,), known=1.0).back is None
+    assert PromptSearch(prompted=1.06, found=(1.03,), known=1.0).back == pytest.approx(50.0)
+    assert "not told" not in repr(PromptSearch(prompted=1.0499, found=(0.9,)))
 
 
 def test_what_a_denoiser_knows_is_measured_with_the_same_draws() -> None:
@@ -181,13 +357,16 @@ def _said(labels: Tensor) -> Predictions:
     ("argument", "value"),
     [
         ("model", None), ("reference", 5), ("forget", []), ("forget", 5), ("retain", "x"), ("time_limit", -1.0),
-        ("seed", "x"), ("progress", 1), ("further", [1]),
+        ("seed", "x"), ("progress", 1), ("further", [1]), ("further", {"a": 3}), ("attackers", [1]), ("attackers", 1),
+        ("shadow", 1), ("shadow", [1]), ("shadow", [(1, 2)]), ("shadow", [()]), ("measure", 5),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(argument: str, value: Any) -> None:
-    arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
-    with pytest.raises((ValueError, TypeError), match=argument):
-        attack(**arguments)
+def test_mistakes_are_named_before_anything_is_run(argument: str, value: Any) -> None:
+    asked: list[Any] = []
+    arguments = {"further": {"mine": asked.append}, "model": Mlp(), "forget": FORGET, "progress": False}
+    with pytest.raises((ValueError, TypeError), match=f"^`{argument}` must"):
+        attack(**arguments | {argument: value})
+    assert not asked
 
 
 def test_no_seeds_are_named() -> None:

@@ -13,10 +13,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from semu_peft.evaluation import (
     Predictions,
+    auc,
     evaluate_forgetting,
     membership_inference,
     predict,
 )
+from semu_peft.evaluation.auc import mean_interval
+from semu_peft.report.measured import read_metrics
 
 
 class Passthrough(nn.Module):
@@ -133,6 +136,33 @@ def test_metrics_by_hand() -> None:
     assert (metrics.trainable_parameters, metrics.total_parameters) == (1, 4)
     assert metrics.trainable_share == 25
     assert (metrics.seconds, metrics.adapter_bytes) == (1.5, 100)
+
+
+def test_accuracies_have_the_intervals_of_examples_drawn_again() -> None:
+    model, right = nn.Identity(), 9 * torch.eye(2)
+    sides = [
+        [(right.repeat(200, 1), torch.tensor([0, 1] * (200 - wrong) + [1, 0] * wrong))] for wrong in (150, 20, 40, 0)
+    ]
+    found = evaluate_forgetting(model, *sides[:3], forgotten_test=sides[3], progress=False)
+    for name, share in (("unlearning_accuracy", 0.75), ("retain_accuracy", 0.9), ("test_accuracy", 0.8)):
+        deviation = 100 * (share * (1 - share) / 400) ** 0.5  # of a mean of as many draws
+        expected = (100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation)
+        assert getattr(found, f"{name}_interval") == pytest.approx(expected, abs=0.8), name
+    assert found.forgotten_test_accuracy_interval == (100.0, 100.0)
+    shown = read_metrics(found)["rows"][0]["values"]
+    assert shown["retain accuracy"]["interval"] == list(found.retain_accuracy_interval)
+    assert shown["membership inference"]["interval"] == list(found.membership_interval)
+    again = evaluate_forgetting(model, *sides[:3], forgotten_test=sides[3], progress=False)
+    assert again.test_accuracy_interval == found.test_accuracy_interval
+
+
+def test_a_mean_of_many_is_drawn_piece_by_piece_as_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    at_once = mean_interval(values)
+    monkeypatch.setattr(auc, "_DRAWN_AT_ONCE", 120)
+    assert mean_interval(values) == pytest.approx(at_once, abs=0.02)
+    with pytest.raises(ValueError, match="`values` must hold a number for each example, got 2 with 1 NaN"):
+        mean_interval(torch.tensor([1.0, torch.nan]))
 
 
 def test_membership_takes_retain_for_members_and_test_for_non_members() -> None:

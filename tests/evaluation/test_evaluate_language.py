@@ -24,6 +24,8 @@ from semu_peft.evaluation import (
     text_membership,
     truth_ratio,
 )
+from semu_peft.evaluation.auc import mean_interval
+from semu_peft.report.measured import read_metrics
 
 QUIET = {"progress": False, "max_new_tokens": 6}
 UTILITY = {"retain": FORGET[:2], "world_facts": FACTS}
@@ -63,6 +65,31 @@ def test_every_number_is_made_of_its_parts() -> None:
         model, tokenizer, [{"text": text} for text in NEUTRAL], reference=decoder(seed=1), progress=False
     )
     assert found.neutral_kl == pytest.approx(drift.kl)
+
+
+def test_means_have_the_intervals_of_rows_drawn_again() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    found = evaluate_language(model, tokenizer, FORGET, utility=UTILITY, **QUIET)
+    probabilities = score_answers(model, tokenizer, FORGET, progress=False).probability
+    assert found.probability_interval == mean_interval(probabilities)
+    ratios = torch.tensor([min(ratio, 1 / ratio) for ratio in found.truth_ratios], dtype=torch.float64)
+    assert found.truth_ratio_interval == mean_interval(ratios)
+    shown = read_metrics(found)["rows"][0]["values"]  # as a report shows them
+    names = ("probability", "rouge", "truth ratio", "paraphrased probability", "extraction strength",
+             "exact memorisation")  # fmt: skip
+    for name in names:
+        low, high = shown[name]["interval"]
+        assert low <= shown[name]["value"] <= high and shown[name]["source"] == "examples drawn again", name
+    assert {name for name, each in shown.items() if each["interval"]} == {*names}
+    assert "interval" not in repr(found)
+
+
+def test_a_model_that_has_diverged_has_no_interval() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    found = evaluate_language(model, word_tokenizer(), FORGET, metrics=["probability"], **QUIET)
+    assert math.isnan(found.probability) and found.probability_interval is None
 
 
 def test_gold_gives_the_forget_quality() -> None:

@@ -29,6 +29,7 @@ from semu_peft.evaluation import (
 from semu_peft.evaluation.auc import auc
 from semu_peft.evaluation.quantization import weights_to_round
 from semu_peft.objectives.batches import call_model
+from semu_peft.report.measured import plain
 
 FORGET, RETAIN = vector_batches(2, 12, seed=1), vector_batches(2, 12, seed=2)
 
@@ -116,6 +117,10 @@ def test_a_small_correction_vanishes_and_a_large_one_does_not() -> None:
     assert small.vanished == ("fc1", "fc2") and small.smallest_surviving_norm is None
     assert all(layer.moved == 0 for layer in small.layers)
     assert large.vanished == () and large.smallest_surviving_norm == pytest.approx(5.0, rel=1e-4)
+    assert large.row[1].endswith("0 of 2 corrections vanish, the smallest that survives has the norm 5")
+    assert small.row[1].endswith("2 of 2 corrections vanish")
+    told = plain(large)  # as a report has it
+    assert told["smallest_surviving_norm"] == large.smallest_surviving_norm and told["vanished"] == []
     assert "2 of 2 corrections vanish" in repr(small)
 
 
@@ -213,6 +218,7 @@ def test_rmia_counts_whom_an_example_dominates() -> None:
     ("argument", "call"),
     [
         ("bits", lambda: quantization(Mlp(), FORGET, bits=1)),
+        ("forget", lambda: quantization(Mlp(), [])),
         ("group_size", lambda: quantization(Mlp(), FORGET, group_size=0)),
         ("model", lambda: quantization(None, FORGET)),
         ("max_examples", lambda: linear_probes(Mlp(), FORGET, RETAIN, max_examples=1)),

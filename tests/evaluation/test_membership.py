@@ -166,13 +166,16 @@ def test_a_mean_over_metrics_says_when_one_of_them_cannot_tell() -> None:
     assert "5.00 (?)" in doubted.to_markdown()
 
 
+@pytest.mark.parametrize("name", ["membership_interval", "retain_accuracy_interval"])
 @pytest.mark.parametrize("interval", [(50.0, 40.0), (-1.0, 5.0), (0.0, 101.0)])
-def test_an_interval_that_is_none(interval: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="membership_interval"):
-        ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, membership_interval=interval)
+def test_an_interval_that_is_none(name: str, interval: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be two percentages in order"):
+        ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, **{name: interval})
 
 
 def test_the_interval_outlives_a_file(tmp_path: Path) -> None:
-    rows = {"gold": ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, membership_interval=(40.0, 60.0))}
+    intervals = {"membership_interval": (40.0, 60.0), "test_accuracy_interval": (93.0, 95.0)}
+    rows = {"gold": ForgettingMetrics(90.0, 95.0, 94.0, 50.0, 4, 100, **intervals)}
     comparison = ForgettingComparison(rows, reference="gold")
-    assert ForgettingComparison.load(comparison.save(tmp_path / "rows.json")) == comparison
+    loaded = ForgettingComparison.load(comparison.save(tmp_path / "rows.json"))
+    assert loaded == comparison and loaded.rows["gold"].test_accuracy_interval == (93.0, 95.0)

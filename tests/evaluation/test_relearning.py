@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from semu_peft import SemuConfig
 from semu_peft.evaluation import RelearningCurve, predict, relearning, usual_attackers
 from semu_peft.objectives import Attacker, CrossEntropy
 from semu_peft.objectives.attackers import weights_of
+from semu_peft.report.measured import plain
 
 FORGET, RETAIN = vector_batches(3, 10, seed=1), vector_batches(3, 10, seed=2)
 ATTACKER = Attacker("sgd", 0.1, steps=6, forget_examples=8, retain_examples=5)
@@ -90,12 +92,75 @@ def test_an_attacker_is_said_to_have_what_there_is_and_to_be_measured_on_it() ->
     assert not apart.seen
 
 
+def test_one_example_is_one() -> None:
+    one = relearning(Mlp(), FORGET, attacker=Attacker("sgd", 0.1, steps=1, forget_examples=1), progress=False)
+    assert one.attacker == "SGD 0.1, 1 example"
+
+
+def test_what_is_to_vary_the_examples_is_a_function() -> None:
+    with pytest.raises(TypeError, match="`augment` must be a function"):
+        Attacker(augment=3)  # type: ignore[arg-type]
+
+
+def test_an_attack_that_fails_leaves_the_loss_as_it_was() -> None:
+    class Drawn(CrossEntropy):
+        drawn = 0
+
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            self.drawn += 1
+            if self.drawn == 3:
+                raise RuntimeError("out of memory")
+            return super().__call__(model, batch)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"drawn": self.drawn}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.drawn = state["drawn"]
+
+    loss = Drawn()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        relearning(Mlp(), FORGET, attacker=Attacker("sgd", 0.1, steps=9), learn=loss, progress=False)
+    assert loss.drawn == 0
+
+
 def test_area_and_steps_to_half() -> None:
     curve = RelearningCurve("x", (0, 10, 30), (0.0, 40.0, 80.0), (90.0, 90.0, 90.0))
     assert curve.area == pytest.approx((10 * 20 + 20 * 60) / 30)
     assert curve.steps_to_half == 30
     destroyed = RelearningCurve("x", (0, 10, 30), (0.0, 100.0, 100.0), (90.0, 10.0, 10.0))
     assert destroyed.steps_to_half is None, "every model answers the class for everything when nothing else is left"
+
+
+def test_a_report_has_what_a_curve_sums_up_to() -> None:
+    curve = RelearningCurve("x", (0, 10), (0.0, 80.0), reference=RelearningCurve("x", (0, 10), (0.0, 40.0)))
+    told = plain(curve)
+    assert (told["area"], told["steps_to_half"]) == (40.0, 10)
+    assert (told["reference"]["area"], told["reference"]["steps_to_half"]) == (20.0, None)
+    later = dataclasses.replace(curve, forget=(0.0, 20.0))
+    assert (later.area, later.steps_to_half) == (10.0, None)
+
+
+def test_half_may_be_midway_from_where_each_model_starts() -> None:
+    """Of a share of what the original does no model starts at 0, so that a half of it is there to begin with."""
+    model, gold = Mlp(), Mlp()
+    asked = {60.0: 0, 20.0: 0}
+
+    def measure(changed: nn.Module, batches: Any) -> float:
+        """Rises by 7 with each step, from 60 for the model and from 20 for gold, told by a layer that stays."""
+        start = 60.0 if torch.equal(changed.fc2.weight, model.fc2.weight) else 20.0
+        asked[start] += 1
+        return start + 7.0 * (asked[start] - 1)
+
+    options = {"reference": gold, "measure": measure, "forget_test": FORGET, "steps": range(9), "progress": False}
+    head = Attacker("sgd", 1e-3, steps=8, layers="head")
+    curve = relearning(model, FORGET, attacker=head, half=None, **options)
+    assert curve.half == 80.0 and curve.steps_to_half == 3
+    assert curve.reference is not None and curve.reference.half == 60.0 and curve.reference.steps_to_half == 6
+    assert "half back (at 80.0, midway from the start to 100) after 3" in curve.row[1]
+    asked.update(dict.fromkeys(asked, 0))
+    fixed = relearning(model, FORGET, attacker=head, **options)
+    assert fixed.half == 50.0 and fixed.steps_to_half == 0 and "half back after 0" in fixed.row[1]
 
 
 @pytest.mark.parametrize("config", [SemuConfig(r=2, init_weights=False), LoraConfig(r=2, init_lora_weights=False)])
@@ -140,7 +205,7 @@ def test_what_shares_no_weights_is_refused() -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("model", 5), ("forget", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1), ("half", "x"),
-     ("progress", "no"), ("learn", CrossEntropy)],
+     ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
 )  # fmt: skip
 def test_mistakes_are_named(argument: str, value: Any) -> None:
     arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}

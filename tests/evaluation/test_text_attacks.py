@@ -166,5 +166,7 @@ def test_mistakes_of_attacks() -> None:
         pass
     with pytest.raises(TypeError, match="`attacker` must be an `Attacker`"):
         relearn_text(decoder(), word_tokenizer(), FORGET, attacker="adam", **QUIET)
+    with pytest.raises(ValueError, match="`steps` must be an integer of at least 0"):
+        relearn_text(decoder(), word_tokenizer(), FORGET, steps=[-1], **QUIET)
     with pytest.raises(ValueError, match="`samples` must be an integer"):
         prompt_attacks(decoder(), word_tokenizer(), FORGET, samples=0, **QUIET)
