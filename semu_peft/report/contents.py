@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,23 @@ def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
         }
         for name, layer in profile.layers.items()
     }
+
+
+def text_contents(
+    before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]], forgotten: Iterable[int | str]
+) -> list[dict[str, Any]]:
+    """Of each prompt what was written before and after, and whether it was to be forgotten.
+
+    Examples:
+        >>> from semu_peft.report.contents import text_contents
+        >>> text_contents({"Who?": ["Jane"]}, {"Who?": [""]}, ["Who?"])
+        [{'prompt': 'Who?', 'forgotten': True, 'before': ['Jane'], 'after': ['']}]
+    """
+    marked = set(forgotten)
+    return [
+        {"prompt": prompt, "forgotten": prompt in marked, "before": list(texts), "after": list(after[prompt])}
+        for prompt, texts in before.items()
+    ]
 
 
 def environment_contents(model: nn.Module | None) -> dict[str, str]:

@@ -45,6 +45,7 @@ thead th { border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 500; }
 td.alone { width: 68%; }
 td.number { font-variant-numeric: tabular-nums; }
+tbody th, td { white-space: pre-line; }
 @media screen and (max-width: 40rem) {
   table, caption, tbody, tr, th, td { display: block; width: 100%; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }

@@ -12,6 +12,11 @@ from .wording import measured, model_name, shown
 Contents = Mapping[str, Any]
 Part = Text | Items | Table | Picture
 _MOST_LAYERS = 60
+_LONGEST_TEXT = 1000
+_TEXTS = (
+    "The same prompts, before and after. These texts stand here because they were given to be shown: whoever may not "
+    "read what was forgotten may not have this report either."
+)
 
 
 def sections(contents: Contents, pictures: Sequence[Picture] = ()) -> list[Section]:
@@ -192,7 +197,26 @@ def _samples(contents: Contents) -> list[Part]:
     rows = contents["samples"]
     if not rows:
         return [Text("No samples were given.", missing=True)]
+    if texts := contents.get("texts"):  # a report of the first versions has none
+        return [Text(_TEXTS), _texts(texts)]
     return [Text(f"The same conditions and seeds, before and after: {', '.join(rows)}.")]
+
+
+def _texts(texts: Sequence[Contents]) -> Table:
+    """A line for each text, so that a phone shows the two sides of one below each other."""
+    lines = [
+        (f"{row['prompt']} (to be forgotten)" if row["forgotten"] else row["prompt"], *map(_excerpt, pair))
+        for row in texts
+        for pair in zip(row["before"], row["after"], strict=True)
+    ]
+    return Table("What the model wrote", ("prompt", "before", "after"), tuple(lines))
+
+
+def _excerpt(text: str) -> str:
+    """A text as far as a table has room; that a model says nothing is shown too."""
+    rest = len(text) - _LONGEST_TEXT
+    beginning = f"{text[:_LONGEST_TEXT]} … (and {rest:,d} characters; the JSON file has them)"
+    return "(nothing)" if not text.strip() else beginning if rest > 0 else text
 
 
 def _environment(versions: Contents) -> Table:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,40 @@ def test_no_name_becomes_html_or_markdown() -> None:
     assert json.loads(report.to_json())["title"] == HOSTILE
 
 
+@pytest.mark.parametrize("prompt", [HOSTILE, "Where does she live?"])
+def test_texts_before_and_after_are_shown_as_they_were_written(prompt: str, tmp_path: Path) -> None:
+    """Escaped, side by side in the order given; what is not to be forgotten is not marked."""
+    before = {prompt: ["7 Elm Street\nin Oslo", HOSTILE], "Who?": "Bob & <b>Eve</b>"}
+    after = {prompt: ["", "</td></table>&lt;i&gt; ~~no~~"], "Who?": "Bob"}
+    report = audit(samples=(before, after), forgotten=prompt)
+    page = report.to_html()
+    table = page[page.index("What the model wrote") :].partition("</table>")[0]
+    assert re.findall(r">([^<]*)</t[hd]>", table) == [
+        "prompt", "before", "after",
+        escape(f"{prompt} (to be forgotten)"), "7 Elm Street\nin Oslo", "(nothing)",
+        escape(f"{prompt} (to be forgotten)"), escape(HOSTILE), "&lt;/td&gt;&lt;/table&gt;&amp;lt;i&amp;gt; ~~no~~",
+        "Who?", "Bob &amp; &lt;b&gt;Eve&lt;/b&gt;", "Bob",
+    ]  # fmt: skip
+    assert "whoever may not read what was forgotten" in page and page.count("<table") == page.count("</table>")
+    markdown = report.to_markdown()
+    assert (
+        "| Who? | Bob \\& \\<b\\>Eve\\</b\\> | Bob |" in markdown and "7 Elm Street in Oslo | (nothing) |" in markdown
+    )
+    assert "\\~\\~no\\~\\~" in markdown and "\n# heading" not in markdown
+    loaded = Audit.load(report.write(tmp_path / "report.json"))
+    assert loaded.contents["texts"] == [
+        {"prompt": prompt, "forgotten": True, "before": before[prompt], "after": after[prompt]},
+        {"prompt": "Who?", "forgotten": False, "before": [before["Who?"]], "after": [after["Who?"]]},
+    ]
+    assert loaded.to_html() == page and not report.pictures
+
+
+def test_a_long_text_is_cut_in_the_page_and_whole_in_the_json() -> None:
+    report = audit(samples=({"Who?": "x" * 5000}, {"Who?": "y" * 1000}))
+    assert f">{'x' * 1000} … (and 4,000 characters; the JSON file has them)<" in report.to_html()
+    assert f">{'y' * 1000}<" in report.to_html() and "x" * 5000 in report.to_json()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -312,6 +347,24 @@ def test_no_name_becomes_html_or_markdown() -> None:
         ({"metrics": {"SEMU": []}}, ValueError, "`metrics` must hold at least one result"),
         ({"predictions": 3}, TypeError, "`predictions` must be two `Predictions`"),
         ({"samples": ({"a": torch.rand(1, 1, 4, 4)}, {})}, ValueError, "`samples` must have the same rows"),
+        ({"samples": 3}, TypeError, "`samples` must be two mappings, before and after, of images or of texts"),
+        ({"samples": ({"a": "b"}, 3)}, TypeError, "`samples` must be two mappings, .* got int"),
+        ({"samples": ({"a": "b"},)}, ValueError, r"`samples` must be two mappings, .* got 1 with rows \[\['a'\]\]"),
+        ({"samples": ({}, {})}, ValueError, "`samples` must be two mappings"),
+        (
+            {"samples": ({"a": ["b", "c"]}, {"a": "d"})},
+            ValueError,
+            "`samples` must have as many texts .* 2 and 1 of 'a'",
+        ),
+        ({"samples": ({"a": []}, {"a": []})}, ValueError, "`samples` must have as many texts"),
+        (
+            {"samples": ({"a": [3]}, {"a": ["d"]})},
+            TypeError,
+            "`samples` must be a text or several in the row 'a', got int",
+        ),
+        ({"samples": ({"a": "b"}, {"a": torch.rand(1, 1, 4, 4)})}, TypeError, "`samples` must be images of every row"),
+        ({"forgotten": 2.5}, TypeError, "`forgotten` must be an index, a name, or several of these, got 2.5"),
+        ({"forgotten": [None]}, TypeError, "`forgotten` must be an index, a name, or several of these"),
         ({"adapter_file": "nowhere"}, FileNotFoundError, "`adapter_file`: there is no nowhere"),
         ({"adapter_name": "a.b"}, ValueError, "`adapter_name` must be a name without dots"),
     ],
