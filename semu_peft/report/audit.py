@@ -22,6 +22,7 @@ from semu_peft.training.unlearn import UnlearnResult
 
 from .contents import (
     LIMITS,
+    as_reasons,
     environment_contents,
     file_contents,
     model_contents,
@@ -38,7 +39,7 @@ from .figure import new_figure
 from .fingerprints import data_fingerprint
 from .html import to_html
 from .markdown import to_markdown
-from .measured import flat_attacks, read_attacks, read_metrics, read_task, untested
+from .measured import fits, flat_attacks, read_attacks, read_metrics, read_task, untested
 from .plots import plot_confusion, plot_spectra
 from .samples import Samples, plot_samples, read_samples
 from .sections import sections
@@ -248,8 +249,12 @@ def audit(
     }
     contents["share"] = _share(contents)
     task = read_task(measured, attacked, attacks) or task_of(contents["model"].get("class", ""))
-    missing = untested(measured, attacked, task, ["damage"] if _with_damage(runs) else [])
-    contents["not_tested"] = not_tested(missing, not_run)
+    missed = [each for each in not_run if fits(each["attack"], task)]
+    damage = ["damage"] if _with_damage(runs) else []
+    missing = untested(measured, attacked, task, damage, [each["attack"] for each in missed])
+    contents["task"] = task
+    contents["not_tested"] = not_tested(missing, missed)
+    contents["does_not_apply"] = as_reasons(each for each in not_run if each not in missed)
     pictures = [*_curves(runs, attacks), *_spectra(profile)]
     if predictions is not None:
         pictures += _confusion(predictions, class_names, [each for each in marked if isinstance(each, int)])

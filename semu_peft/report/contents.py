@@ -177,8 +177,12 @@ def environment_contents(model: nn.Module | None) -> dict[str, str]:
 
 def not_tested(untested: Iterable[str], not_run: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     """What nobody tried, with the reason where an attack gave one."""
-    missing = [{"test": title, "reason": "no result was given"} for title in untested]
-    return missing + [{"test": each["attack"], "reason": each["reason"]} for each in not_run]
+    return [{"test": title, "reason": "no result was given"} for title in untested] + as_reasons(not_run)
+
+
+def as_reasons(not_run: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Attacks that were not run, each with the reason that it gave."""
+    return [{"test": each["attack"], "reason": each["reason"]} for each in not_run]
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:

@@ -41,7 +41,7 @@ TESTS = (
     Test("whether it was forgotten at all", ("unlearning", "forget", "probability", "rouge")),
     Test("what the model keeps", ("retain", "utility", "test accuracy", "damage", "neutral kl")),
     Test("a model retrained without the data, beside which alone a number has a meaning", ("reference", "gold")),
-    Test("several seeds", ("seeds",)),
+    Test("several seeds", ("several seeds",)),
     Test("membership inference", ("membership", "min_k", "lira", "rmia"), ("classification", "language")),
     Test("relearning from a few examples", ("relearning",)),
     Test("rounding the weights to few bits", ("quantisation", "rounded")),
@@ -62,6 +62,16 @@ _TASKS = {
     "UnlearnCanvasMetrics": "diffusion",
     "SeedAttack": "diffusion",
     "PromptSearch": "diffusion",
+}
+
+
+# Attacks that fit one kind of model alone, by how their names begin.
+_FITS = {
+    "inputs": ("classification",),
+    "linear probes": ("classification", "language"),
+    "logit lens": ("language",),
+    "adversarial prompts": ("diffusion",),
+    "membership: confidence": ("classification",),
 }
 
 
@@ -176,21 +186,36 @@ def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], 
 
 
 def untested(
-    metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], task: str | None, further: Iterable[str] = ()
+    metrics: Mapping[str, Any],
+    attacks: Sequence[Mapping[str, Any]],
+    task: str | None,
+    further: Iterable[str] = (),
+    not_run: Iterable[str] = (),
 ) -> list[str]:
-    """The kinds of evidence that no result is of."""
+    """The kinds of evidence that no result is of, but those that `not_run` names: these have reasons of their own."""
     beside = any(_has_reference(each["result"]) for each in attacks)
     there = {"reference"} if metrics["reference"] or beside else set()
-    there |= {"seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
+    there |= {"several seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
     there |= {str(row["name"]).lower() for row in metrics["rows"]}
     there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
-    there |= {each["attack"].lower() for each in attacks} | set(further)
+    there |= {each["attack"].lower() for each in attacks} | set(further) | {name.lower() for name in not_run}
     return [
         test.title
         for test in TESTS
         if (not test.tasks or task is None or task in test.tasks)
         and not any(word in name for word in test.words for name in there)
     ]
+
+
+def fits(attack: str, task: str | None) -> bool:
+    """Whether an attack fits the kind of model at all, so that it is missing where it was not run.
+
+    Examples:
+        >>> from semu_peft.report.measured import fits
+        >>> fits("logit lens", "language"), fits("logit lens", "diffusion"), fits("stripping", "diffusion")
+        (True, False, True)
+    """
+    return task is None or not any(attack.startswith(name) and task not in tasks for name, tasks in _FITS.items())
 
 
 def _row(name: str, result: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .wording import measured, model_name, shown
 
 Contents = Mapping[str, Any]
 Part = Text | Items | Table | Picture
+_KINDS = {"classification": "a classifier", "language": "a language model", "diffusion": "a text-to-image model"}
 _MOST_LAYERS = 60
 _LONGEST_TEXT = 1000
 _TEXTS = (
@@ -162,10 +163,14 @@ def _attacks(attacks: Sequence[Contents]) -> list[Part]:
 
 
 def _untested(contents: Contents) -> list[Part]:
-    rows = contents["not_tested"]
+    rows, others = contents["not_tested"], contents.get("does_not_apply", [])
+    parts: list[Part] = [Table("Not tested", ("what", "why"), tuple((row["test"], row["reason"]) for row in rows))]
     if not rows:
-        return [Text("All kinds of evidence that this report knows are there.")]
-    return [Table("Not tested", ("what", "why"), tuple((row["test"], row["reason"]) for row in rows))]
+        parts = [Text("All kinds of evidence that this report knows are there.")]
+    if others:
+        kind = _KINDS.get(contents["task"], "such a model")
+        parts.append(Text(f"Made for others than {kind}, and not missing: {', '.join(row['test'] for row in others)}."))
+    return parts
 
 
 def _layers(contents: Contents) -> list[Part]:

@@ -17,6 +17,7 @@ from peft import get_peft_model
 
 from semu_peft import SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
 from semu_peft.evaluation import (
+    AttackReport,
     ErasureMetrics,
     ForgettingComparison,
     ForgettingMetrics,
@@ -217,7 +218,11 @@ def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
     assert [each["attack"] for each in report.contents["attacks"]] == [name for name, _, _ in tried.rows]
     assert [picture.caption for picture in report.pictures] == ["Relearning", "Probes of inner layers"]
     missing = {each["test"]: each["reason"] for each in report.contents["not_tested"]}
-    assert {each.attack for each in tried.not_run} <= set(missing)
+    apart = {each["test"]: each["reason"] for each in report.contents["does_not_apply"]}
+    assert {each.attack: each.reason for each in tried.not_run}.items() <= (missing | apart).items()
+    assert list(apart) == ["logit lens", "adversarial prompts"]
+    told = "Made for others than a classifier, and not missing: logit lens, adversarial prompts."
+    assert told in report.to_markdown()
     assert missing["several seeds"] == "no result was given"
     for there in (
         "retrained",
@@ -248,6 +253,27 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
     assert any("retrained" in each for each in language)
     assert not any("retrained" in each for each in missing(ForgettingComparison({"gold": GOLD}, "gold")))
     assert "several seeds" not in missing([METRICS, METRICS])
+
+
+def test_what_an_attack_names_as_not_run_is_missing_once_and_with_its_reason() -> None:
+    def missing(task: str, *not_run: tuple[str, str]) -> dict[str, str]:
+        tried = AttackReport(task, (), tuple(NotRun(*each) for each in not_run), 1.0, False)  # type: ignore[arg-type]
+        contents = audit(attacks=tried).contents
+        found = {each["test"]: each["reason"] for each in contents["not_tested"]}
+        assert len(found) == len(contents["not_tested"])
+        return found
+
+    drawn = missing("diffusion")
+    seeds = ("other seeds", "`--classifier` was not given")
+    lens = ("logit lens", "it reads language models")
+    weights = ("stripping, quantisation, relearning", "give `learn`")
+    assert missing("diffusion", seeds, lens) == {
+        name: reason for name, reason in drawn.items() if not name.startswith("other seeds")
+    } | dict([seeds])
+    assert len(missing("diffusion", weights)) == len(drawn) - 2, "three kinds of evidence, and one reason"
+    written = missing("language", ("membership: confidence and threshold", "this is a language model"))
+    assert written == missing("language"), "what was not run is for classifiers: membership of texts is still missing"
+    assert missing("language", lens)["logit lens"] == lens[1]
 
 
 def test_a_retrained_models_row_is_told_by_its_name() -> None:
