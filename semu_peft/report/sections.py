@@ -123,7 +123,8 @@ def _tradeoff(contents: Contents) -> list[Part]:
     histories = [run["history"] for run in contents["training"]]
     if not any("damage" in entry for history in histories for entry in history):
         text = (
-            "The runs recorded no damage, which “max_retain_kl” bounds: their losses are all that is known of the way."
+            "The runs recorded no damage, as they do with a “max_retain_kl” or a “choose”: their losses are all that is "
+            "known of the way."
         )
         return [Text(text, missing=True)]
     return [Text("What the run went through; the dot is where the model was left.")]

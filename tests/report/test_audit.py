@@ -301,6 +301,7 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
     report = audit(training={"first": kept, "second": trained["training"]})
     assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
+    assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "a class has no answer"
     without_losses = UnlearnResult([{"step": 1.0, "damage": 0.1}], 1, 8, 4, 0.1, True, "done")
     assert not audit(training=without_losses).pictures
     assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]
