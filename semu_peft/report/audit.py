@@ -188,7 +188,8 @@ def audit(
         training: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned, or several runs by name.
         metrics: What an evaluation returned (`ForgettingMetrics`, `LanguageMetrics`, `ErasureMetrics` …), a list of one
             model's over seeds, a mapping of either by the model's name, or a
-            [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison].
+            [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A mapping of numbers is a
+            result too, each with its 95% interval as `(value, low, high)` where there is one.
         attacks: What attacks returned: one, several, a mapping by name, or a report with `results` and `not_run`.
         predictions: On the same examples before and after, for the confusion matrices.
         class_names: The classes' names for these.

@@ -123,7 +123,7 @@ def _tradeoff(contents: Contents) -> list[Part]:
     histories = [run["history"] for run in contents["training"]]
     if not any("damage" in entry for history in histories for entry in history):
         text = (
-            "The runs recorded no damage, as they do with a “max_retain_kl” or a “choose”: their losses are all that is "
+            "The runs recorded no damage, as they do with “max_retain_kl” or “choose”: their losses are all that is "
             "known of the way."
         )
         return [Text(text, missing=True)]
@@ -144,9 +144,14 @@ def _metrics(metrics: Contents) -> list[Part]:
         parts.append(Table(caption, ("metric", *heads), cells))
     sources = {each["source"] for row in metrics["rows"] for each in row["values"].values() if each["source"]}
     if sources:
-        parts.append(Text(f"In brackets, 95% intervals: over {', '.join(sorted(sources))}."))
+        told = [f"over {source}" for source in sorted(sources - {"given"})] + ["as they were given"] * (
+            "given" in sources
+        )
+        parts.append(Text(f"In brackets, 95% intervals: {', '.join(told)}."))
     else:
-        parts.append(Text("There are no intervals: one run each, and no examples drawn again.", missing=True))
+        once = all(row["runs"] == 1 for row in metrics["rows"])
+        why = ": one run each, and no examples drawn again" if once else ""
+        parts.append(Text(f"There are no intervals{why}.", missing=True))
     if metrics["reference"] is None:
         parts.append(Text("No retrained model stands beside these numbers.", missing=True))
     return parts

@@ -182,6 +182,48 @@ def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
     assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
 
 
+def test_intervals_that_are_given_are_in_all_three_forms() -> None:
+    """As `(value, low, high)`, in a field beside the value, or over seeds; of further sets of a utility too."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Found:
+        forget_accuracy: float
+        forget_accuracy_test: float
+        forget_accuracy_test_interval: tuple[float, float] | None
+        utility: dict[str, tuple[float, float, float]]
+
+    rows = {
+        "original": {"forget accuracy": (99.5, 98.25, 100.0), "retain accuracy": 97.0},
+        "SEMU": {"forget_accuracy": 1.5, "forget_accuracy_interval": [0.25, 2.75], "retain_accuracy": None},
+        "class": Found(2.0, 4.0, (3.5, 4.5), {"facts": (0.5, 0.375, 0.625)}),
+        "seeds": [{"forget accuracy": (1.0, 0.0, 9.0)}, {"forget accuracy": 1.0}],
+    }
+    report = audit(metrics=rows)
+    values = [row["values"] for row in report.contents["metrics"]["rows"]]
+    assert values[0]["forget accuracy"] == {"value": 99.5, "interval": [98.25, 100.0], "source": "given"}
+    assert values[1] == {"forget accuracy": {"value": 1.5, "interval": [0.25, 2.75], "source": "examples drawn again"}}
+    assert values[2]["forget accuracy"]["interval"] is None
+    assert values[3]["forget accuracy"] == {"value": 1.0, "interval": [1.0, 1.0], "source": "2 seeds"}
+    for text in (report.to_markdown(), report.to_html()):
+        for shown in (
+            "99.5 (98.25 to 100)",
+            "1.5 (0.25 to 2.75)",
+            "4 (3.5 to 4.5)",
+            "0.5 (0.375 to 0.625)",
+            "1 (1 to 1)",
+        ):
+            assert shown in text
+        assert "In brackets, 95% intervals: over 2 seeds, over examples drawn again, as they were given." in text
+        assert "There are no intervals" not in text
+    curve = read_metrics(TextRelearning("Adam", (0, 1, 2), (0.5, 0.75, 0.25)))["rows"][0]["values"]
+    assert not curve, "three points of a curve are no interval"
+    alone = audit(metrics={"forget accuracy": (99.5, 98.25, 100.0), "retain accuracy": 97.0})
+    assert alone.contents["metrics"]["rows"][0]["values"] == values[0], "one model's numbers, not models by name"
+    assert "There are no intervals: one run each" in audit(metrics={"forget accuracy": 99.5}).to_markdown()
+    diverged = audit(metrics=[{"loss": float("inf")}, {"loss": 1.0}]).to_markdown()
+    assert "There are no intervals." in diverged and "one run each" not in diverged
+
+
 def test_a_comparison_has_its_reference_and_gaps() -> None:
     page = audit(metrics=ForgettingComparison({"SEMU": METRICS, "gold": GOLD}, "gold")).to_markdown()
     assert "gold (reference)" in page and "average gap to the reference | 1.75 | 0" in page
@@ -301,7 +343,7 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
     report = audit(training={"first": kept, "second": trained["training"]})
     assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
-    assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "a class has no answer"
+    assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "no class answers"
     without_losses = UnlearnResult([{"step": 1.0, "damage": 0.1}], 1, 8, 4, 0.1, True, "done")
     assert not audit(training=without_losses).pictures
     assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]
@@ -372,6 +414,19 @@ def test_a_long_text_is_cut_in_the_page_and_whole_in_the_json() -> None:
         ({"training": [3]}, TypeError, "`training` must be an `UnlearnResult`"),
         ({"metrics": 3.0}, TypeError, "`metrics` must be results of an evaluation"),
         ({"metrics": {"SEMU": []}}, ValueError, "`metrics` must hold at least one result"),
+        (
+            {"metrics": {"forget accuracy": (1.0, 3.0, 2.0)}},
+            ValueError,
+            "`metrics` must give a value with its interval as",
+        ),
+        ({"attacks": 3}, TypeError, "`attacks` must be results of attacks, got int. Give what `attack`"),
+        ({"attacks": "relearning"}, TypeError, "`attacks` must be results of attacks, got 'relearning'"),
+        (
+            {"attacks": [METRICS, None, {"mine": {"found": 3.0}}]},
+            TypeError,
+            "`attacks` must be results of attacks, .* dict",
+        ),
+        ({"attacks": {"mine": LanguageMetrics}}, TypeError, "`attacks` must be results of attacks, got type"),
         ({"predictions": 3}, TypeError, "`predictions` must be two `Predictions`"),
         ({"samples": ({"a": torch.rand(1, 1, 4, 4)}, {})}, ValueError, "`samples` must have the same rows"),
         ({"samples": 3}, TypeError, "`samples` must be two mappings, before and after, of images or of texts"),
