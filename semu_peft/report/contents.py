@@ -122,11 +122,17 @@ def training_contents(training: Mapping[str, UnlearnResult]) -> list[dict[str, A
 
 
 def settings_contents(settings: Any) -> dict[str, Any]:
-    """Settings as somebody has given them: an objective, an optimiser's name, seeds; tensors by their digests."""
+    """Settings as given: an objective, an optimiser's name, seeds; tensors by their digests, paths by their last part.
+
+    Examples:
+        >>> from semu_peft.report.contents import settings_contents
+        >>> settings_contents({"model": "/home/jane/digits", "seed": 0})
+        {'model': 'digits', 'seed': 0}
+    """
     if settings is None:
         return {}
     given = settings if isinstance(settings, Mapping) else {"settings": settings}
-    return {str(key): plain(describe(value)) for key, value in given.items()}
+    return {str(key): _without_folders(plain(describe(value))) for key, value in given.items()}
 
 
 def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
@@ -206,6 +212,15 @@ def _layer(name: str, layer: SemuLayer, adapter_name: str) -> dict[str, Any]:
         "norm": norm,
         "relative_norm": norm / size if size else None,
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """A plain value in which absolute paths are their last part: a report is handed on, and a machine is nobody's."""
+    if isinstance(value, str):
+        return Path(value).name if os.path.isabs(value) else value
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    return [_without_folders(each) for each in value] if isinstance(value, list) else value
 
 
 def _short_name(name: str) -> str:

@@ -150,7 +150,7 @@ def _metrics(metrics: Contents) -> list[Part]:
         parts.append(Text(f"In brackets, 95% intervals: {', '.join(told)}."))
     else:
         once = all(row["runs"] == 1 for row in metrics["rows"])
-        why = ": one run each, and no examples drawn again" if once else ""
+        why = ": one run each, and none over the examples" if once else ""
         parts.append(Text(f"There are no intervals{why}.", missing=True))
     if metrics["reference"] is None:
         parts.append(Text("No retrained model stands beside these numbers.", missing=True))

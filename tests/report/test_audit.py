@@ -154,7 +154,9 @@ def test_fingerprints_of_the_model_are_of_its_own_weights(trained: dict[str, Any
     torch.manual_seed(0)
     assert model_fingerprint(model) == model_fingerprint(Mlp()), "the adapter does not touch the weights"
     model.save_pretrained(tmp_path)
-    report = audit(model=model, adapter_file=tmp_path)
+    settings = {"model": str(tmp_path), "further": {"files": [f"{tmp_path}/rows.jsonl"], "prompt": "a and/or b"}}
+    report = audit(model=model, adapter_file=tmp_path, settings=settings)
+    assert report.contents["settings"]["further"] == {"files": ["rows.jsonl"], "prompt": "a and/or b"}
     file = tmp_path / "adapter_model.safetensors"
     assert report.contents["adapter_file"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert audit(model=model, digest_weights=False).contents["model"]["sha256"] is None
@@ -201,7 +203,7 @@ def test_intervals_that_are_given_are_in_all_three_forms() -> None:
     report = audit(metrics=rows)
     values = [row["values"] for row in report.contents["metrics"]["rows"]]
     assert values[0]["forget accuracy"] == {"value": 99.5, "interval": [98.25, 100.0], "source": "given"}
-    assert values[1] == {"forget accuracy": {"value": 1.5, "interval": [0.25, 2.75], "source": "examples drawn again"}}
+    assert values[1] == {"forget accuracy": {"value": 1.5, "interval": [0.25, 2.75], "source": "examples"}}
     assert values[2]["forget accuracy"]["interval"] is None
     assert values[3]["forget accuracy"] == {"value": 1.0, "interval": [1.0, 1.0], "source": "2 seeds"}
     for text in (report.to_markdown(), report.to_html()):
@@ -213,7 +215,7 @@ def test_intervals_that_are_given_are_in_all_three_forms() -> None:
             "1 (1 to 1)",
         ):
             assert shown in text
-        assert "In brackets, 95% intervals: over 2 seeds, over examples drawn again, as they were given." in text
+        assert "In brackets, 95% intervals: over 2 seeds, over examples, as they were given." in text
         assert "There are no intervals" not in text
     curve = read_metrics(TextRelearning("Adam", (0, 1, 2), (0.5, 0.75, 0.25)))["rows"][0]["values"]
     assert not curve, "three points of a curve are no interval"
@@ -228,7 +230,7 @@ def test_a_comparison_has_its_reference_and_gaps() -> None:
     page = audit(metrics=ForgettingComparison({"SEMU": METRICS, "gold": GOLD}, "gold")).to_markdown()
     assert "gold (reference)" in page and "average gap to the reference | 1.75 | 0" in page
     assert "No retrained model stands beside" not in page
-    assert "96 (90 to 100)" in page and "over examples drawn again" in page
+    assert "96 (90 to 100)" in page and "95% intervals: over examples." in page
 
 
 def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
