@@ -215,7 +215,7 @@ def _layer(name: str, layer: SemuLayer, adapter_name: str) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """A plain value in which absolute paths are their last part: a report is handed on, and a machine is nobody's."""
+    """A plain value in which absolute paths are their last part: a report is handed on without its machine."""
     if isinstance(value, str):
         return Path(value).name if os.path.isabs(value) else value
     if isinstance(value, dict):
