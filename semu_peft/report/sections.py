@@ -12,6 +12,7 @@ from .wording import measured, model_name, shown
 Contents = Mapping[str, Any]
 Part = Text | Items | Table | Picture
 _KINDS = {"classification": "a classifier", "language": "a language model", "diffusion": "a text-to-image model"}
+_IN_SHARES = ("PromptAttacks", "TextRelearning")  # attacks on texts say of one what others say in percent
 _MOST_LAYERS = 60
 _LONGEST_TEXT = 1000
 _TEXTS = (
@@ -68,8 +69,13 @@ def _summary(contents: Contents) -> list[str]:
     if share:
         percent = shown(share["percent"])
         told.append(f"{share['trained']:,d} numbers were trained, {percent}% of the model's {share['total']:,d}.")
-    told.append(f"{len(contents['metrics']['rows'])} models were measured and {len(attacks)} attacks tried.")
-    told.append(f"{len(missing)} kinds of evidence are missing; they are listed under “What was not tested”.")
+    models = len(contents["metrics"]["rows"])
+    told.append(
+        f"{models} {'model was' if models == 1 else 'models were'} measured and {len(attacks)} "
+        f"{'attack' if len(attacks) == 1 else 'attacks'} tried."
+    )
+    kinds = "kind of evidence is" if len(missing) == 1 else "kinds of evidence are"
+    told.append(f"{len(missing)} {kinds} missing: see “What was not tested”.")
     return told
 
 
@@ -86,7 +92,8 @@ def _fingerprints(contents: Contents) -> list[Part]:
     rows += [(f"data: {role}, {_count(data)}", data["sha256"]) for role, data in contents["request"]["data"].items()]
     if not rows:
         return [Text("Neither a model nor data were given.", missing=True)]
-    note = "Digests stand for the model and the data, of which this report holds nothing else."
+    note = "Digests stand for the model and the data, of which this report holds nothing else"
+    note += "." if not contents["samples"] else ", but what the samples show of them."
     return [Text(note), Table("SHA-256", ("what", "digest"), tuple(rows))]
 
 
@@ -165,7 +172,8 @@ def _attacks(attacks: Sequence[Contents]) -> list[Part]:
         "What is known is in percent: of a classifier its accuracy, of a language model the answers' probability, of a "
         "denoiser the original's loss as a share of its own, so that 100 is as much as the original knew."
     )
-    return [Table("What attacks found", ("attack", "this model", "reference"), rows), Text(unit)]
+    parts: list[Part] = [Table("What attacks found", ("attack", "this model", "reference"), rows)]
+    return parts + [Text(unit)] * any(each["kind"] not in _IN_SHARES for each in attacks)
 
 
 def _untested(contents: Contents) -> list[Part]:
@@ -220,7 +228,7 @@ def _texts(texts: Sequence[Contents]) -> Table:
         for row in texts
         for pair in zip(row["before"], row["after"], strict=True)
     ]
-    return Table("What the model wrote", ("prompt", "before", "after"), tuple(lines))
+    return Table("What the model wrote", ("prompt", "before", "after"), tuple(lines), even=True)
 
 
 def _excerpt(text: str) -> str:

@@ -253,6 +253,14 @@ def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
         plot_attack(given.results[1])
 
 
+def test_percent_is_said_where_an_attack_is_in_percent() -> None:
+    texts = [PromptAttacks({"plain": 0.3}), TextRelearning("Adam", (0, 10), (0.01, 0.06))]
+    assert "What is known is in percent" not in audit(attacks=texts).to_markdown()
+    page = audit(attacks=[*texts, Relearning("SGD", (0, 5), (0.0, 80.0))], samples=({"a": "b"}, {"a": "c"})).to_html()
+    assert "What is known is in percent" in page and "3 attacks tried" in page
+    assert "1 model was measured and 1 attack tried." in audit(metrics=METRICS, attacks=texts[0]).to_markdown()
+
+
 def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
