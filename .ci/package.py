@@ -1,12 +1,16 @@
 """Build the package, check it, install it into an environment of its own, and use it from outside the repository.
 
 Its dependencies are those of the environment that runs this: the new one sees them on its path, and nothing is
-downloaded but what builds the package.
+downloaded but what builds the package. So that this hides no dependency which the metadata lacks, what the modules
+import is held against them.
 """
 
 from __future__ import annotations
 
+import ast
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,10 +19,14 @@ import tempfile
 import time
 import venv
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
+# Packages that are imported and come with a requirement that cannot do without them.
+COMES_WITH = {"rich": "typer", "scipy": "scikit-learn", "yaml": "huggingface-hub"}
 sys.path.insert(0, str(ROOT / "tests" / "docs"))
 
 
@@ -52,7 +60,55 @@ def build() -> Path:
             sys.exit(f"The {name} lacks {sorted(missing)}.")
         if strange := {path for path in found if path.startswith(("tests", "benchmarks", "docs", "examples"))}:
             sys.exit(f"The {name} has {sorted(strange)}, which belong to the repository alone.")
+    check_dependencies(wheel)
     return wheel
+
+
+def check_dependencies(wheel: Path) -> None:
+    """End the program where the wheel imports what its metadata do not require.
+
+    What is imported with a module must be required without an extra, what a function imports at least with one.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = email.message_from_bytes(archive.read(next(name for name in names if name.endswith("/METADATA"))))
+        modules = {name: ast.parse(archive.read(name)) for name in names if name.endswith(".py")}
+    required: dict[bool, set[str]] = {True: set(), False: set()}
+    for line in metadata.get_all("Requires-Dist", []):
+        required["extra ==" not in line].add(_normal(re.match(r"[\w.-]+", line)[0]))  # type: ignore[index]
+    own, known = {name.partition("/")[0] for name in modules}, packages_distributions()
+    missing = set()
+    for name, tree in modules.items():
+        for package, at_once in _imports(tree):
+            if package in own or package in sys.stdlib_module_names:
+                continue
+            enough = required[True] | (set() if at_once else required[False])
+            gives = known.get(package, [package]) + [COMES_WITH.get(package, package)]
+            if not enough & set(map(_normal, gives)):
+                missing.add(f"{name} imports {package}" + (" at once" if at_once else ""))
+    if missing:
+        sys.exit(
+            "The wheel's metadata do not require what its modules import:\n  " + "\n  ".join(sorted(missing)) + "\n"
+            "Add it to `dependencies` in pyproject.toml, or to an extra and import it inside the function."
+        )  # fmt: skip
+
+
+def _imports(tree: ast.AST, at_once: bool = True) -> Iterator[tuple[str, bool]]:
+    """The packages that a module imports, and whether it does so when it is imported itself."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").partition(".")[0], at_once
+        else:
+            later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try))
+            for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from _imports(node, at_once and not later and not for_types)
+
+
+def _normal(name: str) -> str:
+    """A distribution's name as its index writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def install(wheel: Path, folder: Path) -> Path:

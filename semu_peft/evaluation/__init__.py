@@ -1,7 +1,7 @@
 """Did the model forget, what did it keep, and what did that cost.
 
 Functions take models and loaders and return plain dataclasses. A metric that fits a classifier of its own needs
-`pip install semu-peft[evaluation]`; importing this package does not.
+the extra `evaluation`; importing this package does not.
 """
 
 from .attacks import AttackReport, NotRun, attack

@@ -405,7 +405,9 @@ def _torchmetrics() -> Any:
         import torchmetrics.image.fid
         import torchmetrics.image.kid
     except ImportError as error:
-        raise ImportError("Distances need torchmetrics: run `pip install semu-peft[diffusion]`.") from error
+        raise ImportError(
+            'Distances need torchmetrics: run `pip install ".[diffusion]"` in a clone of semu-peft.'
+        ) from error
     return torchmetrics
 
 

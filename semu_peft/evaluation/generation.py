@@ -65,7 +65,9 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("rouge_l needs rouge_score: run `pip install semu-peft[evaluation]`.") from error
+        raise ImportError(
+            'rouge_l needs rouge_score: run `pip install ".[evaluation]"` in a clone of semu-peft.'
+        ) from error
     if len(expected) != len(written) or not len(expected):
         raise ValueError(
             f"`written` must be one text for each one expected, got {len(written)} for {len(expected)}. Give both "

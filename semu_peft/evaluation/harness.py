@@ -61,7 +61,7 @@ def harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError("harness needs lm-eval: run `pip install semu-peft[lm-eval]`.") from error
+        raise ImportError('harness needs lm-eval: run `pip install ".[lm-eval]"` in a clone of semu-peft.') from error
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     path = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=path, include_defaults=include_defaults)

@@ -184,7 +184,7 @@ def evaluate_language(
         progress: Show a progress bar per measurement.
 
     Raises:
-        ImportError: ROUGE or the forget quality is asked for and `semu-peft[evaluation]` is not installed.
+        ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
         TypeError: Rows have an unknown form.
         ValueError: A metric is unknown, or lacks the data it is made from; or the folder is another model's.
 

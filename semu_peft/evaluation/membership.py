@@ -200,7 +200,7 @@ def _scikit_learn() -> tuple[Any, Any]:
         from sklearn.svm import SVC
     except ImportError as error:
         raise ImportError(
-            "membership_inference needs scikit-learn: run `pip install semu-peft[evaluation]`."
+            'membership_inference needs scikit-learn: run `pip install ".[evaluation]"` in a clone of semu-peft.'
         ) from error
     return numpy, SVC
 

@@ -110,7 +110,9 @@ def forget_quality(ratios: Numbers, gold: Numbers) -> float:
     try:
         from scipy.stats import ks_2samp
     except ImportError as error:
-        raise ImportError("forget_quality needs scipy: run `pip install semu-peft[evaluation]`.") from error
+        raise ImportError(
+            'forget_quality needs scipy: run `pip install ".[evaluation]"` in a clone of semu-peft.'
+        ) from error
     sides = {"ratios": _vector(ratios), "gold": _vector(gold)}
     for name, values in sides.items():
         if not len(values) or values.isnan().any():

@@ -295,7 +295,9 @@ def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError("linear_probes needs scikit-learn: run `pip install semu-peft[evaluation]`.") from error
+        raise ImportError(
+            'linear_probes needs scikit-learn: run `pip install ".[evaluation]"` in a clone of semu-peft.'
+        ) from error
     generator = torch.Generator().manual_seed(seed)
     halves: list[list[Tensor]] = [[], []]
     labels: list[list[int]] = [[], []]

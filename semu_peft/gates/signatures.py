@@ -174,7 +174,9 @@ class OneClass:
         try:
             from sklearn.svm import OneClassSVM
         except ImportError as error:
-            raise ImportError("'one-class' needs scikit-learn: run `pip install semu-peft[evaluation]`.") from error
+            raise ImportError(
+                "'one-class' needs scikit-learn: run `pip install \".[evaluation]\"` in a clone of semu-peft."
+            ) from error
         tensors = {"scales": torch.empty(layers)}
         for number, part in enumerate(states.chunk(layers, -1)):
             held = {"cosine": Cosine.fit(part), "mahalanobis": Mahalanobis.fit(part)}

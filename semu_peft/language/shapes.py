@@ -264,7 +264,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: `pip install semu-peft[examples]`.") from error
+        raise ImportError('Parquet files need pyarrow: `pip install ".[examples]"` in a clone of semu-peft.') from error
     with ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()

@@ -1,4 +1,4 @@
-"""The evidence a person reads. Needs `pip install semu-peft[report]`; importing this package does not."""
+"""The evidence a person reads. Needs the extra `report`; importing this package does not."""
 
 from .audit import Audit, audit
 from .curves import AttackCurve, plot_attack

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from semu_peft.training.unlearn import UnlearnResult
 
 from .contents import (
     LIMITS,
+    as_reasons,
     environment_contents,
     file_contents,
     model_contents,
@@ -29,6 +30,7 @@ from .contents import (
     settings_contents,
     spectrum_contents,
     task_of,
+    text_contents,
     training_contents,
 )
 from .curves import AttackCurve, plot_attack
@@ -37,15 +39,14 @@ from .figure import new_figure
 from .fingerprints import data_fingerprint
 from .html import to_html
 from .markdown import to_markdown
-from .measured import flat_attacks, read_attacks, read_metrics, read_task, untested
+from .measured import fits, flat_attacks, read_attacks, read_metrics, read_task, untested
 from .plots import plot_confusion, plot_spectra
-from .samples import plot_samples
+from .samples import Samples, plot_samples, read_samples
 from .sections import sections
 from .tradeoff import has_losses, plot_losses, plot_tradeoff
 
 FORMAT = "semu_peft.Audit"
 SCHEMA_VERSION = 1
-Samples = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,13 +188,16 @@ def audit(
         training: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned, or several runs by name.
         metrics: What an evaluation returned (`ForgettingMetrics`, `LanguageMetrics`, `ErasureMetrics` …), a list of one
             model's over seeds, a mapping of either by the model's name, or a
-            [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison].
+            [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A mapping of numbers is a
+            result too, each with its 95% interval as `(value, low, high)` where there is one.
         attacks: What attacks returned: one, several, a mapping by name, or a report with `results` and `not_run`.
         predictions: On the same examples before and after, for the confusion matrices.
         class_names: The classes' names for these.
-        samples: Images `(N, channels, height, width)` by the row's name, before and after.
+        samples: Before and after, by the row's name: images `(N, channels, height, width)`, or what a language model
+            wrote, a text or several, by the prompt. They stand in the report as they are: those of what was forgotten
+            can give it away to whoever reads it.
         forgotten: What was to be forgotten, marked in the pictures: indices of classes in `predictions`, names of rows
-            in `samples`.
+            in `samples`, such as prompts.
         digest_weights: Digest the model's own weights, all of which are read for it.
         adapter_name: The adapter.
 
@@ -220,6 +224,8 @@ def audit(
     """
     _check(request, title, model, data, profile, digest_weights, adapter_name)
     runs = _runs(training)
+    marked = _marked(forgotten)
+    drawn, written = read_samples(samples)
     measured, (attacked, not_run) = read_metrics(metrics), read_attacks(attacks)
     contents: dict[str, Any] = {
         "format": FORMAT,
@@ -237,20 +243,24 @@ def audit(
         "metrics": measured,
         "attacks": attacked,
         "spectra": spectrum_contents(profile),
-        "samples": list(samples[0]) if samples else [],
+        "samples": list(map(str, samples[0])) if samples else [],
+        "texts": [] if written is None else text_contents(*written, marked),
         "limits": list(LIMITS),
         "environment": environment_contents(model),
     }
     contents["share"] = _share(contents)
     task = read_task(measured, attacked, attacks) or task_of(contents["model"].get("class", ""))
-    missing = untested(measured, attacked, task, ["damage"] if _with_damage(runs) else [])
-    contents["not_tested"] = not_tested(missing, not_run)
-    marked = [] if forgotten is None else [forgotten] if isinstance(forgotten, (int, str)) else list(forgotten)
+    missed = [each for each in not_run if fits(each["attack"], task)]
+    damage = ["damage"] if _with_damage(runs) else []
+    missing = untested(measured, attacked, task, damage, [each["attack"] for each in missed])
+    contents["task"] = task
+    contents["not_tested"] = not_tested(missing, missed)
+    contents["does_not_apply"] = as_reasons(each for each in not_run if each not in missed)
     pictures = [*_curves(runs, attacks), *_spectra(profile)]
     if predictions is not None:
         pictures += _confusion(predictions, class_names, [each for each in marked if isinstance(each, int)])
-    if samples is not None:
-        pictures += _samples(samples, [each for each in marked if isinstance(each, str)])
+    if drawn is not None:
+        pictures += _samples(drawn, [each for each in marked if isinstance(each, str)])
     contents["pictures"] = [{"section": each.section, "caption": each.caption, "text": each.text} for each in pictures]
     return Audit(contents, tuple(pictures))
 
@@ -281,6 +291,16 @@ def _runs(training: Any) -> dict[str, UnlearnResult]:
 
 def _with_damage(runs: Mapping[str, UnlearnResult]) -> bool:
     return any("damage" in entry for result in runs.values() for entry in result.history)
+
+
+def _marked(forgotten: Any) -> list[int | str]:
+    """Classes and rows that were to be forgotten."""
+    several = isinstance(forgotten, Iterable) and not isinstance(forgotten, str)
+    marked = [] if forgotten is None else list(forgotten) if several else [forgotten]
+    mend = "Give indices of classes in `predictions`, or names of rows in `samples`."
+    for each in marked:
+        check_kind("forgotten", each, (int, str), "an index, a name, or several of these", mend)
+    return marked
 
 
 def _share(contents: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -359,17 +379,11 @@ def _confusion(predictions: Any, class_names: Sequence[str] | None, forgotten: l
     return [vector_picture("metrics", text, panel(number), height=5.6) for number, text in enumerate(captions)]
 
 
-def _samples(samples: Samples, forgotten: list[str]) -> list[Picture]:
+def _samples(images: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], forgotten: list[str]) -> list[Picture]:
     """Two pictures, which stand side by side on a desk and one above the other on a phone."""
-    before, after = samples
-    if list(before) != list(after):
-        raise ValueError(
-            f"`samples` must have the same rows before and after, got {list(before)} and {list(after)}. Sample the "
-            "same conditions from both models."
-        )
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
-        for when, rows in (("Before", before), ("After", after)):
+        for when, rows in zip(("Before", "After"), images, strict=True):
             path = Path(folder, f"{when}.png")
             text = plot_samples(rows, path, marked=forgotten, dpi=110).get_label()
             pictures.append(Picture("samples", when, f"{when}. {text}", png=path.read_bytes()))

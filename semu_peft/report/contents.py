@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,17 @@ def training_contents(training: Mapping[str, UnlearnResult]) -> list[dict[str, A
 
 
 def settings_contents(settings: Any) -> dict[str, Any]:
-    """Settings as somebody has given them: an objective, an optimiser's name, seeds; tensors by their digests."""
+    """Settings as given: an objective, an optimiser's name, seeds; tensors by their digests, paths by their last part.
+
+    Examples:
+        >>> from semu_peft.report.contents import settings_contents
+        >>> settings_contents({"model": "/home/jane/digits", "seed": 0})
+        {'model': 'digits', 'seed': 0}
+    """
     if settings is None:
         return {}
     given = settings if isinstance(settings, Mapping) else {"settings": settings}
-    return {str(key): plain(describe(value)) for key, value in given.items()}
+    return {str(key): _without_folders(plain(describe(value))) for key, value in given.items()}
 
 
 def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
@@ -145,6 +151,23 @@ def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
     }
 
 
+def text_contents(
+    before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]], forgotten: Iterable[int | str]
+) -> list[dict[str, Any]]:
+    """Of each prompt what was written before and after, and whether it was to be forgotten.
+
+    Examples:
+        >>> from semu_peft.report.contents import text_contents
+        >>> text_contents({"Who?": ["Jane"]}, {"Who?": [""]}, ["Who?"])
+        [{'prompt': 'Who?', 'forgotten': True, 'before': ['Jane'], 'after': ['']}]
+    """
+    marked = set(forgotten)
+    return [
+        {"prompt": prompt, "forgotten": prompt in marked, "before": list(texts), "after": list(after[prompt])}
+        for prompt, texts in before.items()
+    ]
+
+
 def environment_contents(model: nn.Module | None) -> dict[str, str]:
     """Versions and the device; neither paths nor names of a machine."""
     versions = {"semu_peft": semu_peft.__version__, "Python": platform.python_version()}
@@ -160,8 +183,12 @@ def environment_contents(model: nn.Module | None) -> dict[str, str]:
 
 def not_tested(untested: Iterable[str], not_run: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     """What nobody tried, with the reason where an attack gave one."""
-    missing = [{"test": title, "reason": "no result was given"} for title in untested]
-    return missing + [{"test": each["attack"], "reason": each["reason"]} for each in not_run]
+    return [{"test": title, "reason": "no result was given"} for title in untested] + as_reasons(not_run)
+
+
+def as_reasons(not_run: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Attacks that were not run, each with the reason that it gave."""
+    return [{"test": each["attack"], "reason": each["reason"]} for each in not_run]
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SemuLayer]:
@@ -185,6 +212,15 @@ def _layer(name: str, layer: SemuLayer, adapter_name: str) -> dict[str, Any]:
         "norm": norm,
         "relative_norm": norm / size if size else None,
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """A plain value in which absolute paths are their last part: a report is handed on without its machine."""
+    if isinstance(value, str):
+        return Path(value).name if os.path.isabs(value) else value
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    return [_without_folders(each) for each in value] if isinstance(value, list) else value
 
 
 def _short_name(name: str) -> str:

@@ -48,6 +48,12 @@ class Items:
 class Table:
     """A table whose first column names its rows.
 
+    Attributes:
+        caption: What stands above it.
+        columns: The heads.
+        rows: Cells, as many as there are columns.
+        even: The columns are of one width, as texts need that would take it from each other.
+
     Examples:
         >>> from semu_peft.report.document import Table
         >>> Table("Versions", ("package", "version"), (("torch", "2.7.0"),)).columns[0]
@@ -57,6 +63,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    even: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: run `pip install semu-peft[report]`.") from error
+        raise ImportError('Plots need matplotlib: run `pip install ".[report]"` in a clone of semu-peft.') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -44,7 +44,9 @@ th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; 
 thead th { border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 500; }
 td.alone { width: 68%; }
+table.even { table-layout: fixed; }
 td.number { font-variant-numeric: tabular-nums; }
+tbody th, td { white-space: pre-line; }
 @media screen and (max-width: 40rem) {
   table, caption, tbody, tr, th, td { display: block; width: 100%; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -128,6 +130,7 @@ def _part(part: Text | Items | Table) -> str:
 def _table(table: Table) -> str:
     heads = "".join(f'<th scope="col" role="columnheader">{escape(column)}</th>' for column in table.columns)
     alone = " alone" if len(table.columns) == 2 else ""
+    even = ' class="even"' if table.even else ""
     rows = []
     for first, *others in table.rows:
         cells = "".join(
@@ -137,7 +140,7 @@ def _table(table: Table) -> str:
         )
         rows.append(f'<tr role="row"><th scope="row" role="rowheader">{escape(first)}</th>{cells}</tr>')
     return (
-        f'<table role="table"><caption>{escape(table.caption)}</caption>'
+        f'<table role="table"{even}><caption>{escape(table.caption)}</caption>'
         f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
     )

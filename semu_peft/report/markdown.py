@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .document import Items, Picture, Section, Table, Text
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#$])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#$&~])")
 
 
 def to_markdown(title: str, created: str, sections: Sequence[Section]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from semu_peft.arguments import check_kind
 from semu_peft.evaluation import ForgettingComparison
 
 # Student's t, two-sided 95%, by degrees of freedom from 1 on; beyond, the normal distribution's.
@@ -41,7 +42,7 @@ TESTS = (
     Test("whether it was forgotten at all", ("unlearning", "forget", "probability", "rouge")),
     Test("what the model keeps", ("retain", "utility", "test accuracy", "damage", "neutral kl")),
     Test("a model retrained without the data, beside which alone a number has a meaning", ("reference", "gold")),
-    Test("several seeds", ("seeds",)),
+    Test("several seeds", ("several seeds",)),
     Test("membership inference", ("membership", "min_k", "lira", "rmia"), ("classification", "language")),
     Test("relearning from a few examples", ("relearning",)),
     Test("rounding the weights to few bits", ("quantisation", "rounded")),
@@ -62,6 +63,16 @@ _TASKS = {
     "UnlearnCanvasMetrics": "diffusion",
     "SeedAttack": "diffusion",
     "PromptSearch": "diffusion",
+}
+
+
+# Attacks that fit one kind of model alone, by how their names begin.
+_FITS = {
+    "inputs": ("classification",),
+    "linear probes": ("classification", "language"),
+    "logit lens": ("language",),
+    "adversarial prompts": ("diffusion",),
+    "membership: confidence": ("classification",),
 }
 
 
@@ -97,7 +108,8 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
     Args:
         metrics: One result, several (of as many seeds), a mapping of either by name, or a
             [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A result is a dataclass or
-            a mapping of numbers.
+            a mapping of numbers. A number's interval stands beside it, as `(value, low, high)` or under its name with
+            `_interval`: `membership_interval`.
 
     Returns:
         `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`,
@@ -105,6 +117,7 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: A result is neither.
+        ValueError: A model has no result, or the bounds of an interval are out of order.
 
     Examples:
         >>> from semu_peft.report.measured import read_metrics
@@ -131,6 +144,9 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
         attacks: Results with a `row` (the attack, what it found, what it found of a reference), other dataclasses, or a
             report that has them as `results` and `not_run`; one, several, or a mapping by name.
 
+    Raises:
+        TypeError: One is none of these.
+
     Examples:
         >>> from semu_peft.evaluation import PromptAttacks
         >>> from semu_peft.report.measured import read_attacks
@@ -139,8 +155,7 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
     """
     rows, not_run = [], []
     for name, result in flat_attacks(attacks):
-        told = getattr(result, "row", None) if hasattr(result, "row") else (type(result).__name__, str(result), "")
-        attack, found, reference = told() if callable(told) else told  # type: ignore[misc]
+        attack, found, reference = _told(result)
         kind = type(result).__qualname__
         rows.append(
             {
@@ -151,6 +166,16 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
     for report in attacks if isinstance(attacks, (list, tuple)) else [attacks]:
         not_run += [{"attack": each.attack, "reason": each.reason} for each in getattr(report, "not_run", ())]
     return rows, not_run
+
+
+def _told(result: Any) -> Sequence[Any]:
+    row = getattr(result, "row", None)
+    if isinstance(row, (tuple, list)) and len(row) == 3:
+        return row
+    if not is_dataclass(result) or isinstance(result, type):
+        mend = "Give what `attack` or another function of `semu_peft.evaluation` returned, or dataclasses with a `row`."
+        check_kind("attacks", result, (), "results of attacks", mend)
+    return type(result).__name__, str(result), ""
 
 
 def flat_attacks(attacks: Any) -> list[tuple[str, Any]]:
@@ -176,21 +201,36 @@ def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], 
 
 
 def untested(
-    metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], task: str | None, further: Iterable[str] = ()
+    metrics: Mapping[str, Any],
+    attacks: Sequence[Mapping[str, Any]],
+    task: str | None,
+    further: Iterable[str] = (),
+    not_run: Iterable[str] = (),
 ) -> list[str]:
-    """The kinds of evidence that no result is of."""
+    """The kinds of evidence that no result is of, but those that `not_run` names: these have reasons of their own."""
     beside = any(_has_reference(each["result"]) for each in attacks)
     there = {"reference"} if metrics["reference"] or beside else set()
-    there |= {"seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
+    there |= {"several seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
     there |= {str(row["name"]).lower() for row in metrics["rows"]}
     there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
-    there |= {each["attack"].lower() for each in attacks} | set(further)
+    there |= {each["attack"].lower() for each in attacks} | set(further) | {name.lower() for name in not_run}
     return [
         test.title
         for test in TESTS
         if (not test.tasks or task is None or task in test.tasks)
         and not any(word in name for word in test.words for name in there)
     ]
+
+
+def fits(attack: str, task: str | None) -> bool:
+    """Whether an attack fits the kind of model at all, so that it is missing where it was not run.
+
+    Examples:
+        >>> from semu_peft.report.measured import fits
+        >>> fits("logit lens", "language"), fits("logit lens", "diffusion"), fits("stripping", "diffusion")
+        (True, False, True)
+    """
+    return task is None or not any(attack.startswith(name) and task not in tasks for name, tasks in _FITS.items())
 
 
 def _row(name: str, result: Any) -> dict[str, Any]:
@@ -215,16 +255,16 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     for name, value in parts.items():
         words = str(name).replace("_", " ")
-        if _is_number(value):
+        if _is_number(value) or (parts is result and _is_measured(value)):  # a field may be a curve of three points
             values[words] = _number(value)
         elif isinstance(value, Mapping):
             values |= {f"{words}: {str(key).replace('_', ' ')}": _number(each) for key, each in value.items()}
     for name, value in parts.items():
-        if str(name).endswith("interval") and value is not None:
+        if _is_interval(name) and value is not None:
             stem = str(name).removesuffix("interval").replace("_", " ").strip()
-            of = next((each for each in values if each.startswith(stem)), None)
+            of = stem if stem in values else next((each for each in values if each.startswith(stem)), None)
             if of is not None:
-                values[of] |= {"interval": [float(bound) for bound in value], "source": "examples drawn again"}
+                values[of] |= {"interval": [float(bound) for bound in value], "source": "examples"}
     return values
 
 
@@ -244,15 +284,38 @@ def _over_runs(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dic
 
 
 def _number(value: Any) -> dict[str, Any]:
-    return {"value": plain(value), "interval": None, "source": None}
+    if not _with_interval(value):
+        return {"value": plain(value), "interval": None, "source": None}
+    number, *bounds = value
+    if bounds[0] > bounds[1]:
+        raise ValueError(
+            f"`metrics` must give a value with its interval as `(value, low, high)`, got {value}. Give the bounds in "
+            "order."
+        )
+    return {"value": plain(number), "interval": plain(bounds), "source": "given"}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _with_interval(value: Any) -> bool:
+    """Whether it is `(value, low, high)`."""
+    return isinstance(value, (tuple, list)) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_measured(value: Any) -> bool:
+    return _is_number(value) or _with_interval(value)
+
+
+def _is_interval(name: Any) -> bool:
+    return str(name).endswith("interval")
+
+
 def _is_numbers(metrics: Mapping[str, Any]) -> bool:
-    return bool(metrics) and all(_is_number(value) for value in metrics.values())
+    """Whether a mapping is one model's numbers, as far as they are known, and not models by name."""
+    known = [value for name, value in metrics.items() if value is not None and not _is_interval(name)]
+    return bool(known) and all(map(_is_measured, known))
 
 
 def _has_reference(result: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_kind
 from semu_peft.concept.sampling import sample_pipeline
 from semu_peft.tuner.adapted import semu_layers
 
@@ -19,6 +20,10 @@ from .figure import MARK, TEXT, clipped, finished, panels
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Images = Mapping[str, Tensor]
+Texts = Mapping[str, Sequence[str]]
+Samples = tuple[Images, Images] | tuple[Texts, Texts]
 
 _INCHES = 0.75  # a sample's width
 
@@ -216,6 +221,52 @@ class SampleGrids:
         else:
             plot_before_after(self.first, rows, path, marked=marked, title=f"step {step}")
         return path
+
+
+def read_samples(samples: Any) -> tuple[tuple[Images, Images] | None, tuple[Texts, Texts] | None]:
+    """Samples before and after as images or as texts, several of each row; the other of the two is `None`.
+
+    Args:
+        samples: Two mappings by the row's name, of images `(N, channels, height, width)`, or of a text or several.
+
+    Raises:
+        TypeError: They are not two mappings, or some are neither images nor texts.
+        ValueError: The two sides differ in their rows or in the number of a row's texts, or there is none.
+
+    Examples:
+        >>> from semu_peft.report.samples import read_samples
+        >>> read_samples(({"Where does she live?": "7 Elm Street"}, {"Where does she live?": "I do not know."}))[1]
+        ({'Where does she live?': ['7 Elm Street']}, {'Where does she live?': ['I do not know.']})
+    """
+    if samples is None:
+        return None, None
+    wanted = "two mappings, before and after, of images or of texts by the row's name"
+    mend = "Write `({'a prompt': ['what it wrote']}, {'a prompt': ['what it writes']})`, or give tensors of images."
+    check_kind("samples", samples, (tuple, list), wanted, mend)
+    for side in samples:
+        check_kind("samples", side, Mapping, wanted, mend)
+    if len(samples) != 2 or not samples[0]:
+        raise ValueError(f"`samples` must be {wanted}, got {len(samples)} with rows {[*map(list, samples)]}. {mend}")
+    before, after = samples
+    if list(before) != list(after):
+        raise ValueError(
+            f"`samples` must have the same rows before and after, got {list(before)} and {list(after)}. Sample the "
+            "same conditions from both models."
+        )
+    if all(isinstance(row, Tensor) for side in samples for row in side.values()):
+        return (before, after), None
+    texts = [{str(name): [row] if isinstance(row, str) else row for name, row in side.items()} for side in samples]
+    for name, *rows in zip(texts[0], texts[0].values(), texts[1].values(), strict=True):
+        for row in rows:
+            check_kind("samples", row, (list, tuple), f"images of every row or texts of every row, so {name!r}", mend)
+            for text in row:
+                check_kind("samples", text, str, f"a text or several in the row {name!r}", mend)
+        if not 0 < len(rows[0]) == len(rows[1]):
+            raise ValueError(
+                f"`samples` must have as many texts before as after, got {len(rows[0])} and {len(rows[1])} of "
+                f"{name!r}. Let both models write equally often."
+            )
+    return None, (texts[0], texts[1])
 
 
 def _check_rows(rows: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,14 @@ from .wording import measured, model_name, shown
 
 Contents = Mapping[str, Any]
 Part = Text | Items | Table | Picture
+_KINDS = {"classification": "a classifier", "language": "a language model", "diffusion": "a text-to-image model"}
+_IN_SHARES = ("PromptAttacks", "TextRelearning")  # attacks on texts say of one what others say in percent
 _MOST_LAYERS = 60
+_LONGEST_TEXT = 1000
+_TEXTS = (
+    "The same prompts, before and after. These texts stand here because they were given to be shown: whoever may not "
+    "read what was forgotten may not have this report either."
+)
 
 
 def sections(contents: Contents, pictures: Sequence[Picture] = ()) -> list[Section]:
@@ -62,8 +69,13 @@ def _summary(contents: Contents) -> list[str]:
     if share:
         percent = shown(share["percent"])
         told.append(f"{share['trained']:,d} numbers were trained, {percent}% of the model's {share['total']:,d}.")
-    told.append(f"{len(contents['metrics']['rows'])} models were measured and {len(attacks)} attacks tried.")
-    told.append(f"{len(missing)} kinds of evidence are missing; they are listed under “What was not tested”.")
+    models = len(contents["metrics"]["rows"])
+    told.append(
+        f"{models} {'model was' if models == 1 else 'models were'} measured and {len(attacks)} "
+        f"{'attack' if len(attacks) == 1 else 'attacks'} tried."
+    )
+    kinds = "kind of evidence is" if len(missing) == 1 else "kinds of evidence are"
+    told.append(f"{len(missing)} {kinds} missing: see “What was not tested”.")
     return told
 
 
@@ -80,7 +92,8 @@ def _fingerprints(contents: Contents) -> list[Part]:
     rows += [(f"data: {role}, {_count(data)}", data["sha256"]) for role, data in contents["request"]["data"].items()]
     if not rows:
         return [Text("Neither a model nor data were given.", missing=True)]
-    note = "Digests stand for the model and the data, of which this report holds nothing else."
+    note = "Digests stand for the model and the data, of which this report holds nothing else"
+    note += "." if not contents["samples"] else ", but what the samples show of them."
     return [Text(note), Table("SHA-256", ("what", "digest"), tuple(rows))]
 
 
@@ -117,7 +130,8 @@ def _tradeoff(contents: Contents) -> list[Part]:
     histories = [run["history"] for run in contents["training"]]
     if not any("damage" in entry for history in histories for entry in history):
         text = (
-            "The runs recorded no damage, which “max_retain_kl” bounds: their losses are all that is known of the way."
+            "The runs recorded no damage, as they do with “max_retain_kl” or “choose”: their losses are all that is "
+            "known of the way."
         )
         return [Text(text, missing=True)]
     return [Text("What the run went through; the dot is where the model was left.")]
@@ -137,9 +151,14 @@ def _metrics(metrics: Contents) -> list[Part]:
         parts.append(Table(caption, ("metric", *heads), cells))
     sources = {each["source"] for row in metrics["rows"] for each in row["values"].values() if each["source"]}
     if sources:
-        parts.append(Text(f"In brackets, 95% intervals: over {', '.join(sorted(sources))}."))
+        told = [f"over {source}" for source in sorted(sources - {"given"})] + ["as they were given"] * (
+            "given" in sources
+        )
+        parts.append(Text(f"In brackets, 95% intervals: {', '.join(told)}."))
     else:
-        parts.append(Text("There are no intervals: one run each, and no examples drawn again.", missing=True))
+        once = all(row["runs"] == 1 for row in metrics["rows"])
+        why = ": one run each, and none over the examples" if once else ""
+        parts.append(Text(f"There are no intervals{why}.", missing=True))
     if metrics["reference"] is None:
         parts.append(Text("No retrained model stands beside these numbers.", missing=True))
     return parts
@@ -153,14 +172,19 @@ def _attacks(attacks: Sequence[Contents]) -> list[Part]:
         "What is known is in percent: of a classifier its accuracy, of a language model the answers' probability, of a "
         "denoiser the original's loss as a share of its own, so that 100 is as much as the original knew."
     )
-    return [Table("What attacks found", ("attack", "this model", "reference"), rows), Text(unit)]
+    parts: list[Part] = [Table("What attacks found", ("attack", "this model", "reference"), rows)]
+    return parts + [Text(unit)] * any(each["kind"] not in _IN_SHARES for each in attacks)
 
 
 def _untested(contents: Contents) -> list[Part]:
-    rows = contents["not_tested"]
+    rows, others = contents["not_tested"], contents.get("does_not_apply", [])
+    parts: list[Part] = [Table("Not tested", ("what", "why"), tuple((row["test"], row["reason"]) for row in rows))]
     if not rows:
-        return [Text("All kinds of evidence that this report knows are there.")]
-    return [Table("Not tested", ("what", "why"), tuple((row["test"], row["reason"]) for row in rows))]
+        parts = [Text("All kinds of evidence that this report knows are there.")]
+    if others:
+        kind = _KINDS.get(contents["task"], "such a model")
+        parts.append(Text(f"Made for others than {kind}, and not missing: {', '.join(row['test'] for row in others)}."))
+    return parts
 
 
 def _layers(contents: Contents) -> list[Part]:
@@ -192,7 +216,26 @@ def _samples(contents: Contents) -> list[Part]:
     rows = contents["samples"]
     if not rows:
         return [Text("No samples were given.", missing=True)]
+    if texts := contents.get("texts"):  # a report of the first versions has none
+        return [Text(_TEXTS), _texts(texts)]
     return [Text(f"The same conditions and seeds, before and after: {', '.join(rows)}.")]
+
+
+def _texts(texts: Sequence[Contents]) -> Table:
+    """A line for each text, so that a phone shows the two sides of one below each other."""
+    lines = [
+        (f"{row['prompt']} (to be forgotten)" if row["forgotten"] else row["prompt"], *map(_excerpt, pair))
+        for row in texts
+        for pair in zip(row["before"], row["after"], strict=True)
+    ]
+    return Table("What the model wrote", ("prompt", "before", "after"), tuple(lines), even=True)
+
+
+def _excerpt(text: str) -> str:
+    """A text as far as a table has room; that a model says nothing is shown too."""
+    rest = len(text) - _LONGEST_TEXT
+    beginning = f"{text[:_LONGEST_TEXT]} … (and {rest:,d} characters; the JSON file has them)"
+    return "(nothing)" if not text.strip() else beginning if rest > 0 else text
 
 
 def _environment(versions: Contents) -> Table:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WORDS = {
-    "answer_probability": "probability of the forgotten answers",
+    "answer_probability": "probability of what was forgotten",
     "damage": "damage: KL(original ‖ now) on what is kept, nats",
     "forget_loss": "forget loss",
     "retain_loss": "retain loss",
@@ -58,7 +58,7 @@ def plot_tradeoff(
         >>> points = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.01, "answer_probability": 0.1}]
         >>> result = UnlearnResult(points, 1, 64, 81, 0.5, True, "the forget data are forgotten")
         >>> plot_tradeoff(result).get_label()
-        'Probability of the forgotten answers against damage: KL(original ‖ now) on what is kept, nats. Ends at 0.1,
+        'Probability of what was forgotten against damage: KL(original ‖ now) on what is kept, nats. Ends at 0.1,
         for 0.01.'
     """
     by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)

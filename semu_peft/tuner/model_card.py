@@ -33,7 +33,7 @@ An adapter that makes {base} forget. It adds `U R Vᵀ` to the weights of {layer
 ## Use
 
 ```python
-import semu_peft  # pip install semu-peft. Without this line PEFT does not know the method: `KeyError: 'SEMU'`
+import semu_peft  # the package semu-peft. Without this line PEFT does not know the method: `KeyError: 'SEMU'`
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{name}")

@@ -109,7 +109,7 @@ def test_max_examples_must_be_positive() -> None:
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
-    with pytest.raises(ImportError, match=r"pip install semu-peft\[evaluation\]"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[evaluation\]"'):
         membership_inference(*[torch.tensor([0.5])] * 3)
 
 

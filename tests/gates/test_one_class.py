@@ -118,6 +118,8 @@ def test_several_layers_side_by_side() -> None:
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     gate = Nearest("0", "one-class")
-    with pytest.raises(ImportError, match=r"'one-class' needs scikit-learn: run `pip install semu-peft\[evaluation\]`"):
+    with pytest.raises(
+        ImportError, match=r"""'one-class' needs scikit-learn: run `pip install "\.\[evaluation\]"` in a clone"""
+    ):
         gate.add("a", nn.Sequential(nn.Linear(5, 5)), [cloud()[:, :5]])
     assert gate.adapter_names == ()

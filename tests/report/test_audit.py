@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft import get_peft_model
 
 from semu_peft import SemuConfig, UnlearnResult, initialize_semu_weights, unlearn
 from semu_peft.evaluation import (
+    AttackReport,
     ErasureMetrics,
     ForgettingComparison,
     ForgettingMetrics,
@@ -152,7 +154,9 @@ def test_fingerprints_of_the_model_are_of_its_own_weights(trained: dict[str, Any
     torch.manual_seed(0)
     assert model_fingerprint(model) == model_fingerprint(Mlp()), "the adapter does not touch the weights"
     model.save_pretrained(tmp_path)
-    report = audit(model=model, adapter_file=tmp_path)
+    settings = {"model": str(tmp_path), "further": {"files": [f"{tmp_path}/rows.jsonl"], "prompt": "a and/or b"}}
+    report = audit(model=model, adapter_file=tmp_path, settings=settings)
+    assert report.contents["settings"]["further"] == {"files": ["rows.jsonl"], "prompt": "a and/or b"}
     file = tmp_path / "adapter_model.safetensors"
     assert report.contents["adapter_file"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert audit(model=model, digest_weights=False).contents["model"]["sha256"] is None
@@ -180,11 +184,53 @@ def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
     assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
 
 
+def test_intervals_that_are_given_are_in_all_three_forms() -> None:
+    """As `(value, low, high)`, in a field beside the value, or over seeds; of further sets of a utility too."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Found:
+        forget_accuracy: float
+        forget_accuracy_test: float
+        forget_accuracy_test_interval: tuple[float, float] | None
+        utility: dict[str, tuple[float, float, float]]
+
+    rows = {
+        "original": {"forget accuracy": (99.5, 98.25, 100.0), "retain accuracy": 97.0},
+        "SEMU": {"forget_accuracy": 1.5, "forget_accuracy_interval": [0.25, 2.75], "retain_accuracy": None},
+        "class": Found(2.0, 4.0, (3.5, 4.5), {"facts": (0.5, 0.375, 0.625)}),
+        "seeds": [{"forget accuracy": (1.0, 0.0, 9.0)}, {"forget accuracy": 1.0}],
+    }
+    report = audit(metrics=rows)
+    values = [row["values"] for row in report.contents["metrics"]["rows"]]
+    assert values[0]["forget accuracy"] == {"value": 99.5, "interval": [98.25, 100.0], "source": "given"}
+    assert values[1] == {"forget accuracy": {"value": 1.5, "interval": [0.25, 2.75], "source": "examples"}}
+    assert values[2]["forget accuracy"]["interval"] is None
+    assert values[3]["forget accuracy"] == {"value": 1.0, "interval": [1.0, 1.0], "source": "2 seeds"}
+    for text in (report.to_markdown(), report.to_html()):
+        for shown in (
+            "99.5 (98.25 to 100)",
+            "1.5 (0.25 to 2.75)",
+            "4 (3.5 to 4.5)",
+            "0.5 (0.375 to 0.625)",
+            "1 (1 to 1)",
+        ):
+            assert shown in text
+        assert "In brackets, 95% intervals: over 2 seeds, over examples, as they were given." in text
+        assert "There are no intervals" not in text
+    curve = read_metrics(TextRelearning("Adam", (0, 1, 2), (0.5, 0.75, 0.25)))["rows"][0]["values"]
+    assert not curve, "three points of a curve are no interval"
+    alone = audit(metrics={"forget accuracy": (99.5, 98.25, 100.0), "retain accuracy": 97.0})
+    assert alone.contents["metrics"]["rows"][0]["values"] == values[0], "one model's numbers, not models by name"
+    assert "There are no intervals: one run each" in audit(metrics={"forget accuracy": 99.5}).to_markdown()
+    diverged = audit(metrics=[{"loss": float("inf")}, {"loss": 1.0}]).to_markdown()
+    assert "There are no intervals." in diverged and "one run each" not in diverged
+
+
 def test_a_comparison_has_its_reference_and_gaps() -> None:
     page = audit(metrics=ForgettingComparison({"SEMU": METRICS, "gold": GOLD}, "gold")).to_markdown()
     assert "gold (reference)" in page and "average gap to the reference | 1.75 | 0" in page
     assert "No retrained model stands beside" not in page
-    assert "96 (90 to 100)" in page and "over examples drawn again" in page
+    assert "96 (90 to 100)" in page and "95% intervals: over examples." in page
 
 
 def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
@@ -207,6 +253,14 @@ def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
         plot_attack(given.results[1])
 
 
+def test_percent_is_said_where_an_attack_is_in_percent() -> None:
+    texts = [PromptAttacks({"plain": 0.3}), TextRelearning("Adam", (0, 10), (0.01, 0.06))]
+    assert "What is known is in percent" not in audit(attacks=texts).to_markdown()
+    page = audit(attacks=[*texts, Relearning("SGD", (0, 5), (0.0, 80.0))], samples=({"a": "b"}, {"a": "c"})).to_html()
+    assert "What is known is in percent" in page and "3 attacks tried" in page
+    assert "1 model was measured and 1 attack tried." in audit(metrics=METRICS, attacks=texts[0]).to_markdown()
+
+
 def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -216,7 +270,11 @@ def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
     assert [each["attack"] for each in report.contents["attacks"]] == [name for name, _, _ in tried.rows]
     assert [picture.caption for picture in report.pictures] == ["Relearning", "Probes of inner layers"]
     missing = {each["test"]: each["reason"] for each in report.contents["not_tested"]}
-    assert {each.attack for each in tried.not_run} <= set(missing)
+    apart = {each["test"]: each["reason"] for each in report.contents["does_not_apply"]}
+    assert {each.attack: each.reason for each in tried.not_run}.items() <= (missing | apart).items()
+    assert list(apart) == ["logit lens", "adversarial prompts"]
+    told = "Made for others than a classifier, and not missing: logit lens, adversarial prompts."
+    assert told in report.to_markdown()
     assert missing["several seeds"] == "no result was given"
     for there in (
         "retrained",
@@ -249,6 +307,27 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
     assert "several seeds" not in missing([METRICS, METRICS])
 
 
+def test_what_an_attack_names_as_not_run_is_missing_once_and_with_its_reason() -> None:
+    def missing(task: str, *not_run: tuple[str, str]) -> dict[str, str]:
+        tried = AttackReport(task, (), tuple(NotRun(*each) for each in not_run), 1.0, False)  # type: ignore[arg-type]
+        contents = audit(attacks=tried).contents
+        found = {each["test"]: each["reason"] for each in contents["not_tested"]}
+        assert len(found) == len(contents["not_tested"])
+        return found
+
+    drawn = missing("diffusion")
+    seeds = ("other seeds", "`--classifier` was not given")
+    lens = ("logit lens", "it reads language models")
+    weights = ("stripping, quantisation, relearning", "give `learn`")
+    assert missing("diffusion", seeds, lens) == {
+        name: reason for name, reason in drawn.items() if not name.startswith("other seeds")
+    } | dict([seeds])
+    assert len(missing("diffusion", weights)) == len(drawn) - 2, "three kinds of evidence, and one reason"
+    written = missing("language", ("membership: confidence and threshold", "this is a language model"))
+    assert written == missing("language"), "what was not run is for classifiers: membership of texts is still missing"
+    assert missing("language", lens)["logit lens"] == lens[1]
+
+
 def test_a_retrained_models_row_is_told_by_its_name() -> None:
     rows = {"original": {"rouge": 1.0}, "unlearned": {"rouge": 0.3}, "reference": {"rouge": 0.4}}
     report = audit("Forget it.", metrics=rows, data={"forget": __file__})
@@ -274,6 +353,7 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
     report = audit(training={"first": kept, "second": trained["training"]})
     assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
+    assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "no class answers"
     without_losses = UnlearnResult([{"step": 1.0, "damage": 0.1}], 1, 8, 4, 0.1, True, "done")
     assert not audit(training=without_losses).pictures
     assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]
@@ -300,6 +380,40 @@ def test_no_name_becomes_html_or_markdown() -> None:
     assert json.loads(report.to_json())["title"] == HOSTILE
 
 
+@pytest.mark.parametrize("prompt", [HOSTILE, "Where does she live?"])
+def test_texts_before_and_after_are_shown_as_they_were_written(prompt: str, tmp_path: Path) -> None:
+    """Escaped, side by side in the order given; what is not to be forgotten is not marked."""
+    before = {prompt: ["7 Elm Street\nin Oslo", HOSTILE], "Who?": "Bob & <b>Eve</b>"}
+    after = {prompt: ["", "</td></table>&lt;i&gt; ~~no~~"], "Who?": "Bob"}
+    report = audit(samples=(before, after), forgotten=prompt)
+    page = report.to_html()
+    table = page[page.index("What the model wrote") :].partition("</table>")[0]
+    assert re.findall(r">([^<]*)</t[hd]>", table) == [
+        "prompt", "before", "after",
+        escape(f"{prompt} (to be forgotten)"), "7 Elm Street\nin Oslo", "(nothing)",
+        escape(f"{prompt} (to be forgotten)"), escape(HOSTILE), "&lt;/td&gt;&lt;/table&gt;&amp;lt;i&amp;gt; ~~no~~",
+        "Who?", "Bob &amp; &lt;b&gt;Eve&lt;/b&gt;", "Bob",
+    ]  # fmt: skip
+    assert "whoever may not read what was forgotten" in page and page.count("<table") == page.count("</table>")
+    markdown = report.to_markdown()
+    assert (
+        "| Who? | Bob \\& \\<b\\>Eve\\</b\\> | Bob |" in markdown and "7 Elm Street in Oslo | (nothing) |" in markdown
+    )
+    assert "\\~\\~no\\~\\~" in markdown and "\n# heading" not in markdown
+    loaded = Audit.load(report.write(tmp_path / "report.json"))
+    assert loaded.contents["texts"] == [
+        {"prompt": prompt, "forgotten": True, "before": before[prompt], "after": after[prompt]},
+        {"prompt": "Who?", "forgotten": False, "before": [before["Who?"]], "after": [after["Who?"]]},
+    ]
+    assert loaded.to_html() == page and not report.pictures
+
+
+def test_a_long_text_is_cut_in_the_page_and_whole_in_the_json() -> None:
+    report = audit(samples=({"Who?": "x" * 5000}, {"Who?": "y" * 1000}))
+    assert f">{'x' * 1000} … (and 4,000 characters; the JSON file has them)<" in report.to_html()
+    assert f">{'y' * 1000}<" in report.to_html() and "x" * 5000 in report.to_json()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -310,8 +424,39 @@ def test_no_name_becomes_html_or_markdown() -> None:
         ({"training": [3]}, TypeError, "`training` must be an `UnlearnResult`"),
         ({"metrics": 3.0}, TypeError, "`metrics` must be results of an evaluation"),
         ({"metrics": {"SEMU": []}}, ValueError, "`metrics` must hold at least one result"),
+        (
+            {"metrics": {"forget accuracy": (1.0, 3.0, 2.0)}},
+            ValueError,
+            "`metrics` must give a value with its interval as",
+        ),
+        ({"attacks": 3}, TypeError, "`attacks` must be results of attacks, got int. Give what `attack`"),
+        ({"attacks": "relearning"}, TypeError, "`attacks` must be results of attacks, got 'relearning'"),
+        (
+            {"attacks": [METRICS, None, {"mine": {"found": 3.0}}]},
+            TypeError,
+            "`attacks` must be results of attacks, .* dict",
+        ),
+        ({"attacks": {"mine": LanguageMetrics}}, TypeError, "`attacks` must be results of attacks, got type"),
         ({"predictions": 3}, TypeError, "`predictions` must be two `Predictions`"),
         ({"samples": ({"a": torch.rand(1, 1, 4, 4)}, {})}, ValueError, "`samples` must have the same rows"),
+        ({"samples": 3}, TypeError, "`samples` must be two mappings, before and after, of images or of texts"),
+        ({"samples": ({"a": "b"}, 3)}, TypeError, "`samples` must be two mappings, .* got int"),
+        ({"samples": ({"a": "b"},)}, ValueError, r"`samples` must be two mappings, .* got 1 with rows \[\['a'\]\]"),
+        ({"samples": ({}, {})}, ValueError, "`samples` must be two mappings"),
+        (
+            {"samples": ({"a": ["b", "c"]}, {"a": "d"})},
+            ValueError,
+            "`samples` must have as many texts .* 2 and 1 of 'a'",
+        ),
+        ({"samples": ({"a": []}, {"a": []})}, ValueError, "`samples` must have as many texts"),
+        (
+            {"samples": ({"a": [3]}, {"a": ["d"]})},
+            TypeError,
+            "`samples` must be a text or several in the row 'a', got int",
+        ),
+        ({"samples": ({"a": "b"}, {"a": torch.rand(1, 1, 4, 4)})}, TypeError, "`samples` must be images of every row"),
+        ({"forgotten": 2.5}, TypeError, "`forgotten` must be an index, a name, or several of these, got 2.5"),
+        ({"forgotten": [None]}, TypeError, "`forgotten` must be an index, a name, or several of these"),
         ({"adapter_file": "nowhere"}, FileNotFoundError, "`adapter_file`: there is no nowhere"),
         ({"adapter_name": "a.b"}, ValueError, "`adapter_name` must be a name without dots"),
     ],

@@ -120,6 +120,25 @@ def test_the_page_is_sound_and_can_be_read_aloud(page: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium to look at the page with")
+def test_texts_beside_each_other_leave_their_prompts_room(tmp_path: Path) -> None:
+    """A long text must not press the column of prompts to the width of a letter."""
+    asked = "Where does Jane Doe live, and since when?"
+    texts = audit(samples=({asked: "word " * 200}, {asked: "supercalifragilistic" * 20})).to_html()
+    probe = PROBE.replace(
+        '[frame.innerWidth, inside.documentElement.scrollWidth, wide.map(e => e.tagName).join("+")]',
+        '[...inside.querySelectorAll("#samples tbody tr > *")].map(e => Math.round(e.getBoundingClientRect().width))',
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(probe.format(width=1100, page=escape(texts)), encoding="utf-8")
+    common = [str(BROWSER), *ALONE, f"--user-data-dir={tmp_path / 'profile'}"]
+    dumped = subprocess.run([*common, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-probe="(\d+) (\d+) (\d+)"', dumped.stdout)
+    assert found is not None, dumped.stderr[-2000:]
+    assert min(map(int, found.groups())) > 250, found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium to look at the page with")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(
     page: str, width: int, tmp_path: Path

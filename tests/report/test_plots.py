@@ -185,7 +185,7 @@ def test_spectra_refuse_malformed_profiles(tmp_path: Path, layers: dict[str, Lay
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install semu-peft\[report\]"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[report\]"'):
         plot_confusion(BEFORE, AFTER, tmp_path / "c.png")
 
 
