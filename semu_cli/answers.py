@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from .attackers import gentle_attackers
 from .bases import language_model, models_beside
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
-
-_MEMBERSHIP = "of texts it is a metric, `semu evaluate --metrics membership`, and needs `--test`"
 
 
 @dataclass(frozen=True)
@@ -119,16 +116,11 @@ class Answers:
             further["prompts"] = lambda attacked: evaluation.prompt_attacks(
                 attacked, tokenizer, data["forget"], progress=False, **asking
             )
-        report = evaluation.attack(
-            base, batches.pop("forget"), **batches, reference=other, further=further,
+        return evaluation.attack(
+            base, batches.pop("forget"), **batches, tokenizer=tokenizer, reference=other, further=further,
             attackers=gentle_attackers(self.forget_examples), time_limit=time_limit, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
-        not_run = [
-            dataclasses.replace(each, reason=_MEMBERSHIP) if "one answer an example" in each.reason else each
-            for each in report.not_run
-        ]
-        return dataclasses.replace(report, not_run=tuple(not_run))
 
     def unlearned(self) -> Any:
         """The model with its adapter."""

@@ -233,10 +233,8 @@ def _one(values: list[str], flag: str) -> str:
 
 
 def _by_key(row: Any) -> Any:
-    """Numbers for machines: keys without blanks, and no words."""
-    if not isinstance(row, Mapping):
-        return row
-    return {key.replace(" ", "_"): value for key, value in row.items() if not isinstance(value, str)}
+    """Numbers for machines: keys without blanks."""
+    return {key.replace(" ", "_"): value for key, value in row.items()} if isinstance(row, Mapping) else row
 
 
 def _cells(row: Any) -> dict[str, str]:

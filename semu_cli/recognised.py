@@ -82,7 +82,9 @@ class Recognised:
                 "`--shadow` models are compared on images that no model was trained on: give --test as well."
             )
         if self.test is not None and find_spec("sklearn") is None:
-            raise ImportError("Membership attacks need scikit-learn: run `pip install semu-peft[evaluation]`.")
+            raise ImportError(
+                'Membership attacks need scikit-learn: run `pip install ".[evaluation]"` in a clone of semu-peft.'
+            )
         for flag, places in (("reference", [self.reference]), ("shadow", self.shadow)):
             for place in filter(None, places):
                 self._check_classes(place, flag)

@@ -22,16 +22,13 @@ def with_interval(name: str, percent: float, count: int) -> dict[str, Any]:
     Examples:
         >>> from semu_cli.tables import with_interval
         >>> with_interval("accuracy", 0.0, 6)
-        {'accuracy': 0.0, 'accuracy interval': (0.0, 39.0...), 'accuracy interval source': 'the number of examples
-        (Wilson)'}
+        {'accuracy': 0.0, 'accuracy interval': (0.0, 39.0...)}
     """
     share, squared = percent / 100, _QUANTILE**2
     middle = share + squared / (2 * count)
     half = _QUANTILE * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
     bounds = [100 * (middle + side) / (1 + squared / count) for side in (-half, half)]
-    interval = max(0.0, bounds[0]), min(100.0, bounds[1])
-    source = "the number of examples (Wilson)"
-    return {name: percent, f"{name} interval": interval, f"{name} interval source": source}
+    return {name: percent, f"{name} interval": (max(0.0, bounds[0]), min(100.0, bounds[1]))}
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,7 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
             stem = str(name).removesuffix("interval").replace("_", " ").strip()
             of = next((each for each in values if each.startswith(stem)), None)
             if of is not None:
-                source = parts.get(f"{name} source", "examples drawn again")
-                values[of] |= {"interval": [float(bound) for bound in value], "source": source}
+                values[of] |= {"interval": [float(bound) for bound in value], "source": "examples drawn again"}
     return values
 
 

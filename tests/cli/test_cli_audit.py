@@ -65,11 +65,11 @@ def test_a_report_says_how_it_was_judged(report: Any) -> None:
     assert report["settings"]["judging: seed"] == 3 and report["settings"]["seed"] == 0
 
 
-def test_a_report_has_intervals_and_says_of_what(report: Any) -> None:
+def test_a_report_has_intervals(report: Any) -> None:
     values = next(row["values"] for row in report["metrics"]["rows"] if row["name"] == "unlearned")
     assert values["forget accuracy"]["interval"][1] == pytest.approx(39.03, abs=0.01)
-    assert values["forget accuracy"]["source"] == "the number of examples (Wilson)"
-    assert values["membership inference"]["source"] == "examples drawn again"
+    low, high = values["membership inference"]["interval"]
+    assert low <= values["membership inference"]["value"] <= high
     assert values["test accuracy"]["value"] == 100 and values["forgotten test accuracy"]["value"] == 0
 
 
@@ -127,7 +127,7 @@ def test_plots_that_cannot_be_drawn_are_said_first(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     told = semu("audit", *how(place, "--output-dir", tmp_path / "report"), code=1)["error"]["message"]
-    assert "run `pip install semu-peft[report]`" in told
+    assert told.startswith("Plots need matplotlib: run `pip install")
 
 
 @pytest.mark.usefixtures("unmeasured")
