@@ -14,6 +14,7 @@ import torch
 from test_cli import semu
 
 from semu_peft import evaluation
+from semu_peft.objectives.attackers import Attacker
 
 UNSEEN = 3  # images of each class that no model was trained on
 
@@ -99,6 +100,14 @@ def test_related_data_shadow_models_and_the_attackers_examples_are_flags(
     names = [each["attack"] for each in found["not_run"]]
     assert any(name.startswith("relearning from related data: ") for name in names)
     assert {"membership: LiRA", "membership: RMIA"} <= set(names)
+
+
+def test_relearning_from_related_data_is_told_apart(place: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Attacker("sgd", 1e-2, steps=1)
+    monkeypatch.setattr("semu_peft.evaluation.usual_attackers", lambda _: [short])
+    found = semu("attack", *how(place, "--related", place["data"] / "dog", "--forget-examples", 4))["attacks"]
+    names = [each["attack"] for each in found if each["attack"].startswith("relearning")]
+    assert names == ["relearning: SGD 0.01, 4 examples", "relearning: SGD 0.01, 4 examples, related data"]
 
 
 def test_as_many_examples_as_usual_are_the_usual_attackers(place: dict[str, Path], text: dict[str, Path]) -> None:
