@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from .attackers import gentle_attackers
 from .bases import language_model, models_beside
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
@@ -23,6 +26,8 @@ class Answers:
         test: Questions with answers that no model was trained on.
         neutral: Texts of any kind.
         reference: A model that never knew.
+        related: What to relearn from instead of what was forgotten.
+        forget_examples: How many of the forgotten texts an attacker has.
         columns: As `--columns` has them.
         template: How question and answer are written.
         metrics: Only these.
@@ -43,6 +48,8 @@ class Answers:
     test: str | None = None
     neutral: str | None = None
     reference: str | None = None
+    related: str | None = None
+    forget_examples: int | None = None
     columns: str | None = None
     template: str | None = None
     metrics: list[str] | None = None
@@ -53,8 +60,21 @@ class Answers:
     @property
     def files(self) -> dict[str, Any]:
         """Where the data lie, by flag."""
-        paths = {"forget": self.forget, "retain": self.retain, "test": self.test, "neutral": self.neutral}
+        paths = {flag: getattr(self, flag) for flag in ("forget", "retain", "test", "neutral", "related")}
         return {flag: path for flag, path in paths.items() if path is not None}
+
+    def check(self) -> None:
+        """Raise a usage error for a template or a file with a mistake, or texts that nothing is to be compared on."""
+        written_out(self.template)
+        self._read()
+        if self.neutral is not None and self.adapter is None:
+            raise typer.BadParameter(
+                "`--neutral` texts are read with and without the adapter: give --adapter, or leave them out."
+            )
+
+    def beside(self) -> dict[str, Any]:
+        """The model that it is compared with, by flag."""
+        return {} if self.reference is None else {"reference": language_model(self.reference)[0]}
 
     def measured(self) -> tuple[dict[str, Any], None]:
         """`LanguageMetrics` of each model; there are no pictures."""
@@ -73,7 +93,8 @@ class Answers:
         rows = {}
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             measured, tokenizer = language_model(place, own)
-            rows[name] = evaluate_language(measured, tokenizer, data["forget"], **options)
+            before = self._before(name, measured) if "neutral" in data else None
+            rows[name] = evaluate_language(measured, tokenizer, data["forget"], reference=before, **options)
         return rows, None
 
     def attacked(self, time_limit: float | None) -> Any:
@@ -81,10 +102,11 @@ class Answers:
         from semu_peft import evaluation
         from semu_peft.language import text_examples
 
-        template, data, batches = written_out(self.template), self._read(), {}
+        template, data = written_out(self.template), self._read()
+        batches: dict[str, Any] = {}
         base, tokenizer = language_model(self.model, self.adapter)
         other = None if self.reference is None else language_model(self.reference)[0]
-        for name in ("forget", "retain", "test"):
+        for name in ("forget", "retain", "test", "related"):
             if name in data:
                 rows = text_examples(tokenizer, data[name], template=template, name=name)
                 batches[name] = list(rows.loader(min(self.batch_size, len(rows)), shuffle=False))
@@ -95,13 +117,20 @@ class Answers:
                 attacked, tokenizer, data["forget"], progress=False, **asking
             )
         return evaluation.attack(
-            base, batches["forget"], batches.get("retain"), test=batches.get("test"), reference=other, further=further,
-            time_limit=time_limit, seed=self.seed, progress=self.progress,
+            base, batches.pop("forget"), **batches, tokenizer=tokenizer, reference=other, further=further,
+            attackers=gentle_attackers(self.forget_examples), time_limit=time_limit, seed=self.seed,
+            progress=self.progress,
         )  # fmt: skip
 
     def unlearned(self) -> Any:
         """The model with its adapter."""
         return language_model(self.model, self.adapter)[0]
+
+    def _before(self, name: str, measured: Any) -> Any:
+        """The original, from which the KL on neutral texts is; None where it is the model without its adapter."""
+        if name == "unlearned":
+            return None
+        return language_model(self.model)[0] if name == "reference" else measured
 
     def _read(self) -> dict[str, list[Any]]:
         data = {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}

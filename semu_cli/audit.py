@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import os
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .bases import RECORD, check_place
-from .judge import attacked, judged
+from .judge import Judged, attacked, in_verbs, judged
 from .options import (
     AtATime,
     Classifier,
     Columns,
     Data,
     ForgetClass,
+    ForgetExamples,
     InferenceSteps,
     Kept,
     Model,
@@ -23,14 +29,28 @@ from .options import (
     OutputDir,
     Progress,
     Reference,
+    Related,
     RequiredAdapter,
     Samples,
     Seed,
+    Shadow,
     Template,
     Test,
     TimeLimit,
 )
 from .verbs import RUN, Told
+
+PROFILE = "profile.safetensors"
+"""What the initialisation found, beside the adapter."""
+_FILES = ("report.json", "report.md", "report.html")
+_JUDGING = (
+    "seed", "batch_size", "template", "columns", "metrics", "samples", "num_inference_steps", "forget_examples",
+    "time_limit",
+)  # fmt: skip
+_TRAINING: dict[str, type] = {
+    "steps": int, "examples_seen": int, "trainable_parameters": int, "seconds": Real, "stopped_early": bool,
+    "stop_reason": str, "history": list,
+}  # fmt: skip
 
 
 def audit(
@@ -44,12 +64,15 @@ def audit(
     test: Test = None,
     neutral: Neutral = None,
     reference: Reference = None,
+    related: Related = None,
+    shadow: Shadow = None,
+    forget_examples: ForgetExamples = None,
     attacks: Annotated[
         bool, typer.Option("--attacks/--no-attacks", help="Run the attacks too.", rich_help_panel=RUN)
     ] = True,
     classifier: Classifier = None,
-    samples: Samples = 16,
-    num_inference_steps: InferenceSteps = 25,
+    samples: Samples = None,
+    num_inference_steps: InferenceSteps = None,
     batch_size: AtATime = None,
     columns: Columns = None,
     template: Template = None,
@@ -58,18 +81,23 @@ def audit(
     progress: Progress = True,
 ) -> Told:
     """Write a report to sign and to doubt: what was asked, done, measured, attacked, and what was not tested."""
-    check_place(output_dir)
     flags = dict(locals())
+    _check_output(output_dir)
     subject = judged(flags)
     from semu_peft.report import audit as report_on
+    from semu_peft.report.figure import new_figure
 
-    settings, training = _recorded(adapter)
+    new_figure(1, 1)  # that matplotlib is missing is said now, and not when all has been measured
+    (settings, training), profile = _recorded(adapter), _profile(adapter)
     metrics, pictures = subject.measured()
     found = attacked(subject, flags) if attacks else None
     report = report_on(
-        request, model=subject.unlearned(), data=subject.files, adapter_file=adapter, settings=settings,
-        training=training, metrics=metrics, attacks=found, samples=pictures, forgotten=forget if pictures else None,
+        request, model=subject.unlearned(), data=subject.files, adapter_file=adapter, profile=profile,
+        settings={**settings, **_judging(subject, flags)}, training=training, metrics=metrics, attacks=found,
+        samples=pictures, forgotten=forget if pictures else None,
     )  # fmt: skip
+    for row in report.contents["attacks"]:
+        row["found"] = in_verbs(row["found"])
     files, missing = report.write_all(output_dir), report.contents["not_tested"]
     words = [
         f"The report is in {output_dir}: {', '.join(file.name for file in files)}.",
@@ -78,15 +106,64 @@ def audit(
     return Told({"output_dir": str(output_dir), "files": list(map(str, files)), "not_tested": missing}, words)
 
 
-def _recorded(adapter: Path) -> tuple[Any, Any]:
-    """Settings and training, where `semu unlearn` wrote them beside the adapter."""
+def _check_output(folder: Path) -> None:
+    """Raise a usage error unless a report can go there: an older one may be written over, no other files stand by."""
+    check_place(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _FILES[0]).is_file():
+        raise typer.BadParameter(f"`--output-dir`: {folder} has other files in it. Choose a new folder.")
+
+
+def _recorded(adapter: Path) -> tuple[dict[str, Any], Any]:
+    """Settings and training, where `semu unlearn` wrote them beside the adapter; of paths the names alone."""
     from semu_peft import UnlearnResult
 
     path = adapter / RECORD
     if not path.is_file():
-        return None, None
+        return {}, None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record["settings"], UnlearnResult(**record["training"])
-    except (ValueError, KeyError, TypeError) as error:
+        settings, training = dict(record["settings"]), dict(record["training"])
+        for name, kind in _TRAINING.items():
+            if not isinstance(training[name], kind):
+                raise TypeError(f"`{name}` is {training[name]!r}")
+        training["history"] = [_step(entry) for entry in training["history"]]
+        return {name: _without_places(value) for name, value in settings.items()}, UnlearnResult(**training)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Remove it, or copy it again.") from None
+
+
+def _step(entry: Any) -> dict[str, Any]:
+    """One entry of a history, whose numbers that JSON cannot have are null in the record."""
+    numbers = {name: math.nan if value is None else value for name, value in entry.items()}
+    for name, value in numbers.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"`{name}` of a step is {value!r}")
+    return numbers
+
+
+def _profile(adapter: Path) -> Any:
+    """What the initialisation found, where `semu unlearn` wrote it beside the adapter."""
+    from semu_peft import SubspaceProfile
+
+    path = adapter / PROFILE
+    return SubspaceProfile.load(path) if path.is_file() else None
+
+
+def _judging(subject: Judged, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was judged, beside how it was made to forget, and the digests of the models that it was set beside."""
+    from semu_peft.report.fingerprints import model_fingerprint
+
+    given = {**flags, **{each.name: getattr(subject, each.name) for each in dataclasses.fields(subject)}}  # type: ignore[arg-type]
+    told = {f"judging: {name}": given[name] for name in _JUDGING if given.get(name) is not None}
+    places = {name: given[name] for name in ("reference", "shadow", "classifier") if given.get(name)}
+    told |= {f"judging: {name}": _without_places(place) for name, place in places.items()}
+    digests = {name: model_fingerprint(model) for name, model in subject.beside().items()}
+    return told | {f"judging: SHA-256 of the weights of {name}": digest for name, digest in digests.items()}
+
+
+def _without_places(value: Any) -> Any:
+    """A setting as a report has it: of a path on this machine the last part, which tells nothing of the machine."""
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    is_path = isinstance(value, str) and value and (os.path.isabs(value) or os.path.exists(value))
+    return Path(value).absolute().name if is_path else value

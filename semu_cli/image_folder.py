@@ -95,7 +95,7 @@ def read_others(
     if only is None:
         return every
     if all(file.parent == folder for file in every.files):
-        return every if name == "retain" else None  # flat: of the forgotten class, unless it is said to be kept
+        return None if name == "forget" else every  # flat: of the forgotten class, unless it is given as other data
     kept = [index for index, file in enumerate(every.files) if file.relative_to(folder).parts[0] != only]
     return ImageFolder([every.files[i] for i in kept], [every.labels[i] for i in kept], every.prepare) if kept else None
 

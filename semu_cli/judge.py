@@ -18,14 +18,17 @@ from .options import (
     Columns,
     Data,
     ForgetClass,
+    ForgetExamples,
     InferenceSteps,
     Kept,
     Model,
     Neutral,
     Progress,
     Reference,
+    Related,
     Samples,
     Seed,
+    Shadow,
     Template,
     Test,
     TimeLimit,
@@ -33,7 +36,7 @@ from .options import (
 from .pictures import Drawing
 from .recognised import Recognised
 from .tables import Numbers
-from .verbs import Told, flags_by_name, in_flags
+from .verbs import Told, flags_by_name, in_flags, plain
 
 
 class Judged(Protocol):
@@ -41,7 +44,13 @@ class Judged(Protocol):
 
     @property
     def files(self) -> dict[str, Any]:
-        """Where the data lie, by flag."""
+        """What is measured on, by flag, for its digests: a path, or rows."""
+
+    def check(self) -> None:
+        """Raise for a mistake that can be seen while nothing is loaded."""
+
+    def beside(self) -> Mapping[str, Any]:
+        """The models that it is compared with or judged by, by flag."""
 
     def measured(self) -> tuple[Mapping[str, Any], Any]:
         """The numbers of each model by its name, and pictures before and after, where it draws any."""
@@ -58,15 +67,23 @@ _KINDS: dict[str, Any] = {"concept": Drawing, "images": Recognised, "text": Answ
 
 
 def _check_use(name: str, job: str, model: str) -> None:
-    """Raise for a flag that is of another kind of model alone; one with a default is there whether given or not."""
-    jobs = [
-        other
-        for other, kind in _KINDS.items()
-        if any(each.name == name and not each.default for each in dataclasses.fields(kind))
-    ]
+    """Raise for a flag that is of another kind of model alone."""
+    jobs = [other for other, kind in _KINDS.items() if any(each.name == name for each in dataclasses.fields(kind))]
     if jobs:
         mend = f"it is for {' and '.join(jobs)}, and {model} is a model of {job}. Leave it out."
         raise typer.BadParameter(mend, param_hint=f"`--{name.replace('_', '-')}`")
+
+
+def _check_other(flag: str, place: str, job: str) -> None:
+    """Raise for a model beside the one that is judged that is absent or of another kind: before all work, not after."""
+    try:
+        found = job_of(place)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(error.message.replace("--model", f"--{flag}")) from None
+    if found != job:
+        raise typer.BadParameter(
+            f"`--{flag}` must be a model of {job} as --model is, got {place!r}, a model of {found}. Give another."
+        )
 
 
 def judged(flags: Mapping[str, Any]) -> Judged:
@@ -76,8 +93,8 @@ def judged(flags: Mapping[str, Any]) -> Judged:
         flags: What the verb was given, by the names of its parameters.
 
     Raises:
-        typer.BadParameter: There is no such model or adapter, several files where one is read, or a flag that a model
-            of this kind has no use for.
+        typer.BadParameter: There is no such model or adapter, several files where one is read, a model to compare with
+            that is of another kind, or a flag that a model of this kind has no use for.
     """
     check_adapter(flags["adapter"])
     job = job_of(flags["model"])
@@ -87,9 +104,26 @@ def judged(flags: Mapping[str, Any]) -> Judged:
     for name in given:
         if name not in fields:
             _check_use(name, job, flags["model"])
+    for flag in ("reference", "shadow"):
+        places = given.get(flag, [])
+        for place in [places] if isinstance(places, str) else places:
+            _check_other(flag, place, job)
     if job != "concept":
-        given |= {name: _one(given[name], name) for name in ("forget", "retain") if name in given}
-    return kind(**{"adapter": None, **{name: value for name, value in given.items() if name in fields}})
+        given |= {name: _one(given[name], name) for name in ("forget", "retain", "related") if name in given}
+    subject = kind(**{"adapter": None, **{name: value for name, value in given.items() if name in fields}})
+    subject.check()
+    return subject
+
+
+def in_verbs(found: str) -> str:
+    """What an attack found, with what to do about it as a verb.
+
+    Examples:
+        >>> from semu_cli.judge import in_verbs
+        >>> in_verbs("merge it, `model = model.merge_and_unload()`, and give away that")
+        'merge it, `semu merge`, and give away that'
+    """
+    return found.replace(_MERGE, "`semu merge`")
 
 
 def attacked(subject: Judged, flags: Mapping[str, Any]) -> Any:
@@ -126,8 +160,8 @@ def evaluate(
         typer.Option("--metrics", metavar="METRIC", help="Of language models: only this metric; again for more."),
     ] = None,
     classifier: Classifier = None,
-    samples: Samples = 16,
-    num_inference_steps: InferenceSteps = 25,
+    samples: Samples = None,
+    num_inference_steps: InferenceSteps = None,
     batch_size: AtATime = None,
     columns: Columns = None,
     template: Template = None,
@@ -148,9 +182,12 @@ def attack(
     retain: Kept = None,
     test: Test = None,
     reference: Reference = None,
+    related: Related = None,
+    shadow: Shadow = None,
+    forget_examples: ForgetExamples = None,
     classifier: Classifier = None,
-    samples: Samples = 16,
-    num_inference_steps: InferenceSteps = 25,
+    samples: Samples = None,
+    num_inference_steps: InferenceSteps = None,
     batch_size: AtATime = None,
     columns: Columns = None,
     template: Template = None,
@@ -161,8 +198,11 @@ def attack(
     """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions and seeds."""
     flags = dict(locals())
     report = attacked(judged(flags), flags)
-    told = [(name, found.replace(_MERGE, "`semu merge`"), beside) for name, found, beside in report.rows]
-    rows = [dict(zip(("attack", "model", "reference"), row, strict=True)) for row in told]
+    told = [(name, in_verbs(found), beside) for name, found, beside in report.rows]
+    rows = [
+        {**dict(zip(("attack", "model", "reference"), row, strict=True)), "result": plain(result)}
+        for row, result in zip(told, report.results, strict=True)
+    ]
     missing = [dataclasses.asdict(each) for each in report.not_run]
     data = {"has_reference": report.has_reference, "attacks": rows, "not_run": missing, "seconds": report.seconds}
     return Told(data, _said(report, told))
@@ -201,7 +241,8 @@ def _cells(row: Any) -> dict[str, str]:
     """Numbers for people."""
     if not isinstance(row, Mapping):
         return row.row()
-    return {key: f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}%" for key, value in row.items()}
+    numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+    return {key: f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}%" for key, value in numbers.items()}
 
 
 def _table(rows: dict[str, dict[str, str]]) -> Numbers:

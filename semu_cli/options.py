@@ -72,10 +72,36 @@ Classifier = Annotated[
     ),
 ]
 Samples = Annotated[
-    int, typer.Option("--samples", metavar="N", help="Of pipelines: pictures of each prompt, a seed each.", min=1)
+    int | None,
+    typer.Option(
+        "--samples", metavar="N", help="Of pipelines: pictures of each prompt, a seed each; by default 16.", min=1
+    ),
 ]
 InferenceSteps = Annotated[
-    int, typer.Option("--num-inference-steps", metavar="N", help="Of pipelines: steps of sampling a picture.", min=1)
+    int | None,
+    typer.Option(
+        "--num-inference-steps", metavar="N", help="Of pipelines: steps of sampling a picture; by default 25.", min=1
+    ),
+]
+Related = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--related", metavar="DATA", show_default=False,
+        help="Data like what was forgotten, in its form, to relearn from instead; prompts again.",
+    ),
+]  # fmt: skip
+Shadow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shadow", metavar="MODEL", show_default=False,
+        help="Of classifiers: a model trained neither on --forget nor on --test, for LiRA and RMIA; again for more.",
+    ),
+]  # fmt: skip
+ForgetExamples = Annotated[
+    int | None,
+    typer.Option(
+        "--forget-examples", metavar="N", min=1, help="Forgotten examples that an attacker relearns from, 20 if unsaid."
+    ),
 ]
 Test = Annotated[
     str | None,

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .attackers import gentle_attackers
 from .bases import denoising_loss, models_beside, pipeline
+from .tables import with_interval
 
 _SHOWN = 4  # pictures of each prompt in a report
 
@@ -24,6 +26,8 @@ class Drawing:
         forget: Prompts that were to be forgotten.
         retain: Prompts that were to be kept.
         reference: A pipeline that never knew.
+        related: Prompts to relearn from instead of those that were to be forgotten.
+        forget_examples: How many pictures of what was forgotten an attacker has.
         classifier: Folder or name of an image classifier, or of a CLIP model, which tells the prompts apart.
         forget_class: What the classifier calls what was forgotten; by default the class that the prompt names.
         samples: Pictures of each prompt, each with a seed of its own.
@@ -43,6 +47,8 @@ class Drawing:
     forget: list[str]
     retain: list[str] = field(default_factory=list)
     reference: str | None = None
+    related: list[str] = field(default_factory=list)
+    forget_examples: int | None = None
     classifier: str | None = None
     forget_class: str | None = None
     samples: int = 16
@@ -55,6 +61,18 @@ class Drawing:
     def files(self) -> dict[str, Any]:
         """There are no data: prompts are in the report themselves."""
         return {}
+
+    def check(self) -> None:
+        """All that can be seen while nothing is loaded has been."""
+
+    def beside(self) -> dict[str, Any]:
+        """The denoiser that it is compared with and the classifier that judges, by flag."""
+        from semu_peft.concept.families import denoiser_of
+
+        judge, found = self.judge(), {}
+        if self.reference is not None:
+            found["reference"] = denoiser_of(self._pipeline(None, self.reference))
+        return found if judge is None else {**found, "classifier": judge.model}
 
     @property
     def seeds(self) -> list[int]:
@@ -72,17 +90,18 @@ class Drawing:
         rows, shown = {}, []
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             pipe = self._pipeline(own, place)
-            batches = batches or self._latents(pipe)  # drawn by the original, for all
+            batches = batches or self._latents(pipe, self._sides)  # drawn by the original, for all
             loss = denoising_loss(pipe, self.seed)
             rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
             drawn = self._draw(pipe, name) if judge is not None or name != "reference" else {}
-            for part, prompts in (("forget", self.forget), ("retain", self.retain)):
+            for part, prompts in self._sides.items():
                 if judge is not None and prompts:
                     said = [
                         classify_samples(drawn[prompt], judge.labels(prompt).expand(self.samples), judge)
                         for prompt in prompts
                     ]
-                    rows[name][f"{part} accuracy"] = sum(each.accuracy for each in said) / len(said)
+                    mean = sum(each.accuracy for each in said) / len(said)
+                    rows[name] |= with_interval(f"{part} accuracy", mean, self.samples * len(said))
             shown.append({prompt: images[:_SHOWN] for prompt, images in drawn.items()})
         return rows, None if self.adapter is None else (shown[0], shown[1])
 
@@ -92,7 +111,7 @@ class Drawing:
         from semu_peft.concept.families import denoiser_of
 
         judge = self.judge()
-        batches = self._latents(self._pipeline(None))
+        batches: dict[str, Any] = self._latents(self._pipeline(None), {**self._sides, "related": self.related})
         pipe = self._pipeline(self.adapter)
         other = None if self.reference is None else self._pipeline(None, self.reference)
         further = {}
@@ -103,9 +122,10 @@ class Drawing:
                 reference=None if other is None else self._generate(other), progress=False,
             )  # fmt: skip
         report = evaluation.attack(
-            denoiser_of(pipe), batches["forget"], batches.get("retain"), learn=denoising_loss(pipe, self.seed),
-            reference=None if other is None else denoiser_of(other), further=further, time_limit=time_limit,
-            seed=self.seed, progress=self.progress,
+            denoiser_of(pipe), batches.pop("forget"), **batches, learn=denoising_loss(pipe, self.seed),
+            reference=None if other is None else denoiser_of(other), further=further,
+            attackers=gentle_attackers(self.forget_examples), time_limit=time_limit, seed=self.seed,
+            progress=self.progress,
         )  # fmt: skip
         if judge is not None:
             return report
@@ -133,12 +153,16 @@ class Drawing:
             pipe.safety_checker = None  # its black pictures say nothing of what the model draws
         return pipe
 
-    def _latents(self, pipe: Any) -> dict[str, list[Any]]:
+    @property
+    def _sides(self) -> dict[str, list[str]]:
+        return {"forget": self.forget, "retain": self.retain}
+
+    def _latents(self, pipe: Any, sides: dict[str, list[str]]) -> dict[str, list[Any]]:
         """Batches of what the original draws of each side's prompts: latents with their condition."""
         from semu_peft.concept import concept_examples
 
         found = {}
-        for name, prompts in (("forget", self.forget), ("retain", self.retain)):
+        for name, prompts in sides.items():
             if prompts:
                 examples = concept_examples(
                     pipe, prompts, samples_per_prompt=self.samples, num_inference_steps=self.num_inference_steps,

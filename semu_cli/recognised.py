@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import typer
+
+from .attackers import classifier_attackers
 from .bases import classifier, models_beside
 from .image_folder import read_images, read_others
+from .tables import with_interval
+
+_TOLD = {"forget_test": "forgotten test accuracy"}  # parts whose accuracy is not called as they are
 
 
 @dataclass(frozen=True)
@@ -20,8 +28,11 @@ class Recognised:
         forget: Folder of what was to be forgotten.
         forget_class: Only this class of it; the others were to be kept.
         retain: Folder of what was to be kept.
-        test: Folder of images that no model was trained on.
+        test: Folder of images that no model was trained on; those of the forgotten class are told apart.
         reference: A model that never knew.
+        related: Folder of images to relearn from instead of the forgotten ones.
+        shadow: Models that were trained neither on what was forgotten nor on the test images.
+        forget_examples: How many of the forgotten images an attacker has.
         batch_size: Images at a time.
         seed: Of everything drawn.
         progress: Show progress bars.
@@ -39,22 +50,59 @@ class Recognised:
     retain: str | None = None
     test: str | None = None
     reference: str | None = None
+    related: str | None = None
+    shadow: list[str] = field(default_factory=list)
+    forget_examples: int | None = None
     batch_size: int = 32
     seed: int = 0
     progress: bool = True
 
     @property
     def files(self) -> dict[str, Any]:
-        """Where the data lie, by flag; of a class to forget, where that lies."""
-        only = Path(self.forget, self.forget_class or "")
-        paths = {"forget": str(only) if only.is_dir() else self.forget, "retain": self.retain, "test": self.test}
-        return {flag: path for flag, path in paths.items() if path is not None}
+        """What is measured on, by part: a folder or, where a class of it is left out, digests of the other files."""
+        kept = self.retain or (self.forget if self._of_class(self.forget) else None)
+        found = {
+            "forget": self._of_class(self.forget) or self.forget,
+            "retain": None if kept is None else self._beside_class(kept),
+            "test": None if self.test is None else self._beside_class(self.test),
+            "forget_test": None if self.test is None else self._of_class(self.test),
+            "related": self.related,
+        }
+        return {part: each for part, each in found.items() if each}
 
-    def measured(self) -> tuple[dict[str, dict[str, float]], None]:
-        """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share."""
+    def check(self) -> None:
+        """Raise for a mistake that can be seen while nothing is loaded.
+
+        Raises:
+            ImportError: There are test images, and scikit-learn is not installed.
+            typer.BadParameter: Shadow models without test images, or a model that lacks a class of the images.
+        """
+        if self.shadow and self.test is None:
+            raise typer.BadParameter(
+                "`--shadow` models are compared on images that no model was trained on: give --test as well."
+            )
+        if self.test is not None and find_spec("sklearn") is None:
+            raise ImportError(
+                'Membership attacks need scikit-learn: run `pip install ".[evaluation]"` in a clone of semu-peft.'
+            )
+        for flag, places in (("reference", [self.reference]), ("shadow", self.shadow)):
+            for place in filter(None, places):
+                self._check_classes(place, flag)
+
+    def beside(self) -> dict[str, Any]:
+        """The models that it is compared with, by flag."""
+        found = {} if self.reference is None else {"reference": classifier(self.reference)}
+        return found | {f"shadow {number}": classifier(place) for number, place in enumerate(self.shadow, 1)}
+
+    def measured(self) -> tuple[dict[str, dict[str, Any]], None]:
+        """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share.
+
+        Each has an interval.
+        """
         from semu_peft.evaluation import evaluate_forgetting, predict
 
-        rows, original = {}, None
+        rows: dict[str, dict[str, Any]] = {}
+        original = None
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             base = classifier(place, own)
             original = original or base
@@ -62,10 +110,14 @@ class Recognised:
                 part: predict(base, data.loader(self.batch_size), progress=self.progress, name=f"{name}: {part} images")
                 for part, data in self._read(base, original).items()
             }
-            rows[name] = {f"{part} accuracy": each.accuracy for part, each in said.items()}
-            if len(said) == 3:
-                judged = evaluate_forgetting(base, **said, seed=self.seed, progress=False)
+            rows[name] = {}
+            for part, each in said.items():
+                rows[name] |= with_interval(_TOLD.get(part, f"{part} accuracy"), each.accuracy, len(each))
+            if {"retain", "test"} <= set(said):
+                sides = {part: said[part] for part in ("forget", "retain", "test")}
+                judged = evaluate_forgetting(base, **sides, seed=self.seed, progress=False)
                 rows[name]["membership inference"] = judged.membership_inference
+                rows[name]["membership inference interval"] = judged.membership_interval
         return rows, None
 
     def attacked(self, time_limit: float | None) -> Any:
@@ -74,16 +126,34 @@ class Recognised:
 
         base = classifier(self.model, self.adapter)
         original = base if self.adapter is None else classifier(self.model)
-        batches = {part: list(data.loader(self.batch_size)) for part, data in self._read(base, original).items()}
+        data = self._read(base, original)
+        if self.related is not None:
+            data["related"] = read_images(self.related, base, "related", original=original)
+        batches: dict[str, Any] = {part: list(each.loader(self.batch_size)) for part, each in data.items()}
         other = None if self.reference is None else classifier(self.reference)
         return evaluation.attack(
-            base, batches["forget"], batches.get("retain"), test=batches.get("test"), reference=other,
-            time_limit=time_limit, seed=self.seed, progress=self.progress,
+            base, batches.pop("forget"), **batches, reference=other, shadow=self._shadows(original),
+            attackers=classifier_attackers(original, self.forget_examples), time_limit=time_limit, seed=self.seed,
+            progress=self.progress,
         )  # fmt: skip
 
     def unlearned(self) -> Any:
         """The model with its adapter."""
         return classifier(self.model, self.adapter)
+
+    def _shadows(self, original: Any) -> list[tuple[Any, Any]]:
+        """Of each shadow model its predictions of what was forgotten and of the test images."""
+        from semu_peft.evaluation import predict
+
+        found = []
+        for number, place in enumerate(self.shadow, 1):
+            model = classifier(place)
+            data = self._read(model, original)
+            if "test" in data:
+                told: dict[str, Any] = {"progress": self.progress, "name": f"shadow {number}: images"}
+                sides = [predict(model, data[part].loader(self.batch_size), **told) for part in ("forget", "test")]
+                found.append((sides[0], sides[1]))
+        return found
 
     def _read(self, base: Any, original: Any) -> dict[str, Any]:
         """The images for one of the models; what is in a folder without classes, the original says for all."""
@@ -91,7 +161,8 @@ class Recognised:
         data = {
             "forget": read_images(self.forget, base, only=self.forget_class, **of),
             "retain": self._kept(base, of),
-            "test": None if self.test is None else read_images(self.test, base, "test", **of),
+            "test": None if self.test is None else read_others(self.test, base, self.forget_class, "test", **of),
+            "forget_test": self._unseen(base),
         }
         return {part: images for part, images in data.items() if images is not None}
 
@@ -100,3 +171,36 @@ class Recognised:
         if self.retain is not None:
             return read_others(self.retain, base, self.forget_class, **of)
         return None if self.forget_class is None else read_others(self.forget, base, self.forget_class, "forget", **of)
+
+    def _unseen(self, base: Any) -> Any:
+        """The test images of the forgotten class: what relearning is measured on."""
+        there = None if self.test is None else self._of_class(self.test)
+        return None if there is None else read_images(str(self.test), base, "test", self.forget_class)
+
+    def _of_class(self, path: str) -> str | None:
+        """Where the class to forget lies in a folder, if it does."""
+        folder = None if self.forget_class is None else Path(path, self.forget_class)
+        return str(folder) if folder is not None and folder.is_dir() else None
+
+    def _beside_class(self, path: str) -> str | list[dict[str, str]]:
+        """A folder, or of one that holds the class to forget the digests of what else lies in it."""
+        if self._of_class(path) is None:
+            return path
+        from semu_peft.files import digest_of
+
+        folder = Path(path)
+        files = [file for file in sorted(folder.glob("*/**/*")) if file.is_file()]
+        others = [file for file in files if file.relative_to(folder).parts[0] != self.forget_class]
+        return [{"file": file.relative_to(folder).as_posix(), "sha256": digest_of(file)} for file in others]
+
+    def _check_classes(self, place: str, flag: str) -> None:
+        """Raise a usage error unless a model knows the classes that the images are of, as far as folders name them."""
+        from transformers import AutoConfig
+
+        folder = Path(self.forget)
+        if self.forget_class is None and not (folder.is_dir() and any(each.is_dir() for each in folder.iterdir())):
+            return
+        try:
+            read_images(folder, SimpleNamespace(config=AutoConfig.from_pretrained(place)), only=self.forget_class)
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"`--{flag}`: {place} cannot be judged by these images. {error.message}") from None

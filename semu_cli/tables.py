@@ -1,12 +1,34 @@
-"""Tables for people: one of numbers by name, which cuts no number however narrow a terminal is."""
+"""Numbers by name: as a table for people, which cuts none however narrow a terminal is, and with their intervals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _LEAST = 16  # signs of a name in a line, below which a table of wrapped names is no longer read
+_QUANTILE = 1.96  # of the normal distribution, two-sided 95%
+
+
+def with_interval(name: str, percent: float, count: int) -> dict[str, Any]:
+    """A share of so many examples, in percent, with Wilson's 95% interval of it, which holds at 0 and 100 as well.
+
+    Args:
+        name: What it is the share of.
+        percent: The share.
+        count: Of how many examples.
+
+    Examples:
+        >>> from semu_cli.tables import with_interval
+        >>> with_interval("accuracy", 0.0, 6)
+        {'accuracy': 0.0, 'accuracy interval': (0.0, 39.0...)}
+    """
+    share, squared = percent / 100, _QUANTILE**2
+    middle = share + squared / (2 * count)
+    half = _QUANTILE * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
+    bounds = [100 * (middle + side) / (1 + squared / count) for side in (-half, half)]
+    return {name: percent, f"{name} interval": (max(0.0, bounds[0]), min(100.0, bounds[1]))}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .probing import FEWEST_EXAMPLES, lens_attack, linear_probes, logit_lens
 from .prompt_search import search_prompt
 from .prompts import is_encoder_decoder
 from .quantization import quantization
-from .relearning import relearning, usual_attackers
+from .relearning import RelearningCurve, relearning, usual_attackers
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 
 Run = Callable[[nn.Module | None], Any]
@@ -391,7 +391,7 @@ class _Plan:
             yield _Attack(f"relearning: {what}", self._relearning(attacker, data.forget, data.forget_test, measure))
             if data.related is not None:
                 on = data.forget_test or data.forget
-                run = self._relearning(attacker, data.related, on, measure)
+                run = _of_related(self._relearning(attacker, data.related, on, measure))
                 yield _Attack(f"relearning from related data: {what}", run)
         if data.related is None:
             yield _Attack("relearning from related data", "`related` was not given")
@@ -552,6 +552,16 @@ class _Plan:
         )
         if self.tokenizer is None:
             yield _Attack(f"{name}: zlib", "`tokenizer` was not given, which makes texts of tokens")
+
+
+def _of_related(run: Run) -> Run:
+    """The curve's row says that the attacker had related data alone."""
+
+    def told(reference: nn.Module | None) -> RelearningCurve:
+        curve = run(reference)
+        return replace(curve, attacker=f"{curve.attacker}, related data")
+
+    return told
 
 
 def _odds(said: Predictions) -> Tensor:

@@ -127,7 +127,7 @@ def test_what_was_not_run_is_asked_for_in_flags(images: dict[str, Path], no_cats
     told = CliRunner().invoke(app, ["attack", *map(str, how), "--time-limit", "0", "--no-progress"])
     assert "linear probes: `--retain` was not given\n" in told.output
     assert "threshold: it needs `--retain` and `--test`\n" in told.output
-    assert "related data: `related` was not given (from Python: `semu_peft.evaluation.attack`)" in told.output
+    assert "related data: `--related` was not given\n" in told.output
     assert "No retrained model was given, `--reference`:" in told.output
 
 
@@ -139,6 +139,8 @@ def test_attacks_are_told_in_a_table_and_in_verbs(images: dict[str, Path], no_ca
     beside = semu("attack", *how, "--reference", images["model"], "--no-progress")["attacks"]
     assert "`semu merge`" in next(row["model"] for row in beside if row["attack"].startswith("stripping"))
     assert all(row["reference"] for row in beside)
+    curve = next(row["result"] for row in beside if row["attack"].startswith("relearning"))
+    assert curve["steps"][0] == 0 and len(curve["forget"]) == len(curve["reference"]["forget"]) == len(curve["steps"])
 
 
 def test_an_audit_says_what_was_asked_done_and_not_tested(
@@ -157,7 +159,13 @@ def test_an_audit_says_what_was_asked_done_and_not_tested(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "job"), [("--metrics", "probability", "text"), ("--classifier", "m", "concept")]
+    ("flag", "value", "job"),
+    [
+        ("--metrics", "probability", "text"),
+        ("--classifier", "m", "concept"),
+        ("--samples", "3", "concept"),
+        ("--num-inference-steps", "2", "concept"),
+    ],
 )
 def test_a_flag_that_is_for_other_models_is_not_ignored(
     images: dict[str, Path], flag: str, value: str, job: str

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 FEW = {
     "unlearn": ["--max-steps", "2", "--samples-per-prompt", "2", "--num-inference-steps", "1"],
     "evaluate": ["--samples", "2", "--num-inference-steps", "1"],
+    "attack": ["--samples", "2", "--num-inference-steps", "1"],
+    "audit": ["--samples", "2", "--num-inference-steps", "1"],
 }
 
 
@@ -35,14 +37,26 @@ def test_the_page_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     cli_models.language_model(Path("my-llm"))
     cli_models.facts(Path("facts.jsonl"), cli_models.FACTS[:1])
     cli_models.pipeline(Path("my-pipeline"))
+    cli_models.image_folder(Path("held-out"), 3, seed=1)
+    cli_models.image_folder(Path("kittens"), 3, seed=2)
+    for seed, name in enumerate(("retrained", "shadow-1", "shadow-2"), 1):
+        cli_models.classifier(Path(name), photos, seed=seed)
+    cli_models.language_model(Path("my-llm-retrained"))
+    for name in ("others", "weather"):
+        cli_models.facts(Path(f"{name}.jsonl"), cli_models.FACTS[1:])
+    cli_models.facts(Path("unseen.jsonl"), [{"question": "What?", "answer": "g h"}])
+    Path("texts.txt").write_text("the sky")
     lines = commands("docs/cli.md")
     assert [line[:2] for line in lines if line[0] == "unlearn"] == [
         ["unlearn", "images"], ["unlearn", "text"], ["unlearn", "concept"]
     ]  # fmt: skip
     for line in lines:
-        result = CliRunner().invoke(app, [*line, *(FEW.get(line[0], []) if "my-pipeline" in line else [])])
+        few = FEW.get(line[0], []) if "my-pipeline" in line else []
+        none = ["--time-limit", "0"] if line[0] in ("attack", "audit") else []  # all is read, and no attack begun
+        result = CliRunner().invoke(app, [*line, *few, *none])
         assert result.exit_code == 0, (line, result.output, result.exception)
-    for folder in ("my-classifier-without-cats", "no-sky-lora", "no-cat-lora"):
+    reports = ("no-cats-report", "no-sky-report", "no-cat-report")
+    for folder in ("my-classifier-without-cats", "no-sky-lora", "no-cat-lora", *reports):
         assert any(Path(folder).iterdir())
 
 

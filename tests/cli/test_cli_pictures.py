@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from semu_cli import app
 from semu_cli.recognition import ByText, judge_of, named_class
+from semu_peft import evaluation
 
 FEW = ("--samples", 2, "--num-inference-steps", 1, "--no-progress")
 CAT, DOG = "a photo of a cat", "a photo of a dog"
@@ -80,6 +82,22 @@ def test_an_audit_shows_samples_before_and_after(place: dict[str, Path], tmp_pat
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 2 and f"{CAT} (to be forgotten)" in page
     assert "other seeds, each prompt with many" in [each["test"] for each in report["not_tested"]]
+
+
+def test_related_prompts_and_the_attackers_pictures_are_flags(
+    place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    @functools.wraps(evaluation.attack)
+    def spy(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        return evaluation.AttackReport("diffusion", (), (), 0.0, False)
+
+    monkeypatch.setattr("semu_peft.evaluation.attack", spy)
+    semu("attack", *how(place), "--related", "a kitten", "--related", "a tiger", "--forget-examples", 1)
+    assert sum(len(next(iter(batch.values()))) for batch in given["related"]) == 4  # two seeds of two prompts
+    assert {each.forget_examples for each in given["attackers"]} == {1}
 
 
 @pytest.mark.slow
