@@ -17,9 +17,6 @@ from .verbs import plain
 RECORD = "unlearning.json"
 """What was done, beside the adapter."""
 
-PROFILE = "profile.safetensors"
-"""The spectra of the forget gradients, for reports."""
-
 
 def job_of(model: str) -> Job:
     """What a model is for, by its configuration: nothing is loaded yet.
@@ -151,14 +148,14 @@ def denoising_loss(pipe: Any, seed: int) -> Any:
 
 
 @contextlib.contextmanager
-def _whole(place: str, kind: str = "model") -> Iterator[None]:
-    """What safetensors says of a damaged file, with the model or adapter that it is in."""
+def _whole(model: str) -> Iterator[None]:
+    """What safetensors says of a damaged file, with the model that it is in."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"Weights of {place} are damaged ({error}). Copy or download the {kind} again.") from error
+        raise ValueError(f"Weights of {model} are damaged ({error}). Copy or download the model again.") from error
 
 
 def _loaded(kind: Any, model: str, adapter: Path | None, as_stored: bool) -> Any:
@@ -191,16 +188,18 @@ def _adapted(model: Any, adapter: Path | None, place: str) -> Any:
     import semu_peft  # noqa: F401  registers the method
 
     _check_made_for(adapter, model, place)
-    with _whole(str(adapter), "adapter"):
-        return PeftModel.from_pretrained(model, str(adapter))
+    return PeftModel.from_pretrained(model, str(adapter))
 
 
 def _check_made_for(adapter: Path, model: Any, place: str) -> None:
     """Raise a usage error where the model has none of the adapter's layers: it was made for another one."""
-    from semu_peft.tuner.adapter_file import read_settings
-
-    settings = read_settings(adapter / "adapter_config.json")
-    layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{adapter / 'adapter_config.json'} is damaged ({error}). Copy or download the adapter again."
+        ) from error
     there = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     if layers and not there & set(layers):
         of = f", which was made for {made_for}" if made_for else ""
@@ -240,7 +239,7 @@ def write_adapter(folder: Path, save: Callable[[Path], Any], record: Mapping[str
     from semu_peft.files import folder_written_whole
     from semu_peft.tuner.adapter_file import forget_older_weights, read_settings
 
-    names = ["adapter_config.json", "adapter_model.safetensors", RECORD, PROFILE, "README.md"]
+    names = ["adapter_config.json", "adapter_model.safetensors", RECORD, "README.md"]
     with folder_written_whole(folder, names) as temporary:
         save(temporary)
         text = json.dumps(cast(Any, plain(record)), indent=2, ensure_ascii=False)

@@ -55,10 +55,10 @@ class Estimate:
         if self.seconds is None:
             lines.append("Time: unknown. Give --step-seconds.")
         else:
-            steps = "at least 1 step (it ends by itself)" if self.steps is None else _counted(self.steps, "step")
+            steps = "1 step (it stops by itself)" if self.steps is None else _counted(self.steps, "step")
             sampled = "" if self.sampling_seconds is None else f"{self.sampling_seconds:.2g} s of sampling, "
             lines.append(
-                f"Time: at least {self.seconds:.2g} s, for {sampled}{_batches(self.batches)} and {steps}, at "
+                f"Time: {_time(self.seconds)}, for {sampled}{_batches(self.batches)} and {steps}, at "
                 f"{self.step_seconds:.2g} s a pass; loading, natural gradients and data to keep come on top."
             )
         return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
@@ -145,6 +145,11 @@ def last_third(model: Any) -> list[str]:
 
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     return names[-math.ceil(len(names) / 3) :]
+
+
+def _time(seconds: float) -> str:
+    """No digit of what is too short to matter: 0.0 s would say that it takes none."""
+    return "under a second" if seconds < 1 else f"at least {seconds:.1f} s"
 
 
 def _counted(number: int, word: str) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import typer
-
 from .bases import denoising_loss, pipeline
 from .catalogue import Job
 from .estimate import Estimate, estimate
@@ -44,15 +42,7 @@ class ConceptRequest:
     progress: bool
 
     def check(self) -> None:
-        """Raise a usage error where a prompt is to be forgotten and to be kept, or to be given in its own place."""
-        forgotten, instead = ({prompt.strip() for prompt in said} for said in (self.forget, self.anchor or [""]))
-        if same := forgotten & instead:
-            given = "--anchor" if self.anchor else "the empty prompt, which is given in its place"
-            raise typer.BadParameter(
-                f"`--forget`: {same.pop()!r} is the same as {given}, which would change nothing. Name another --anchor."
-            )
-        if both := forgotten & {prompt.strip() for prompt in self.retain or ()}:
-            raise typer.BadParameter(f"`--retain`: {both.pop()!r} is to be forgotten. Take it out.")
+        """Prompts may be anything."""
 
     def estimate(self, step_seconds: float | None) -> Estimate:
         """Load the pipeline, and say what sampling and training would take: of each one step is tried."""
@@ -110,10 +100,7 @@ class ConceptRequest:
         def save(folder: Path) -> None:
             save_adapter(denoiser, folder, adapter_name=self.adapter_name)
 
-        prompts, given = (", ".join(f"`{each}`" for each in said) for said in (self.forget, self.anchor or ()))
-        instead = f", and gives {given} instead" if given else ""
-        described = f"Forgets {prompts}{instead}, by `{self.method}`. The loss is of the latents trained on."
-        return Outcome(done.profile, done.training, found, described, words, self._then(), save)
+        return Outcome(done.profile, done.training, found, words, self._then(), save)
 
     @property
     def _held(self) -> list[str]:

@@ -13,7 +13,7 @@ from .bases import classifier
 from .catalogue import Job, method_of
 from .estimate import Estimate, estimate_on, last_third
 from .image_folder import ImageFolder, read_images, read_others
-from .request import Outcome, check_layers, counted, hardly_forgotten, saver
+from .request import Outcome, counted, hardly_forgotten, saver
 
 # Ten times the library's: who gives no other images has most to lose, and a folder may have a handful to forget.
 _PROXIMAL = 0.1
@@ -78,15 +78,12 @@ class ImageRequest:
         )  # fmt: skip
         after = self._recognised(adapted, parts)
         found = {f"{part}_accuracy": {"before": before[part], "after": after[part]} for part in parts}
-        words, save = self._words(len(data), found), saver(adapted, self.adapter_name)
-        images = counted(len(data), "image")
-        what = images if self.forget_class is None else f"the class `{self.forget_class}`, {images}"
-        described = f"Forgets {what}, by `{self.method}`. The accuracies are of training data, in percent."
-        return Outcome(profile, result, {**found, "examples": len(data)}, described, words, self._then(), save)
+        words = self._words(len(data), found)
+        save = saver(adapted, self.adapter_name)
+        return Outcome(profile, result, {**found, "examples": len(data)}, words, self._then(), save)
 
     def _read(self) -> tuple[Any, ImageFolder]:
         base = classifier(self.model)
-        check_layers(base, self.target_modules)
         return base, read_images(self.forget, base, only=self.forget_class)
 
     def _targets(self, base: Any) -> Any:

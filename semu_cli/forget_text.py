@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from .bases import language_model
 from .catalogue import Job
 from .estimate import Estimate, estimate_on
-from .request import Outcome, check_layers, counted, hardly_forgotten, saver
-from .text_file import check_texts, check_wrong_answers, read_apart, written_out
+from .request import Outcome, counted, hardly_forgotten, saver
+from .text_file import check_texts, read_apart, written_out
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class TextRequest:
         from semu_peft.language import text_examples
 
         data = read_apart(self._files, self.columns)
-        check_wrong_answers(self.method, self.forget, data["forget"])
         base, tokenizer = language_model(self.model)
-        check_layers(base, self.target_modules)
         rows = text_examples(
             tokenizer, data["forget"], template=written_out(self.template), seq2seq=_is_seq2seq(base)
         )  # fmt: skip
@@ -66,9 +64,7 @@ class TextRequest:
         from semu_peft import SemuConfig, forget_text
 
         data = read_apart(self._files, self.columns)
-        check_wrong_answers(self.method, self.forget, data["forget"])
         base, tokenizer = language_model(self.model)
-        check_layers(base, self.target_modules)
         config = SemuConfig(
             target_modules=self._targets, task_type="SEQ_2_SEQ_LM" if _is_seq2seq(base) else "CAUSAL_LM",
             explained_variance=self.explained_variance,
@@ -82,9 +78,7 @@ class TextRequest:
         probability = {"before": first.get("answer_probability"), "after": last.get("answer_probability")}
         found = {"token_probability": probability, "examples": len(done.examples)}
         words, save = self._words(len(done.examples), probability), saver(done.model, self.adapter_name)
-        number = counted(len(done.examples), "text or answer", "texts or answers")
-        described = f"Forgets {number}, by `{self.method}`. The probability is of their tokens, in training batches."
-        return Outcome(done.profile, done.training, found, described, words, self._then(), save)
+        return Outcome(done.profile, done.training, found, words, self._then(), save)
 
     @property
     def _files(self) -> dict[str, str | None]:

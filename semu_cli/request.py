@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import typer
 
-from .bases import PROFILE, check_job, check_output, write_adapter
+from .bases import check_job, check_output, write_adapter
 from .catalogue import Job, method_of
 from .estimate import Estimate
 from .verbs import Told
@@ -28,20 +26,18 @@ class Outcome:
         profile: The spectra and ranks of the forget gradients.
         training: What `unlearn` returned.
         found: What was measured before and after, for the record.
-        described: What was forgotten, for the model card.
-        words: What became of it, for people.
+        words: The same for people.
         then: The command that comes next.
         save: Writes the adapter into a folder.
 
     Examples:
-        >>> Outcome(None, None, {"examples": 2}, "Forgets 2 images.", ["2 images."], ["semu"], print).found["examples"]
+        >>> Outcome(None, None, {"examples": 2}, ["2 images."], ["semu", "evaluate"], print).found["examples"]
         2
     """
 
     profile: Any
     training: Any
     found: Mapping[str, Any]
-    described: str
     words: list[str]
     then: list[str]
     save: Callable[[Path], Any]
@@ -73,8 +69,6 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
     request: Request = kind(**{name: value for name, value in flags.items() if name in fields})
     method_of(request.job, flags["method"])
     _check_share(flags["explained_variance"])
-    _check_name(flags["adapter_name"])
-    _check_seconds(flags["step_seconds"])
     request.check()
     check_output(flags["output_dir"])
     check_job(flags["model"], request.job)
@@ -82,24 +76,8 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
         return request.estimate(flags["step_seconds"]).told()
     outcome = request.train()
     record = _record(request.job, flags, outcome)
-    write_adapter(flags["output_dir"], lambda folder: _save(outcome, folder), record)
+    write_adapter(flags["output_dir"], outcome.save, record)
     return _told(record, outcome, flags["output_dir"])
-
-
-def _save(outcome: Outcome, folder: Path) -> None:
-    """The adapter with its spectra, and a model card that says what it forgets and how that was measured."""
-    from semu_peft import update_model_card
-
-    outcome.save(folder)
-    outcome.profile.save(folder / PROFILE)
-    metrics = {
-        f"{name} {moment}": value
-        for name, values in outcome.found.items()
-        if isinstance(values, Mapping)
-        for moment, value in values.items()
-        if value is not None
-    }
-    update_model_card(folder, description=outcome.described, metrics=metrics, dataset="the data of the request")
 
 
 def saver(model: Any, adapter_name: str) -> Callable[[Path], None]:
@@ -117,24 +95,6 @@ def saver(model: Any, adapter_name: str) -> Callable[[Path], None]:
             fill_model_card(folder, model.peft_config[adapter_name].to_dict())
 
     return save
-
-
-def check_layers(model: Any, target_modules: str | None) -> None:
-    """Raise a usage error unless the model has a layer of those that are asked for."""
-    if target_modules in (None, "all-linear", "all-layers"):
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    try:
-        is_there = any(re.fullmatch(target_modules, name) for name in names)
-    except re.error as error:
-        raise typer.BadParameter(
-            f"`--target-modules` is no regular expression: {error}, in {target_modules!r}."
-        ) from None
-    if not is_there:
-        raise typer.BadParameter(
-            f"`--target-modules`: no layer's name is {target_modules!r} as a whole. Names are {', '.join(names[-3:])} "
-            "and others. Give a regular expression such as '.*\\.query', or all-linear."
-        )
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:
@@ -162,19 +122,6 @@ def _check_share(explained_variance: float) -> None:
             f"`--explained-variance` must be above 0 and at most 1, got {explained_variance:g}. Take 0.9, or 1 to keep "
             "every direction."
         )
-
-
-def _check_name(adapter_name: str) -> None:
-    if not adapter_name or set(adapter_name) & set("./\\"):
-        raise typer.BadParameter(
-            f"`--adapter-name` must be a name without dots and slashes, got {adapter_name!r}. It names the adapter in "
-            "the model; where it is written is --output-dir."
-        )
-
-
-def _check_seconds(step_seconds: float | None) -> None:
-    if step_seconds is not None and not 0 <= step_seconds < math.inf:
-        raise typer.BadParameter(f"`--step-seconds` must be seconds from 0 on, got {step_seconds:g}.")
 
 
 def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
         columns: As `--columns` has them.
 
     Raises:
-        typer.BadParameter: There is no such file, it is empty or no text, or its columns have other names.
+        typer.BadParameter: There is no such file, or its columns have other names.
 
     Examples:
         >>> import tempfile
@@ -42,19 +42,12 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
     from semu_peft.language import ColumnsError, read_text
 
     try:
-        rows = list(read_text(path, columns=columns_of(columns), name=flag))
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(
-            f"`--{flag}`: {path} is no text in UTF-8 ({error}). Give texts, or JSON lines, saved as UTF-8."
-        ) from None
+        return list(read_text(path, columns=columns_of(columns), name=flag))
     except ColumnsError as error:
         raise typer.BadParameter(
             f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
             "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
         ) from None
-    if not rows:
-        raise typer.BadParameter(f"`--{flag}`: {path} is empty. Give one row or more.")
-    return rows
 
 
 def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str, Any]:
@@ -74,15 +67,6 @@ def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str
             "among the answers. Take them out."
         )
     return data
-
-
-def check_wrong_answers(method: str, path: str, rows: list[Any]) -> None:
-    """Raise a usage error where a method needs wrong answers beside the right ones, and a row has none."""
-    if method == "altpo" and not all(row.perturbed_answers for row in rows):
-        raise typer.BadParameter(
-            f"`--method altpo` needs a wrong answer beside each answer, in a column perturbed_answer, which {path} has "
-            "not in every row. Add them, or take idk, which answers by refusals."
-        )
 
 
 def check_plain(path: str | None, rows: list[Any] | None) -> None:

@@ -62,12 +62,6 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} must be the configuration of a SEMU adapter, with `peft_type` {NAME!r}, got {found!r}. Load it "
             "with the class of its own method, or save, copy or download the adapter again."
         )
-    ranks = settings.get("ranks") or {}
-    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
-        raise ValueError(
-            f"{path} is damaged: its `ranks` must map layers to ranks of 0 or more, got {ranks!r}. Save, copy or "
-            "download the adapter again."
-        )
     settings.pop("runtime_config", None)
     return settings
 

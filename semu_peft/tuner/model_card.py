@@ -164,7 +164,7 @@ def update_model_card(
     local = Path(adapter).is_dir()
     given: dict[str, Any] = {"token": token, "revision": revision}
     settings, text = _read_folder(Path(adapter)) if local else _read_repository(str(adapter), given)
-    name = final_name(Path(adapter)) if local else str(adapter)
+    name = Path(adapter).name if local else str(adapter)
     card = _filled(text, name, settings)
     data: Any = card.data
     if license is not None:
