@@ -16,6 +16,8 @@ from .verbs import plain
 
 RECORD = "unlearning.json"
 """What was done, beside the adapter."""
+PROFILE = "profile.safetensors"
+"""The spectra of the forget gradients, beside it."""
 
 
 def job_of(model: str) -> Job:
@@ -193,13 +195,10 @@ def _adapted(model: Any, adapter: Path | None, place: str) -> Any:
 
 def _check_made_for(adapter: Path, model: Any, place: str) -> None:
     """Raise a usage error where the model has none of the adapter's layers: it was made for another one."""
-    try:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{adapter / 'adapter_config.json'} is damaged ({error}). Copy or download the adapter again."
-        ) from error
+    from semu_peft.tuner.adapter_file import read_settings
+
+    settings = read_settings(adapter / "adapter_config.json")
+    layers, made_for = list(settings.get("ranks") or ()), settings.get("base_model_name_or_path")
     there = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     if layers and not there & set(layers):
         of = f", which was made for {made_for}" if made_for else ""
@@ -235,11 +234,11 @@ def check_new(folder: Path) -> None:
 
 
 def write_adapter(folder: Path, save: Callable[[Path], Any], record: Mapping[str, Any]) -> None:
-    """Save an adapter and what was done: the whole of both, or neither."""
+    """Save an adapter, what is beside it, and what was done: the whole of all, or nothing."""
     from semu_peft.files import folder_written_whole
     from semu_peft.tuner.adapter_file import forget_older_weights, read_settings
 
-    names = ["adapter_config.json", "adapter_model.safetensors", RECORD, "README.md"]
+    names = ["adapter_config.json", "adapter_model.safetensors", RECORD, PROFILE, "README.md"]
     with folder_written_whole(folder, names) as temporary:
         save(temporary)
         text = json.dumps(cast(Any, plain(record)), indent=2, ensure_ascii=False)

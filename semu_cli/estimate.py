@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import typer
+
 from .verbs import Told
 
 
@@ -55,7 +57,7 @@ class Estimate:
         if self.seconds is None:
             lines.append("Time: unknown. Give --step-seconds.")
         else:
-            steps = "1 step (it stops by itself)" if self.steps is None else _counted(self.steps, "step")
+            steps = "at least 1 step (it stops by itself)" if self.steps is None else _counted(self.steps, "step")
             sampled = "" if self.sampling_seconds is None else f"{self.sampling_seconds:.2g} s of sampling, "
             lines.append(
                 f"Time: {_time(self.seconds)}, for {sampled}{_batches(self.batches)} and {steps}, at "
@@ -124,13 +126,28 @@ def estimate_on(
 
 
 def target_names(model: Any, target_modules: str | Iterable[str]) -> list[str]:
-    """The layers that an adapter would correct: it is put in for a moment, without values, and taken out."""
+    """The layers that an adapter would correct: it is put in for a moment, without values, and taken out.
+
+    Raises:
+        typer.BadParameter: There are none.
+    """
+    from torch import nn
+
     from semu_peft import SemuConfig
     from semu_peft.adapter.whole_model import add_adapter, remove_adapter
     from semu_peft.tuner.adapted import semu_layers
 
     name, flags = "estimate", [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    add_adapter(model, SemuConfig(target_modules=target_modules), adapter_name=name)  # type: ignore[arg-type]
+    try:
+        add_adapter(model, SemuConfig(target_modules=target_modules), adapter_name=name)  # type: ignore[arg-type]
+    except ValueError as error:
+        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+        names = [each for each, module in model.named_modules() if isinstance(module, kinds)]
+        raise typer.BadParameter(
+            f"`--target-modules`: {target_modules!r} names no layer of the model that can be corrected "
+            f"({str(error).splitlines()[0]}) There are {', '.join(names[-3:])} and others; a regular expression must "
+            "fit the whole name."
+        ) from None
     try:
         return list(semu_layers(model, name))
     finally:
@@ -148,8 +165,8 @@ def last_third(model: Any) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    """No digit of what is too short to matter: 0.0 s would say that it takes none."""
-    return "under a second" if seconds < 1 else f"at least {seconds:.1f} s"
+    """A bound from below, whatever its size: what comes on top was not tried."""
+    return f"at least {seconds:.2g} s" if seconds < 1 else f"at least {seconds:,.1f} s"
 
 
 def _counted(number: int, word: str) -> str:

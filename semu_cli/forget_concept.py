@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import typer
+
 from .bases import denoising_loss, pipeline
 from .catalogue import Job
 from .estimate import Estimate, estimate
@@ -42,7 +44,14 @@ class ConceptRequest:
     progress: bool
 
     def check(self) -> None:
-        """Prompts may be anything."""
+        """Raise a usage error for a mistake that can be seen while nothing is loaded."""
+        if not all(prompt.strip() for prompt in self.forget):
+            raise typer.BadParameter("`--forget` must be a prompt, got an empty one. Say what is to be forgotten.")
+        for flag, prompts in (("anchor", self.anchor), ("retain", self.retain)):
+            if both := set(self.forget) & set(prompts or ()):
+                raise typer.BadParameter(
+                    f"`--{flag}` must be another prompt than those to forget, got {min(both)!r}. Take it out of one."
+                )
 
     def estimate(self, step_seconds: float | None) -> Estimate:
         """Load the pipeline, and say what sampling and training would take: of each one step is tried."""
@@ -100,7 +109,8 @@ class ConceptRequest:
         def save(folder: Path) -> None:
             save_adapter(denoiser, folder, adapter_name=self.adapter_name)
 
-        return Outcome(done.profile, done.training, found, words, self._then(), save)
+        request = f"Forgets {_quoted(self.forget)}, and gives {_quoted(self.anchor or [''])} instead."
+        return Outcome(done.profile, done.training, request, found, words, self._then(), save)
 
     @property
     def _held(self) -> list[str]:
@@ -121,6 +131,10 @@ class ConceptRequest:
         kept = [part for prompt in (*(self.anchor or ()), *(self.retain or ())) for part in ("--retain", prompt)]
         forgotten = [part for prompt in self.forget for part in ("--forget", prompt)]
         return ["semu", "evaluate", "--model", self.model, "--adapter", str(self.output_dir), *forgotten, *kept]
+
+
+def _quoted(prompts: list[str]) -> str:
+    return ", ".join(f"`{prompt}`" if prompt else "what the empty prompt gives" for prompt in prompts)
 
 
 def _fell(losses: list[float]) -> bool:

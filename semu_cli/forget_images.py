@@ -11,7 +11,7 @@ import typer
 
 from .bases import classifier
 from .catalogue import Job, method_of
-from .estimate import Estimate, estimate_on, last_third
+from .estimate import Estimate, estimate_on, last_third, target_names
 from .image_folder import ImageFolder, read_images, read_others
 from .request import Outcome, counted, hardly_forgotten, saver
 
@@ -80,14 +80,23 @@ class ImageRequest:
         found = {f"{part}_accuracy": {"before": before[part], "after": after[part]} for part in parts}
         words = self._words(len(data), found)
         save = saver(adapted, self.adapter_name)
-        return Outcome(profile, result, {**found, "examples": len(data)}, words, self._then(), save)
+        told = {**found, "examples": len(data)}
+        return Outcome(profile, result, self._request(len(data)), told, words, self._then(), save)
+
+    def _request(self, examples: int) -> str:
+        """What was to be forgotten."""
+        of = "" if self.forget_class is None else f" of the class `{self.forget_class}`"
+        return f"Forgets {counted(examples, 'image')}{of}."
 
     def _read(self) -> tuple[Any, ImageFolder]:
         base = classifier(self.model)
         return base, read_images(self.forget, base, only=self.forget_class)
 
     def _targets(self, base: Any) -> Any:
-        return self.target_modules or last_third(base)
+        if self.target_modules is None:
+            return last_third(base)
+        target_names(base, self.target_modules)
+        return self.target_modules
 
     def _others(self, base: Any) -> dict[str, ImageFolder]:
         """The images beside those of the class to forget, which are looked at and not trained on."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import typer
+
 from .bases import language_model
 from .catalogue import Job
-from .estimate import Estimate, estimate_on
+from .estimate import Estimate, estimate_on, target_names
 from .request import Outcome, counted, hardly_forgotten, saver
 from .text_file import check_texts, read_apart, written_out
 
@@ -47,26 +49,36 @@ class TextRequest:
         check_texts(self.columns, **self._files)
         written_out(self.template)
 
+    def _read(self) -> dict[str, Any]:
+        """What is to be forgotten and to be kept, as the method needs it."""
+        data = read_apart(self._files, self.columns)
+        if self.method == "altpo" and not all(row.perturbed_answers for row in data["forget"]):
+            raise typer.BadParameter(
+                f"`--method altpo` needs wrong answers, and not every row of {self.forget} has some. Add a column "
+                "`perturbed_answer`, or take `--method idk`, which gives refusals."
+            )
+        return data
+
     def estimate(self, step_seconds: float | None) -> Estimate:
         """Load model and data, and say what training would take."""
         from semu_peft.language import text_examples
 
-        data = read_apart(self._files, self.columns)
+        data = self._read()
         base, tokenizer = language_model(self.model)
         rows = text_examples(
             tokenizer, data["forget"], template=written_out(self.template), seq2seq=_is_seq2seq(base)
         )  # fmt: skip
         loader = rows.loader(min(self.batch_size, len(rows)))
-        return estimate_on(base, self._targets, loader, len(rows), self.max_steps, step_seconds)
+        return estimate_on(base, self._targets(base), loader, len(rows), self.max_steps, step_seconds)
 
     def train(self) -> Outcome:
         """Load model and data, and train; how probable the answers are is in the history."""
         from semu_peft import SemuConfig, forget_text
 
-        data = read_apart(self._files, self.columns)
+        data = self._read()
         base, tokenizer = language_model(self.model)
         config = SemuConfig(
-            target_modules=self._targets, task_type="SEQ_2_SEQ_LM" if _is_seq2seq(base) else "CAUSAL_LM",
+            target_modules=self._targets(base), task_type="SEQ_2_SEQ_LM" if _is_seq2seq(base) else "CAUSAL_LM",
             explained_variance=self.explained_variance,
         )  # fmt: skip
         done = forget_text(
@@ -78,14 +90,16 @@ class TextRequest:
         probability = {"before": first.get("answer_probability"), "after": last.get("answer_probability")}
         found = {"token_probability": probability, "examples": len(done.examples)}
         words, save = self._words(len(done.examples), probability), saver(done.model, self.adapter_name)
-        return Outcome(done.profile, done.training, found, words, self._then(), save)
+        request = f"Forgets {counted(len(done.examples), 'text or answer', 'texts or answers')}."
+        return Outcome(done.profile, done.training, request, found, words, self._then(), save)
 
     @property
     def _files(self) -> dict[str, str | None]:
         return {"forget": self.forget, "retain": self.retain, "neutral": self.neutral}
 
-    @property
-    def _targets(self) -> str:
+    def _targets(self, base: Any) -> str:
+        if self.target_modules is not None:
+            target_names(base, self.target_modules)
         return self.target_modules or "all-linear"
 
     def _words(self, examples: int, probability: Mapping[str, float | None]) -> list[str]:

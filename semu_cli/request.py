@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import typer
 
-from .bases import check_job, check_output, write_adapter
+from .bases import PROFILE, check_job, check_output, write_adapter
 from .catalogue import Job, method_of
 from .estimate import Estimate
 from .verbs import Told
@@ -25,18 +27,20 @@ class Outcome:
     Attributes:
         profile: The spectra and ranks of the forget gradients.
         training: What `unlearn` returned.
+        request: What was to be forgotten, for the model card: in words that may be public, so of texts their number.
         found: What was measured before and after, for the record.
         words: The same for people.
         then: The command that comes next.
         save: Writes the adapter into a folder.
 
     Examples:
-        >>> Outcome(None, None, {"examples": 2}, ["2 images."], ["semu", "evaluate"], print).found["examples"]
-        2
+        >>> Outcome(None, None, "Forgets 2 images.", {"examples": 2}, ["2 images."], ["semu"], print).request
+        'Forgets 2 images.'
     """
 
     profile: Any
     training: Any
+    request: str
     found: Mapping[str, Any]
     words: list[str]
     then: list[str]
@@ -69,6 +73,8 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
     request: Request = kind(**{name: value for name, value in flags.items() if name in fields})
     method_of(request.job, flags["method"])
     _check_share(flags["explained_variance"])
+    _check_name(flags["adapter_name"])
+    _check_seconds(flags["step_seconds"])
     request.check()
     check_output(flags["output_dir"])
     check_job(flags["model"], request.job)
@@ -76,7 +82,13 @@ def carry_out(kind: type[Any], flags: Mapping[str, Any]) -> Told:
         return request.estimate(flags["step_seconds"]).told()
     outcome = request.train()
     record = _record(request.job, flags, outcome)
-    write_adapter(flags["output_dir"], outcome.save, record)
+
+    def save(folder: Path) -> None:
+        outcome.save(folder)
+        outcome.profile.save(folder / PROFILE)
+        _fill_card(folder, request.job, flags["method"], outcome)
+
+    write_adapter(flags["output_dir"], save, record)
     return _told(record, outcome, flags["output_dir"])
 
 
@@ -124,6 +136,22 @@ def _check_share(explained_variance: float) -> None:
         )
 
 
+def _check_name(adapter_name: str) -> None:
+    # PyTorch keeps it as the name of a module, and PEFT as that of a folder.
+    if re.fullmatch(r"[\w-]+", adapter_name) is None:
+        raise typer.BadParameter(
+            f"`--adapter-name` must be letters, digits, - and _, got {adapter_name!r}. Leave it out for `default`."
+        )
+
+
+def _check_seconds(step_seconds: float | None) -> None:
+    if step_seconds is not None and not 0 <= step_seconds < math.inf:
+        raise typer.BadParameter(
+            f"`--step-seconds` must be a number of seconds of 0 or more, got {step_seconds:g}. Leave it out to have a "
+            "step tried."
+        )
+
+
 def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     """What was done, for the file beside the adapter and for `--json`."""
     import torch
@@ -146,6 +174,31 @@ def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, A
             "semu_peft": semu_peft.__version__, "torch": torch.__version__, "python": platform.python_version()
         },
     }  # fmt: skip
+
+
+_TASKS: dict[Job, str] = {
+    "images": "image-classification", "text": "text-generation", "concept": "text-to-image"
+}  # fmt: skip
+"""The Hub's names of what models of these kinds do."""
+
+
+def _fill_card(folder: Path, job: Job, method: str, outcome: Outcome) -> None:
+    """Say in the adapter's model card what was forgotten, how, and what was measured before and after."""
+    from semu_peft import update_model_card
+
+    measured = {
+        f"{name.replace('_', ' ')} {when}": value
+        for name, found in outcome.found.items()
+        if isinstance(found, Mapping)
+        for when, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
+    steps = counted(outcome.training.steps, "step")
+    how = f"Trained by `semu unlearn {job} --method {method}` in {steps} ({outcome.training.stop_reason})."
+    update_model_card(
+        folder, description=f"{outcome.request} {how}", metrics=measured, dataset="the data of the run",
+        task=_TASKS[job],
+    )  # fmt: skip
 
 
 def _told(record: Mapping[str, Any], outcome: Outcome, output_dir: Path) -> Told:

@@ -28,7 +28,7 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
         columns: As `--columns` has them.
 
     Raises:
-        typer.BadParameter: There is no such file, or its columns have other names.
+        typer.BadParameter: There is no such file, it is empty or no text, or its columns have other names.
 
     Examples:
         >>> import tempfile
@@ -42,12 +42,17 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
     from semu_peft.language import ColumnsError, read_text
 
     try:
-        return list(read_text(path, columns=columns_of(columns), name=flag))
+        rows = list(read_text(path, columns=columns_of(columns), name=flag))
     except ColumnsError as error:
         raise typer.BadParameter(
             f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
             "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
         ) from None
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"`--{flag}`: {path} is no text in UTF-8 ({error}). Give a text file.") from None
+    if not rows:
+        raise typer.BadParameter(f"`--{flag}`: {path} is empty. Give a file with at least one text or question.")
+    return rows
 
 
 def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str, Any]:

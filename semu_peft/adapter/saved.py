@@ -201,8 +201,12 @@ def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, LowRank], Path]
             )
     settings = read_settings(place / CONFIG_NAME)
     check_adapter_file(path, {})
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(path, "save_pretrained")[0].items():
+    loaded, tensors = load_tensors(path, "save_pretrained")[0], dict[str, dict[str, Tensor]]()
+    for key, tensor in loaded.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path} is damaged: {key!r} must have finite numbers. Save, copy or download the adapter again."
+            )
         if layer := layer_of(key):
             tensors.setdefault(without_prefix(layer), {})[key.rpartition(".")[2]] = tensor
     return settings, {name: _correction(name, parts, path) for name, parts in tensors.items()}, path

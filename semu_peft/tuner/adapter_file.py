@@ -62,6 +62,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} must be the configuration of a SEMU adapter, with `peft_type` {NAME!r}, got {found!r}. Load it "
             "with the class of its own method, or save, copy or download the adapter again."
         )
+    ranks = settings.get("ranks") or {}
+    if not isinstance(ranks, dict) or any(not isinstance(rank, int) or rank < 0 for rank in ranks.values()):
+        raise ValueError(
+            f"{path} is damaged: `ranks` must map layer names to ranks of 0 or more, got {ranks!r}. Save, copy or "
+            "download the adapter again."
+        )
     settings.pop("runtime_config", None)
     return settings
 
@@ -116,19 +122,32 @@ def matching_weights(folder: Path, digest: str | None) -> tuple[Path | None, str
         digest: What the configuration says of them; None in folders from before that was written, which pass unchecked.
 
     Returns:
-        The file, None where it is the one that PEFT loads; and what is wrong where it is nowhere.
+        The file, None where it is the one that PEFT loads; and what is wrong where it is nowhere, or where PEFT, which
+        opens its own file first, would fail at that.
     """
     path = weights_file(folder)
     if path is None or digest is None or (found := digest_of(path)) == digest:
         return None, None
     kept = _kept(folder, digest)
     if kept.is_file() and digest_of(kept) == digest:
-        return kept, None
+        return kept, _unreadable(path, kept)
     return None, (
         f"{path} must have the SHA-256 {digest[:16]}…, which {CONFIG_NAME} beside it says, got {found[:16]}…. It is "
         "damaged, or the two files are not from one adapter. Take both from one `save_pretrained`, or copy or download "
         "them again; if you changed the weights on purpose, take `weights_sha256` out of the configuration."
     )
+
+
+def _unreadable(path: Path, kept: Path) -> str | None:
+    """What to do about a damaged file that older weights lie beside."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return (
+            f"{path} is damaged ({error}). The weights that {CONFIG_NAME} beside it was written with are there too: "
+            f"copy {kept.name} over it, or save, copy or download the adapter again."
+        )
 
 
 def check_adapter_file(path: Path, expected_ranks: Mapping[str, int], others: Collection[str] = ()) -> None:

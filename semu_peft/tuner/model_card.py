@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
 from semu_peft.arguments import check_kind, check_path
@@ -164,7 +170,7 @@ def update_model_card(
     local = Path(adapter).is_dir()
     given: dict[str, Any] = {"token": token, "revision": revision}
     settings, text = _read_folder(Path(adapter)) if local else _read_repository(str(adapter), given)
-    name = Path(adapter).name if local else str(adapter)
+    name = final_name(Path(adapter)) if local else str(adapter)
     card = _filled(text, name, settings)
     data: Any = card.data
     if license is not None:
@@ -191,13 +197,13 @@ def update_model_card(
 def _filled(text: str, name: str, settings: Mapping[str, Any]) -> ModelCard:
     """A card with SEMU's tags, and with the adapter's description where it was blank."""
     card = ModelCard(_PATH_OBJECT.sub(_plain_path, text))
-    tags = [tag for tag in card.data.get("tags") or [] if not tag.endswith(":")]  # of a base model without a name
-    card.data["tags"] = sorted({*tags, *_TAGS})
     base = card.data.get("base_model", None) or settings.get("base_model_name_or_path")
-    if base:
-        card.data["base_model"] = str(base)
+    if isinstance(base, str) and _is_public(base):
+        card.data["base_model"] = base
     else:
         card.data.pop("base_model", None)
+    tags = [tag for tag in card.data.get("tags") or [] if _may_stay(tag)]
+    card.data["tags"] = sorted({*tags, *_TAGS})
     if _BLANK in card.text:
         card.data["library_name"] = "peft"  # transformers takes it for a model of its own
         versions = [line for line in card.text.splitlines() if line.startswith("- PEFT ")]
@@ -205,6 +211,23 @@ def _filled(text: str, name: str, settings: Mapping[str, Any]) -> ModelCard:
             versions = [f"- PEFT {settings['peft_version']}"]
         card.text = _description(name, settings, versions)
     return card
+
+
+def _is_public(base: str) -> bool:
+    """Whether a base model is named as on the Hub: a folder here says nothing to others, and its path too much."""
+    if not base or Path(base).is_dir():
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _may_stay(tag: str) -> bool:
+    """Whether a tag is none of a base model, such as `base_model:adapter:gpt2`, or of one that others can find."""
+    base = re.match(r"base_model:((adapter|finetune|merge|quantized):)?", tag)
+    return base is None or _is_public(tag[base.end() :])
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
@@ -316,9 +339,10 @@ def _plain_path(match: re.Match[str]) -> str:
 
 
 def _description(name: str, settings: Mapping[str, Any], versions: list[str]) -> str:
+    base = settings.get("base_model_name_or_path")
     ranks = [rank for rank in (settings.get("ranks") or {}).values() if rank > 0]
     return _TEXT.format(
-        base=f"`{base}`" if (base := settings.get("base_model_name_or_path")) else "its base model",
+        base=f"`{base if _is_public(base) else Path(base).name}`" if base else "its base model",
         layers=len(ranks),
         ranks=" to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "0 (not initialised yet)",
         name=name,

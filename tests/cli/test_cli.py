@@ -13,11 +13,12 @@ from typing import Any
 import cli_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from semu_cli import app
 from semu_cli.catalogue import METHODS
-from semu_peft import objectives
+from semu_peft import SubspaceProfile, objectives
 
 
 def semu(*arguments: object, code: int = 0) -> Any:
@@ -66,6 +67,20 @@ def test_a_class_of_an_image_folder(images: dict[str, Path], no_cats: Any) -> No
     assert measured["original"]["retain_accuracy"] == 100
     record = json.loads((images["adapter"] / "unlearning.json").read_text())
     assert record["settings"]["forget_class"] == "cat" and record["training"]["steps"] == no_cats["training"]["steps"]
+
+
+def test_the_card_says_what_was_forgotten_and_not_where_the_model_lay(images: dict[str, Path], no_cats: Any) -> None:
+    card = ModelCard.load(images["adapter"] / "README.md")
+    assert "Forgets 6 images of the class `cat`. Trained by `semu unlearn images --method delete`" in card.text
+    assert "Say here" not in card.text and str(images["model"].parent) not in str(card)
+    results = {each.metric_name: each.metric_value for each in card.data.eval_results}
+    assert results["forget accuracy before"] == 100 and results["forget accuracy after"] == 0
+    assert card.data.model_name == "no-cats" and card.data.eval_results[0].task_type == "image-classification"
+
+
+def test_the_spectra_lie_beside_the_adapter(images: dict[str, Path], no_cats: Any) -> None:
+    profile = SubspaceProfile.load(images["adapter"] / "profile.safetensors")
+    assert {name: layer.rank for name, layer in profile.layers.items()} == no_cats["ranks"]
 
 
 def test_merge_and_export_give_the_adapters_outputs(images: dict[str, Path], no_cats: Any, tmp_path: Path) -> None:
@@ -211,6 +226,9 @@ def test_a_fact_of_a_language_model(text: dict[str, Path]) -> None:
     done = semu("unlearn", "text", "--config", settings, "--max-steps", 30, "--output-dir", output, "--no-progress")
     assert 3 < done["training"]["steps"] <= 30  # the flag goes before the file
     assert done["token_probability"]["after"] < 0.5 * done["token_probability"]["before"]
+    card = (output / "README.md").read_text()
+    assert "Forgets 1 text or answer." in card and "token probability after" in card
+    assert not any(part in card for part in cli_models.FACTS[0].values()), "a card is public"
     how = ("--model", text["model"], "--adapter", output, "--forget", text["forget"], "--metrics", "probability")
     measured = semu("evaluate", *how, "--no-progress")["models"]
     assert measured["unlearned"]["probability"] < 0.5 * measured["original"]["probability"]
@@ -228,6 +246,8 @@ def test_a_concept_of_a_pipeline(tmp_path: Path) -> None:
     assert not output.exists() and 0 < tried["sampling_seconds"] == pytest.approx(tried["seconds"] - passes)
     done = semu(*how)
     assert done["training"]["steps"] == 2
+    card = (output / "README.md").read_text()
+    assert "Forgets `a photo of a cat`, and gives `a photo of a dog` instead." in card and "loss after" in card
     assert "a photo of a cat" in semu("inspect", "--adapter", output)["forgotten"]
     held = semu(*how, "--preserve", 0)
     assert held["settings"]["preserve"] == 0 and held["training"]["history"][-1] != done["training"]["history"][-1]

@@ -44,6 +44,51 @@ def test_an_adapter_that_is_not_whole_is_named(place: dict[str, Path], tmp_path:
     assert told.startswith("`second`: there is no adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ranks": "x"}, "`ranks` must map layer names to ranks of 0 or more, got 'x'"),
+        ({"ranks": {"classifier": -1}}, "`ranks` must map layer names to ranks of 0 or more"),
+        ({"peft_type": "LORA"}, "`peft_type` 'SEMU', got 'LORA'"),
+    ],
+)
+def test_a_configuration_that_is_no_adapters_is_named(
+    change: dict[str, object], words: str, place: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(place["adapter"], tmp_path / "a"))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for told in (
+        merged(place["model"], adapter, tmp_path / "out", 1),
+        semu("inspect", "--adapter", adapter, code=1)["error"]["message"],
+    ):
+        assert told.startswith(str(path)) and words in told and "again" in told
+
+
+def test_weights_that_are_damaged_are_named_with_those_kept(place: dict[str, Path], tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(place["adapter"], tmp_path / "a"))
+    weights, [kept] = adapter / "adapter_model.safetensors", list(adapter.glob(".adapter_model.*"))
+    whole = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(whole[:5])
+    told = merged(place["model"], adapter, tmp_path / "out", 1)
+    assert told.startswith(f"{weights} is damaged (") and f"copy {kept.name} over it" in told
+    shutil.copy(kept, weights)
+    assert semu("inspect", "--adapter", adapter)["digest"] == "ok"  # the mend that it said
+
+
+def test_numbers_that_are_none_are_named(place: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = Path(shutil.copytree(place["adapter"], tmp_path / "a"))
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith("semu_core"))
+    save_file({**tensors, key: tensors[key] * float("nan")}, path, metadata={"format": "pt"})
+    told = semu("inspect", "--adapter", adapter, code=1)["error"]["message"]
+    assert told.startswith(f"{path} is damaged: {key!r} must have finite numbers")
+
+
 def test_a_model_whose_weights_are_damaged_is_named(place: dict[str, Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(place["model"], tmp_path / "m"))
     weights = model / "model.safetensors"

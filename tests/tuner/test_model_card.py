@@ -39,6 +39,24 @@ def test_the_card_says_how_to_load_with_and_without_us(folder: Path) -> None:
     assert "[More Information Needed]" not in card.text
 
 
+def test_a_base_model_is_named_as_on_the_hub_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def card_of(base: str) -> ModelCard:
+        model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(tmp_path / "adapter")
+        card = ModelCard.load(tmp_path / "adapter" / CARD)
+        (tmp_path / "adapter" / CARD).unlink()
+        return card
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-llm").mkdir()
+    for place in (str(tmp_path / "elsewhere" / "my-llm"), "my-llm", "./models/my-llm"):
+        card = card_of(place)
+        assert card.data.base_model is None and not any("my-llm" in tag for tag in card.data.tags)
+        assert "makes `my-llm` forget" in card.text and str(tmp_path) not in str(card)
+    assert card_of("somebody/their-llm").data.base_model == "somebody/their-llm"
+
+
 def test_metrics_become_a_table_and_the_model_index(folder: Path) -> None:
     returned = update_model_card(
         folder, description="Forgets *ships*.", metrics={"unlearning accuracy": 98.5, "retain|accuracy": 97},

@@ -210,7 +210,8 @@ def test_model_card(tmp_path: Path) -> None:
     path = tmp_path / "forget-ships" / CARD
     card = ModelCard.load(path)
     assert {"semu", "machine-unlearning"} <= set(card.data["tags"])
-    assert card.data["library_name"] == "peft" and card.data["base_model"] == str(tmp_path / "vit")
+    assert card.data["library_name"] == "peft" and "makes `vit` forget" in card.text
+    assert str(tmp_path) not in str(card), "a folder here is no model of the Hub"
     assert "of 4 layers" in card.text and "of rank 3 " in card.text and "[More Information Needed]" not in card.text
     assert "- PEFT " in card.text
     path.write_text(path.read_text() + "\nForgot all ships, UA 99.\n")
@@ -222,7 +223,7 @@ def test_model_card(tmp_path: Path) -> None:
 
 
 def test_model_card_of_a_model_loaded_from_a_path(tmp_path: Path) -> None:
-    """Diffusers keeps the `Path` that a model came from; the card has it as text, and can be read and saved again."""
+    """Diffusers keeps the `Path` that a model came from; the card has its name, and can be read and saved again."""
     folder = tmp_path / "it's the base"
     unet().save_pretrained(folder)
     model = get_peft_model(
@@ -230,7 +231,8 @@ def test_model_card_of_a_model_loaded_from_a_path(tmp_path: Path) -> None:
     )
     for _ in range(2):
         model.save_pretrained(tmp_path / "adapter")
-        assert ModelCard.load(tmp_path / "adapter" / CARD).data.to_dict()["base_model"] == str(folder)
+        card = ModelCard.load(tmp_path / "adapter" / CARD)
+        assert "base_model" not in card.data.to_dict() and str(tmp_path) not in str(card)
 
 
 # ---- where it is loaded ----
