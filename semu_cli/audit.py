@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bases import RECORD, check_place
+from .bases import PROFILE, RECORD, check_place
 from .judge import Judged, attacked, in_verbs, judged
 from .options import (
     AtATime,
@@ -40,8 +40,6 @@ from .options import (
 )
 from .verbs import RUN, Told
 
-PROFILE = "profile.safetensors"
-"""What the initialisation found, beside the adapter."""
 _FILES = ("report.json", "report.md", "report.html")
 _JUDGING = (
     "seed", "batch_size", "template", "columns", "metrics", "samples", "num_inference_steps", "forget_examples",
