@@ -1,6 +1,6 @@
 """Erase a concept from a Stable Diffusion pipeline in a directory, look at it, and write what ships.
 
-    python examples/erase_concept.py --pipeline path/to/sd15 --forget "a photo of a cat" --anchor "a photo of a dog"
+    python examples/erase_concept.py --model path/to/sd15 --forget "a photo of a cat" --anchor "a photo of a dog"
 
 Works on directories that `DiffusionPipeline.from_pretrained` reads with Stable Diffusion 1.x, 2.x, XL or 3, or Flux.
 Without `--images`, what the pipeline itself draws for the prompt is what it forgets. Nothing is downloaded. How much
@@ -33,7 +33,7 @@ WRITTEN = {
     "samples/": "grids before, during and after training, at equal seeds",
     "scales.png": "the same samples at adapter scales from 0 to 1.5",
     "spectra.png": "each layer's forget gradient, and the rank it was given",
-    "examples.safetensors": "latents and encoded prompts; a second run with the same --output starts from them",
+    "examples.safetensors": "latents and encoded prompts; a second run with the same --output-dir starts from them",
     "adapter/": "the SEMU adapter: PeftModel.from_pretrained(pipe.unet, ...)",
     "lora/": "the same for anybody's diffusers: pipe.load_lora_weights(...)",
     "merged/": "the same as a stock pipeline",
@@ -48,19 +48,19 @@ def parse_args() -> argparse.Namespace:
         default = settings.get("default")
         parser.add_argument(name, help=text if default in (None, "") else f"{text} (default: {default})", **settings)
 
-    add("--pipeline", "directory of a diffusers pipeline", type=Path, required=True)
+    add("--model", "directory of a diffusers pipeline", type=Path, required=True)
     add("--forget", "prompts to forget", nargs="+", required=True)
     add("--anchor", "what to give instead, one or as many prompts; else: what comes without a prompt", nargs="+")
     add("--retain", "prompts to hold as they are; else: the empty one", nargs="+")
     add("--images", "folder of pictures of the concept; else: drawn by the pipeline itself", type=Path)
-    add("--objective", "what to minimise", default="condition-matching",
+    add("--method", "what to minimise", default="condition-matching",
         choices=["condition-matching", "negative-guidance", "gradient-ascent"])  # fmt: skip
     add("--part", "layers to correct", default="cross-attention",
         choices=["cross-attention", "attention", "all-linear", "convolutions", "all"])  # fmt: skip
     add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.9)
     add("--rank", "most directions a layer may have", type=int, default=32)
     add("--preserve", "weight of holding the --retain prompts", type=float, default=1.0)
-    add("--steps", "optimiser steps", type=int, default=200)
+    add("--max-steps", "optimiser steps", type=int, default=200)
     add("--batch-size", "examples a step", type=int, default=4)
     add("--learning-rate", "falling linearly to 0", type=float, default=1e-2)
     add("--samples-per-prompt", "latents to draw for each prompt to forget", type=int, default=16)
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", "cpu, cuda, mps; else: what there is")
     add("--clip", "directory of a CLIPModel and its processor, to score the images with")
     add("--seed", "seed of everything drawn", type=int, default=0)
-    add("--output", "folder for everything written", type=Path, default=Path("runs/erase_concept"))
+    add("--output-dir", "folder for everything written", type=Path, default=Path("runs/erase_concept"))
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer")
     parser.add_argument("--no-merge", action="store_true", help="do not write the merged pipeline, which is large")
     return parser.parse_args()
@@ -86,7 +86,7 @@ def parse_args() -> argparse.Namespace:
 
 def load_pipeline(folder: Path, dtype: str, device: str) -> Any:
     if not (folder / "model_index.json").is_file():
-        sys.exit(f"--pipeline: {folder} is no pipeline directory, it has no model_index.json.")
+        sys.exit(f"--model: {folder} is no pipeline directory, it has no model_index.json.")
     settings: dict[str, Any] = {}
     if "safety_checker" in json.loads((folder / "model_index.json").read_text(encoding="utf-8")):
         settings = {"safety_checker": None, "requires_safety_checker": False}  # it would black out samples unseen
@@ -107,8 +107,8 @@ def main() -> None:
     args = parse_args()
     started = time.perf_counter()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    output: Path = args.output
-    pipe = load_pipeline(args.pipeline, args.dtype, device)
+    output: Path = args.output_dir
+    pipe = load_pipeline(args.model, args.dtype, device)
     denoiser = denoiser_of(pipe)
     retain = args.retain or [""]
     sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -133,14 +133,14 @@ def main() -> None:
     result = unlearn_concept(
         pipe,
         examples,
-        objective=args.objective,
+        objective=args.method,
         preserve=args.preserve,
         config=SemuConfig(
             target_modules=denoiser_targets(denoiser, args.part),
             explained_variance=args.explained_variance,
             r=args.rank,
         ),
-        max_steps=args.steps,
+        max_steps=args.max_steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -169,7 +169,7 @@ def main() -> None:
     if not args.no_merge:
         pipe.save_pretrained(output / "merged")
     del pipe, denoiser
-    pipe = load_pipeline(args.pipeline, args.dtype, device)
+    pipe = load_pipeline(args.model, args.dtype, device)
     before = sample()
     if args.clip:
         scores["before"] = clip_scores(args.clip, before, prompts)

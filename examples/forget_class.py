@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
 
     add("--data", "folder with a subfolder of images per class, or parquet file or folder; else: digits", type=Path)
     add("--model", "folder of an AutoModelForImageClassification; else: a small one is trained", type=Path)
-    add("--gold", "folder of such a model trained without the class, to compare with", type=Path)
+    add("--reference", "folder of such a model trained without the class, to compare with", type=Path)
     add("--train-epochs", "epochs of training the small model", type=int, default=25)
     add("--retrain", "epochs of training a model without the class; else: --train-epochs, 0 with --model", type=int)
     add("--forget-class", "name or index of the class to forget; else: the digit 3")
@@ -134,7 +134,7 @@ def parse_args() -> argparse.Namespace:
     add("--attack-seconds", "begin no attack after so many; 0 tries none", type=float, default=60.0)
     add("--seed", "seed of the split, the training and the unlearning", type=int, default=0)
     add("--device", "cpu, or what Accelerate finds", choices=["auto", "cpu"], default="auto")
-    add("--output", "folder for everything written", type=Path, default=Path("runs/forget_class"))
+    add("--output-dir", "folder for everything written", type=Path, default=Path("runs/forget_class"))
     return parser.parse_args()
 
 
@@ -298,7 +298,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     loaders = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed)
     accelerator = Accelerator(cpu=args.device == "cpu", dataloader_config=loaders)
-    device, output = accelerator.device, args.output
+    device, output = accelerator.device, args.output_dir
     output.mkdir(parents=True, exist_ok=True)
 
     print("The model that knows all classes")
@@ -327,7 +327,7 @@ def main() -> None:
     if not args.model:
         train(model.to(device), train_images, args.train_epochs, args.seed, "Training")
         model.save_pretrained(output / "original")
-        model = load_model(output / "original", "--output")  # now it has a name, which the adapter's file tells
+        model = load_model(output / "original", "--output-dir")  # now it has a name, which the adapter's file tells
     model.to(device)
 
     def measured(candidate: nn.Module, **costs: Any) -> ForgettingMetrics:
@@ -347,13 +347,13 @@ def main() -> None:
 
     reference = gold = None
     epochs = args.retrain if args.retrain is not None else 0 if args.model else args.train_epochs
-    if args.gold or epochs:
+    if args.reference or epochs:
         print("The model that never saw it")
         reference = "retrained"
         set_seed(args.seed)
         new = AutoModelForImageClassification.from_config
-        gold = (load_model(args.gold, "--gold") if args.gold else new(model.config)).to(device)
-        seconds = None if args.gold else train(gold, images["retain"], epochs, args.seed, "Retraining")
+        gold = (load_model(args.reference, "--reference") if args.reference else new(model.config)).to(device)
+        seconds = None if args.reference else train(gold, images["retain"], epochs, args.seed, "Retraining")
         rows[reference] = measured(gold, seconds=seconds)
 
     print("What brings it back")

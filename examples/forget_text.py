@@ -103,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=60, help="of learning, without --model (default: 60)")
-    parser.add_argument("--output", type=Path, default=Path("runs/forget_text"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/forget_text"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if (args.model is None) != (args.forget is None):
@@ -127,8 +127,8 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     model, words, forget, retain = subject(args)
-    model.save_pretrained(args.output / "original")
-    words.save_pretrained(args.output / "original")
+    model.save_pretrained(args.output_dir / "original")
+    words.save_pretrained(args.output_dir / "original")
     parts = {"forget": forget, **({"retain": retain} if retain else {})}
     parts = {name: text_examples(words, rows, template=args.template) for name, rows in parts.items()}
     before = {name: known(model, examples) for name, examples in parts.items()}
@@ -145,15 +145,15 @@ def main() -> None:
         print(f"  {answers[name]!r} before, {said(result.model, examples, 0)!r} now")
     print(f"{result.training.trainable_parameters} numbers trained; {result.training.stop_reason}")
 
-    result.model.save_pretrained(args.output / "adapter")
+    result.model.save_pretrained(args.output_dir / "adapter")
     reloaded = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(args.output / "original"), args.output / "adapter"
+        AutoModelForCausalLM.from_pretrained(args.output_dir / "original"), args.output_dir / "adapter"
     )
     apart = abs(known(reloaded, parts["forget"]) - after["forget"])
-    result.model.merge_and_unload().save_pretrained(args.output / "merged")
-    words.save_pretrained(args.output / "merged")
+    result.model.merge_and_unload().save_pretrained(args.output_dir / "merged")
+    words.save_pretrained(args.output_dir / "merged")
     summary = {"before": before, "after": after, "reloaded_apart": apart, "steps": result.training.steps}
-    (args.output / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (args.output_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if apart > 1e-3:
         raise SystemExit(f"The reloaded adapter gives other answers: {apart:.2g} apart.")
 

@@ -64,10 +64,10 @@ def test_on_a_pipeline_with_the_real_module_structure(kind: str, run: Callable[.
     assert dict(full.named_parameters()).keys() == dict(pipe.unet.named_parameters()).keys()
     pipe.save_pretrained(tmp_path / "pipeline")
     run(
-        "--pipeline", tmp_path / "pipeline", "--forget", "a photo of a cat", "--anchor", "a photo of a dog",
+        "--model", tmp_path / "pipeline", "--forget", "a photo of a cat", "--anchor", "a photo of a dog",
         "--retain", "a photo of a car", "", "--part", "cross-attention" if kind == "sd15" else "attention",
-        "--steps", 4, "--samples-per-prompt", 2, "--size", 16, "--num-inference-steps", 2, "--previews", 1,
-        "--preview-samples", 1, "--rank", 2, "--output", tmp_path / "out", "--gradient-checkpointing",
+        "--max-steps", 4, "--samples-per-prompt", 2, "--size", 16, "--num-inference-steps", 2, "--previews", 1,
+        "--preview-samples", 1, "--rank", 2, "--output-dir", tmp_path / "out", "--gradient-checkpointing",
     )  # fmt: skip
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -98,7 +98,7 @@ def test_pictures_of_the_concept_and_bad_input(run: Callable[..., None], tmp_pat
     common = [
         "--forget",
         "a cat",
-        "--steps",
+        "--max-steps",
         2,
         "--size",
         16,
@@ -109,12 +109,12 @@ def test_pictures_of_the_concept_and_bad_input(run: Callable[..., None], tmp_pat
         "--no-merge",
     ]
     run(
-        "--pipeline", tmp_path / "pipeline", *common, "--images", tmp_path / "cats", "--output", tmp_path / "out",
-        "--objective", "negative-guidance", "--dtype", "bfloat16",
+        "--model", tmp_path / "pipeline", *common, "--images", tmp_path / "cats", "--output-dir", tmp_path / "out",
+        "--method", "negative-guidance", "--dtype", "bfloat16",
     )  # fmt: skip
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["examples"] == 3
     assert not (tmp_path / "out" / "merged").exists() and not (tmp_path / "out" / "samples").exists()
     with pytest.raises(SystemExit, match="no pipeline directory"):
-        run("--pipeline", tmp_path / "cats", *common)
+        run("--model", tmp_path / "cats", *common)
     with pytest.raises(SystemExit, match="holds no pictures"):
-        run("--pipeline", tmp_path / "pipeline", *common, "--images", tmp_path / "pipeline" / "unet")
+        run("--model", tmp_path / "pipeline", *common, "--images", tmp_path / "pipeline" / "unet")

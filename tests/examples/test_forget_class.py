@@ -81,7 +81,8 @@ def write_model(folder: Path, *, processor: bool = False) -> Path:
 def run(output: Path, *options: str | Path, attack_seconds: str = "0") -> tuple[dict[str, Any], str]:
     """Run the program and return its table, after checking all that every run must have written."""
     command = [
-        sys.executable, EXAMPLES / "forget_class.py", "--output", output, "--attack-seconds", attack_seconds, *options
+        sys.executable, EXAMPLES / "forget_class.py", "--output-dir", output,
+        "--attack-seconds", attack_seconds, *options,
     ]  # fmt: skip
     # A cache of its own, so that nothing is read from or left in the user's.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(output.parent / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -143,7 +144,7 @@ def test_image_folder_and_model(tmp_path: Path) -> None:
         data,
         "--model",
         model,
-        "--gold",
+        "--reference",
         gold,
         "--forget-class",
         "two",
@@ -237,7 +238,7 @@ def test_bad_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     import forget_class
 
     options, message = bad_input(tmp_path)[case]
-    monkeypatch.setattr(sys, "argv", ["forget_class.py", "--output", str(tmp_path / "out"), *map(str, options)])
+    monkeypatch.setattr(sys, "argv", ["forget_class.py", "--output-dir", str(tmp_path / "out"), *map(str, options)])
     with pytest.raises(SystemExit) as caught:
         forget_class.main()
     assert message in str(caught.value)

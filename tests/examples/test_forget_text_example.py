@@ -20,7 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[s
     """Run the program with these arguments, in this process, and return its figures."""
 
     def program(*arguments: Any) -> dict[str, Any]:
-        monkeypatch.setattr("sys.argv", [str(PROGRAM), "--output", str(tmp_path / "out"), *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", [str(PROGRAM), "--output-dir", str(tmp_path / "out"), *map(str, arguments)])
         runpy.run_path(str(PROGRAM), run_name="__main__")
         figures: dict[str, Any] = json.loads((tmp_path / "out" / "metrics.json").read_text())
         return figures
