@@ -93,6 +93,7 @@ def inspect(adapter: RequiredAdapter) -> Told:
         table,
         f"Base model: {found.base_model or 'not said'}. {found.file_bytes:,} bytes, ‖ΔW‖ = {found.norm:.4g}.",
         *([] if found.norm else ["It changes nothing: the model is as it was without it."]),
+        *([f"Made of or beside the adapters {', '.join(found.parents)}."] if found.parents else []),
         *(f"Forgets {prompt!r}, and gives {', '.join(map(repr, given))}." for prompt, given in found.forgotten.items()),
         {"ok": "The digest fits.", "absent": "The configuration has no digest of the weights."}.get(
             found.digest, found.digest

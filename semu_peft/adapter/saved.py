@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class AdapterSummary:
         forgotten: The prompts that it was made to forget, and what each gives, where it says so.
         file_bytes: Size of the weights.
         digest: `"ok"`, `"absent"` in folders from before it was written, or what is wrong.
+        parents: The adapters that it was made of or beside, by the names that they had.
         settings: Its configuration.
 
     Examples:
@@ -66,6 +67,7 @@ class AdapterSummary:
     forgotten: Mapping[str, list[str]]
     file_bytes: int
     digest: str
+    parents: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -141,7 +143,8 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
         )  # fmt: skip
     digest = problem or ("ok" if settings.get("weights_sha256") else "absent")
     base, forgotten = settings.get("base_model_name_or_path"), settings.get("forgotten") or {}
-    return AdapterSummary(layers, base, forgotten, path.stat().st_size, digest, settings)
+    parents = settings.get("parents") or []
+    return AdapterSummary(layers, base, forgotten, path.stat().st_size, digest, parents, settings)
 
 
 def compare_adapters(first: str | Path, second: str | Path) -> dict[str, LayerOverlap]:

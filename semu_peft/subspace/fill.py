@@ -72,15 +72,20 @@ def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str, apart_
 
 
 def fill(
-    layers: Mapping[str, SemuLayer], directions: Mapping[str, SingularFactors], start: Start | None, adapter_name: str
+    layers: Mapping[str, SemuLayer],
+    directions: Mapping[str, SingularFactors],
+    start: Start | None,
+    adapter_name: str,
+    apart_from: Collection[str] = (),
 ) -> dict[str, SingularFactors]:
-    """Give the layers what they start from, frozen bases and a core, and write their ranks into the configuration.
+    """Give the layers what they start from, bases and a core, and write ranks and parents into the configuration.
 
     Args:
         layers: The adapter's layers by name.
         directions: The directions of each, as many as its rank.
         start: What they start from; by default the directions and cores of zeros.
         adapter_name: The adapter's name.
+        apart_from: Other adapters that the directions are orthogonal to.
 
     Returns:
         What the start brought instead where that is of another rank than the directions.
@@ -95,9 +100,22 @@ def fill(
         mend = "Check that the function ends with `return`."
         check_kind("start", begin, LayerStart, f"a function that returns a `LayerStart`, as for layer {name!r}", mend)
         _check_shapes(begin, layers[name].tensor_shapes(adapter_name, begin.left.shape[-1]), name)
+    parents = _parents(layers, adapter_name, apart_from)
     for name, begin in starts.items():
         layers[name].set_basis(adapter_name, begin.left, begin.right, begin.core, offset=begin.offset)
+        layers[name].configs[adapter_name].parents = parents
     return {name: _brought(begin) for name, begin in starts.items() if begin.left.shape[-1] != directions[name].rank}
+
+
+def _parents(layers: Mapping[str, SemuLayer], adapter_name: str, apart_from: Collection[str]) -> list[str]:
+    """The other adapters that a new one is made on top of, or apart from."""
+    on = {
+        name
+        for layer in layers.values()
+        for name in (*layer.active_adapters, *layer.merged_adapters)
+        if layer.r.get(name)  # those that have been given a basis
+    }
+    return sorted((on | set(apart_from)) - {adapter_name})
 
 
 def _brought(begin: LayerStart) -> SingularFactors:

@@ -156,7 +156,7 @@ def initialize_semu_weights(
     ranks = plan_ranks(corrected, layers, budget=rank_budget, adapter_name=adapter_name)
     _check_ranks(ranks, corrected, left_out)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
-    others = fill(layers, chosen, start, adapter_name)
+    others = fill(layers, chosen, start, adapter_name, orthogonal_to)
     _warn_of_ddp(model)
     known = (chosen if keep_explained_variance is None else found) | others
     return SubspaceProfile(_spectra(layers, known, overlaps, adapter_name), batches)

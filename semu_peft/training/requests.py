@@ -101,7 +101,7 @@ def _add(model: nn.Module, name: str, config: SemuConfig | None, configs: dict[s
         )
     wanted = copy.deepcopy(next(iter(configs.values())) if config is None else config)
     if config is None:
-        wanted.ranks, wanted.offsets, wanted.forgotten = {}, [], {}
+        wanted.ranks, wanted.offsets, wanted.forgotten, wanted.parents = {}, [], {}, []
     add: Any = getattr(model, "add_adapter", None)
     if add is not None and hasattr(model, "base_model") and hasattr(model, "peft_config"):
         add(name, wanted)

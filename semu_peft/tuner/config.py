@@ -119,6 +119,9 @@ class SemuConfig(PeftConfig):
             Metadata, from which no layer is computed: the prompts that the adapter was made to forget, each with those
             whose answer it gives instead. [`~semu_peft.unlearn_concept`] writes it, and holds these prompts when it
             trains a further adapter. It is saved in clear in `adapter_config.json`.
+        parents (`list[str]`):
+            Metadata: the adapters that this one is the sum of, or that were active or merged, or that it was kept
+            orthogonal to, when it got its bases. It may do little without them. Written, not given.
         weights_sha256 (`str`, *optional*):
             The digest of the weights beside a saved configuration: written and checked, not given.
 
@@ -205,6 +208,9 @@ class SemuConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Prompts made to be forgotten, and what each gives; written, not given."},
     )
+    parents: list[str] = field(
+        default_factory=list, metadata={"help": "Adapters that it was made of or beside; written, not given."}
+    )
     weights_sha256: str | None = field(
         default=None, metadata={"help": "Digest of the weights beside a saved configuration; written, not given."}
     )
@@ -247,6 +253,11 @@ class SemuConfig(PeftConfig):
             raise ValueError(
                 f"`forgotten` must map prompts to lists of prompts, got {self.forgotten!r}. Leave it out: it is "
                 "written by `unlearn_concept`."
+            )
+        if not isinstance(self.parents, (list, tuple)) or not all(isinstance(each, str) for each in self.parents):
+            raise ValueError(
+                f"`parents` must be a list of adapters' names, got {self.parents!r}. Leave it out: it is written when "
+                "an adapter gets its bases."
             )
         if self.init_weights is not True and self.r is None:
             raise ValueError(

@@ -346,8 +346,8 @@ class SemuModel(BaseTuner):
                     f"There are {sorted(self.peft_config)}."
                 )
         layers = {key: layer for name in adapters for key, layer in initialized_layers(self.model, name).items()}
-        configs = [self.peft_config[name] for name in adapters]
-        check_summable(adapters, configs, layers)
+        configs = {name: self.peft_config[name] for name in adapters}
+        check_summable(adapters, list(configs.values()), layers)
         saved = modules_to_save_of(self.model, adapters)
         sums = {key: rule.at(layer, key) for key, layer in layers.items()}
         ranks = {layers[key].layer_name: total.core.shape[-1] for key, total in sums.items()}

@@ -144,19 +144,21 @@ def check_summable(adapters: Sequence[str], configs: Sequence[Any], layers: Mapp
         )
 
 
-def config_of_the_sum(configs: Sequence[Any], target_modules: list[str] | str, ranks: dict[str, int]) -> Any:
+def config_of_the_sum(configs: Mapping[str, Any], target_modules: list[str] | str, ranks: dict[str, int]) -> Any:
     """The configuration of an adapter that is the sum of others, with these targets and ranks."""
+    first, *_ = every = list(configs.values())
     return replace(
-        configs[0],
+        first,
         target_modules=target_modules,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=sorted({name for config in configs for name in config.modules_to_save or []}) or None,
+        modules_to_save=sorted({name for config in every for name in config.modules_to_save or []}) or None,
         rank_pattern={},
         ranks=ranks,
         offsets=[],
-        forgotten={prompt: given for config in configs for prompt, given in config.forgotten.items()},
+        forgotten={prompt: given for config in every for prompt, given in config.forgotten.items()},
+        parents=list(configs),
         r=None,
         core="full",
         init_weights=True,

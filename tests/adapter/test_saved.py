@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from semu_peft import SemuConfig
+from semu_peft import SemuConfig, add_request, initialize_semu_weights
 from semu_peft.adapter.saved import compare_adapters, inspect_adapter
 from semu_peft.linalg.angles import principal_cosines
+from semu_peft.objectives import GradientAscent
 from semu_peft.tuner.adapted import semu_layers
 
 
@@ -39,6 +40,25 @@ def test_norms_are_those_of_the_corrections(tmp_path: Path, settings: dict[str, 
     assert found.norm == pytest.approx(
         float(torch.cat([delta.flatten() for delta in deltas.values()]).norm()), rel=1e-5
     )
+
+
+def test_parents_are_the_adapters_that_it_was_made_of_beside_or_apart_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batch, config = (torch.randn(16, 8), torch.randint(6, (16,))), SemuConfig(target_modules=["0"], r=2)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), config, adapter_name="first")
+    for name in ("first", "second"):  # the second with the first switched off, and orthogonal to it
+        add_request(model, name, [batch], GradientAscent(), max_steps=1, progress=False)
+    model.add_adapter("third", SemuConfig(target_modules=["0"], r=2))
+    model.base_model.set_adapter(["first", "second", "third"])
+    initialize_semu_weights(model, [batch], GradientAscent(), adapter_name="third", overwrite=True, progress=False)
+    model.base_model.add_weighted_adapter(["second", "third"], [1.0, 1.0], "both")
+    model.save_pretrained(str(tmp_path))
+    found = {name: list(inspect_adapter(tmp_path / name).parents) for name in ("first", "second", "third", "both")}
+    assert found == {"first": [], "second": ["first"], "third": ["first", "second"], "both": ["second", "third"]}
+    again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 6)), str(tmp_path / "both"), adapter_name="both")
+    assert again.peft_config["both"].parents == ["second", "third"]
+    with pytest.raises(ValueError, match="`parents` must be a list of adapters' names, got 'first'"):
+        SemuConfig(target_modules=["0"], parents="first")  # type: ignore[arg-type]
 
 
 def test_the_cosine_is_that_of_the_dense_corrections(tmp_path: Path) -> None:
