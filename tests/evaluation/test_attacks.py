@@ -234,7 +234,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     report = attack(adapted(), FORGET, RETAIN, TEST, reference=Mlp(), attackers=SHORT, progress=False)
     for name in ("linear probes", "membership: confidence and threshold"):
-        assert "pip install semu-peft[evaluation]" in reasons_of(report)[name]
+        assert 'pip install ".[evaluation]"' in reasons_of(report)[name]
     assert "relearning" in report.to_markdown() and len(report.results) >= 6
 
 

@@ -79,7 +79,7 @@ def test_means_have_the_intervals_of_rows_drawn_again() -> None:
              "exact memorisation")  # fmt: skip
     for name in names:
         low, high = shown[name]["interval"]
-        assert low <= shown[name]["value"] <= high and shown[name]["source"] == "examples drawn again", name
+        assert low <= shown[name]["value"] <= high and shown[name]["source"] == "examples", name
     assert {name for name, each in shown.items() if each["interval"]} == {*names}
     assert "interval" not in repr(found)
 
