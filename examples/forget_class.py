@@ -126,7 +126,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-epochs", "epochs of training the small model", type=int, default=25)
     add("--retrain", "epochs of training a model without the class; else: --train-epochs, 0 with --model", type=int)
     add("--forget-class", "name or index of the class to forget; else: the digit 3")
-    add("--objective", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
+    add("--method", "what to minimise on its images", choices=OBJECTIVES, default="decoupled-distillation")
     add("--target-modules", "layers to correct, a regular expression or all-linear; else: the last third")
     add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.9)
     add("--accumulate", "sums of gradients, or sketches of them", choices=["exact", "sketch"], default="exact")
@@ -338,9 +338,9 @@ def main() -> None:
 
     print(f"Forgetting {names[forgotten]!r} with its {len(images['forget'])} training images alone")
     adapter = output / "adapter"
-    unlearned, profile, result, costs = forget(model, images["forget"], args.objective, adapter, accelerator, args)
-    rows[f"SEMU, {args.objective}"] = measured(unlearned, **costs)
-    if args.objective != "random-label":
+    unlearned, profile, result, costs = forget(model, images["forget"], args.method, adapter, accelerator, args)
+    rows[f"SEMU, {args.method}"] = measured(unlearned, **costs)
+    if args.method != "random-label":
         folder = output / "adapter-random-label"
         other, _, _, costs = forget(model, images["forget"], "random-label", folder, accelerator, args)
         rows["SEMU, random-label (paper)"] = measured(other, **costs)
@@ -370,7 +370,7 @@ def main() -> None:
         model=unlearned,
         data={name: DataLoader(part, batch_size=256) for name, part in images.items()},
         adapter_file=adapter,
-        settings={"objective": OBJECTIVES[args.objective](), "batch_size": args.batch_size, "seed": args.seed},
+        settings={"objective": OBJECTIVES[args.method](), "batch_size": args.batch_size, "seed": args.seed},
         profile=profile,
         training=result,
         metrics=ForgettingComparison(rows, reference) if reference else rows,

@@ -124,12 +124,12 @@ def parse_args() -> argparse.Namespace:
     add("--anchor-class", "what to draw in its place; else: eight, or the class after it")
     add("--models", "output folder of an earlier run, whose models are taken rather than trained again", type=Path)
     add("--train-steps", "training steps of each model", type=int, default=1500)
-    add("--steps", "steps of unlearning", type=int, default=150)
+    add("--max-steps", "steps of unlearning", type=int, default=150)
     add("--preserve", "weight of holding the other conditions", type=float, default=3.0)
     add("--samples", "samples per class that are judged", type=int, default=60)
     add("--num-inference-steps", "sampling steps", type=int, default=20)
     add("--seed", "seed of everything drawn", type=int, default=0)
-    add("--output", "folder for everything written", type=Path, default=Path("runs/diffusion_digits"))
+    add("--output-dir", "folder for everything written", type=Path, default=Path("runs/diffusion_digits"))
     parser.add_argument("--no-baselines", action="store_true", help="SEMU only, without LoRA and ESD")
     return parser.parse_args()
 
@@ -157,7 +157,7 @@ def equal_lora(model: nn.Module, profile: SubspaceProfile, names: list[str], bud
 
 
 def class_conditional(setting: Setting) -> None:
-    args, output, names = setting.args, setting.args.output / "class_conditional", setting.names
+    args, output, names = setting.args, setting.args.output_dir / "class_conditional", setting.names
     channels, side = setting.train.images.shape[1:3]
     nothing = len(names)
     torch.manual_seed(args.seed)
@@ -198,7 +198,7 @@ def class_conditional(setting: Setting) -> None:
 
     def trained(model: nn.Module, objective: objectives.Objective, learning_rate: float) -> UnlearnResult:
         return unlearn(
-            model, batches, objective, epochs=args.steps, max_steps=args.steps, learning_rate=learning_rate,
+            model, batches, objective, epochs=args.max_steps, max_steps=args.max_steps, learning_rate=learning_rate,
             seed=args.seed,
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ def class_conditional(setting: Setting) -> None:
 
 
 def text_conditional(setting: Setting, train: Images) -> None:
-    args, output, names = setting.args, setting.args.output / "text_conditional", setting.names
+    args, output, names = setting.args, setting.args.output_dir / "text_conditional", setting.names
     channels, side = train.images.shape[1:3]
     torch.manual_seed(args.seed)
     if args.models:
@@ -281,7 +281,7 @@ def text_conditional(setting: Setting, train: Images) -> None:
         examples,
         config=SemuConfig(**SEMU_TEXT),
         preserve=args.preserve,
-        max_steps=args.steps,
+        max_steps=args.max_steps,
         batch_size=BATCH,
         learning_rate=LEARNING_RATE["SEMU, text"],
         callbacks=Preview(pipe, grids),
@@ -314,11 +314,11 @@ def text_baselines(
     noise = erased.pipe.scheduler
     forget = objectives.ConditionMatching(noise, seed=args.seed)
     keep = objectives.PreservePrediction(noise, under="retain", seed=args.seed + 1)
-    epochs = -(-args.steps // len(examples.loader(BATCH)))
+    epochs = -(-args.max_steps // len(examples.loader(BATCH)))
 
     def trained(model: nn.Module, objective: objectives.Objective, learning_rate: float) -> UnlearnResult:
         return unlearn(
-            model, examples.loader(BATCH), objective, epochs=epochs, max_steps=args.steps,
+            model, examples.loader(BATCH), objective, epochs=epochs, max_steps=args.max_steps,
             learning_rate=learning_rate, seed=args.seed,
         )  # fmt: skip
 
@@ -393,8 +393,8 @@ def main() -> None:
     larger, _, _ = load_images(args.data, 2 * side, args.seed)
     text_conditional(setting, larger)
 
-    table = write_table(setting.rows, args.output)
-    print(f"\n{table}\n\nDone in {time.perf_counter() - started:.0f} s. Everything is in {args.output}.")
+    table = write_table(setting.rows, args.output_dir)
+    print(f"\n{table}\n\nDone in {time.perf_counter() - started:.0f} s. Everything is in {args.output_dir}.")
 
 
 if __name__ == "__main__":

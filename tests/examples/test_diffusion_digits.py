@@ -67,7 +67,18 @@ def test_the_program_runs_and_every_route_draws_the_same(tmp_path: Path) -> None
         command = [sys.executable, "-W", "ignore", str(FOLDER / "forget_digit.py"), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
-    quick = ["--train-steps", 3, "--steps", 2, "--samples", 3, "--num-inference-steps", 2, "--output", tmp_path / "out"]
+    quick = [
+        "--train-steps",
+        3,
+        "--max-steps",
+        2,
+        "--samples",
+        3,
+        "--num-inference-steps",
+        2,
+        "--output-dir",
+        tmp_path / "out",
+    ]
     done = run(*quick)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())
