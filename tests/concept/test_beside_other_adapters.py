@@ -111,8 +111,8 @@ def test_a_sum_of_erasures_says_what_all_forgot() -> None:
     for name, prompt in (("first", "cat"), ("second", "car")):
         erase(pipe, prompt, "dog", name, max_steps=1)
     model = pipe.unet
-    configs = [model.peft_config[name] for name in ("first", "second")]
-    assert config_of_the_sum(configs, ["to_k"], {}).forgotten == {"cat": ["dog"], "car": ["dog"]}
+    summed = config_of_the_sum({name: model.peft_config[name] for name in ("first", "second")}, ["to_k"], {})
+    assert summed.forgotten == {"cat": ["dog"], "car": ["dog"]} and summed.parents == ["first", "second"]
 
 
 def test_what_nothing_holds_is_said() -> None:
