@@ -204,8 +204,8 @@ def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, LowRank], Path]
             )
     settings = read_settings(place / CONFIG_NAME)
     check_adapter_file(path, {})
-    loaded, tensors = load_tensors(path, "save_pretrained")[0], dict[str, dict[str, Tensor]]()
-    for key, tensor in loaded.items():
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(path, "save_pretrained")[0].items():
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{path} is damaged: {key!r} must have finite numbers. Save, copy or download the adapter again."
