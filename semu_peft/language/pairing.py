@@ -111,6 +111,7 @@ class Part(Objective):
         self.objective = as_objective(self.objective)
         self.distribution, self.minimum = self.objective.distribution, self.objective.minimum
         self.is_steady, self.is_random = self.objective.is_steady, self.objective.is_random
+        self.is_costly, self.turns = self.objective.is_costly, self.objective.turns
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self.objective(model, batch[self.key])

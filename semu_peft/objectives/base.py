@@ -52,6 +52,8 @@ class Evaluation:
     Attributes:
         loss: The loss of one batch, a scalar.
         outputs: What the model says of it, once for each objective in a sum; none where the objective does not tell.
+        damage: How far what is to be kept is from the original's, a scalar, `KL(original ‖ now)` in nats or a squared
+            error, where `prepare` has asked the original anyway; else None.
 
     Examples:
         >>> import torch
@@ -63,6 +65,7 @@ class Evaluation:
 
     loss: Tensor
     outputs: tuple[Outputs, ...] = ()
+    damage: Tensor | None = field(default=None, repr=False)
 
 
 class Objective(ABC):
@@ -79,6 +82,8 @@ class Objective(ABC):
         minimum: The value that the loss cannot fall below and reaches when all is forgotten; None where there is none.
         is_steady: Whether its values at different steps can be compared, so that a rise over the run means something.
         is_random: Whether it draws at random, so that the same batch is worth looking at more than once.
+        is_costly: Whether `prepare` takes many passes of the model, so that few batches are worth being looked at.
+        turns: After how many batches what is minimised comes round again; losses are compared over as many.
 
     Examples:
         >>> import torch
@@ -95,6 +100,8 @@ class Objective(ABC):
     minimum: float | None = None
     is_steady: bool = True
     is_random: bool = False
+    is_costly: bool = False
+    turns: int = 1
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -201,6 +208,8 @@ class WeightedSum(Objective):
     minimum: float | None = field(init=False, repr=False, compare=False, default=None)
     is_steady: bool = field(init=False, repr=False, compare=False, default=True)
     is_random: bool = field(init=False, repr=False, compare=False, default=False)
+    is_costly: bool = field(init=False, repr=False, compare=False, default=False)
+    turns: int = field(init=False, repr=False, compare=False, default=1)
 
     def __post_init__(self) -> None:
         terms = tuple((finite_number(weight, "weight"), as_objective(objective)) for weight, objective in self.terms)
@@ -211,6 +220,8 @@ class WeightedSum(Objective):
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
         object.__setattr__(self, "is_steady", all(objective.is_steady for _, objective in terms))
         object.__setattr__(self, "is_random", any(objective.is_random for _, objective in terms))
+        object.__setattr__(self, "is_costly", any(objective.is_costly for _, objective in terms))
+        object.__setattr__(self, "turns", math.lcm(*(objective.turns for _, objective in terms)))
         if all(weight >= 0 and objective.minimum is not None for weight, objective in terms):
             object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 
@@ -236,7 +247,8 @@ class WeightedSum(Objective):
             for (weight, _), each in zip(self.terms, evaluations, strict=True)
             for output in each.outputs
         ]
-        return Evaluation(torch.stack(losses).sum(), tuple(outputs))
+        told = [each.damage for each in evaluations if each.damage is not None]
+        return Evaluation(torch.stack(losses).sum(), tuple(outputs), torch.stack(told).mean() if told else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): objective.state_dict() for index, (_, objective) in enumerate(self.terms)}

@@ -19,6 +19,7 @@ from semu_peft.arguments import check_count, check_kind, check_model, check_numb
 
 from .base import Evaluation, Objective, Outputs, RandomObjective, Reader
 from .batches import call_model
+from .distributions import divergence, strike_out
 from .original import reference_model
 
 _A_CLASS = 8  # examples of a label in a batch from which on it looks like a whole class, and not like single examples
@@ -81,7 +82,14 @@ class ClassificationObjective(Objective):
 
     def evaluate_reading(self, reading: tuple[Tensor, Tensor], prepared: Any) -> Evaluation:
         logits, labels = reading
-        return Evaluation(self.loss(logits, labels, prepared), (Outputs(logits, labels),))
+        loss = self.loss(logits, labels, prepared)
+        with torch.no_grad():
+            damage = self.damage(logits.detach(), labels, prepared, loss.detach())
+        return Evaluation(loss, (Outputs(logits, labels),), damage)
+
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor | None:
+        """How far what is to be kept is from the original's, where `prepared` tells of it."""
+        return None
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         """The loss of logits `(T, classes)` with labels `(T,)`, and of what `prepare` returned for their batch."""
@@ -272,6 +280,11 @@ class DecoupledDistillation(ForgettingClasses):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
 
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
+        # The loss is this divergence among the classes that stay, and the negative logarithm of their probability.
+        staying = logits.masked_fill(self.forgotten(labels, logits.shape[1]), float("-inf"))
+        return (loss + (staying.logsumexp(-1) - logits.logsumexp(-1)).mean()).clamp_min(0)
+
     def _look_for_classes(self, labels: Tensor, target: Tensor) -> None:
         """Warn where whole classes seem to be forgotten together, and their examples are taught one another's class."""
         found, counts = labels.unique(return_counts=True)
@@ -352,6 +365,10 @@ class UnseenConfidence(ClassificationObjective):
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
+
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
+        others = strike_out(prepared, labels).clamp_min(torch.finfo(prepared.dtype).tiny).log()
+        return divergence("categorical", others, strike_out(logits, labels))
 
 
 @dataclass

@@ -296,6 +296,10 @@ class PreservePrediction(_Referenced):
         condition = self._condition(at.batch, self.under)
         return condition, self._targets(model, at, [condition])[0]
 
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        evaluation = super().evaluate(model, batch, prepared)
+        return replace(evaluation, damage=evaluation.loss.detach()) if self.target_model == "original" else evaluation
+
 
 @dataclass
 class EmbeddingMatching(Objective):

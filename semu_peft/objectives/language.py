@@ -103,6 +103,9 @@ class KLToOriginal(ClassificationObjective):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(self._left(logits).log_softmax(-1), prepared, reduction="batchmean", log_target=True)
 
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
+        return loss
+
     def _left(self, logits: Tensor) -> Tensor:
         """The logits of the classes that count."""
         if not self.without:

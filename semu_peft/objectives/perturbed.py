@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class PerturbedLatents(Objective):
         check_count("steps", self.steps)
         self._inner = as_objective(self.objective)
         self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
+        self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
         self.is_steady, self.minimum = self._inner.is_steady, self._inner.minimum
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -94,7 +95,7 @@ class PerturbedLatents(Objective):
     def evaluate(self, model: nn.Module, batch: Any, prepared: tuple[Any, Tensor]) -> Evaluation:
         given, shift = prepared
         with _shifted(find_layer(model, self.layer)[1], shift):
-            return self._inner.evaluate(model, batch, given)
+            return replace(self._inner.evaluate(model, batch, given), damage=None)  # that of what nobody runs
 
     def state_dict(self) -> dict[str, Any]:
         return self._inner.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,7 @@ class SimulatedRelearning(RandomObjective):
     learn: LossFunction = field(default_factory=CrossEntropy)
     weight: float = field(default=1.0, kw_only=True)
     copies: int = field(default=1, kw_only=True, repr=False)
+    is_costly = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +105,7 @@ class SimulatedRelearning(RandomObjective):
         self.retain = None if self._retain is None else self._retain.batches
         self.distribution, self.is_steady = self.objective.distribution, self.objective.is_steady
         self.minimum = None if self.objective.minimum is None else (1 + self.weight) * self.objective.minimum
-        self.turn = 0
+        self.turns, self.turn = math.lcm(len(self.attackers), self._inner.turns), 0
         self._in_memory: list[_Simulated] = []
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -125,7 +127,7 @@ class SimulatedRelearning(RandomObjective):
         here = self._inner.evaluate(model, batch, prepared.given)
         there = self._inner.evaluate(with_values(model, values), batch, prepared.given)
         outputs = [replace(output, weight=self.weight * output.weight) for output in there.outputs]
-        return Evaluation(here.loss + self.weight * there.loss, (*here.outputs, *outputs))
+        return Evaluation(here.loss + self.weight * there.loss, (*here.outputs, *outputs), here.damage)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._attack_state(), "objective": self._inner.state_dict()}

@@ -55,6 +55,7 @@ class TokenSelective(Objective):
         self._inner = as_objective(self.objective)
         self.distribution, self.minimum = self._inner.distribution, self._inner.minimum
         self.is_steady, self.is_random = self._inner.is_steady, self._inner.is_random
+        self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self._inner(model, self._select(batch))
@@ -138,6 +139,7 @@ class PrimalDual(Objective):
         check_count("warmup", self.warmup, least=0)
         self._inner = as_objective(self.objective)
         self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
+        self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         multiplier, loss = self.multiplier, self._inner(model, batch)
@@ -155,7 +157,7 @@ class PrimalDual(Objective):
         multiplier, inner = prepared
         evaluation = self._inner.evaluate(model, batch, inner)
         outputs = [replace(output, weight=multiplier * output.weight) for output in evaluation.outputs]
-        return Evaluation(multiplier * (evaluation.loss - self.limit), tuple(outputs))
+        return replace(evaluation, loss=multiplier * (evaluation.loss - self.limit), outputs=tuple(outputs))
 
     def state_dict(self) -> dict[str, Any]:
         return {"multiplier": self.multiplier, "steps": self.steps, "objective": self._inner.state_dict()}

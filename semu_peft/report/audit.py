@@ -43,7 +43,7 @@ from .measured import fits, flat_attacks, read_attacks, read_metrics, read_task,
 from .plots import plot_confusion, plot_spectra
 from .samples import Samples, plot_samples, read_samples
 from .sections import sections
-from .tradeoff import has_losses, plot_losses, plot_tradeoff
+from .tradeoff import forgetting_of, has_losses, plot_losses, plot_tradeoff
 
 FORMAT = "semu_peft.Audit"
 SCHEMA_VERSION = 1
@@ -319,7 +319,7 @@ def _curves(runs: Mapping[str, UnlearnResult], attacks: Any) -> list[Picture]:
     both = {
         name: result
         for name, result in runs.items()
-        if all(any(key in entry for entry in result.history) for key in ("damage", "answer_probability"))
+        if all(any(key in entry for entry in result.history) for key in ("damage", forgetting_of(result)))
     }
     if both:
         caption = "Forgetting against damage"

@@ -151,9 +151,11 @@ def _grade(metric: _Metric, before: Any, now: Any, gold: Any) -> str:
 def _cost(models: _Models, kept: str | None, training: Sequence[Mapping[str, Any]]) -> str:
     if kept is not None:
         return f"its cost: {models.change(kept)}"
-    damage = [entry["damage"] for run in training for entry in run["history"] if "damage" in entry]
+    history = [entry for run in training for entry in run["history"]]
+    damage = [entry["damage"] for entry in history if "damage" in entry]
     if len(training) == 1 and damage:
-        return f"its cost: a damage of {shown(damage[-1])} nats on what was to be kept, as the run recorded"
+        unit = " nats" if any("answer_probability" in entry for entry in history) else ""  # else of squared errors
+        return f"its cost: a damage of {shown(damage[-1])}{unit} on what was to be kept, as the run recorded"
     return "what it cost of what was to be kept was not measured"
 
 

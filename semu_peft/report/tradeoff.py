@@ -28,7 +28,7 @@ def plot_tradeoff(
     results: UnlearnResult | Mapping[str, UnlearnResult],
     path: str | os.PathLike[str] | None = None,
     *,
-    forgetting: str = "answer_probability",
+    forgetting: str | None = None,
     damage: str = "damage",
     ax: Axes | None = None,
     dpi: int = 150,
@@ -36,12 +36,13 @@ def plot_tradeoff(
     """Draw forgetting against damage over the steps of one or several runs; the dot is where a run was left.
 
     A run by natural gradients records both where it has a damage budget (`max_retain_kl`) or a choice to make
-    (`choose`), which takes one of the points drawn.
+    (`choose`), which takes one of the points drawn, and where an objective asks the original anyway.
 
     Args:
         results: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned, or several by name.
         path: A picture to write; its suffix chooses the format (`.png`, `.pdf`, `.svg`).
-        forgetting: The entry of the history to draw upwards; lower is more forgotten.
+        forgetting: The entry of the history to draw upwards; lower is more forgotten. By default the probability of
+            the answers, or where a run tells of none (a denoiser has no answers) the loss on the forget data.
         damage: The entry to draw to the right.
         ax: Axes to draw into instead of a new figure.
         dpi: Pixels per inch of a bitmap. The picture is 7 × 5 inches.
@@ -62,12 +63,14 @@ def plot_tradeoff(
         for 0.01.'
     """
     by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
+    if forgetting is None:
+        forgetting = forgetting_of(*by_name.values())
     if not by_name:
         raise ValueError("`results` must hold at least one run, got none. Give what `unlearn` returned.")
     figure, [panel] = panels(ax, (7, 5))
     ends = []
     for index, (name, result) in enumerate(by_name.items()):
-        horizontal, vertical = (_column(result, key, name) for key in (damage, forgetting))
+        horizontal, vertical = _columns(result, name, damage, forgetting)
         look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
         panel.plot(horizontal, vertical, lw=1.5, marker=".", ms=4, label=name, **look)
         panel.plot(horizontal[-1:], vertical[-1:], color=look["color"], marker="o", ms=9)
@@ -135,6 +138,21 @@ def plot_losses(
     return finished(figure, ax, f"Losses over the steps. {told}.", path, dpi)
 
 
+def forgetting_of(*results: UnlearnResult) -> str:
+    """The entry of all these runs that tells how much is forgotten.
+
+    Args:
+        *results: What [`unlearn`][semu_peft.training.unlearn.unlearn] returned.
+
+    Examples:
+        >>> from semu_peft.report.tradeoff import forgetting_of
+        >>> forgetting_of(UnlearnResult([{"step": 1, "loss": 0.5}], 1, 64, 81, 0.5, True, "stopped by a callback"))
+        'loss'
+    """
+    keys = "answer_probability", "forget_loss"
+    return next((key for key in keys if all(_knows(result, key) for result in results)), "loss")
+
+
 def has_losses(result: UnlearnResult) -> bool:
     """Whether `plot_losses` has something to draw of a run.
 
@@ -148,16 +166,26 @@ def has_losses(result: UnlearnResult) -> bool:
 def _losses(result: UnlearnResult) -> list[str]:
     """The two sides of the loss where most steps know them, else the loss; the last entry may know more than others."""
     both = ["forget_loss", "retain_loss"]
-    split = sum(all(key in entry for key in both) for entry in result.history) > len(result.history) / 2
-    return both if split else ["loss"] if any("loss" in entry for entry in result.history) else []
+    return (
+        both
+        if all(_knows(result, key) for key in both)
+        else ["loss"]
+        if any("loss" in entry for entry in result.history)
+        else []
+    )
 
 
-def _column(result: UnlearnResult, key: str, name: str) -> list[float]:
-    values = [entry[key] for entry in result.history if key in entry]
-    if not values:
-        known = sorted({each for entry in result.history for each in entry})
+def _knows(result: UnlearnResult, key: str) -> bool:
+    return sum(key in entry for entry in result.history) > len(result.history) / 2
+
+
+def _columns(result: UnlearnResult, name: str, *keys: str) -> list[list[float]]:
+    known = {each for entry in result.history for each in entry}
+    missing = [key for key in keys if key not in known]
+    if missing:
         raise ValueError(
-            f"`results` must be runs whose history has {key!r}, got {known} in the run {name!r}. Unlearn with "
-            "`max_retain_kl`, or name two of these as `forgetting` and `damage`."
+            f"`results` must be runs whose history has {missing[0]!r}, got {sorted(known)} in the run {name!r}. "
+            "Unlearn with `max_retain_kl`, or name two of these as `forgetting` and `damage`."
         )
-    return values
+    whole = [entry for entry in result.history if all(key in entry for key in keys)]
+    return [[entry[key] for entry in whole] for key in keys]

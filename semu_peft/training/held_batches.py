@@ -14,6 +14,7 @@ from semu_peft.objectives.examples import examples_in
 
 _HELD_EXAMPLES = 512
 _MOST_ROUNDS = 8
+_COSTLY_LOOKS = 8
 _HELD_TOKENS = 4_096  # of texts, which have one output a token
 _HELD_BYTES = 2**30  # what the original says of 2,000 tokens of a vocabulary of 128,000
 
@@ -69,6 +70,20 @@ def rounds_of(examples: int) -> int:
         (8, 3, 1)
     """
     return min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))
+
+
+def looks_that_cost(turns: int) -> int:
+    """How many batches to look at where preparing one takes many passes: about eight, each turn as often as another.
+
+    Args:
+        turns: Of the objectives, see [`Objective`][semu_peft.objectives.base.Objective].
+
+    Examples:
+        >>> from semu_peft.training.held_batches import looks_that_cost
+        >>> looks_that_cost(1), looks_that_cost(5)
+        (8, 10)
+    """
+    return math.ceil(_COSTLY_LOOKS / turns) * turns
 
 
 def share_of_enough(pair: Pair, kept: Any) -> float:

@@ -55,7 +55,8 @@ class NaturalGradient:
         refresh: Take the curvature anew every this many steps.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
             with factors, whose steps are shorter, after four times as many. By default 4; with the whole matrix, where
-            batches of a classifier are small, as many as bring 64 examples, up to all of the forget set once.
+            batches of a classifier are small, as many as bring 64 examples, up to all of the forget set once; times the
+            objective's `turns`, which are those of simulated attackers.
 
     Raises:
         TypeError: A dial is no number.

@@ -23,7 +23,7 @@ from semu_peft.objectives.examples import count_examples, examples_in
 from .batches import batches_in, first_batches
 from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
 from .fingerprint import Fingerprint, describe
-from .held_batches import examples_of, first_pairs, rounds_of
+from .held_batches import examples_of, first_pairs, looks_that_cost, rounds_of
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
@@ -81,7 +81,10 @@ class NaturalLoop(Loop):
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.
         self.processes = processes_of_torch() or self.accelerator.num_processes
         self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
-        self.failures, self.stalled, self.running, self.lowest = 0, 0, math.nan, math.inf
+        self.failures, self.stalled, self.lowest = 0, 0, math.inf
+        # What is minimised may change from batch to batch, in turns; a running loss of each, the oldest first.
+        self.turns = math.lcm(*(objective.turns for objective in self.objectives))
+        self.running: list[float] = []
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
@@ -202,22 +205,26 @@ class NaturalLoop(Loop):
         if self.natural.patience is not None:
             return self.natural.patience
         if not isinstance(self.curvature, WholeMatrix) or self.objectives[0].distribution != "categorical":
-            return _PATIENCE
+            return self.turns * _PATIENCE
         wanted = math.ceil(_PATIENT_EXAMPLES / max(examples, 1))
-        return max(_PATIENCE, min(wanted, batches_in(self.prepared.forget) or wanted))
+        return self.turns * max(_PATIENCE, min(wanted, batches_in(self.prepared.forget) or wanted))
 
     def _note_running_loss(self, here: Tried, patience: int) -> None:
         """Follow the loss over batches: stop where it has come to its end, or falls no more."""
         loss = here.values["loss"] + self.proximal.at(self._flat())
-        old = self.running
-        self.running = loss if math.isnan(old) else _MEMORY * old + (1 - _MEMORY) * loss
+        if len(self.running) == self.turns:
+            loss = _MEMORY * self.running.pop(0) + (1 - _MEMORY) * loss
+        self.running.append(loss)
+        running = sum(self.running) / len(self.running)
         falls = _FALL_THAT_COUNTS * self._enough(self.lowest)
-        if math.isinf(self.lowest) or self.running < self.lowest - falls:
-            self.lowest, self.stalled, self.best = self.running, 0, self._flat()
+        if len(self.running) < self.turns:
+            pass  # until each has had its turn
+        elif math.isinf(self.lowest) or running < self.lowest - falls:
+            self.lowest, self.stalled, self.best = running, 0, self._flat()
         else:
             self.stalled += 1
         self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here, self._enough()) else 0
-        if self.forgotten_batches >= min(2, batches_in(self.prepared.forget) or 2):
+        if self.forgotten_batches >= max(self.turns, min(2, batches_in(self.prepared.forget) or 2)):
             self._stop(FORGOTTEN)
         elif max(self.stalled / self.control.patience, self.failures) >= patience:
             self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
@@ -346,7 +353,7 @@ class NaturalLoop(Loop):
     def _start_again(self, terms: list[Term], *, keep_graph: bool) -> Tried:
         """Go back to the start, and from there on with the pull that is known now."""
         self._move_to(self.proximal.start)
-        self.best, self.stalled, self.running, self.lowest = self.proximal.start, 0, math.nan, math.inf
+        self.best, self.stalled, self.running, self.lowest = self.proximal.start, 0, [], math.inf
         return self._evaluate(terms, self.progress.step, with_gradient=keep_graph)
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
@@ -444,10 +451,13 @@ class NaturalLoop(Loop):
         # What draws at random is looked at more than once where there are few examples.
         draws = any(objective.is_random for objective in self.objectives)
         rounds = rounds_of(examples_of(pairs)) if draws else 1
+        looks = pairs * rounds
+        if any(objective.is_costly for objective in self.objectives):
+            looks = looks[: looks_that_cost(self.turns)]
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
         self._move_to(self.proximal.start)
-        terms = self.trials.terms_that_fit(pairs * rounds)
+        terms = self.trials.terms_that_fit(looks)
         self._move_to(here)
         _restore(self.objectives, now)
         return terms

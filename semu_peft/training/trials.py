@@ -67,7 +67,8 @@ class Trials:
         weights: The weights of the latter.
         adapter_name: The adapter that is trained.
         limit: The damage budget, whose inverse is the damage's weight in the loss; None for no budget.
-        measures_damage: Whether damage is measured, with a budget or without.
+        measures_damage: Whether the original is asked for it; else there is the damage that objectives tell by
+            themselves, and no budget.
         mean_over_processes: Agrees on numbers.
     """
 
@@ -112,11 +113,15 @@ class Trials:
 
     def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> Term:
         term = Term(objective, batch, weight, objective.prepare(self.model, batch), is_forget)
-        if self.measures_damage and is_forget == (not self.weights):
+        if self.measures_damage and self._is_kept(term):
             with torch.no_grad(), original(self.model, self.adapter_name) as reference:
                 evaluation = objective.evaluate(reference, batch, term.prepared)
             term.original = [self._kept(term, output) for output in _measured(term, evaluation)]
         return term
+
+    def _is_kept(self, term: Term) -> bool:
+        """Whether damage is measured here: on the retain batches, and where there are none on the forget batches."""
+        return term.is_forget == (not self.weights)
 
     def _kept(self, term: Term, output: Outputs) -> Tensor:
         """What is to stay as it is: the outputs or, on forget inputs, their other answers."""
@@ -132,7 +137,6 @@ class Trials:
     def evaluate(self, terms: Sequence[Term], *, with_gradient: bool) -> Tried:
         """The loss at the cores' present values, as a mean over the forget batches of the step."""
         forget = sum(term.is_forget for term in terms)
-        measured = max(sum(bool(term.original) for term in terms), 1)
         losses: dict[str, list[Tensor]] = {"forget_loss": [], "retain_loss": []}
         evaluations, damages, answers = [], [], []
         with torch.set_grad_enabled(with_gradient):
@@ -143,13 +147,16 @@ class Trials:
                 losses["forget_loss" if term.is_forget else "retain_loss"].append(term.weight * evaluation.loss)
                 if term.original:
                     damages.append(self._damage(term, evaluation))
+                elif self._is_kept(term) and evaluation.damage is not None:
+                    damages.append(evaluation.damage)
                 if term.is_forget:
                     answers += [_answer_probability(output) for output in evaluation.outputs]
                 evaluations.append((term, evaluation))
             parts = {key: torch.stack(each).sum() / forget for key, each in losses.items() if each}
             loss = torch.stack(list(parts.values())).sum()
-            damage = torch.stack(damages).sum() / measured if damages else loss.new_zeros(())
-            loss = loss + self.damage_weight * damage
+            damage = torch.stack(damages).mean() if damages else loss.new_zeros(())
+            if self.damage_weight:
+                loss = loss + self.damage_weight * damage
         values = {"loss": loss, **parts, "damage": damage}
         known = [answer for answer in answers if answer is not None]
         if known:

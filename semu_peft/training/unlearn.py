@@ -37,8 +37,10 @@ class UnlearnResult:
         history: One entry a step: `step`, `epoch`, `loss` (the mean over all processes), with retain data `forget_loss`
             and `retain_loss` (the weighted sum), and what callbacks have logged, such as `metric`. The values are those
             before the step. Natural gradients tell more: `answer_probability`, the mean probability of the labels;
-            `kl`, how far the step moved the outputs; `damage`, what has been spent of `max_retain_kl`; and end with one
-            more entry, on the first batches, for the cores that were left.
+            `kl`, how far the step moved the outputs; `damage`, how far what is to be kept is from the original, with
+            `max_retain_kl` or `choose`, and where an objective asks the original anyway (`KLToOriginal`,
+            `DecoupledDistillation`, `UnseenConfidence`, `PreservePrediction`); and end with one more entry, on the
+            first batches, for the cores that were left.
         steps: Optimiser steps taken, those before a resume included.
         examples_seen: Forget examples seen, on all processes.
         trainable_parameters: How many numbers were trained.

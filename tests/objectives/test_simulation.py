@@ -248,6 +248,24 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, optimizer: s
     assert_same_state(run(broken, resume_from_checkpoint="latest"), expected)
 
 
+def test_few_batches_are_attacked_for_the_comparison_of_the_end_with_the_start() -> None:
+    """Each attack is a short training; each attacker has as many of them as another."""
+    looks = []
+    small = [(x[None], y[None]) for x, y in zip(*(torch.cat(part) for part in zip(*FORGET, strict=True)), strict=True)]
+
+    class Counted(SimulatedRelearning):
+        def prepare(self, model: nn.Module, batch: Any) -> Any:
+            looks.append(self.turn % len(self.attackers))
+            return super().prepare(model, batch)
+
+    three = [*ATTACKERS, Attacker(steps=1)]
+    objective = Counted(DecoupledDistillation(), FORGET, RETAIN, three) + 0.5 * KLToOriginal()
+    assert objective.is_costly and objective.turns == 3
+    result = unlearn(adapted(torch.float32), small, objective, max_steps=2, **QUIET)
+    assert result.steps == 2 and len(looks) == 9 + 1
+    assert looks[:9] == [0, 1, 2] * 3
+
+
 class Breaks:
     """Pulls the plug after a step."""
 

@@ -354,6 +354,9 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     report = audit(training={"first": kept, "second": trained["training"]})
     assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
     assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "no class answers"
+    denoiser = [{"damage": 0.0, "loss": 1.0}, {"damage": 0.1, "loss": 0.5}, {"damage": 0.1}]
+    (picture,) = audit(training=UnlearnResult(denoiser, 1, 8, 4, 0.1, True, "done")).pictures
+    assert picture.text.startswith("Loss against damage") and "Ends at 0.5, for 0.1" in picture.text
     without_losses = UnlearnResult([{"step": 1.0, "damage": 0.1}], 1, 8, 4, 0.1, True, "done")
     assert not audit(training=without_losses).pictures
     assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]

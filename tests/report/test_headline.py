@@ -115,8 +115,11 @@ def test_nothing_is_said_that_was_not_measured() -> None:
     )
     strange = {"original": {"forget accuracy": float("nan")}, "unlearned": {"forget accuracy": 2.0}}
     assert told(strange).startswith("The forget accuracy went from nan to 2;")
-    run = UnlearnResult([{"loss": 2.0, "damage": 0.0}, {"loss": 1.0, "damage": 0.012}], 1, 8, 4, 0.1, True, "done")
+    steps = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.012, "answer_probability": 0.1}]
+    run = UnlearnResult(steps, 1, 8, 4, 0.1, True, "done")
     assert told(training=run).endswith("; its cost: a damage of 0.012 nats on what was to be kept, as the run recorded")
+    denoiser = UnlearnResult([{"loss": 1.0, "damage": 0.012}], 1, 8, 4, 0.1, True, "done")
+    assert told(training=denoiser).endswith("a damage of 0.012 on what was to be kept, as the run recorded")
     assert "damage" not in told(training={"first": run, "second": run}), "which of both is the model's is not said"
 
 

@@ -24,12 +24,15 @@ from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
     GradientAscent,
+    KLToOriginal,
     Objective,
     PreservePrediction,
+    PrimalDual,
     RandomLabel,
     UniformDistribution,
+    UnseenConfidence,
 )
-from semu_peft.objectives.distributions import divergence
+from semu_peft.objectives.distributions import divergence, strike_out
 from semu_peft.objectives.original import original
 from semu_peft.training.curvature import WholeMatrix
 from semu_peft.tuner.adapted import semu_layers
@@ -475,6 +478,81 @@ def test_a_point_of_the_trade_off_can_be_chosen() -> None:
     result = unlearn(model, FORGET, objective, choose=least_forgotten, **QUIET)
     assert math.isclose(probability(model, FORGET), chosen["answer_probability"], rel_tol=1e-4)
     assert result.history[-1]["damage"] == pytest.approx(chosen["damage"], rel=1e-3, abs=1e-6)
+
+
+UNSEEN = UnseenConfidence(torch.tensor([0.3, 0.5, 0.7]))
+
+
+@pytest.mark.parametrize(
+    ("objective", "keep"),
+    [
+        (DecoupledDistillation(), None),
+        (DecoupledDistillation(margin=1.0), None),
+        (UNSEEN, None),
+        (RandomLabel(), Retain(KEEP, KLToOriginal(), weight=3.0)),
+        (RandomLabel(), Retain(KEEP, 2.0 * KLToOriginal() + CrossEntropy())),
+        (RandomLabel(), [Retain(KEEP, CrossEntropy()), Retain(KEEP, PrimalDual(KLToOriginal(), limit=0.1))]),
+    ],
+)
+def test_an_objective_that_has_asked_the_original_tells_the_damage(objective: Objective, keep: Any) -> None:
+    """Without a budget, and by no other steps than where nobody asks: equal to the divergence on what is kept."""
+
+    class Look(Callback):
+        def __init__(self) -> None:
+            self.seen = {0: 0.0}  # after so many steps
+
+        @torch.no_grad()
+        def on_step_end(self, context: Any) -> None:
+            inputs, labels = (FORGET if keep is None else KEEP)[0]
+            with original(context.model) as reference:
+                outputs = [reference(inputs), context.model(inputs)]
+            if keep is None:
+                outputs = [strike_out(each, labels) for each in outputs]
+            self.seen[context.progress.step] = divergence("categorical", *outputs).item()
+
+    look, model = Look(), adapted(objective)
+    result = unlearn(model, FORGET, objective, retain=keep, callbacks=look, **QUIET)
+    told = {entry["step"] - 1: entry["damage"] for entry in result.history[:-1]}
+    both = sorted(told.keys() & look.seen.keys())
+    assert len(both) > 2 and max(told.values()) > 1e-4
+    assert [told[step] for step in both] == pytest.approx([look.seen[step] for step in both], rel=1e-3, abs=1e-5)
+
+
+def test_what_nobody_knows_of_the_damage_is_not_told() -> None:
+    for objective, keep in ((RandomLabel(), None), (DecoupledDistillation(), Retain(KEEP, CrossEntropy()))):
+        result = unlearn(adapted(objective), FORGET, objective, retain=keep, max_steps=2, **QUIET)
+        assert all("damage" not in entry for entry in result.history)
+
+
+class InHarderTurns(DecoupledDistillation):
+    """Every sixth batch is easy, as that of a weaker attacker: its loss lies lower wherever the cores are."""
+
+    turns, turn = 6, 0
+
+    def prepare(self, model: nn.Module, batch: Any) -> Any:
+        self.turn += 1
+        return super().prepare(model, batch), 4.0 * (self.turn % 6 != 1)
+
+    def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
+        return super().loss(logits, labels, prepared[0]) + prepared[1]
+
+    def damage(self, *arguments: Any) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"turn": self.turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turn = state["turn"]
+
+
+def test_losses_are_compared_over_all_turns() -> None:
+    """Compared batch by batch, the first turn looks like the best place, and the run ends long before its end."""
+    model, dials = adapted(InHarderTurns()), NaturalGradient(kl=0.02, curvature="whole")
+    unlearn(model, FORGET, InHarderTurns(), optimizer=dials, **QUIET)
+    alike = adapted(DecoupledDistillation())
+    unlearn(alike, FORGET, DecoupledDistillation(), optimizer=dials, **QUIET)
+    assert probability(model, FORGET) < 1.1 * probability(alike, FORGET) < 0.02
 
 
 def test_streams_need_no_number_of_steps() -> None:
