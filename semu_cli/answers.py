@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-from .attackers import gentle_attackers
 from .bases import language_model, models_beside
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
@@ -118,7 +117,7 @@ class Answers:
             )
         return evaluation.attack(
             base, batches.pop("forget"), **batches, tokenizer=tokenizer, reference=other, further=further,
-            attackers=gentle_attackers(self.forget_examples), time_limit=time_limit, seed=self.seed,
+            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
 

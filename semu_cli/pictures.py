@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .attackers import gentle_attackers
 from .bases import denoising_loss, models_beside, pipeline
 from .tables import with_interval
 
@@ -124,7 +123,7 @@ class Drawing:
         report = evaluation.attack(
             denoiser_of(pipe), batches.pop("forget"), **batches, learn=denoising_loss(pipe, self.seed),
             reference=None if other is None else denoiser_of(other), further=further,
-            attackers=gentle_attackers(self.forget_examples), time_limit=time_limit, seed=self.seed,
+            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
         if judge is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-from .attackers import classifier_attackers
 from .bases import classifier, models_beside
 from .image_folder import read_images, read_others
 from .tables import with_interval
@@ -133,7 +132,7 @@ class Recognised:
         other = None if self.reference is None else classifier(self.reference)
         return evaluation.attack(
             base, batches.pop("forget"), **batches, reference=other, shadow=self._shadows(original),
-            attackers=classifier_attackers(original, self.forget_examples), time_limit=time_limit, seed=self.seed,
+            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
 

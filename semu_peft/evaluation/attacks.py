@@ -145,6 +145,7 @@ def attack(
     forget_test: Iterable[Any] | None = None,
     learn: LossFunction | None = None,
     attackers: Attacker | Sequence[Attacker] | None = None,
+    forget_examples: int | None = None,
     shadow: Sequence[tuple[Predictions, Predictions]] = (),
     further: Mapping[str, Callable[[nn.Module], Any]] | None = None,
     measure: Measure | None = None,
@@ -178,6 +179,7 @@ def attack(
         attackers: Who relearns, one or several; by default
             [`usual_attackers`][semu_peft.evaluation.relearning.usual_attackers], with smaller rates for language models
             and denoisers.
+        forget_examples: How many of the forgotten examples each of those that are chosen by default has.
         shadow: Of each shadow model, trained without the forget set, its predictions on `forget` and on `test`, in the
             order of these batches.
         further: Attacks of your own by name, `(model) -> result`; beside those that are here, none is replaced.
@@ -218,12 +220,18 @@ def attack(
         check_kind("measure", measure, Callable, "a function of model and batches", mend)  # type: ignore[arg-type]
     check_count("seed", seed, least=0)
     check_count("prompt_steps", prompt_steps)
+    check_count("forget_examples", forget_examples, optional=True)
     check_switch("progress", progress)
+    if forget_examples is not None and attackers is not None:
+        raise ValueError(
+            f"`forget_examples` must be left out beside `attackers`, got {forget_examples}. Write it in each: "
+            "`Attacker(forget_examples=...)`."
+        )
     data = _Data.read(forget=forget, retain=retain, test=test, related=related, forget_test=forget_test)
     own = _check_further(further)
     plan = _Plan(
-        model, data, learn, _check_attackers(attackers), _check_shadow(shadow), measure, seed, prompt_steps, set(own),
-        tokenizer,
+        model, data, learn, _check_attackers(attackers), forget_examples, _check_shadow(shadow), measure, seed,
+        prompt_steps, set(own), tokenizer,
     )  # fmt: skip
     planned = plan.attacks()
     planned += [_Attack(name, _call(run, model), has_reference=False) for name, run in own.items()]
@@ -334,6 +342,7 @@ class _Plan:
     data: _Data
     learn: LossFunction | None
     attackers: Sequence[Attacker] | None
+    forget_examples: int | None
     shadow: Sequence[tuple[Predictions, Predictions]]
     measured_by: Measure | None
     seed: int
@@ -399,9 +408,13 @@ class _Plan:
     def _attackers(self) -> Sequence[Attacker]:
         if self.attackers is not None:
             return self.attackers
-        if self.task != "classification":
-            return [Attacker("adam", rate, steps=50, batch_size=8) for rate in (1e-4, 1e-3)]
-        return usual_attackers(_head(self.model), images=_holds(self.data.forget[0], dims=4))
+        if self.task == "classification":
+            usual = usual_attackers(_head(self.model), images=_holds(self.data.forget[0], dims=4))
+        else:
+            usual = [Attacker("adam", rate, steps=50, batch_size=8) for rate in (1e-4, 1e-3)]
+        if self.forget_examples is None:
+            return usual
+        return [replace(attacker, forget_examples=self.forget_examples) for attacker in usual]
 
     def _relearning(
         self, attacker: Attacker, forget: list[Any], measured_on: list[Any] | None, measure: Measure

@@ -369,6 +369,19 @@ def test_mistakes_are_named_before_anything_is_run(argument: str, value: Any) ->
     assert not asked
 
 
+@pytest.mark.parametrize("attackers", [None, SHORT])
+def test_as_many_examples_are_for_the_attackers_that_are_chosen(attackers: Any) -> None:
+    if attackers is not None:
+        with pytest.raises(ValueError, match="^`forget_examples` must be left out beside `attackers`, got 3"):
+            attack(Mlp(), FORGET, attackers=attackers, forget_examples=3, progress=False)
+        return
+    with pytest.raises(ValueError, match="^`forget_examples` must"):
+        attack(Mlp(), FORGET, forget_examples=0, progress=False)
+    report = attack(Mlp(), FORGET, forget_examples=3, time_limit=0, progress=False)
+    relearnt = [each.attack for each in report.not_run if each.attack.startswith("relearning: ")]
+    assert len(relearnt) >= 4 and all(", 3 examples" in name for name in relearnt)
+
+
 def test_no_seeds_are_named() -> None:
     with pytest.raises(ValueError, match="`seeds` must hold at least one"):
         search_prompt(nn.ReLU(), concept(), CrossEntropy(), seeds=())
