@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import typer
 from .bases import language_model, models_beside
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
+
+_LONGEST = 50  # tokens of an answer in a report
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Answers:
         columns: As `--columns` has them.
         template: How question and answer are written.
         metrics: Only these.
+        show_answers: How many questions to show with what is answered before and after.
         batch_size: Answers at a time.
         seed: Of everything drawn.
         progress: Show progress bars.
@@ -52,6 +56,7 @@ class Answers:
     columns: str | None = None
     template: str | None = None
     metrics: list[str] | None = None
+    show_answers: int = 0
     batch_size: int = 32
     seed: int = 0
     progress: bool = True
@@ -65,7 +70,11 @@ class Answers:
     def check(self) -> None:
         """Raise a usage error for a template or a file with a mistake, or texts that nothing is to be compared on."""
         written_out(self.template)
-        self._read()
+        data = self._read()
+        if self.show_answers and all(row.is_plain for row in data["forget"]):
+            raise typer.BadParameter(
+                f"`--show-answers` needs questions, and {self.forget} has texts that answer none. Leave it out."
+            )
         if self.neutral is not None and self.adapter is None:
             raise typer.BadParameter(
                 "`--neutral` texts are read with and without the adapter: give --adapter, or leave them out."
@@ -75,8 +84,8 @@ class Answers:
         """The model that it is compared with, by flag."""
         return {} if self.reference is None else {"reference": language_model(self.reference)[0]}
 
-    def measured(self) -> tuple[dict[str, Any], None]:
-        """`LanguageMetrics` of each model; there are no pictures."""
+    def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
+        """`LanguageMetrics` of each model; and, where they are to be shown, answers by question before and after."""
         from semu_peft.evaluation import evaluate_language
         from semu_peft.evaluation.language import metrics_to_measure
 
@@ -89,12 +98,14 @@ class Answers:
             "utility": kept, "neutral": data.get("neutral"), "holdout": data.get("test"), "metrics": self.metrics,
             "template": template, "batch_size": self.batch_size, "progress": self.progress,
         }  # fmt: skip
-        rows = {}
+        rows, shown = {}, []
         for name, place, own in models_beside(self.model, self.adapter, self.reference):
             measured, tokenizer = language_model(place, own)
             before = self._before(name, measured) if "neutral" in data else None
             rows[name] = evaluate_language(measured, tokenizer, data["forget"], reference=before, **options)
-        return rows, None
+            if self.show_answers and name != "reference":
+                shown.append(self._answered(measured, tokenizer, data["forget"], template))
+        return rows, (shown[0], shown[1]) if shown else None
 
     def attacked(self, time_limit: float | None) -> Any:
         """All attacks that the data allow, as an `AttackReport`."""
@@ -125,6 +136,18 @@ class Answers:
         """The model with its adapter."""
         return language_model(self.model, self.adapter)[0]
 
+    def _answered(self, model: Any, tokenizer: Any, rows: list[Any], template: str | None) -> dict[str, str]:
+        """What a model says, greedily, to the first of the questions."""
+        from semu_peft.evaluation import generate_answers
+
+        questions = {_written(row.prompt): row.prompt for row in rows if not row.is_plain}
+        asked = dict(itertools.islice(questions.items(), self.show_answers))
+        said = generate_answers(
+            model, tokenizer, asked.values(), template=template, max_new_tokens=_LONGEST, batch_size=self.batch_size,
+            progress=False,
+        )  # fmt: skip
+        return dict(zip(asked, said, strict=True))
+
     def _before(self, name: str, measured: Any) -> Any:
         """The original, from which the KL on neutral texts is; None where it is the model without its adapter."""
         if name == "unlearned":
@@ -135,3 +158,8 @@ class Answers:
         data = {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}
         check_plain(self.neutral, data.get("neutral"))
         return data
+
+
+def _written(prompt: Any) -> str:
+    """A question as a report has it; of a chat all turns."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -34,6 +34,7 @@ from .options import (
     Samples,
     Seed,
     Shadow,
+    ShowAnswers,
     Template,
     Test,
     TimeLimit,
@@ -42,8 +43,8 @@ from .verbs import RUN, Told
 
 _FILES = ("report.json", "report.md", "report.html")
 _JUDGING = (
-    "seed", "batch_size", "template", "columns", "metrics", "samples", "num_inference_steps", "forget_examples",
-    "time_limit",
+    "seed", "batch_size", "template", "columns", "metrics", "samples", "show_answers", "num_inference_steps",
+    "forget_examples", "time_limit",
 )  # fmt: skip
 _TRAINING: dict[str, type] = {
     "steps": int, "examples_seen": int, "trainable_parameters": int, "seconds": Real, "stopped_early": bool,
@@ -70,6 +71,7 @@ def audit(
     ] = True,
     classifier: Classifier = None,
     samples: Samples = None,
+    show_answers: ShowAnswers = None,
     num_inference_steps: InferenceSteps = None,
     batch_size: AtATime = None,
     columns: Columns = None,
@@ -87,12 +89,13 @@ def audit(
 
     new_figure(1, 1)  # that matplotlib is missing is said now, and not when all has been measured
     (settings, training), profile = _recorded(adapter), _profile(adapter)
-    metrics, pictures = subject.measured()
+    metrics, samples_of_both = subject.measured()
+    shown = list(samples_of_both[0]) if samples_of_both else []
     found = attacked(subject, flags) if attacks else None
     report = report_on(
         request, model=subject.unlearned(), data=subject.files, adapter_file=adapter, profile=profile,
         settings={**settings, **_judging(subject, flags)}, training=training, metrics=metrics, attacks=found,
-        samples=pictures, forgotten=forget if pictures else None,
+        samples=samples_of_both, forgotten=[row for row in shown if row not in (retain or ())],
     )  # fmt: skip
     for row in report.contents["attacks"]:
         row["found"] = in_verbs(row["found"])

@@ -53,7 +53,7 @@ class Judged(Protocol):
         """The models that it is compared with or judged by, by flag."""
 
     def measured(self) -> tuple[Mapping[str, Any], Any]:
-        """The numbers of each model by its name, and pictures before and after, where it draws any."""
+        """The numbers of each model by its name, and what is shown before and after: pictures or answers."""
 
     def attacked(self, time_limit: float | None) -> Any:
         """All attacks that fit it, as an `AttackReport`."""

@@ -77,6 +77,14 @@ Samples = Annotated[
         "--samples", metavar="N", help="Of pipelines: pictures of each prompt, a seed each; by default 16.", min=1
     ),
 ]
+ShowAnswers = Annotated[
+    int | None,
+    typer.Option(
+        "--show-answers", metavar="N", min=1,
+        help="Of language models: show the first N questions of --forget, and what is answered before and after. What "
+        "was to be forgotten can then be read in the report; by default none are shown.",
+    ),
+]  # fmt: skip
 InferenceSteps = Annotated[
     int | None,
     typer.Option(

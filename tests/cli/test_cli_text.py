@@ -166,3 +166,35 @@ def test_a_model_in_half_precision_works_in_float32_on_a_cpu_and_is_written_as_i
     semu("merge", *how, tmp_path / "merged", "--adapter", tmp_path / "out")
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_answers_are_shown_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
+    """By default a report has no text of the data; with the flag, the first questions and what is said to them."""
+    forget = cli_models.facts(tmp_path / "forget.jsonl", [*cli_models.FACTS[:1] * 2, *cli_models.FACTS[1:]])
+    sky = cli_models.facts(tmp_path / "sky.jsonl", cli_models.FACTS[:1])
+    others = cli_models.facts(tmp_path / "others.jsonl", cli_models.FACTS[1:])
+    adapter, where = tmp_path / "no-sky", ("--model", model, "--forget", forget, "--no-progress")
+    how = ("--model", model, "--forget", sky, "--retain", others, "--max-steps", 30, "--no-progress")
+    semu("unlearn", "text", *how, "--output-dir", adapter)
+    audited = ("audit", *where, "--adapter", adapter, "--no-attacks", "--output-dir")
+    semu(*audited, tmp_path / "silent")
+    for file in (tmp_path / "silent").iterdir():
+        assert "sky is" not in file.read_text() and "blue" not in file.read_text().split()
+    semu(*audited, tmp_path / "shown", "--show-answers", 1)
+    report = json.loads((tmp_path / "shown" / "report.json").read_text())
+    (row,) = report["texts"]
+    assert row["prompt"] == QUESTION and row["before"] == [ANSWER] != row["after"] and row["forgotten"]
+    assert report["settings"]["judging: show_answers"] == 1
+    semu(*audited, tmp_path / "all", "--show-answers", 9)
+    texts = json.loads((tmp_path / "all" / "report.json").read_text())["texts"]
+    assert [each["prompt"] for each in texts] == [each["question"] for each in cli_models.FACTS]
+
+
+def test_texts_that_answer_nothing_are_not_shown(model: Path, tmp_path: Path) -> None:
+    text, adapter = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the sky is blue")
+    where = ("--model", model, "--forget", text, "--no-progress")
+    semu("unlearn", "text", *where, "--output-dir", adapter, "--max-steps", 1)
+    audited = ("audit", *where, "--adapter", adapter, "--output-dir", tmp_path / "report", "--show-answers", 2)
+    told = semu(*audited, code=2)["error"]["message"]
+    assert told.startswith("`--show-answers` needs questions") and not (tmp_path / "report").exists()
