@@ -50,6 +50,7 @@ _NEEDS = {
     "neutral_kl": "neutral",
     "membership": "holdout",
 }
+_REDRAWS = 1000  # of the intervals of the AUCs
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,13 +73,14 @@ class LanguageMetrics:
         membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
         privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
-        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next five; they do
+        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next six; they do
             not count when metrics are compared.
         rouge_interval: Of the ROUGE-L recall.
         truth_ratio_interval: Of the truth ratio.
         paraphrased_probability_interval: Of the paraphrased answers' probability.
         extraction_strength_interval: Of the extraction strength.
         exact_memorisation_interval: Of the exact memorisation.
+        membership_interval: Of the AUC of each attack, with both sets drawn again.
 
     Examples:
         >>> from semu_peft.evaluation import LanguageMetrics
@@ -107,6 +109,7 @@ class LanguageMetrics:
     paraphrased_probability_interval: tuple[float, float] | None = field(default=None, compare=False)
     extraction_strength_interval: tuple[float, float] | None = field(default=None, compare=False)
     exact_memorisation_interval: tuple[float, float] | None = field(default=None, compare=False)
+    membership_interval: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         return f"LanguageMetrics({', '.join(f'{name} {value}' for name, value in self.row().items())})"
@@ -208,7 +211,9 @@ def evaluate_language(
         if metric == "neutral_kl":
             found[metric] = suite.neutral_kl(texts or [], reference)
         elif metric == "membership":
-            found[metric] = suite.membership(others or [])
+            areas = suite.membership(others or [])
+            found[metric] = {attack: each["auc"] for attack, each in areas.items()}
+            found[f"{metric}_interval"] = {attack: tuple(each["interval"]) for attack, each in areas.items()}
         elif metric == "model_utility":
             found["utility"] = suite.utility()
             is_whole = len(found["utility"]) == 3 * len(utility or {})
@@ -385,18 +390,19 @@ class _Suite:
         to = None if reference is None or self.kept.folder is None else model_digest(reference)
         return float(self._once("neutral_kl", {"texts": texts, "reference": to}, measure))
 
-    def membership(self, holdout: list[TextExample]) -> dict[str, float]:
-        """The AUC of each attack, forget set against held-out answers."""
+    def membership(self, holdout: list[TextExample]) -> dict[str, Any]:
+        """The AUC of each attack with its interval, forget set against held-out answers."""
         others = [(row.prompt, row.answer) for row in holdout]
 
-        def measure() -> dict[str, float]:
+        def measure() -> dict[str, Any]:
             found = text_membership(
                 self.model, self.tokenizer, self._pairs("forget"), others, template=self.template,
-                batch_size=self.batch_size, resamples=1, progress=self.progress,  # the interval is not told
+                batch_size=self.batch_size, resamples=_REDRAWS, progress=self.progress,
             )  # fmt: skip
-            return {attack: result.auc for attack, result in found.items()}
+            return {attack: {"auc": each.auc, "interval": list(each.interval)} for attack, each in found.items()}
 
-        return dict(self._once("membership", {"pairs": self._pairs("forget"), "holdout": others}, measure))
+        inputs = {"pairs": self._pairs("forget"), "holdout": others, "redraws": _REDRAWS}
+        return dict(self._once("membership", inputs, measure))
 
     def _pairs(self, name: str) -> list[Any]:
         return [(row.prompt, row.answer) for row in self.sets[name]]

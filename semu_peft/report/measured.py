@@ -109,7 +109,7 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
         metrics: One result, several (of as many seeds), a mapping of either by name, or a
             [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A result is a dataclass or
             a mapping of numbers. A number's interval stands beside it, as `(value, low, high)` or under its name with
-            `_interval`: `membership_interval`.
+            `_interval`: `membership_interval`; of a mapping of numbers, a mapping.
 
     Returns:
         `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`,
@@ -257,15 +257,22 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
         words = str(name).replace("_", " ")
         if _is_number(value) or (parts is result and _is_measured(value)):  # a field may be a curve of three points
             values[words] = _number(value)
-        elif isinstance(value, Mapping):
-            values |= {f"{words}: {str(key).replace('_', ' ')}": _number(each) for key, each in value.items()}
+        elif isinstance(value, Mapping) and not _is_interval(name):
+            values |= {_part(words, key): _number(each) for key, each in value.items()}
     for name, value in parts.items():
         if _is_interval(name) and value is not None:
             stem = str(name).removesuffix("interval").replace("_", " ").strip()
-            of = stem if stem in values else next((each for each in values if each.startswith(stem)), None)
-            if of is not None:
-                values[of] |= {"interval": [float(bound) for bound in value], "source": "examples"}
+            of = stem if stem in values else next((each for each in values if each.startswith(stem)), stem)
+            several = isinstance(value, Mapping)
+            bounds = {_part(stem, key): each for key, each in value.items()} if several else {of: value}
+            for each in values.keys() & bounds.keys():
+                values[each] |= {"interval": [float(bound) for bound in bounds[each]], "source": "examples"}
     return values
+
+
+def _part(words: str, key: Any) -> str:
+    """What one of several numbers under a name is called."""
+    return f"{words}: {str(key).replace('_', ' ')}"
 
 
 def _over_runs(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -83,7 +83,8 @@ def test_questions_that_no_model_knew_give_membership(model: Path, tmp_path: Pat
     others = [{"question": "What?", "answer": "g h"}, {"question": "How?", "answer": "a e"}]
     test = cli_models.facts(tmp_path / "test.jsonl", others)
     how = ("--model", model, "--forget", forget, "--test", test, "--metrics", "membership", "--no-progress")
-    assert semu("evaluate", *how)["models"]["model"]["membership"]["min_k"] == 1  # it learnt the one, not the other
+    row = semu("evaluate", *how)["models"]["model"]
+    assert row["membership"]["min_k"] == 1 and row["membership_interval"]["min_k"] == [1, 1]  # it learnt the one alone
 
 
 def test_help_and_reader_agree_on_templates() -> None:

@@ -111,11 +111,22 @@ def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> Non
     found = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, output_dir=tmp_path, **options)
     direct = text_membership(decoder(), tokenizer, FORGET, FACTS, progress=False)
     assert found.membership == {attack: result.auc for attack, result in direct.items()}
+    assert found.membership_interval == {attack: result.interval for attack, result in direct.items()}
+    low, high = found.membership_interval["loss"]
+    assert low < found.membership["loss"] < high  # each set is of several answers, which are drawn again
     assert found.privacy_leakage == privacy_leakage(found.membership["min_k"], gold.membership["min_k"])
     options["metrics"] = ["membership"]
     only = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, **options)
     assert (only.privacy_leakage, only.forget_quality) == (found.privacy_leakage, None)
-    assert json.loads((tmp_path / "membership.json").read_text())["value"] == found.membership
+    kept = json.loads((tmp_path / "membership.json").read_text())["value"]
+    assert {attack: each["auc"] for attack, each in kept.items()} == found.membership
+    again = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, output_dir=tmp_path, **options)
+    assert again.membership_interval == found.membership_interval and again == only
+    report = read_metrics({"unlearned": found})["rows"][0]["values"]
+    for attack, bounds in found.membership_interval.items():
+        told = report[f"membership: {attack.replace('_', ' ')}"]
+        assert told == {"value": found.membership[attack], "interval": list(bounds), "source": "examples"}
+    assert not any(name.startswith("membership interval") for name in report)
 
 
 def test_measurements_are_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
