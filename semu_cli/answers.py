@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from .bases import language_model, models_beside
+from .bases import Beside, language_model
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
 
@@ -17,7 +19,7 @@ _LONGEST = 50  # tokens of an answer in a report
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(Beside):
     """A language model, and the files that it is judged by. Fields are named as the flags.
 
     Attributes:
@@ -70,8 +72,7 @@ class Answers:
     def check(self) -> None:
         """Raise a usage error for a template or a file with a mistake, or texts that nothing is to be compared on."""
         written_out(self.template)
-        data = self._read()
-        if self.show_answers and all(row.is_plain for row in data["forget"]):
+        if self.show_answers and all(row.is_plain for row in self._rows["forget"]):
             raise typer.BadParameter(
                 f"`--show-answers` needs questions, and {self.forget} has texts that answer none. Leave it out."
             )
@@ -80,16 +81,18 @@ class Answers:
                 "`--neutral` texts are read with and without the adapter: give --adapter, or leave them out."
             )
 
-    def beside(self) -> dict[str, Any]:
-        """The model that it is compared with, by flag."""
-        return {} if self.reference is None else {"reference": language_model(self.reference)[0]}
+    def digests(self) -> dict[str, str | None]:
+        """Of the weights of the model that it is compared with, by flag."""
+        from semu_peft.report.fingerprints import model_fingerprint
+
+        return {} if self.never_knew is None else {"reference": model_fingerprint(self.never_knew[0])}
 
     def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
         """`LanguageMetrics` of each model; and, where they are to be shown, answers by question before and after."""
         from semu_peft.evaluation import evaluate_language
         from semu_peft.evaluation.language import metrics_to_measure
 
-        template, data = written_out(self.template), self._read()
+        template, data = written_out(self.template), self._rows
         sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}
         with usage():
             metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
@@ -99,10 +102,9 @@ class Answers:
             "template": template, "batch_size": self.batch_size, "progress": self.progress,
         }  # fmt: skip
         rows, shown = {}, []
-        for name, place, own in models_beside(self.model, self.adapter, self.reference):
-            measured, tokenizer = language_model(place, own)
-            before = self._before(name, measured) if "neutral" in data else None
-            rows[name] = evaluate_language(measured, tokenizer, data["forget"], reference=before, **options)
+        for name, (measured, tokenizer) in self.each():
+            with self._before(name, measured) as before:
+                rows[name] = evaluate_language(measured, tokenizer, data["forget"], reference=before, **options)
             if self.show_answers and name != "reference":
                 shown.append(self._answered(measured, tokenizer, data["forget"], template))
         return rows, (shown[0], shown[1]) if shown else None
@@ -112,10 +114,10 @@ class Answers:
         from semu_peft import evaluation
         from semu_peft.language import text_examples
 
-        template, data = written_out(self.template), self._read()
+        template, data = written_out(self.template), self._rows
         batches: dict[str, Any] = {}
-        base, tokenizer = language_model(self.model, self.adapter)
-        other = None if self.reference is None else language_model(self.reference)[0]
+        base, tokenizer = self.judged
+        other = None if self.never_knew is None else self.never_knew[0]
         for name in ("forget", "retain", "test", "related"):
             if name in data:
                 rows = text_examples(tokenizer, data[name], template=template, name=name)
@@ -134,7 +136,11 @@ class Answers:
 
     def unlearned(self) -> Any:
         """The model with its adapter."""
-        return language_model(self.model, self.adapter)[0]
+        return self.judged[0]
+
+    def load(self, place: str, adapter: Path | None) -> Any:
+        """One of the models, and its tokenizer."""
+        return language_model(place, adapter)
 
     def _answered(self, model: Any, tokenizer: Any, rows: list[Any], template: str | None) -> dict[str, str]:
         """What a model says, greedily, to the first of the questions."""
@@ -148,13 +154,17 @@ class Answers:
         )  # fmt: skip
         return dict(zip(asked, said, strict=True))
 
-    def _before(self, name: str, measured: Any) -> Any:
+    def _before(self, name: str, measured: Any) -> AbstractContextManager[Any]:
         """The original, from which the KL on neutral texts is; None where it is the model without its adapter."""
-        if name == "unlearned":
-            return None
-        return language_model(self.model)[0] if name == "reference" else measured
+        from semu_peft.objectives.original import original
 
-    def _read(self) -> dict[str, list[Any]]:
+        if self.neutral is None or name == "unlearned":
+            return nullcontext()
+        return original(self.judged[0]) if name == "reference" else nullcontext(measured)
+
+    @cached_property
+    def _rows(self) -> dict[str, list[Any]]:
+        """What is in the files, by flag."""
         data = {flag: read_texts(path, flag, self.columns) for flag, path in self.files.items()}
         check_plain(self.neutral, data.get("neutral"))
         return data

@@ -152,14 +152,11 @@ def _profile(adapter: Path) -> Any:
 
 def _judging(subject: Judged, flags: Mapping[str, Any]) -> dict[str, Any]:
     """How it was judged, beside how it was made to forget, and the digests of the models that it was set beside."""
-    from semu_peft.report.fingerprints import model_fingerprint
-
     given = {**flags, **{each.name: getattr(subject, each.name) for each in dataclasses.fields(subject)}}  # type: ignore[arg-type]
     told = {f"judging: {name}": given[name] for name in _JUDGING if given.get(name) is not None}
     places = {name: given[name] for name in ("reference", "shadow", "classifier") if given.get(name)}
     told |= {f"judging: {name}": _without_places(place) for name, place in places.items()}
-    digests = {name: model_fingerprint(model) for name, model in subject.beside().items()}
-    return told | {f"judging: SHA-256 of the weights of {name}": digest for name, digest in digests.items()}
+    return told | {f"judging: SHA-256 of the weights of {name}": digest for name, digest in subject.digests().items()}
 
 
 def _without_places(value: Any) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,18 +90,55 @@ def silently() -> None:
         enable_progress_bars()
 
 
-def models_beside(model: str, adapter: Path | None, reference: str | None) -> list[tuple[str, str, Path | None]]:
-    """The models to set beside each other: a name, a place and an adapter of each.
+class Beside:
+    """The models that are set beside each other, of whatever kind: what is used more than once is loaded once.
+
+    The original is held by nobody here: with an unlearned model and a reference it would be a third in memory.
+
+    Attributes:
+        model: The base model's place.
+        adapter: The adapter, or None for the bare model.
+        reference: The place of a model that never knew, or None.
 
     Examples:
-        >>> from semu_cli.bases import models_beside
-        >>> models_beside("base", Path("no-cats"), None)
-        [('original', 'base', None), ('unlearned', 'base', PosixPath('no-cats'))]
+        >>> from semu_cli.bases import Beside
+        >>> class Names(Beside):
+        ...     model, adapter, reference = "base", Path("no-cats"), None
+        ...     def load(self, place, adapter):
+        ...         return place if adapter is None else f"{place} with {adapter}"
+        >>> list(Names().each())
+        [('original', 'base'), ('unlearned', 'base with no-cats')]
     """
-    rows: list[tuple[str, str, Path | None]] = [("original" if adapter else "model", model, None)]
-    if adapter is not None:
-        rows.append(("unlearned", model, adapter))
-    return rows if reference is None else [*rows, ("reference", reference, None)]
+
+    model: str
+    adapter: Path | None
+    reference: str | None
+
+    def load(self, place: str, adapter: Path | None) -> Any:
+        """One of the models."""
+        raise NotImplementedError
+
+    @cached_property
+    def judged(self) -> Any:
+        """The model with its adapter, if it has one."""
+        return self.load(self.model, self.adapter)
+
+    @cached_property
+    def never_knew(self) -> Any:
+        """The reference, or None."""
+        return None if self.reference is None else self.load(self.reference, None)
+
+    def original(self) -> Any:
+        """The model without an adapter."""
+        return self.load(self.model, None)
+
+    def each(self) -> Iterator[tuple[str, Any]]:
+        """Name and model of each, one after the other."""
+        if self.adapter is not None:
+            yield "original", self.original()
+        yield "model" if self.adapter is None else "unlearned", self.judged
+        if self.never_knew is not None:
+            yield "reference", self.never_knew
 
 
 def classifier(model: str, adapter: Path | None = None, *, as_stored: bool = False) -> Any:

@@ -49,8 +49,8 @@ class Judged(Protocol):
     def check(self) -> None:
         """Raise for a mistake that can be seen while nothing is loaded."""
 
-    def beside(self) -> Mapping[str, Any]:
-        """The models that it is compared with or judged by, by flag."""
+    def digests(self) -> Mapping[str, str | None]:
+        """Of the weights of the models that it is compared with or judged by, by flag."""
 
     def measured(self) -> tuple[Mapping[str, Any], Any]:
         """The numbers of each model by its name, and what is shown before and after: pictures or answers."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .bases import denoising_loss, models_beside, pipeline
+from .bases import Beside, denoising_loss, pipeline
 from .tables import with_interval
 
 _SHOWN = 4  # pictures of each prompt in a report
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(Beside):
     """A pipeline, the prompts that it is judged by, and how many pictures it draws of each.
 
     Fields are named as the flags.
@@ -64,14 +66,14 @@ class Drawing:
     def check(self) -> None:
         """All that can be seen while nothing is loaded has been."""
 
-    def beside(self) -> dict[str, Any]:
-        """The denoiser that it is compared with and the classifier that judges, by flag."""
+    def digests(self) -> dict[str, str | None]:
+        """Of the weights of the denoiser that it is compared with and of the classifier that judges, by flag."""
         from semu_peft.concept.families import denoiser_of
+        from semu_peft.report.fingerprints import model_fingerprint
 
-        judge, found = self.judge(), {}
-        if self.reference is not None:
-            found["reference"] = denoiser_of(self._pipeline(None, self.reference))
-        return found if judge is None else {**found, "classifier": judge.model}
+        found = {} if self.never_knew is None else {"reference": denoiser_of(self.never_knew)}
+        models = found if self._judge is None else {**found, "classifier": self._judge.model}
+        return {flag: model_fingerprint(model) for flag, model in models.items()}
 
     @property
     def seeds(self) -> list[int]:
@@ -84,14 +86,13 @@ class Drawing:
         from semu_peft.evaluation import classify_samples
         from semu_peft.evaluation.knowledge import mean_loss
 
-        judge = self.judge()
-        batches: dict[str, list[Any]] = {}
+        judge = self._judge
         rows, shown = {}, []
-        for name, place, own in models_beside(self.model, self.adapter, self.reference):
-            pipe = self._pipeline(own, place)
-            batches = batches or self._latents(pipe, self._sides)  # drawn by the original, for all
+        for name, pipe in self.each():
+            batches = self._batches(lambda pipe=pipe: pipe)  # type: ignore[misc]  # drawn by the first, the original
             loss = denoising_loss(pipe, self.seed)
-            rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in batches.items()}
+            shared = {part: each for part, each in batches.items() if part in self._sides}
+            rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in shared.items()}
             drawn = self._draw(pipe, name) if judge is not None or name != "reference" else {}
             for part, prompts in self._sides.items():
                 if judge is not None and prompts:
@@ -109,10 +110,8 @@ class Drawing:
         from semu_peft import evaluation
         from semu_peft.concept.families import denoiser_of
 
-        judge = self.judge()
-        batches: dict[str, Any] = self._latents(self._pipeline(None), {**self._sides, "related": self.related})
-        pipe = self._pipeline(self.adapter)
-        other = None if self.reference is None else self._pipeline(None, self.reference)
+        judge, batches = self._judge, dict[str, Any](self._batches(self.original))
+        pipe, other = self.judged, self.never_knew
         further = {}
         if judge is not None:
             classes = sorted({int(judge.labels(prompt)) for prompt in self.forget})
@@ -136,9 +135,10 @@ class Drawing:
         """The denoiser with its adapter."""
         from semu_peft.concept.families import denoiser_of
 
-        return denoiser_of(self._pipeline(self.adapter))
+        return denoiser_of(self.judged)
 
-    def judge(self) -> Any:
+    @cached_property
+    def _judge(self) -> Any:
         """The classifier with what it calls each prompt; None where there is none."""
         if self.classifier is None:
             return None
@@ -146,8 +146,9 @@ class Drawing:
 
         return judge_of(self.classifier, self.forget, self.retain, self.forget_class)
 
-    def _pipeline(self, adapter: Path | None, model: str | None = None) -> Any:
-        pipe = pipeline(model or self.model, adapter)
+    def load(self, place: str, adapter: Path | None) -> Any:
+        """One of the pipelines."""
+        pipe = pipeline(place, adapter)
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None  # its black pictures say nothing of what the model draws
         return pipe
@@ -156,19 +157,25 @@ class Drawing:
     def _sides(self) -> dict[str, list[str]]:
         return {"forget": self.forget, "retain": self.retain}
 
-    def _latents(self, pipe: Any, sides: dict[str, list[str]]) -> dict[str, list[Any]]:
-        """Batches of what the original draws of each side's prompts: latents with their condition."""
+    @cached_property
+    def _drawn(self) -> dict[str, list[Any]]:
+        return {}
+
+    def _batches(self, original: Callable[[], Any]) -> dict[str, list[Any]]:
+        """Batches of what the original draws of each side's prompts, once for all: latents with their condition."""
         from semu_peft.concept import concept_examples
 
-        found = {}
-        for name, prompts in sides.items():
+        if self._drawn:
+            return self._drawn
+        pipe = original()
+        for name, prompts in {**self._sides, "related": self.related}.items():
             if prompts:
                 examples = concept_examples(
                     pipe, prompts, samples_per_prompt=self.samples, num_inference_steps=self.num_inference_steps,
                     batch_size=self.batch_size, seed=self.seed, progress=self.progress,
                 )  # fmt: skip
-                found[name] = list(examples.loader(min(self.batch_size, len(examples)), shuffle=False))
-        return found
+                self._drawn[name] = list(examples.loader(min(self.batch_size, len(examples)), shuffle=False))
+        return self._drawn
 
     def _generate(self, pipe: Any) -> Any:
         from semu_peft.concept.sampling import sample_pipeline

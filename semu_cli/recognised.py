@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import typer
 
-from .bases import classifier, models_beside
+from .bases import Beside, classifier
 from .image_folder import read_images, read_others
 from .tables import with_interval
 
@@ -18,7 +19,7 @@ _TOLD = {"forget_test": "forgotten test accuracy"}  # parts whose accuracy is no
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognised(Beside):
     """An image classifier, and the folders that it is judged by. Fields are named as the flags.
 
     Attributes:
@@ -88,10 +89,15 @@ class Recognised:
             for place in filter(None, places):
                 self._check_classes(place, flag)
 
-    def beside(self) -> dict[str, Any]:
-        """The models that it is compared with, by flag."""
-        found = {} if self.reference is None else {"reference": classifier(self.reference)}
-        return found | {f"shadow {number}": classifier(place) for number, place in enumerate(self.shadow, 1)}
+    def digests(self) -> dict[str, str | None]:
+        """Of the weights of the models that it is compared with, by flag; one shadow model at a time is in memory."""
+        from semu_peft.report.fingerprints import model_fingerprint
+
+        found = {} if self.never_knew is None else {"reference": model_fingerprint(self.never_knew)}
+        for number, place in enumerate(self.shadow, 1):
+            there = place in self._shadow_digests
+            found[f"shadow {number}"] = self._shadow_digests[place] if there else model_fingerprint(classifier(place))
+        return found
 
     def measured(self) -> tuple[dict[str, dict[str, Any]], None]:
         """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share.
@@ -101,13 +107,10 @@ class Recognised:
         from semu_peft.evaluation import evaluate_forgetting, predict
 
         rows: dict[str, dict[str, Any]] = {}
-        original = None
-        for name, place, own in models_beside(self.model, self.adapter, self.reference):
-            base = classifier(place, own)
-            original = original or base
+        for name, base in self.each():
             said: dict[str, Any] = {
                 part: predict(base, data.loader(self.batch_size), progress=self.progress, name=f"{name}: {part} images")
-                for part, data in self._read(base, original).items()
+                for part, data in self._read(base).items()
             }
             rows[name] = {}
             for part, each in said.items():
@@ -123,40 +126,57 @@ class Recognised:
         """All attacks that the data allow, as an `AttackReport`."""
         from semu_peft import evaluation
 
-        base = classifier(self.model, self.adapter)
-        original = base if self.adapter is None else classifier(self.model)
-        data = self._read(base, original)
+        base, data = self.judged, self._read(self.judged)
         if self.related is not None:
-            data["related"] = read_images(self.related, base, "related", original=original)
+            data["related"] = read_images(self.related, base, "related", original=self.original())
         batches: dict[str, Any] = {part: list(each.loader(self.batch_size)) for part, each in data.items()}
-        other = None if self.reference is None else classifier(self.reference)
         return evaluation.attack(
-            base, batches.pop("forget"), **batches, reference=other, shadow=self._shadows(original),
+            base, batches.pop("forget"), **batches, reference=self.never_knew, shadow=self._shadows(),
             forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
 
     def unlearned(self) -> Any:
         """The model with its adapter."""
-        return classifier(self.model, self.adapter)
+        return self.judged
 
-    def _shadows(self, original: Any) -> list[tuple[Any, Any]]:
-        """Of each shadow model its predictions of what was forgotten and of the test images."""
+    def load(self, place: str, adapter: Path | None) -> Any:
+        """One of the classifiers."""
+        return classifier(place, adapter)
+
+    def original(self) -> Any:
+        """The classifier without an adapter, which is held: it says what is in a folder without classes."""
+        return self._original
+
+    @cached_property
+    def _original(self) -> Any:
+        return self.judged if self.adapter is None else self.load(self.model, None)
+
+    @cached_property
+    def _shadow_digests(self) -> dict[str, str | None]:
+        """Of the shadow models that were in memory for an attack, by their places."""
+        return {}
+
+    def _shadows(self) -> list[tuple[Any, Any]]:
+        """Of each shadow model its predictions of what was forgotten and of the test images; one is in memory."""
         from semu_peft.evaluation import predict
+        from semu_peft.report.fingerprints import model_fingerprint
 
         found = []
         for number, place in enumerate(self.shadow, 1):
+            model = None  # the one before makes room
             model = classifier(place)
-            data = self._read(model, original)
+            self._shadow_digests[place] = model_fingerprint(model)
+            data = self._read(model)
             if "test" in data:
                 told: dict[str, Any] = {"progress": self.progress, "name": f"shadow {number}: images"}
                 sides = [predict(model, data[part].loader(self.batch_size), **told) for part in ("forget", "test")]
                 found.append((sides[0], sides[1]))
         return found
 
-    def _read(self, base: Any, original: Any) -> dict[str, Any]:
+    def _read(self, base: Any) -> dict[str, Any]:
         """The images for one of the models; what is in a folder without classes, the original says for all."""
-        of = {"original": original}
+        of = {"original": self.original()}
         data = {
             "forget": read_images(self.forget, base, only=self.forget_class, **of),
             "retain": self._kept(base, of),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import cli_models
 import pytest
 from test_cli import semu
+
+from semu_cli import bases, text_file
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,59 @@ def test_spectra_are_shown_where_the_profile_lies_beside_the_adapter(place: dict
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {row["layer"] for row in found["model"]["layers"]} == set(found["spectra"])
     assert "Spectra of the forget gradients" in " ".join(each["caption"] for each in found["pictures"])
+
+
+def loads(monkeypatch: pytest.MonkeyPatch, kind: str) -> list[tuple[str, bool, int]]:
+    """Which models are loaded: the folder's name, whether with an adapter, and how many are in memory by then."""
+    found: list[tuple[str, bool, int]] = []
+    there: list[weakref.ref[Any]] = []
+    load = getattr(bases, kind.rpartition(".")[2])
+
+    def spy(model: str, adapter: Path | None = None) -> Any:
+        gc.collect()
+        found.append((Path(model).name, adapter is not None, sum(each() is not None for each in there)))
+        loaded = load(model, adapter)
+        there.append(weakref.ref(loaded[0] if isinstance(loaded, tuple) else loaded))
+        return loaded
+
+    monkeypatch.setattr(kind, spy)
+    return found
+
+
+@pytest.mark.parametrize("attacks", [("--time-limit", 0), ("--no-attacks",)])
+def test_an_audit_loads_each_model_once_and_one_shadow_at_a_time(
+    attacks: tuple[object, ...], place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadows = [shutil.copytree(place["reference"], tmp_path / f"shadow-{number}") for number in (1, 2)]
+    found = loads(monkeypatch, "semu_cli.recognised.classifier")
+    beside = ("--reference", place["reference"], *(part for each in shadows for part in ("--shadow", each)))
+    semu("audit", *how(place, "--test", place["test"], *beside, *attacks, "--output-dir", tmp_path / "report"))
+    assert found == [
+        ("model", False, 0), ("model", True, 1), ("never-knew", False, 2), ("shadow-1", False, 3),
+        ("shadow-2", False, 3),
+    ]  # fmt: skip
+    settings = json.loads((tmp_path / "report" / "report.json").read_text())["settings"]
+    digests = {name: value for name, value in settings.items() if "SHA-256" in name}
+    assert len(digests) == 3 and len(set(digests.values())) == 1  # shadows are copies of the reference here
+
+
+def test_an_audit_of_texts_loads_each_model_and_reads_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cli_models.language_model(tmp_path / "model")
+    other = shutil.copytree(model, tmp_path / "never-knew")
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS[:1])
+    neutral = tmp_path / "neutral.txt"
+    neutral.write_text("the sky is blue")
+    where = ("--model", model, "--forget", forget, "--no-progress")
+    semu("unlearn", "text", *where, "--output-dir", tmp_path / "out", "--max-steps", 1)
+    found, read = loads(monkeypatch, "semu_cli.answers.language_model"), []
+    read_texts = text_file.read_texts
+    monkeypatch.setattr("semu_cli.answers.read_texts", lambda *given: read.append(given[1]) or read_texts(*given))
+    more = ("--neutral", neutral, "--reference", other, "--time-limit", 0, "--output-dir", tmp_path / "report")
+    semu("audit", *where, "--adapter", tmp_path / "out", *more)
+    assert found == [("model", False, 0), ("model", True, 1), ("never-knew", False, 1)]  # the original is let go
+    assert read == ["forget", "neutral"]
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import typer
 from test_cli import semu
 from typer.testing import CliRunner
 
-from semu_cli import app
+from semu_cli import app, bases
 from semu_cli.recognition import ByText, judge_of, named_class
-from semu_peft import evaluation
+from semu_peft import concept, evaluation
 
 FEW = ("--samples", 2, "--num-inference-steps", 1, "--no-progress")
 CAT, DOG = "a photo of a cat", "a photo of a dog"
@@ -82,6 +82,23 @@ def test_an_audit_shows_samples_before_and_after(place: dict[str, Path], tmp_pat
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 2 and f"{CAT} (to be forgotten)" in page
     assert "other seeds, each prompt with many" in [each["test"] for each in report["not_tested"]]
+
+
+def test_an_audit_loads_each_pipeline_and_draws_each_prompt_once(
+    place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+    drawn: list[list[str]] = []
+    load, draw = bases.pipeline, concept.concept_examples
+    monkeypatch.setattr(
+        "semu_cli.pictures.pipeline", lambda *given: loaded.append(given[1] is not None) or load(*given)
+    )
+    monkeypatch.setattr(
+        "semu_peft.concept.concept_examples", lambda *given, **more: drawn.append(given[1]) or draw(*given, **more)
+    )
+    more = ("--reference", place["model"], "--related", "a kitten", "--time-limit", 0, "--output-dir", tmp_path)
+    semu("audit", *how(place), *more)
+    assert loaded == [False, True, False] and drawn == [[CAT], [DOG], ["a kitten"]]  # original, unlearned, reference
 
 
 def test_related_prompts_and_the_attackers_pictures_are_flags(
