@@ -63,13 +63,24 @@ def read_settings(path: Path) -> dict[str, Any]:
             "with the class of its own method, or save, copy or download the adapter again."
         )
     ranks = settings.get("ranks") or {}
-    if not isinstance(ranks, dict) or any(not isinstance(rank, int) or rank < 0 for rank in ranks.values()):
+    if not are_ranks(ranks):
         raise ValueError(
             f"{path} is damaged: `ranks` must map layer names to ranks of 0 or more, got {ranks!r}. Save, copy or "
             "download the adapter again."
         )
     settings.pop("runtime_config", None)
     return settings
+
+
+def are_ranks(value: object) -> bool:
+    """Whether a value maps names to ranks of 0 or more, as a configuration has them.
+
+    Examples:
+        >>> are_ranks({"0": 4}), are_ranks({"0": True}), are_ranks([4])
+        (True, False, False)
+    """
+    ranks = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks)
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_file import (
+    are_ranks,
     check_adapter_file,
     forget_older_weights,
     keep_weights,
@@ -266,8 +267,7 @@ class SemuConfig(PeftConfig):
             )
         for name in ("rank_pattern", "ranks"):
             value = getattr(self, name)
-            ranks = value.values() if isinstance(value, dict) else [None]
-            if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+            if not are_ranks(value):
                 raise ValueError(f"`{name}` must map layer names to ranks of 0 or more, got {value!r}.")
         experts = self.target_experts
         if not isinstance(experts, dict) or not all(map(_are_indices, experts.values())):

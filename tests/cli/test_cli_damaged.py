@@ -49,6 +49,7 @@ def test_an_adapter_that_is_not_whole_is_named(place: dict[str, Path], tmp_path:
     [
         ({"ranks": "x"}, "`ranks` must map layer names to ranks of 0 or more, got 'x'"),
         ({"ranks": {"classifier": -1}}, "`ranks` must map layer names to ranks of 0 or more"),
+        ({"ranks": {"classifier": True}}, "`ranks` must map layer names to ranks of 0 or more"),
         ({"peft_type": "LORA"}, "`peft_type` 'SEMU', got 'LORA'"),
     ],
 )
