@@ -4,7 +4,8 @@ Functions take models and loaders and return plain dataclasses. A metric that fi
 the extra `evaluation`; importing this package does not.
 """
 
-from .attacks import AttackReport, NotRun, attack
+from .attack_report import AttackReport, NotRun
+from .attacks import attack
 from .classification import Predictions, evaluate_forgetting, predict
 from .comparison import ForgettingComparison, ForgettingMetrics
 from .concept_vectors import VectorChange, vector_change

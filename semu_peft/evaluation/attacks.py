@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_switch
@@ -19,20 +18,16 @@ from semu_peft.objectives.original import original
 from semu_peft.tuner.adapted import base_model
 from semu_peft.tuner.keys import without_wrappers
 
-from .classification import Predictions, predict
+from .attack_report import AttackReport, Compared, NotRun
+from .classification import Predictions
 from .knowledge import LossOfOriginal, Measure, Task, accuracy, answer_probability, task_of
-from .language_membership import batch_membership
-from .membership import attack_membership
+from .membership_attacks import MembershipAttacks, Run
 from .perturbation import flipped_inputs, noisy_inputs, stripping
 from .probing import FEWEST_EXAMPLES, lens_attack, linear_probes, logit_lens
 from .prompt_search import search_prompt
 from .prompts import is_encoder_decoder
 from .quantization import quantization
 from .relearning import RelearningCurve, relearning, usual_attackers
-from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
-
-Run = Callable[[nn.Module | None], Any]
-"""`(reference) -> result`: an attack on the model, and on the reference where there is one."""
 
 
 @dataclass(frozen=True)
@@ -42,96 +37,6 @@ class _Attack:
     name: str
     run: Run | str
     has_reference: bool = True
-
-
-@dataclass(frozen=True)
-class NotRun:
-    """An attack that was not tried, or failed.
-
-    Attributes:
-        attack: Its name.
-        reason: Why, and what it would need.
-
-    Examples:
-        >>> NotRun("membership: LiRA", "no shadow models were given")
-        NotRun(attack='membership: LiRA', reason='no shadow models were given')
-    """
-
-    attack: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What an attack says of a model, beside what it says of the reference.
-
-    Attributes:
-        attack: Its name.
-        found: Of the model.
-        reference: Of the reference.
-
-    Examples:
-        >>> Compared("membership", 97.0, 96.5).row
-        ('membership', '97.0', '96.5')
-    """
-
-    attack: str
-    found: Any
-    reference: Any = None
-
-    @property
-    def row(self) -> tuple[str, str, str]:
-        """The attack, what it found, and what it found of the reference."""
-        return self.attack, str(self.found), "" if self.reference is None else str(self.reference)
-
-
-@dataclass(frozen=True, eq=False)
-class AttackReport:
-    """What a model stood, and what nobody asked it.
-
-    Attributes:
-        task: What the model is for.
-        results: One result an attack, each with a `row`.
-        not_run: The attacks that were left out or failed, and those that the reference could not stand.
-        seconds: How long it took.
-        has_reference: Whether there was a retrained model to compare with.
-
-    Examples:
-        >>> report = AttackReport("classification", (), (NotRun("stripping", "the time limit"),), 1.0, False)
-        >>> report
-        AttackReport(classification: 0 attacks, 1 not run, without a reference, 1.0 s)
-    """
-
-    task: Task
-    results: tuple[Any, ...] = field(repr=False)
-    not_run: tuple[NotRun, ...]
-    seconds: float
-    has_reference: bool
-
-    @property
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Of each attack its name, what it found, and what it found of the reference."""
-        return [result.row for result in self.results]
-
-    def to_markdown(self) -> str:
-        """A table of the attacks, and a list of those that were not run."""
-        lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
-        if not self.has_reference:
-            lines += ["", "No retrained model was given, `reference`: an attack may find what any model would give."]
-        if self.not_run:
-            lines += ["", "Not run:", "", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.to_markdown()
-
-    def __repr__(self) -> str:
-        beside = "with" if self.has_reference else "without"
-        return (
-            f"AttackReport({self.task}: {len(self.results)} attacks, {len(self.not_run)} not run, {beside} a "
-            f"reference, {self.seconds:.1f} s)"
-        )
 
 
 def attack(
@@ -383,7 +288,7 @@ class _Plan:
             planned.append(_Attack("stripping, quantisation, relearning", reason))
         else:
             planned += [*self._on_weights(self.measure), *self._on_inputs(self.measure)]
-        return [*planned, *self._inside(), *self._prompts(), *self._membership()]
+        return [*planned, *self._inside(), *self._prompts(), *(_Attack(*each) for each in self._membership().attacks())]
 
     def _on_weights(self, measure: Measure) -> Iterator[_Attack]:
         data = self.data
@@ -485,6 +390,10 @@ class _Plan:
             )  # fmt: skip
         yield from self._left_to_further()
 
+    def _membership(self) -> MembershipAttacks:
+        sides = self.data.forget, self.data.retain, self.data.test
+        return MembershipAttacks(self.model, self.task, *sides, self.shadow, self.tokenizer, self.seed)
+
     def _left_to_further(self) -> Iterator[_Attack]:
         """What needs more than a model and batches, where nobody has given it."""
         name, call = {
@@ -493,78 +402,6 @@ class _Plan:
         }.get(self.task, ("", ""))
         if name and name not in self.further:
             yield _Attack(name, f"it needs more than batches: give {call} as `further[{name!r}]`")
-
-    def _membership(self) -> Iterator[_Attack]:
-        if self.task == "classification":
-            yield from self._membership_of_examples()
-        else:
-            reason = f"these see one answer an example, and this is a {self.task} model"
-            yield _Attack("membership: confidence, log odds, LiRA and RMIA", reason)
-        if self.task == "language":
-            yield from self._membership_of_texts()
-
-    def _membership_of_examples(self) -> Iterator[_Attack]:
-        missing = [f"`{name}`" for name in ("retain", "test") if getattr(self.data, name) is None]
-        plain = f"it needs {' and '.join(missing)}" if missing else self._confidence
-        yield _Attack("membership: confidence and threshold", plain)
-        no_test = "`test` was not given" if self.data.test is None else None
-        yield _Attack("membership: log odds", no_test or self._by_score(self._log_odds))
-        no_shadow = None if self.shadow else "`shadow` was not given: predictions of models that never knew"
-        if no_test or no_shadow:
-            yield _Attack("membership: LiRA and RMIA", no_test or no_shadow or "")
-            return
-        no_odds = any(each.log_odds is None for pair in self.shadow for each in pair)
-        reason = "predictions in `shadow` have no `log_odds`: make them by `predict`"
-        yield _Attack("membership: LiRA", reason if no_odds else self._by_score(self._lira))
-        yield _Attack("membership: RMIA", self._by_score(self._rmia))
-
-    def _confidence(self, reference: nn.Module | None) -> Compared:
-        def of(model: nn.Module) -> Any:
-            sides = [predict(model, each or [], progress=False) for each in (self.data.retain, self.data.test)]
-            forget = predict(model, self.data.forget, progress=False)
-            return attack_membership(sides[0].confidence, sides[1].confidence, forget.confidence, seed=self.seed)
-
-        name = "membership: confidence and threshold, taken for never trained on"
-        return Compared(name, of(self.model), None if reference is None else of(reference))
-
-    def _by_score(self, scored: Callable[[Predictions, Predictions], ShadowMembership]) -> Run:
-        """Score what a model says of forget and test examples, and the reference alike."""
-
-        def of(model: nn.Module) -> ShadowMembership:
-            sides = (self.data.forget, self.data.test or [])
-            return scored(*(predict(model, side, progress=False) for side in sides))
-
-        return lambda beside: replace(of(self.model), reference=None if beside is None else of(beside))
-
-    def _log_odds(self, forget: Predictions, test: Predictions) -> ShadowMembership:
-        return score_attack(_odds(forget), _odds(test), attack="log odds, without shadow models", seed=self.seed)
-
-    def _lira(self, forget: Predictions, test: Predictions) -> ShadowMembership:
-        outside = [torch.stack([_odds(pair[side]) for pair in self.shadow]) for side in (0, 1)]
-        scores = [lira_scores(_odds(side), of_it) for side, of_it in zip((forget, test), outside, strict=True)]
-        return score_attack(*scores, attack="LiRA", seed=self.seed)
-
-    def _rmia(self, forget: Predictions, test: Predictions) -> ShadowMembership:
-        """Half of the test examples are the population, the others the non-members."""
-        forget_out, test_out = (torch.stack([pair[side].confidence for pair in self.shadow]) for side in (0, 1))
-        half = (test.confidence[1::2], test_out[:, 1::2])
-        member = rmia_scores(forget.confidence, forget_out, *half)
-        other = rmia_scores(test.confidence[::2], test_out[:, ::2], *half)
-        return score_attack(member, other, attack="RMIA", seed=self.seed)
-
-    def _membership_of_texts(self) -> Iterator[_Attack]:
-        name, test = "membership of texts", self.data.test
-        if test is None:
-            yield _Attack(name, "`test` was not given: batches of texts that no model was trained on")
-            return
-        yield _Attack(
-            name,
-            lambda beside: batch_membership(
-                self.model, self.data.forget, test, tokenizer=self.tokenizer, reference=beside, seed=self.seed
-            ),
-        )
-        if self.tokenizer is None:
-            yield _Attack(f"{name}: zlib", "`tokenizer` was not given, which makes texts of tokens")
 
 
 def _of_related(run: Run) -> Run:
@@ -575,11 +412,6 @@ def _of_related(run: Run) -> Run:
         return replace(curve, attacker=f"{curve.attacker}, related data")
 
     return told
-
-
-def _odds(said: Predictions) -> Tensor:
-    assert said.log_odds is not None  # `predict` tells them
-    return said.log_odds
 
 
 def _head(model: nn.Module) -> str | None:
