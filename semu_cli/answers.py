@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from .bases import Beside, language_model
+from .estimate import Plan, weights_of
 from .text_file import check_plain, read_texts, written_out
 from .verbs import usage
 
@@ -72,7 +73,8 @@ class Answers(Beside):
     def check(self) -> None:
         """Raise a usage error for a template or a file with a mistake, or texts that nothing is to be compared on."""
         written_out(self.template)
-        if self.show_answers and all(row.is_plain for row in self._rows["forget"]):
+        forget = self._rows["forget"]  # all files are read
+        if self.show_answers and all(row.is_plain for row in forget):
             raise typer.BadParameter(
                 f"`--show-answers` needs questions, and {self.forget} has texts that answer none. Leave it out."
             )
@@ -90,12 +92,9 @@ class Answers(Beside):
     def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
         """`LanguageMetrics` of each model; and, where they are to be shown, answers by question before and after."""
         from semu_peft.evaluation import evaluate_language
-        from semu_peft.evaluation.language import metrics_to_measure
 
         template, data = written_out(self.template), self._rows
-        sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}
-        with usage():
-            metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
+        self._to_measure()
         kept = None if "retain" not in data else {"retain": data["retain"]}
         options: dict[str, Any] = {
             "utility": kept, "neutral": data.get("neutral"), "holdout": data.get("test"), "metrics": self.metrics,
@@ -109,15 +108,32 @@ class Answers(Beside):
                 shown.append(self._answered(measured, tokenizer, data["forget"], template))
         return rows, (shown[0], shown[1]) if shown else None
 
-    def attacked(self, time_limit: float | None) -> Any:
-        """All attacks that the data allow, as an `AttackReport`."""
+    def _to_measure(self) -> list[str]:
+        """The metrics that are asked for, or else that the data allow."""
+        from semu_peft.evaluation.language import metrics_to_measure
+
+        data = self._rows
+        sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}
+        with usage():
+            return metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
+
+    def plan(self, measures: bool, attacks: bool) -> Plan:
+        """What would be loaded, and measured and tried as far as it is to be."""
+        models = {name: place for name, place in self.places().items() if measures or name != "original"}
+        names = self._to_measure() if measures else []
+        counts = {flag: len(rows) for flag, rows in self._rows.items()}
+        plan = Plan(models, counts, [name.replace("_", " ") for name in names], **weights_of(self.judged[0]))
+        return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
+
+    def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
+        """All attacks that the data allow, as an `AttackReport`; of a dry run those that would be tried."""
         from semu_peft import evaluation
         from semu_peft.language import text_examples
 
         template, data = written_out(self.template), self._rows
         batches: dict[str, Any] = {}
         base, tokenizer = self.judged
-        other = None if self.never_knew is None else self.never_knew[0]
+        other = None if dry_run or self.never_knew is None else self.never_knew[0]
         for name in ("forget", "retain", "test", "related"):
             if name in data:
                 rows = text_examples(tokenizer, data[name], template=template, name=name)
@@ -130,7 +146,7 @@ class Answers(Beside):
             )
         return evaluation.attack(
             base, batches.pop("forget"), **batches, tokenizer=tokenizer, reference=other, further=further,
-            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
+            forget_examples=self.forget_examples, time_limit=time_limit, dry_run=dry_run, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .bases import PROFILE, RECORD, check_place
-from .judge import Judged, attacked, in_verbs, judged
+from .judge import Judged, attacked, in_verbs, judged, planned
 from .options import (
     AtATime,
     Classifier,
@@ -27,6 +27,7 @@ from .options import (
     Model,
     Neutral,
     OutputDir,
+    PlanOnly,
     Progress,
     Reference,
     Related,
@@ -78,6 +79,7 @@ def audit(
     template: Template = None,
     time_limit: TimeLimit = None,
     seed: Seed = 0,
+    dry_run: PlanOnly = False,
     progress: Progress = True,
 ) -> Told:
     """Write a report to sign and to doubt: what was asked, done, measured, attacked, and what was not tested."""
@@ -89,6 +91,8 @@ def audit(
 
     new_figure(1, 1)  # that matplotlib is missing is said now, and not when all has been measured
     (settings, training), profile = _recorded(adapter), _profile(adapter)
+    if dry_run:
+        return planned(subject, flags, measures=True, attacks=attacks)
     metrics, samples_of_both = subject.measured()
     shown = list(samples_of_both[0]) if samples_of_both else []
     found = attacked(subject, flags) if attacks else None

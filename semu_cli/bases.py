@@ -132,6 +132,12 @@ class Beside:
         """The model without an adapter."""
         return self.load(self.model, None)
 
+    def places(self) -> dict[str, str]:
+        """Where each lies, by its name; nothing is loaded."""
+        found = {"model": self.model} if self.adapter is None else {"original": self.model}
+        found |= {} if self.adapter is None else {"unlearned": f"{self.model} with {self.adapter}"}
+        return found if self.reference is None else {**found, "reference": self.reference}
+
     def each(self) -> Iterator[tuple[str, Any]]:
         """Name and model of each, one after the other."""
         if self.adapter is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import typer
@@ -66,6 +66,77 @@ class Estimate:
         return Told({"dry_run": True, "estimate": asdict(self)}, [*lines, "Nothing was written."])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a verb that judges would load, measure and try; it was not done.
+
+    Attributes:
+        models: Where each model that would be loaded lies, by its name.
+        examples: How many there are, by what they are for.
+        measures: What would be measured of each model.
+        attacks: What would be tried.
+        not_run: What would not be tried, each with `attack` and `reason`.
+        pictures: How many would be drawn, None where none are.
+        parameters: Numbers in the model.
+        weight_bytes: The model's weights.
+
+    Examples:
+        >>> Plan({"model": "my-llm"}, {"forget": 3}, ["probability"]).told().words[-1]
+        'Nothing was measured, tried or written.'
+    """
+
+    models: Mapping[str, str]
+    examples: Mapping[str, int]
+    measures: Sequence[str] = ()
+    attacks: Sequence[str] = ()
+    not_run: Sequence[Any] = ()
+    pictures: int | None = None
+    parameters: int = 0
+    weight_bytes: int = 0
+
+    def with_attacks(self, report: Any) -> Plan:
+        """The same with what a dry run of attacks says."""
+        return replace(self, attacks=report.planned, not_run=report.not_run)
+
+    def told(self) -> Told:
+        """The plan in words, with what it leaves out."""
+        lines = [
+            f"Would load {len(self.models)} models:",
+            *(f"- {name}: {place}" for name, place in self.models.items()),
+            f"Memory: {_size(self.weight_bytes)} weights of the judged model, with {self.parameters:,} parameters; "
+            "those of the others and activations come on top and were not estimated.",
+            f"Data: {', '.join(f'{count:,} {name}' for name, count in self.examples.items())}.",
+        ]
+        if len(self.models) == 1:
+            lines[0] = "Would load 1 model:"
+        if self.pictures is not None:
+            lines.append(f"Would draw {_counted(self.pictures, 'picture')}.")
+        if self.measures:
+            lines.append(f"Would measure of each: {', '.join(self.measures)}.")
+        if self.attacks:
+            number = _counted(len(self.attacks), "attack")
+            lines.append(f"Would try {number}, with fewer examples where there are fewer:")
+            lines += [f"- {name}" for name in self.attacks]
+        if self.not_run:
+            lines += ["Would not try:", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
+        lines += ["Time: unknown; nothing was tried.", "Nothing was measured, tried or written."]
+        return Told({"dry_run": True, "plan": asdict(self)}, lines)
+
+
+def weights_of(model: Any) -> dict[str, Any]:
+    """The numbers in a model, and their bytes, as a [`Plan`][semu_cli.estimate.Plan] has them.
+
+    Examples:
+        >>> from torch import nn
+        >>> from semu_cli.estimate import weights_of
+        >>> weights_of(nn.Linear(2, 3))
+        {'parameters': 9, 'weight_bytes': 36}
+    """
+    parameters = list(model.parameters())
+    sizes = {"weight_bytes": sum(each.numel() * each.element_size() for each in parameters)}
+    return {"parameters": sum(each.numel() for each in parameters), **sizes}
+
+
 def estimate(
     model: Any,
     target_modules: str | list[str],
@@ -99,11 +170,9 @@ def estimate(
         model.zero_grad(set_to_none=True)
     passes = batches + (1 if steps is None else steps)
     seconds = None if step_seconds is None else (sampling_seconds or 0.0) + step_seconds * passes
-    parameters = list(model.parameters())
-    weights = sum(each.numel() * each.element_size() for each in parameters)
     return Estimate(
-        sum(each.numel() for each in parameters), len(names), examples, batches, steps, weights, 4 * sum(sizes),
-        step_seconds, sampling_seconds, seconds,
+        target_layers=len(names), examples=examples, batches=batches, steps=steps, gradient_bytes=4 * sum(sizes),
+        step_seconds=step_seconds, sampling_seconds=sampling_seconds, seconds=seconds, **weights_of(model),
     )  # fmt: skip
 
 

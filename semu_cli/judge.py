@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Annotated, Any, Protocol
 
@@ -11,6 +11,7 @@ import typer
 
 from .answers import Answers
 from .bases import check_adapter, job_of
+from .estimate import Plan
 from .options import (
     Adapter,
     AtATime,
@@ -23,6 +24,7 @@ from .options import (
     Kept,
     Model,
     Neutral,
+    PlanOnly,
     Progress,
     Reference,
     Related,
@@ -55,8 +57,11 @@ class Judged(Protocol):
     def measured(self) -> tuple[Mapping[str, Any], Any]:
         """The numbers of each model by its name, and what is shown before and after: pictures or answers."""
 
-    def attacked(self, time_limit: float | None) -> Any:
-        """All attacks that fit it, as an `AttackReport`."""
+    def plan(self, measures: bool, attacks: bool) -> Plan:
+        """What would be loaded, and measured and tried as far as it is to be."""
+
+    def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
+        """All attacks that fit it, as an `AttackReport`; of a dry run those that would be tried."""
 
     def unlearned(self) -> Any:
         """The model that the adapter is in."""
@@ -133,17 +138,34 @@ def attacked(subject: Judged, flags: Mapping[str, Any]) -> Any:
         subject: What is attacked.
         flags: What the verb was given, by the names of its parameters.
     """
+    report = subject.attacked(flags["time_limit"])
+    return dataclasses.replace(report, not_run=_in_flags(report.not_run, flags))
+
+
+def _in_flags(not_run: Iterable[Any], flags: Mapping[str, Any]) -> tuple[Any, ...]:
     from semu_peft.evaluation import attack as attack_from_python
 
-    report, names = subject.attacked(flags["time_limit"]), flags_by_name(flags)
+    names = flags_by_name(flags)
     further = [f"`{name}`" for name in signature(attack_from_python).parameters if name not in names]
 
     def said(reason: str) -> str:
         is_for_python = any(name in reason for name in further)
         return in_flags(reason, names) + (" (from Python: `semu_peft.evaluation.attack`)" if is_for_python else "")
 
-    not_run = tuple(dataclasses.replace(each, reason=said(each.reason)) for each in report.not_run)
-    return dataclasses.replace(report, not_run=not_run)
+    return tuple(dataclasses.replace(each, reason=said(each.reason)) for each in not_run)
+
+
+def planned(subject: Judged, flags: Mapping[str, Any], *, measures: bool, attacks: bool) -> Told:
+    """What a verb would load, measure and try, and what not and why: model and data are loaded, and nothing is done.
+
+    Args:
+        subject: What would be judged.
+        flags: What the verb was given, by the names of its parameters.
+        measures: Whether it would be measured.
+        attacks: Whether it would be attacked.
+    """
+    plan = subject.plan(measures, attacks)
+    return dataclasses.replace(plan, not_run=_in_flags(plan.not_run, flags)).told()
 
 
 def evaluate(
@@ -166,10 +188,15 @@ def evaluate(
     columns: Columns = None,
     template: Template = None,
     seed: Seed = 0,
+    dry_run: PlanOnly = False,
     progress: Progress = True,
 ) -> Told:
     """Measure what a model still knows, beside the original and a retrained model."""
-    rows, _ = judged(dict(locals())).measured()
+    flags = dict(locals())
+    subject = judged(flags)
+    if dry_run:
+        return planned(subject, flags, measures=True, attacks=False)
+    rows, _ = subject.measured()
     data = {name: _by_key(row) for name, row in rows.items()}
     return Told({"job": job_of(model), "models": data}, [_table({name: _cells(row) for name, row in rows.items()})])
 
@@ -193,11 +220,15 @@ def attack(
     template: Template = None,
     time_limit: TimeLimit = None,
     seed: Seed = 0,
+    dry_run: PlanOnly = False,
     progress: Progress = True,
 ) -> Told:
     """Try to bring back what was forgotten: relearning, rounding, probes, membership, other questions and seeds."""
     flags = dict(locals())
-    report = attacked(judged(flags), flags)
+    subject = judged(flags)
+    if dry_run:
+        return planned(subject, flags, measures=False, attacks=True)
+    report = attacked(subject, flags)
     told = [(name, in_verbs(found), beside) for name, found, beside in report.rows]
     rows = [
         {**dict(zip(("attack", "model", "reference"), row, strict=True)), "result": plain(result)}

@@ -172,6 +172,9 @@ Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show p
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Load model and data, estimate memory and time, write nothing.")
 ]
+PlanOnly = Annotated[
+    bool, typer.Option("--dry-run", help="Load model and data, say what would be done and what not, write nothing.")
+]
 StepSeconds = Annotated[
     float | None,
     typer.Option("--step-seconds", metavar="S", help="With --dry-run: what a step takes, instead of trying one."),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .bases import Beside, denoising_loss, pipeline
+from .estimate import Plan, weights_of
 from .tables import with_interval
 
 _SHOWN = 4  # pictures of each prompt in a report
@@ -105,13 +106,33 @@ class Drawing(Beside):
             shown.append({prompt: images[:_SHOWN] for prompt, images in drawn.items()})
         return rows, None if self.adapter is None else (shown[0], shown[1])
 
-    def attacked(self, time_limit: float | None) -> Any:
-        """All attacks that fit a pipeline, as an `AttackReport`."""
+    def plan(self, measures: bool, attacks: bool) -> Plan:
+        """What would be loaded, and drawn, measured and tried as far as it is to be."""
+        from semu_peft.concept.families import denoiser_of
+
+        sides = {name: prompts for name, prompts in self._sides.items() if prompts}
+        prompts, is_judged = sum(map(len, sides.values())), self._judge is not None
+        drawn = prompts + len(self.related)  # by the original: losses are of these, and who relearns has them
+        names = [f"{name} loss" for name in sides] + [f"{name} accuracy" for name in sides if is_judged]
+        if measures:
+            drawn += prompts * sum(is_judged or name != "reference" for name in self.places())
+        if attacks and is_judged:
+            drawn += len(self.forget) * (1 if self.reference is None else 2)  # other seeds
+        plan = Plan(
+            self.places() | ({} if self.classifier is None else {"classifier": self.classifier}),
+            {f"{name} prompts": len(each) for name, each in {**sides, "related": self.related}.items() if each},
+            names if measures else (), pictures=self.samples * drawn, **weights_of(denoiser_of(self.judged)),
+        )  # fmt: skip
+        return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
+
+    def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
+        """All attacks that fit a pipeline, as an `AttackReport`; of a dry run those that would be tried."""
         from semu_peft import evaluation
         from semu_peft.concept.families import denoiser_of
 
-        judge, batches = self._judge, dict[str, Any](self._batches(self.original))
-        pipe, other = self.judged, self.never_knew
+        judge = self._judge
+        batches = dict[str, Any](self._latents(self.judged, 1, 1) if dry_run else self._batches(self.original))
+        pipe, other = self.judged, None if dry_run else self.never_knew
         further = {}
         if judge is not None:
             classes = sorted({int(judge.labels(prompt)) for prompt in self.forget})
@@ -122,7 +143,7 @@ class Drawing(Beside):
         report = evaluation.attack(
             denoiser_of(pipe), batches.pop("forget"), **batches, learn=denoising_loss(pipe, self.seed),
             reference=None if other is None else denoiser_of(other), further=further,
-            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
+            forget_examples=self.forget_examples, time_limit=time_limit, dry_run=dry_run, seed=self.seed,
             progress=self.progress,
         )  # fmt: skip
         if judge is not None:
@@ -162,20 +183,24 @@ class Drawing(Beside):
         return {}
 
     def _batches(self, original: Callable[[], Any]) -> dict[str, list[Any]]:
-        """Batches of what the original draws of each side's prompts, once for all: latents with their condition."""
+        """Batches of what the original draws of each side's prompts, once for all."""
+        if not self._drawn:
+            self._drawn.update(self._latents(original(), self.samples, self.num_inference_steps))
+        return self._drawn
+
+    def _latents(self, pipe: Any, samples: int, steps: int) -> dict[str, list[Any]]:
+        """Batches of so many latents of each prompt with their condition, by side."""
         from semu_peft.concept import concept_examples
 
-        if self._drawn:
-            return self._drawn
-        pipe = original()
+        found = {}
         for name, prompts in {**self._sides, "related": self.related}.items():
             if prompts:
                 examples = concept_examples(
-                    pipe, prompts, samples_per_prompt=self.samples, num_inference_steps=self.num_inference_steps,
-                    batch_size=self.batch_size, seed=self.seed, progress=self.progress,
+                    pipe, prompts, samples_per_prompt=samples, num_inference_steps=steps, batch_size=self.batch_size,
+                    seed=self.seed, progress=self.progress,
                 )  # fmt: skip
-                self._drawn[name] = list(examples.loader(min(self.batch_size, len(examples)), shuffle=False))
-        return self._drawn
+                found[name] = list(examples.loader(min(self.batch_size, len(examples)), shuffle=False))
+        return found
 
     def _generate(self, pipe: Any) -> Any:
         from semu_peft.concept.sampling import sample_pipeline

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from .bases import Beside, classifier
+from .estimate import Plan, weights_of
 from .image_folder import read_images, read_others
 from .tables import with_interval
 
@@ -122,19 +123,34 @@ class Recognised(Beside):
                 rows[name]["membership inference interval"] = judged.membership_interval
         return rows, None
 
-    def attacked(self, time_limit: float | None) -> Any:
-        """All attacks that the data allow, as an `AttackReport`."""
+    def plan(self, measures: bool, attacks: bool) -> Plan:
+        """What would be loaded, and measured and tried as far as it is to be."""
+        data = self._of_judged()
+        names = [_TOLD.get(part, f"{part} accuracy") for part in data if part != "related"]
+        names += ["membership inference"] if {"retain", "test"} <= set(data) else []
+        shadows = {f"shadow {number}, one at a time": place for number, place in enumerate(self.shadow, 1)}
+        counts = {part: len(each) for part, each in data.items()}
+        plan = Plan({**self.places(), **shadows}, counts, names if measures else (), **weights_of(self.judged))
+        return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
+
+    def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
+        """All attacks that the data allow, as an `AttackReport`; of a dry run those that would be tried."""
         from semu_peft import evaluation
 
-        base, data = self.judged, self._read(self.judged)
-        if self.related is not None:
-            data["related"] = read_images(self.related, base, "related", original=self.original())
+        base, data = self.judged, self._of_judged()
         batches: dict[str, Any] = {part: list(each.loader(self.batch_size)) for part, each in data.items()}
         return evaluation.attack(
-            base, batches.pop("forget"), **batches, reference=self.never_knew, shadow=self._shadows(),
-            forget_examples=self.forget_examples, time_limit=time_limit, seed=self.seed,
-            progress=self.progress,
+            base, batches.pop("forget"), **batches, reference=None if dry_run else self.never_knew,
+            shadow=self._stand_ins() if dry_run else self._shadows(), forget_examples=self.forget_examples,
+            time_limit=time_limit, dry_run=dry_run, seed=self.seed, progress=self.progress,
         )  # fmt: skip
+
+    def _of_judged(self) -> dict[str, Any]:
+        """The images for the model that is judged, related ones among them."""
+        data = self._read(self.judged)
+        if self.related is not None:
+            data["related"] = read_images(self.related, self.judged, "related", original=self.original())
+        return data
 
     def unlearned(self) -> Any:
         """The model with its adapter."""
@@ -156,6 +172,13 @@ class Recognised(Beside):
     def _shadow_digests(self) -> dict[str, str | None]:
         """Of the shadow models that were in memory for an attack, by their places."""
         return {}
+
+    def _stand_ins(self) -> list[tuple[Any, Any]]:
+        """For a dry run, which loads no shadow model: as many predictions, of the model itself on a single image."""
+        from semu_peft.evaluation import predict
+
+        one = next(iter(self._read(self.judged)["forget"].loader(1)))
+        return [(said, said) for said in [predict(self.judged, [one], progress=False)] for _ in self.shadow]
 
     def _shadows(self) -> list[tuple[Any, Any]]:
         """Of each shadow model its predictions of what was forgotten and of the test images; one is in memory."""

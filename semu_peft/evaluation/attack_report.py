@@ -59,6 +59,7 @@ class AttackReport:
         not_run: The attacks that were left out or failed, and those that the reference could not stand.
         seconds: How long it took.
         has_reference: Whether there was a retrained model to compare with.
+        planned: Of a dry run, the names of the attacks that would be run.
 
     Examples:
         >>> report = AttackReport("classification", (), (NotRun("stripping", "the time limit"),), 1.0, False)
@@ -71,6 +72,7 @@ class AttackReport:
     not_run: tuple[NotRun, ...]
     seconds: float
     has_reference: bool
+    planned: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def rows(self) -> list[tuple[str, str, str]]:
@@ -78,11 +80,13 @@ class AttackReport:
         return [result.row for result in self.results]
 
     def to_markdown(self) -> str:
-        """A table of the attacks, and a list of those that were not run."""
+        """A table of the attacks, and a list of those that were not run; of a dry run, of those that would be."""
         lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
         lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
         if not self.has_reference:
             lines += ["", "No retrained model was given, `reference`: an attack may find what any model would give."]
+        if self.planned:
+            lines += ["", "Would be run:", "", *(f"- {name}" for name in self.planned)]
         if self.not_run:
             lines += ["", "Not run:", "", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
         return "\n".join(lines)

@@ -57,6 +57,7 @@ def attack(
     tokenizer: Any = None,
     prompt_steps: int = 100,
     time_limit: float | None = None,
+    dry_run: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> AttackReport:
@@ -94,6 +95,7 @@ def attack(
         tokenizer: Of a language model: makes texts of tokens, for membership by zlib.
         prompt_steps: Steps of each search for a prompt.
         time_limit: Begin no attack after so many seconds; what is left is named in the report.
+        dry_run: Run nothing: the report names what would be run, with steps and examples, and what would not and why.
         seed: Seed of all draws.
         progress: Show a progress bar.
 
@@ -126,6 +128,7 @@ def attack(
     check_count("seed", seed, least=0)
     check_count("prompt_steps", prompt_steps)
     check_count("forget_examples", forget_examples, optional=True)
+    check_switch("dry_run", dry_run)
     check_switch("progress", progress)
     if forget_examples is not None and attackers is not None:
         raise ValueError(
@@ -140,6 +143,10 @@ def attack(
     )  # fmt: skip
     planned = plan.attacks()
     planned += [_Attack(name, _call(run, model), has_reference=False) for name, run in own.items()]
+    if dry_run:
+        missing = tuple(NotRun(each.name, each.run) for each in planned if isinstance(each.run, str))
+        names = tuple(each.name for each in planned if not isinstance(each.run, str))
+        return AttackReport(plan.task, (), missing, 0.0, reference is not None, names)
     return _carry_out(planned, plan.task, reference, time_limit, progress)
 
 

@@ -12,7 +12,9 @@ import cli_models
 import pytest
 import torch
 from test_cli import semu
+from typer.testing import CliRunner
 
+from semu_cli import app, bases
 from semu_peft import evaluation
 from semu_peft.objectives.attackers import Attacker
 
@@ -149,6 +151,50 @@ def test_neutral_texts_are_compared_with_the_original(text: dict[str, Path], tmp
     rows = semu("evaluate", *where, "--adapter", adapter, "--reference", text["model"], *kl)["models"]
     assert rows["original"]["neutral_kl"] == rows["reference"]["neutral_kl"] == 0 < rows["unlearned"]["neutral_kl"]
     assert "give --adapter" in semu("evaluate", *where, *kl, code=2)["error"]["message"]
+
+
+def test_a_dry_run_says_what_would_be_tried_and_loads_no_other_model(
+    place: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = ("--test", place["test"], "--shadow", place["shadow"], "--reference", place["model"])
+    given = how(place, *beside, "--related", place["data"] / "dog", "--forget-examples", 4)
+    late = semu("attack", *given, "--time-limit", 0)["not_run"]
+    loaded: list[tuple[str, bool]] = []
+    load = bases.classifier
+    monkeypatch.setattr(
+        "semu_cli.recognised.classifier",
+        lambda model, adapter=None: loaded.append((model, adapter is not None)) or load(model, adapter),
+    )
+    found = semu("attack", *given, "--dry-run")
+    plan = found["plan"]
+    assert set(loaded) == {(str(place["model"]), False), (str(place["model"]), True)} and len(loaded) == 2
+    timed = [each["attack"] for each in late if each["reason"].startswith("the time limit")]
+    assert plan["attacks"] == timed and {"membership: LiRA", "membership: RMIA"} <= set(timed)
+    assert plan["not_run"] == [each for each in late if each["attack"] not in timed]
+    assert found["dry_run"] and not plan["measures"]
+    assert plan["examples"] == {"forget": 6, "retain": 18, "test": 9, "forget_test": 3, "related": 6}
+    assert list(plan["models"]) == ["original", "unlearned", "reference", "shadow 1, one at a time"]
+    told = CliRunner().invoke(app, ["attack", *map(str, given), "--dry-run"]).output
+    assert f"Would try {len(timed)} attacks, with fewer" in told and "fewer:\n- stripping\n" in told
+    assert "Time: unknown" in told
+
+
+def test_a_dry_run_of_measuring_names_all_that_is_measured(
+    place: dict[str, Path], text: dict[str, Path], tmp_path: Path
+) -> None:
+    facts = ("--model", text["model"], "--forget", text["forget"], "--retain", text["related"], "--no-progress")
+    for given in (how(place, "--test", place["test"]), how(place), (*facts, "--test", text["related"])):
+        plan = semu("evaluate", *given, "--dry-run")["plan"]
+        row = next(reversed(semu("evaluate", *given)["models"].values()))
+        there = [name for name, value in row.items() if value not in (None, {}, []) and not name.endswith("interval")]
+        told = {"utility": "model utility"}  # what it is the mean of is told where it is not to be had
+        measured = {told.get(name, name.replace("_", " ")) for name in there}
+        assert set(plan["measures"]) == measured and not plan["attacks"]
+        assert plan["weight_bytes"] >= 4 * plan["parameters"] > 0
+    folder = tmp_path / "report"
+    audited = semu("audit", *how(place, "--dry-run", "--output-dir", folder))["plan"]
+    assert audited["measures"] and audited["attacks"] and not folder.exists()
+    assert not semu("audit", *how(place, "--dry-run", "--no-attacks", "--output-dir", folder))["plan"]["attacks"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from semu_cli import app, bases
 from semu_cli.recognition import ByText, judge_of, named_class
 from semu_peft import concept, evaluation
+from semu_peft.concept import sampling
 
 FEW = ("--samples", 2, "--num-inference-steps", 1, "--no-progress")
 CAT, DOG = "a photo of a cat", "a photo of a dog"
@@ -99,6 +101,40 @@ def test_an_audit_loads_each_pipeline_and_draws_each_prompt_once(
     more = ("--reference", place["model"], "--related", "a kitten", "--time-limit", 0, "--output-dir", tmp_path)
     semu("audit", *how(place), *more)
     assert loaded == [False, True, False] and drawn == [[CAT], [DOG], ["a kitten"]]  # original, unlearned, reference
+
+
+def test_a_dry_run_counts_the_pictures(place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (*how(place), "--reference", place["model"], "--related", "a kitten", "--output-dir", tmp_path / "report")
+    drawn: list[int] = []
+    examples, sample, run = concept.concept_examples, sampling.sample_pipeline, evaluation.attack
+
+    def latents(*arguments: Any, **options: Any) -> Any:
+        found = examples(*arguments, **options)
+        drawn.append(len(found))
+        return found
+
+    def pictures(pipe: Any, prompts: Any, **options: Any) -> Any:
+        drawn.append(len(prompts))
+        return sample(pipe, prompts, **options)
+
+    def seeds_alone(model: Any, *_: Any, further: Any, **options: Any) -> Any:
+        for each in further.values():
+            each(model)
+        return evaluation.AttackReport("diffusion", (), (), 0.0, False)
+
+    monkeypatch.setattr("semu_peft.concept.concept_examples", latents)
+    monkeypatch.setattr("semu_peft.concept.sampling.sample_pipeline", pictures)
+    for more in ((), ("--classifier", place["classifier"])):
+        plan = semu("audit", *given, *more, "--dry-run")["plan"]
+        assert sum(drawn) == 3, "one of each prompt, to know what fits"
+        assert ("other seeds" in plan["attacks"]) == bool(more) and not (tmp_path / "report").exists()
+        drawn.clear()
+        monkeypatch.setattr("semu_peft.evaluation.attack", functools.wraps(run)(seeds_alone))
+        semu("audit", *given, *more)
+        assert sum(drawn) == plan["pictures"]
+        shutil.rmtree(tmp_path / "report")
+        drawn.clear()
+        monkeypatch.setattr("semu_peft.evaluation.attack", run)
 
 
 def test_related_prompts_and_the_attackers_pictures_are_flags(

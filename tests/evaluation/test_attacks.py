@@ -382,6 +382,28 @@ def test_as_many_examples_are_for_the_attackers_that_are_chosen(attackers: Any) 
     assert len(relearnt) >= 4 and all(", 3 examples" in name for name in relearnt)
 
 
+def test_a_dry_run_names_what_would_be_run_and_runs_nothing() -> None:
+    ran: list[Any] = []
+    given = {
+        "reference": Mlp(),
+        "related": RETAIN,
+        "further": {"mine": ran.append},
+        "measure": lambda *_: ran.append(1),
+    }
+    said = [predict(Mlp(), side, progress=False) for side in (FORGET, TEST)]
+    more = {"shadow": [tuple(said)], "forget_examples": 3, "progress": False, **given}
+    dry = attack(adapted(), FORGET, RETAIN, TEST, dry_run=True, **more)
+    late = attack(adapted(), FORGET, RETAIN, TEST, time_limit=0, **more)
+    assert not ran and not dry.results and dry.has_reference
+    timed = [each.attack for each in late.not_run if each.reason.startswith("the time limit")]
+    assert list(dry.planned) == timed and {"mine", "membership: LiRA", "quantisation: 4 bits"} <= set(timed)
+    assert "relearning: SGD 0.01, 3 examples, 50 steps" in timed
+    assert dry.not_run == tuple(each for each in late.not_run if each.attack not in timed) and not late.planned
+    assert "Would be run:\n\n- stripping\n" in dry.to_markdown() and "Would be run" not in late.to_markdown()
+    with pytest.raises(TypeError, match="`dry_run`"):
+        attack(Mlp(), FORGET, dry_run=1)
+
+
 def test_no_seeds_are_named() -> None:
     with pytest.raises(ValueError, match="`seeds` must hold at least one"):
         search_prompt(nn.ReLU(), concept(), CrossEntropy(), seeds=())
