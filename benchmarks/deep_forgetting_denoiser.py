@@ -47,7 +47,7 @@ CONFIG: dict[str, Any] = {
 SIMULATED = [Attacker("adam", 1e-3, steps=10), Attacker("adam", 3e-3, steps=5)]
 ATTACKERS = [Attacker("adam", 1e-3, steps=50), Attacker("adam", 1e-4, steps=50), Attacker("sgd", 1e-2, steps=50)]
 SHOWN = (0, 5, 10, 20, 50)
-GOLD, NOTHING, ALONE = "retrained (gold)", "original (do nothing)", "matching"
+GOLD, NOTHING, ALONE = "retrained (gold)", "original (do nothing)", "matching, retain × 3"
 # Whether attackers are simulated, and the weight of what the original predicts for the other classes.
 WAYS = {ALONE: (False, 3.0)} | {
     f"matching, attackers, retain × {weight}": (True, float(weight)) for weight in (1, 3, 10)

@@ -89,7 +89,7 @@ class Answers(Beside):
 
         return {} if self.never_knew is None else {"reference": model_fingerprint(self.never_knew[0])}
 
-    def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
+    def measured(self, shows: bool) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
         """`LanguageMetrics` of each model; and, where they are to be shown, answers by question before and after."""
         from semu_peft.evaluation import evaluate_language
 
@@ -104,7 +104,7 @@ class Answers(Beside):
         for name, (measured, tokenizer) in self.each():
             with self._before(name, measured) as before:
                 rows[name] = evaluate_language(measured, tokenizer, data["forget"], reference=before, **options)
-            if self.show_answers and name != "reference":
+            if shows and self.show_answers and name != "reference":
                 shown.append(self._answered(measured, tokenizer, data["forget"], template))
         return rows, (shown[0], shown[1]) if shown else None
 
@@ -117,7 +117,7 @@ class Answers(Beside):
         with usage():
             return metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
 
-    def plan(self, measures: bool, attacks: bool) -> Plan:
+    def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:
         """What would be loaded, and measured and tried as far as it is to be."""
         models = {name: place for name, place in self.places().items() if measures or name != "original"}
         names = self._to_measure() if measures else []

@@ -92,8 +92,8 @@ def audit(
     new_figure(1, 1)  # that matplotlib is missing is said now, and not when all has been measured
     (settings, training), profile = _recorded(adapter), _profile(adapter)
     if dry_run:
-        return planned(subject, flags, measures=True, attacks=attacks)
-    metrics, samples_of_both = subject.measured()
+        return planned(subject, flags, measures=True, attacks=attacks, shows=True)
+    metrics, samples_of_both = subject.measured(shows=True)
     shown = list(samples_of_both[0]) if samples_of_both else []
     found = attacked(subject, flags) if attacks else None
     report = report_on(

@@ -130,7 +130,7 @@ class Beside:
 
     def original(self) -> Any:
         """The model without an adapter."""
-        return self.load(self.model, None)
+        return self.judged if self.adapter is None else self.load(self.model, None)
 
     def places(self) -> dict[str, str]:
         """Where each lies, by its name; nothing is loaded."""

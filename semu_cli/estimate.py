@@ -123,8 +123,8 @@ class Plan:
         return Told({"dry_run": True, "plan": asdict(self)}, lines)
 
 
-def weights_of(model: Any) -> dict[str, Any]:
-    """The numbers in a model, and their bytes, as a [`Plan`][semu_cli.estimate.Plan] has them.
+def weights_of(*models: Any) -> dict[str, Any]:
+    """The numbers in a model or a pipeline's parts, and their bytes, as a [`Plan`][semu_cli.estimate.Plan] has them.
 
     Examples:
         >>> from torch import nn
@@ -132,7 +132,7 @@ def weights_of(model: Any) -> dict[str, Any]:
         >>> weights_of(nn.Linear(2, 3))
         {'parameters': 9, 'weight_bytes': 36}
     """
-    parameters = list(model.parameters())
+    parameters = [each for model in models for each in model.parameters()]
     sizes = {"weight_bytes": sum(each.numel() * each.element_size() for each in parameters)}
     return {"parameters": sum(each.numel() for each in parameters), **sizes}
 

@@ -54,10 +54,10 @@ class Judged(Protocol):
     def digests(self) -> Mapping[str, str | None]:
         """Of the weights of the models that it is compared with or judged by, by flag."""
 
-    def measured(self) -> tuple[Mapping[str, Any], Any]:
-        """The numbers of each model by its name, and what is shown before and after: pictures or answers."""
+    def measured(self, shows: bool) -> tuple[Mapping[str, Any], Any]:
+        """The numbers of each model by its name, and what is to be shown before and after: pictures or answers."""
 
-    def plan(self, measures: bool, attacks: bool) -> Plan:
+    def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:
         """What would be loaded, and measured and tried as far as it is to be."""
 
     def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
@@ -155,7 +155,7 @@ def _in_flags(not_run: Iterable[Any], flags: Mapping[str, Any]) -> tuple[Any, ..
     return tuple(dataclasses.replace(each, reason=said(each.reason)) for each in not_run)
 
 
-def planned(subject: Judged, flags: Mapping[str, Any], *, measures: bool, attacks: bool) -> Told:
+def planned(subject: Judged, flags: Mapping[str, Any], *, measures: bool, attacks: bool, shows: bool = False) -> Told:
     """What a verb would load, measure and try, and what not and why: model and data are loaded, and nothing is done.
 
     Args:
@@ -163,8 +163,9 @@ def planned(subject: Judged, flags: Mapping[str, Any], *, measures: bool, attack
         flags: What the verb was given, by the names of its parameters.
         measures: Whether it would be measured.
         attacks: Whether it would be attacked.
+        shows: Whether what it draws or says would be shown.
     """
-    plan = subject.plan(measures, attacks)
+    plan = subject.plan(measures, attacks, shows)
     return dataclasses.replace(plan, not_run=_in_flags(plan.not_run, flags)).told()
 
 
@@ -196,7 +197,7 @@ def evaluate(
     subject = judged(flags)
     if dry_run:
         return planned(subject, flags, measures=True, attacks=False)
-    rows, _ = subject.measured()
+    rows, _ = subject.measured(shows=False)
     data = {name: _by_key(row) for name, row in rows.items()}
     return Told({"job": job_of(model), "models": data}, [_table({name: _cells(row) for name, row in rows.items()})])
 

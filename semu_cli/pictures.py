@@ -81,8 +81,8 @@ class Drawing(Beside):
         """Of the pictures of each prompt."""
         return list(range(self.seed, self.seed + self.samples))
 
-    def measured(self) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
-        """Of each pipeline its numbers; and, with an adapter, pictures by prompt before and after."""
+    def measured(self, shows: bool) -> tuple[dict[str, Any], tuple[Any, Any] | None]:
+        """Of each pipeline its numbers; and to show, with an adapter, pictures by prompt before and after."""
         from semu_peft.concept.families import denoiser_of
         from semu_peft.evaluation import classify_samples
         from semu_peft.evaluation.knowledge import mean_loss
@@ -94,7 +94,7 @@ class Drawing(Beside):
             loss = denoising_loss(pipe, self.seed)
             shared = {part: each for part, each in batches.items() if part in self._sides}
             rows[name] = {f"{part} loss": mean_loss(denoiser_of(pipe), each, loss) for part, each in shared.items()}
-            drawn = self._draw(pipe, name) if judge is not None or name != "reference" else {}
+            drawn = self._draw(pipe, name) if self._draws(name, shows) else {}
             for part, prompts in self._sides.items():
                 if judge is not None and prompts:
                     said = [
@@ -104,24 +104,29 @@ class Drawing(Beside):
                     mean = sum(each.accuracy for each in said) / len(said)
                     rows[name] |= with_interval(f"{part} accuracy", mean, self.samples * len(said))
             shown.append({prompt: images[:_SHOWN] for prompt, images in drawn.items()})
-        return rows, None if self.adapter is None else (shown[0], shown[1])
+        return rows, (shown[0], shown[1]) if shows and self.adapter is not None else None
 
-    def plan(self, measures: bool, attacks: bool) -> Plan:
+    def _draws(self, name: str, shows: bool) -> bool:
+        """Whether pictures of a pipeline are looked at: by the classifier, or by who reads a report."""
+        return self._judge is not None or (shows and name != "reference")
+
+    def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:
         """What would be loaded, and drawn, measured and tried as far as it is to be."""
-        from semu_peft.concept.families import denoiser_of
+        from torch import nn
 
+        modules = [part for part in self.judged.components.values() if isinstance(part, nn.Module)]
         sides = {name: prompts for name, prompts in self._sides.items() if prompts}
         prompts, is_judged = sum(map(len, sides.values())), self._judge is not None
         drawn = prompts + len(self.related)  # by the original: losses are of these, and who relearns has them
         names = [f"{name} loss" for name in sides] + [f"{name} accuracy" for name in sides if is_judged]
         if measures:
-            drawn += prompts * sum(is_judged or name != "reference" for name in self.places())
+            drawn += prompts * sum(self._draws(name, shows) for name in self.places())
         if attacks and is_judged:
             drawn += len(self.forget) * (1 if self.reference is None else 2)  # other seeds
         plan = Plan(
             self.places() | ({} if self.classifier is None else {"classifier": self.classifier}),
             {f"{name} prompts": len(each) for name, each in {**sides, "related": self.related}.items() if each},
-            names if measures else (), pictures=self.samples * drawn, **weights_of(denoiser_of(self.judged)),
+            names if measures else (), pictures=self.samples * drawn, **weights_of(*modules),
         )  # fmt: skip
         return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
 

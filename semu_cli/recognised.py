@@ -100,7 +100,7 @@ class Recognised(Beside):
             found[f"shadow {number}"] = self._shadow_digests[place] if there else model_fingerprint(classifier(place))
         return found
 
-    def measured(self) -> tuple[dict[str, dict[str, Any]], None]:
+    def measured(self, shows: bool) -> tuple[dict[str, dict[str, Any]], None]:
         """Accuracies of each model in percent and, with data of all three kinds, the membership attack's share.
 
         Each has an interval.
@@ -123,7 +123,7 @@ class Recognised(Beside):
                 rows[name]["membership inference interval"] = judged.membership_interval
         return rows, None
 
-    def plan(self, measures: bool, attacks: bool) -> Plan:
+    def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:
         """What would be loaded, and measured and tried as far as it is to be."""
         data = self._of_judged()
         names = [_TOLD.get(part, f"{part} accuracy") for part in data if part != "related"]

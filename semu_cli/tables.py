@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _LEAST = 16  # signs of a name in a line, below which a table of wrapped names is no longer read
-_QUANTILE = 1.96  # of the normal distribution, two-sided 95%
 
 
 def with_interval(name: str, percent: float, count: int) -> dict[str, Any]:
@@ -24,11 +22,10 @@ def with_interval(name: str, percent: float, count: int) -> dict[str, Any]:
         >>> with_interval("accuracy", 0.0, 6)
         {'accuracy': 0.0, 'accuracy interval': (0.0, 39.0...)}
     """
-    share, squared = percent / 100, _QUANTILE**2
-    middle = share + squared / (2 * count)
-    half = _QUANTILE * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
-    bounds = [100 * (middle + side) / (1 + squared / count) for side in (-half, half)]
-    return {name: percent, f"{name} interval": (max(0.0, bounds[0]), min(100.0, bounds[1]))}
+    from semu_peft.evaluation.auc import share_interval
+
+    low, high = share_interval(percent / 100, count)
+    return {name: percent, f"{name} interval": (100 * low, 100 * high)}
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,14 @@ class AttackReport:
 
     def to_markdown(self) -> str:
         """A table of the attacks, and a list of those that were not run; of a dry run, of those that would be."""
-        lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
-        if not self.has_reference:
+        lines = []
+        if not self.planned:
+            lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
+            lines += [f"| {name} | {found} | {other or '–'} |" for name, found, other in self.rows]
+        if not self.has_reference and not self.planned:
             lines += ["", "No retrained model was given, `reference`: an attack may find what any model would give."]
         if self.planned:
-            lines += ["", "Would be run:", "", *(f"- {name}" for name in self.planned)]
+            lines += ["Would be run:", "", *(f"- {name}" for name in self.planned)]
         if self.not_run:
             lines += ["", "Not run:", "", *(f"- {each.attack}: {each.reason}" for each in self.not_run)]
         return "\n".join(lines)

@@ -288,9 +288,11 @@ class _Plan:
         """All attacks, in the order of the report."""
         planned: list[_Attack] = []
         if self.measure is None:
+            missing = ["`learn`, a `DenoisingLoss`"] if self.learn is None else []
+            missing += ["the model with its `adapter`"] if self._original() is None else []
             reason = (
-                "a denoiser is measured by its training loss beside the original's: give `learn`, a `DenoisingLoss`, "
-                "and the model with its `adapter`, or `measure`"
+                "a denoiser is measured by its training loss beside the original's: give "
+                f"{' and '.join(missing)}, or `measure`"
             )
             planned.append(_Attack("stripping, quantisation, relearning", reason))
         else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+_QUANTILE = 1.96  # of the normal distribution, two-sided 95%
 _DRAWN_AT_ONCE = 1_000_000  # examples, of all redraws together: 16 MB of places and values
 
 
@@ -29,7 +32,8 @@ def auc_with_interval(
 ) -> tuple[float, tuple[float, float]]:
     """The AUC, and between which values 95% of those of examples drawn again lie (the percentile bootstrap).
 
-    Both sets are drawn with replacement. Scores are ranked once; a draw counts how often it took each of them.
+    Both sets are drawn with replacement. Scores are ranked once; a draw counts how often it took each of them. At 0 or
+    1 all draws agree, of however few examples: there the interval is Wilson's of as many as the smaller set has.
 
     Args:
         higher: Scores that should be the higher ones, `(N,)`.
@@ -40,8 +44,9 @@ def auc_with_interval(
     Examples:
         >>> import torch
         >>> from semu_peft.evaluation.auc import auc_with_interval
-        >>> auc_with_interval(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]), redraws=10)
-        (1.0, (1.0, 1.0))
+        >>> value, (low, high) = auc_with_interval(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]), redraws=10)
+        >>> value, round(low, 2), high
+        (1.0, 0.34, 1.0)
     """
     generator = torch.Generator().manual_seed(seed)
     left, right = _places(higher, lower)
@@ -53,7 +58,29 @@ def auc_with_interval(
         )
         drawn.append(_wins(left, right, rows, columns))
     low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return auc(higher, lower), (low, high)
+    value = auc(higher, lower)
+    if low == high and value in (0.0, 1.0):
+        return value, share_interval(value, min(len(higher), len(lower)))
+    return value, (low, high)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of so many examples, which holds at 0 and 1 as well (Wilson 1927).
+
+    Args:
+        share: From 0 to 1.
+        count: Of how many examples.
+
+    Examples:
+        >>> from semu_peft.evaluation.auc import share_interval
+        >>> [round(bound, 3) for bound in share_interval(0.0, 6)]
+        [0.0, 0.39]
+    """
+    squared = _QUANTILE**2
+    middle = share + squared / (2 * count)
+    half = _QUANTILE * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))
+    low, high = ((middle + side) / (1 + squared / count) for side in (-half, half))
+    return max(0.0, low), min(1.0, high)
 
 
 def mean_interval(values: Tensor, *, redraws: int = 1000, seed: int = 0) -> tuple[float, float]:

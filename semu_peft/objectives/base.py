@@ -52,8 +52,9 @@ class Evaluation:
     Attributes:
         loss: The loss of one batch, a scalar.
         outputs: What the model says of it, once for each objective in a sum; none where the objective does not tell.
-        damage: How far what is to be kept is from the original's, a scalar, `KL(original ‖ now)` in nats or a squared
-            error, where `prepare` has asked the original anyway; else None.
+        damage: How far the other outputs are from the original's, all of those of retain data and the other answers or
+            conditions of forget data: a scalar, `KL(original ‖ now)` in nats or a squared error, where the model itself
+            without its adapter has been asked anyway; else None.
 
     Examples:
         >>> import torch
@@ -125,6 +126,10 @@ class Objective(ABC):
         outputs = self.outputs(model, batch)
         self.load_state_dict(prepared)
         return Evaluation(self(model, batch), () if outputs is None else (Outputs(outputs),))
+
+    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
+        """Return the loss of a batch that is looked at once, as a call does, and the damage where that is known."""
+        return Evaluation(self(model, batch))
 
     def reader(self) -> Reader | None:
         """Return what runs the model on a batch, where nothing else of the model is in the loss; or None.
@@ -226,21 +231,24 @@ class WeightedSum(Objective):
             object.__setattr__(self, "minimum", sum(weight * (objective.minimum or 0.0) for weight, objective in terms))
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        readings, losses = _Readings(model, batch), []
-        for weight, objective in self.terms:
-            if objective.reader() is None:
-                loss = objective(model, batch)
-            else:
-                loss = readings.evaluate(objective, objective.prepare(model, batch)).loss
-            losses.append(weight * loss)
-        return torch.stack(losses).sum()
+        return self.measure(model, batch).loss
+
+    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
+        readings = _Readings(model, batch)
+        return self._sum([
+            objective.measure(model, batch) if objective.reader() is None
+            else readings.evaluate(objective, objective.prepare(model, batch))
+            for _, objective in self.terms
+        ])  # fmt: skip
 
     def prepare(self, model: nn.Module, batch: Any) -> list[Any]:
         return [objective.prepare(model, batch) for _, objective in self.terms]
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         readings, pairs = _Readings(model, batch), zip(self.terms, prepared, strict=True)
-        evaluations = [readings.evaluate(objective, given) for (_, objective), given in pairs]
+        return self._sum([readings.evaluate(objective, given) for (_, objective), given in pairs])
+
+    def _sum(self, evaluations: list[Evaluation]) -> Evaluation:
         losses = [weight * each.loss for (weight, _), each in zip(self.terms, evaluations, strict=True)]
         outputs = [
             replace(output, weight=weight * output.weight)

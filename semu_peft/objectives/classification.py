@@ -72,6 +72,11 @@ class ClassificationObjective(Objective):
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
+    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
+        if type(self).__call__ is not ClassificationObjective.__call__:
+            return super().measure(model, batch)
+        return self.evaluate(model, batch, self.prepare(model, batch))
+
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         return self.evaluate_reading(self._read(model, batch), prepared)
 
@@ -88,7 +93,7 @@ class ClassificationObjective(Objective):
         return Evaluation(loss, (Outputs(logits, labels),), damage)
 
     def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor | None:
-        """How far what is to be kept is from the original's, where `prepared` tells of it."""
+        """How far the other outputs are from the original's, where `prepared` tells of these."""
         return None
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
@@ -280,7 +285,9 @@ class DecoupledDistillation(ForgettingClasses):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
 
-    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor | None:
+        if self.reference is not None:
+            return None
         # The loss is this divergence among the classes that stay, and the negative logarithm of their probability.
         staying = logits.masked_fill(self.forgotten(labels, logits.shape[1]), float("-inf"))
         return (loss + (staying.logsumexp(-1) - logits.logsumexp(-1)).mean()).clamp_min(0)
@@ -366,7 +373,9 @@ class UnseenConfidence(ClassificationObjective):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(logits.log_softmax(-1), prepared, reduction="batchmean")
 
-    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor | None:
+        if self.reference is not None:
+            return None
         others = strike_out(prepared, labels).clamp_min(torch.finfo(prepared.dtype).tiny).log()
         return divergence("categorical", others, strike_out(logits, labels))
 

@@ -81,6 +81,11 @@ class DiffusionObjective(RandomObjective):
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
+    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
+        if type(self).__call__ is not DiffusionObjective.__call__:
+            return super().measure(model, batch)
+        return self.evaluate(model, batch, self.prepare(model, batch))
+
     def prepare(self, model: nn.Module, batch: Any) -> tuple[_Noised, Condition, Tensor]:
         at = self._noised(batch)
         return at, *self._matched(model, at)
@@ -298,7 +303,8 @@ class PreservePrediction(_Referenced):
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         evaluation = super().evaluate(model, batch, prepared)
-        return replace(evaluation, damage=evaluation.loss.detach()) if self.target_model == "original" else evaluation
+        is_of_original = self.target_model == "original" and self.reference is None
+        return replace(evaluation, damage=evaluation.loss.detach()) if is_of_original else evaluation
 
 
 @dataclass

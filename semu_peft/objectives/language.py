@@ -103,8 +103,8 @@ class KLToOriginal(ClassificationObjective):
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.kl_div(self._left(logits).log_softmax(-1), prepared, reduction="batchmean", log_target=True)
 
-    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor:
-        return loss
+    def damage(self, logits: Tensor, labels: Tensor, prepared: Any, loss: Tensor) -> Tensor | None:
+        return loss if self.reference is None else None
 
     def _left(self, logits: Tensor) -> Tensor:
         """The logits of the classes that count."""

@@ -221,7 +221,8 @@ class InTurns(Objective):
                 f"{self.period}. Make the period longer."
             )
         self._inner = as_objective(self.objective)
-        self.is_random = self._inner.is_random
+        self.is_random, self.is_costly = self._inner.is_random, self._inner.is_costly
+        self.turns = self.period * self._inner.turns
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         number, is_over = self.calls % self.period, self.until is not None and self.calls >= self.until

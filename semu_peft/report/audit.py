@@ -43,7 +43,7 @@ from .measured import fits, flat_attacks, read_attacks, read_metrics, read_task,
 from .plots import plot_confusion, plot_spectra
 from .samples import Samples, plot_samples, read_samples
 from .sections import sections
-from .tradeoff import forgetting_of, has_losses, plot_losses, plot_tradeoff
+from .tradeoff import forgetting_of, has_losses, is_of_retain_data, plot_losses, plot_tradeoff
 
 FORMAT = "semu_peft.Audit"
 SCHEMA_VERSION = 1
@@ -290,7 +290,10 @@ def _runs(training: Any) -> dict[str, UnlearnResult]:
 
 
 def _with_damage(runs: Mapping[str, UnlearnResult]) -> bool:
-    return any("damage" in entry for result in runs.values() for entry in result.history)
+    return any(
+        is_of_retain_data(result.history) and any("damage" in entry for entry in result.history)
+        for result in runs.values()
+    )
 
 
 def _marked(forgotten: Any) -> list[int | str]:
@@ -319,7 +322,7 @@ def _curves(runs: Mapping[str, UnlearnResult], attacks: Any) -> list[Picture]:
     both = {
         name: result
         for name, result in runs.items()
-        if all(any(key in entry for entry in result.history) for key in ("damage", forgetting_of(result)))
+        if any("damage" in entry and forgetting_of(result) in entry for entry in result.history)
     }
     if both:
         caption = "Forgetting against damage"

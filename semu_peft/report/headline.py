@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .document import Table, Text
+from .tradeoff import is_in_nats, is_of_retain_data
 from .wording import measured, model_name, shown
 
 _ORIGINALS = ("original", "before", "base", "base model", "original model")
@@ -154,8 +155,11 @@ def _cost(models: _Models, kept: str | None, training: Sequence[Mapping[str, Any
     history = [entry for run in training for entry in run["history"]]
     damage = [entry["damage"] for entry in history if "damage" in entry]
     if len(training) == 1 and damage:
-        unit = " nats" if any("answer_probability" in entry for entry in history) else ""  # else of squared errors
-        return f"its cost: a damage of {shown(damage[-1])}{unit} on what was to be kept, as the run recorded"
+        cost = f"a damage of {shown(damage[-1])}{' nats' if is_in_nats(history) else ''}"
+        if is_of_retain_data(history):
+            return f"its cost: {cost} on what was to be kept, as the run recorded"
+        on = "on the other answers to what was forgotten"
+        return f"its cost: {cost} {on}, as the run recorded; what it cost of other data was not measured"
     return "what it cost of what was to be kept was not measured"
 
 

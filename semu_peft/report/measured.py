@@ -109,7 +109,7 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
         metrics: One result, several (of as many seeds), a mapping of either by name, or a
             [`ForgettingComparison`][semu_peft.evaluation.comparison.ForgettingComparison]. A result is a dataclass or
             a mapping of numbers. A number's interval stands beside it, as `(value, low, high)` or under its name with
-            `_interval`: `membership_interval`; of a mapping of numbers, a mapping.
+            `_interval`: `membership_interval`; where a field of a dataclass is a mapping, a mapping.
 
     Returns:
         `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`,
@@ -262,11 +262,14 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
     for name, value in parts.items():
         if _is_interval(name) and value is not None:
             stem = str(name).removesuffix("interval").replace("_", " ").strip()
-            of = stem if stem in values else next((each for each in values if each.startswith(stem)), stem)
+            begun = (each for each in values if each.startswith(stem) and not each.startswith(_part(stem, "")))
+            of = stem if stem in values else next(begun, stem)
             several = isinstance(value, Mapping)
             bounds = {_part(stem, key): each for key, each in value.items()} if several else {of: value}
             for each in values.keys() & bounds.keys():
-                values[each] |= {"interval": [float(bound) for bound in bounds[each]], "source": "examples"}
+                low, high = map(float, bounds[each])
+                _check_order(low, high, bounds[each])
+                values[each] |= {"interval": [low, high], "source": "examples"}
     return values
 
 
@@ -294,12 +297,16 @@ def _number(value: Any) -> dict[str, Any]:
     if not _with_interval(value):
         return {"value": plain(value), "interval": None, "source": None}
     number, *bounds = value
-    if bounds[0] > bounds[1]:
-        raise ValueError(
-            f"`metrics` must give a value with its interval as `(value, low, high)`, got {value}. Give the bounds in "
-            "order."
-        )
+    _check_order(bounds[0], bounds[1], value)
     return {"value": plain(number), "interval": plain(bounds), "source": "given"}
+
+
+def _check_order(low: float, high: float, given: Any) -> None:
+    if low > high:
+        raise ValueError(
+            "`metrics` must give a value with its interval as `(value, low, high)`, or that as `(low, high)`, got "
+            f"{given}. Give the bounds in order."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -130,8 +130,8 @@ def _tradeoff(contents: Contents) -> list[Part]:
     histories = [run["history"] for run in contents["training"]]
     if not any("damage" in entry for history in histories for entry in history):
         text = (
-            "The runs recorded no damage, as they do with “max_retain_kl”, and where an objective asks the original: "
-            "their losses are all that is known of the way."
+            "The runs recorded no damage, as they do with “max_retain_kl”, or where an objective asks the original "
+            "about what is to be kept: their losses are all that is known of the way."
         )
         return [Text(text, missing=True)]
     return [Text("What the run went through; the dot is where the model was left.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from semu_peft.training.unlearn import UnlearnResult
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _WORDS = {
     "answer_probability": "probability of what was forgotten",
-    "damage": "damage: KL(original ‖ now) on what is kept, nats",
     "forget_loss": "forget loss",
     "retain_loss": "retain loss",
     "loss": "loss",
@@ -76,6 +75,8 @@ def plot_tradeoff(
         panel.plot(horizontal[-1:], vertical[-1:], color=look["color"], marker="o", ms=9)
         ends.append(f"{name or 'Ends'}{':' if name else ''} at {vertical[-1]:.3g}, for {horizontal[-1]:.3g}.")
     words = [_WORDS.get(key, key) for key in (forgetting, damage)]
+    if damage == "damage":
+        words[1] = _words_of_damage(list(by_name.values()))
     panel.set_xlabel(words[1], color=TEXT)
     panel.set_ylabel(words[0], color=TEXT)
     panel.spines[["top", "right"]].set_visible(False)
@@ -138,6 +139,37 @@ def plot_losses(
     return finished(figure, ax, f"Losses over the steps. {told}.", path, dpi)
 
 
+def is_of_retain_data(history: Iterable[Mapping[str, float]]) -> bool:
+    """Whether a run's damage is that of retain data; without any it is that of the other answers to the forget data.
+
+    Examples:
+        >>> from semu_peft.report.tradeoff import is_of_retain_data
+        >>> is_of_retain_data([{"loss": 1.0, "damage": 0.1}])
+        False
+    """
+    return any("retain_loss" in entry for entry in history)
+
+
+def is_in_nats(history: Iterable[Mapping[str, float]]) -> bool:
+    """Whether a run's damage is a divergence of probabilities; a denoiser's is a squared error.
+
+    Examples:
+        >>> from semu_peft.report.tradeoff import is_in_nats
+        >>> is_in_nats([{"loss": 1.0, "damage": 0.1, "answer_probability": 0.5}])
+        True
+    """
+    return any("answer_probability" in entry for entry in history)
+
+
+def _words_of_damage(results: Sequence[UnlearnResult]) -> str:
+    of_retain_data = {is_of_retain_data(result.history) for result in results}
+    where = {True: "retain data", False: "the other answers to the forget data"}
+    on = where[of_retain_data.pop()] if len(of_retain_data) == 1 else "retain data or the other answers"
+    if all(is_in_nats(result.history) for result in results):
+        return f"damage: KL(original ‖ now) on {on}, nats"
+    return f"damage: distance from the original on {on}"
+
+
 def forgetting_of(*results: UnlearnResult) -> str:
     """The entry of all these runs that tells how much is forgotten.
 
@@ -188,4 +220,9 @@ def _columns(result: UnlearnResult, name: str, *keys: str) -> list[list[float]]:
             "Unlearn with `max_retain_kl`, or name two of these as `forgetting` and `damage`."
         )
     whole = [entry for entry in result.history if all(key in entry for key in keys)]
+    if not whole:
+        raise ValueError(
+            f"`results` must be runs with steps that have both {' and '.join(map(repr, keys))}, got none in the run "
+            f"{name!r}. Name two other entries as `forgetting` and `damage`."
+        )
     return [[entry[key] for entry in whole] for key in keys]

@@ -289,9 +289,10 @@ class Loop:
         """Leave the gradient of the mean loss over the batches of a step in `.grad`, and return the mean losses."""
         losses = []
         for number, (batch, retained) in enumerate(batches):
-            parts = self._losses(batch, retained, self.progress.forget.batch + number)
+            parts, damages = self._measure(batch, retained, self.progress.forget.batch + number)
             loss = torch.stack(list(parts.values())).sum()
-            losses.append(self._checked(loss, parts, self.progress.forget.batch + number))
+            told = {"damage": torch.stack(damages).mean()} if damages else {}
+            losses.append(self._checked(loss, {**parts, **told}, self.progress.forget.batch + number))
             # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean as well.
             loss = loss * (self.accumulation / len(batches))
             if number < len(batches) - 1:
@@ -306,19 +307,24 @@ class Loop:
         return {key: sum(each[key] for each in losses) / len(losses) for key in losses[0]}
 
     def _losses(self, batch: Any, retained: list[Any], number: int) -> dict[str, Tensor]:
+        return self._measure(batch, retained, number)[0]
+
+    def _measure(self, batch: Any, retained: list[Any], number: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The losses that add up to that of the step; and the damage, of the retain data if there are any."""
         model, where = self.prepared.model, f"batch {number} of epoch {self.progress.forget.epoch}"
         objective, *keep = self.objectives
         if batch is None:
             raise TypeError(f"`forget` must give batches, got None as {where}. Leave out what a `collate_fn` dropped.")
-        parts = {"forget_loss": _scalar(objective(model, batch), where)}
+        forget = objective.measure(model, batch)
+        parts, told = {"forget_loss": _scalar(forget.loss, where)}, [forget]
         if retained:
-            terms = [
-                weight * _scalar(objective(model, each), f"the retain data beside {where}")
-                for weight, objective, each in zip(self.weights, keep, retained, strict=True)
-                if weight  # what weighs nothing is there for rules alone
-            ]
+            pairs = zip(self.weights, keep, retained, strict=True)
+            # What weighs nothing is there for rules alone.
+            kept = [(weight, objective.measure(model, each)) for weight, objective, each in pairs if weight]
+            terms = [weight * _scalar(each.loss, f"the retain data beside {where}") for weight, each in kept]
             parts["retain_loss"] = torch.stack(terms).sum() if terms else torch.zeros_like(parts["forget_loss"])
-        return parts
+            told = [each for _, each in kept]
+        return parts, [each.damage for each in told if each.damage is not None]
 
     def _checked(self, loss: Tensor, parts: dict[str, Tensor], number: int) -> Losses:
         values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}

@@ -503,6 +503,8 @@ class NaturalLoop(Loop):
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        if isinstance(self.running, float):  # of a version that knew no turns
+            self.running = [] if math.isnan(self.running) else [self.running]
 
 
 _NUMBERS = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit")

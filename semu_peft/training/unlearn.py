@@ -36,11 +36,12 @@ class UnlearnResult:
     Attributes:
         history: One entry a step: `step`, `epoch`, `loss` (the mean over all processes), with retain data `forget_loss`
             and `retain_loss` (the weighted sum), and what callbacks have logged, such as `metric`. The values are those
-            before the step. Natural gradients tell more: `answer_probability`, the mean probability of the labels;
-            `kl`, how far the step moved the outputs; `damage`, how far what is to be kept is from the original, with
-            `max_retain_kl` or `choose`, and where an objective asks the original anyway (`KLToOriginal`,
-            `DecoupledDistillation`, `UnseenConfidence`, `PreservePrediction`); and end with one more entry, on the
-            first batches, for the cores that were left.
+            before the step. `damage` is how far the outputs on retain data are from the original's or, without any,
+            the other answers to the forget data: with `max_retain_kl` or `choose`, and where the objective on these
+            data asks the original anyway (`KLToOriginal` and `PreservePrediction`, `DecoupledDistillation` and
+            `UnseenConfidence`, without a `reference` of their own). Natural gradients tell more: `answer_probability`,
+            the mean probability of the labels; `kl`, how far the step moved the outputs; and end with one more entry,
+            on the first batches, for the cores that were left.
         steps: Optimiser steps taken, those before a resume included.
         examples_seen: Forget examples seen, on all processes.
         trainable_parameters: How many numbers were trained.

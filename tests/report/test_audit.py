@@ -349,17 +349,27 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     alone = [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0, "forget_loss": 1.0, "retain_loss": 0.0}]
     figure = plot_losses(UnlearnResult(alone, 3, 8, 4, 0.1, True, "done"))
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[3, 2, 1]]
-    damage = [{"damage": 0.0, "answer_probability": 0.9, "loss": 1.0}, {"damage": 0.1, "answer_probability": 0.1}]
+    damage = [
+        {"damage": 0.0, "answer_probability": 0.9, "retain_loss": 1.0},
+        {"damage": 0.1, "answer_probability": 0.1},
+    ]
     kept = UnlearnResult(damage, 1, 8, 4, 0.1, True, "done")
     report = audit(training={"first": kept, "second": trained["training"]})
     assert [picture.caption for picture in report.pictures] == ["Forgetting against damage", "Losses"]
     assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "no class answers"
     denoiser = [{"damage": 0.0, "loss": 1.0}, {"damage": 0.1, "loss": 0.5}, {"damage": 0.1}]
     (picture,) = audit(training=UnlearnResult(denoiser, 1, 8, 4, 0.1, True, "done")).pictures
-    assert picture.text.startswith("Loss against damage") and "Ends at 0.5, for 0.1" in picture.text
+    assert picture.text.startswith("Loss against damage: distance from the original on the other answers"), "no nats"
+    assert "Ends at 0.5, for 0.1" in picture.text
+    apart = [{"damage": 0.0}, {"forget_loss": 1.0, "loss": 2.0}, {"forget_loss": 0.5, "loss": 1.0}]
+    assert [each.caption for each in audit(training=UnlearnResult(apart, 1, 8, 4, 0.1, True, "done")).pictures] == [
+        "Losses"
+    ]
     without_losses = UnlearnResult([{"step": 1.0, "damage": 0.1}], 1, 8, 4, 0.1, True, "done")
     assert not audit(training=without_losses).pictures
     assert "what the model keeps" not in [each["test"] for each in report.contents["not_tested"]]
+    of_other_answers = audit(training=without_losses).contents["not_tested"]
+    assert "what the model keeps" in [each["test"] for each in of_other_answers], "there were no retain data"
 
 
 HOSTILE = '<img src=x onerror="alert(1)">$\\frac|`"\'&\n# heading'

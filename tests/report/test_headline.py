@@ -116,9 +116,14 @@ def test_nothing_is_said_that_was_not_measured() -> None:
     strange = {"original": {"forget accuracy": float("nan")}, "unlearned": {"forget accuracy": 2.0}}
     assert told(strange).startswith("The forget accuracy went from nan to 2;")
     steps = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.012, "answer_probability": 0.1}]
-    run = UnlearnResult(steps, 1, 8, 4, 0.1, True, "done")
+    alone = UnlearnResult(steps, 1, 8, 4, 0.1, True, "done")
+    assert told(training=alone).endswith(
+        "; its cost: a damage of 0.012 nats on the other answers to what was forgotten, as the run recorded; what it cost "
+        "of other data was not measured"
+    )
+    run = UnlearnResult([{**step, "retain_loss": 0.5} for step in steps], 1, 8, 4, 0.1, True, "done")
     assert told(training=run).endswith("; its cost: a damage of 0.012 nats on what was to be kept, as the run recorded")
-    denoiser = UnlearnResult([{"loss": 1.0, "damage": 0.012}], 1, 8, 4, 0.1, True, "done")
+    denoiser = UnlearnResult([{"loss": 1.0, "retain_loss": 0.3, "damage": 0.012}], 1, 8, 4, 0.1, True, "done")
     assert told(training=denoiser).endswith("a damage of 0.012 on what was to be kept, as the run recorded")
     assert "damage" not in told(training={"first": run, "second": run}), "which of both is the model's is not said"
 

@@ -518,8 +518,24 @@ def test_an_objective_that_has_asked_the_original_tells_the_damage(objective: Ob
     assert [told[step] for step in both] == pytest.approx([look.seen[step] for step in both], rel=1e-3, abs=1e-5)
 
 
+def test_other_optimisers_tell_the_damage_too() -> None:
+    for keep in (KLToOriginal(), 2.0 * KLToOriginal() + CrossEntropy()):
+        model = adapted(RandomLabel())
+        told = unlearn(
+            model, FORGET, RandomLabel(), retain=Retain(KEEP, keep), learning_rate=1e-2, max_steps=3, **QUIET
+        )
+        damage = [entry["damage"] for entry in told.history]
+        assert damage[0] == pytest.approx(0, abs=1e-6) and damage[2] > damage[1] > 1e-6
+        assert all(
+            entry["loss"] == pytest.approx(entry["forget_loss"] + entry["retain_loss"]) for entry in told.history
+        )
+
+
 def test_what_nobody_knows_of_the_damage_is_not_told() -> None:
-    for objective, keep in ((RandomLabel(), None), (DecoupledDistillation(), Retain(KEEP, CrossEntropy()))):
+    another = KLToOriginal(reference=classifier(1))  # far from it before anything was done
+    cases = [(RandomLabel(), None), (DecoupledDistillation(), Retain(KEEP, CrossEntropy()))]
+    cases += [(RandomLabel(), Retain(KEEP, another)), (DecoupledDistillation(reference=NET), None)]
+    for objective, keep in cases:
         result = unlearn(adapted(objective), FORGET, objective, retain=keep, max_steps=2, **QUIET)
         assert all("damage" not in entry for entry in result.history)
 
