@@ -59,6 +59,14 @@ def test_evaluate_says_what_a_classifier_recognises(place: dict[str, Path]) -> N
     assert losses["unlearned"] != losses["original"] and min(losses.values()) > 0
 
 
+def test_nothing_is_drawn_that_nobody_looks_at(place: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a classifier `evaluate` has losses alone: of the pictures whose latents they are on."""
+    monkeypatch.setattr("semu_peft.concept.sampling.sample_pipeline", None)
+    found = semu("evaluate", *how(place))
+    assert set(found["models"]["unlearned"]) == {"forget_loss", "retain_loss"}
+    assert semu("evaluate", *how(place), "--dry-run")["plan"]["pictures"] == 4
+
+
 def test_long_work_says_how_far_it_is(place: dict[str, Path]) -> None:
     given = [str(each) for each in how(place) if each != "--no-progress"]
     told = CliRunner().invoke(app, ["evaluate", *given, "--classifier", str(place["classifier"])]).output

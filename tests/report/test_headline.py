@@ -118,8 +118,8 @@ def test_nothing_is_said_that_was_not_measured() -> None:
     steps = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.012, "answer_probability": 0.1}]
     alone = UnlearnResult(steps, 1, 8, 4, 0.1, True, "done")
     assert told(training=alone).endswith(
-        "; its cost: a damage of 0.012 nats on the other answers to what was forgotten, as the run recorded; what it cost "
-        "of other data was not measured"
+        "; its cost: a damage of 0.012 nats on the other answers to what was forgotten, as the run recorded; what it "
+        "cost of other data was not measured"
     )
     run = UnlearnResult([{**step, "retain_loss": 0.5} for step in steps], 1, 8, 4, 0.1, True, "done")
     assert told(training=run).endswith("; its cost: a damage of 0.012 nats on what was to be kept, as the run recorded")
