@@ -71,6 +71,7 @@ _FITS = {
     "inputs": ("classification",),
     "linear probes": ("classification", "language"),
     "logit lens": ("language",),
+    "lens": ("language",),
     "adversarial prompts": ("diffusion",),
     "membership: confidence": ("classification",),
 }
