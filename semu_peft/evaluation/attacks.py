@@ -115,7 +115,7 @@ def attack(
         >>> [name for name, _, _ in report.rows][:2]
         ['stripping: the adapter switched off', 'quantisation: 8 bits a row']
         >>> report.not_run[-1]
-        NotRun(attack='membership: LiRA and RMIA', reason='`test` was not given')
+        NotRun(attack='membership with shadow models: LiRA and RMIA', reason='`test` was not given')
     """
     check_model(model)
     if reference is not None:

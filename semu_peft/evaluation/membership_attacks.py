@@ -42,7 +42,7 @@ class MembershipAttacks:
         ...     print(f"{name}: {run}")
         membership: confidence and threshold: it needs `retain` and `test`
         membership: log odds: `test` was not given
-        membership: LiRA and RMIA: `test` was not given
+        membership with shadow models: LiRA and RMIA: `test` was not given
     """
 
     model: nn.Module
@@ -72,7 +72,7 @@ class MembershipAttacks:
         yield "membership: log odds", no_test or self._by_score(self._log_odds)
         no_shadow = None if self.shadow else "`shadow` was not given: predictions of models that never knew"
         if no_test or no_shadow:
-            yield "membership: LiRA and RMIA", no_test or no_shadow or ""
+            yield "membership with shadow models: LiRA and RMIA", no_test or no_shadow or ""
             return
         no_odds = any(each.log_odds is None for pair in self.shadow for each in pair)
         reason = "predictions in `shadow` have no `log_odds`: make them by `predict`"

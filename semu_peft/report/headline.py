@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .document import Table, Text
+from .measured import TESTS
 from .tradeoff import is_in_nats, is_of_retain_data
 from .wording import measured, model_name, shown
 
 _ORIGINALS = ("original", "before", "base", "base model", "original model")
 _FURTHER = "utility: "  # before the metrics of a language model's sets that were to be kept
 _MOST_MODELS, _MOST_TESTS = 4, 3
+_KINDS = {test.title for test in TESTS}
+_OF_REFERENCE = ", of the reference"  # after the name of an attack that the reference alone could not stand
 _NEAR = 0.1  # of the way from the original to a model that never knew
 
 
@@ -164,11 +167,20 @@ def _cost(models: _Models, kept: str | None, training: Sequence[Mapping[str, Any
 
 
 def _missing(not_tested: Sequence[Mapping[str, str]]) -> str:
-    names = [row["test"].partition(":")[0].partition(",")[0] for row in not_tested]
+    names = [_in_short(row["test"]) for row in not_tested]
     if len(names) > _MOST_TESTS + 1:
         names = [*names[:_MOST_TESTS], f"{len(names) - _MOST_TESTS} more"]
     told = " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
     return f"not tested: {told or 'nothing of what this report knows'}"
+
+
+def _in_short(name: str) -> str:
+    """A kind of evidence without its examples; an attack by its whole name, as others of its kind may have been run."""
+    if name in _KINDS:
+        return name.partition(":")[0].partition(",")[0]
+    kind, _, which = name.removesuffix(_OF_REFERENCE).partition(": ")
+    told = f"{kind} ({which})" if which else kind
+    return f"{told} of the reference" if name.endswith(_OF_REFERENCE) else told
 
 
 def _called(name: str) -> str:

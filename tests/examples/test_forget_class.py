@@ -127,7 +127,7 @@ def test_digits(tmp_path: Path) -> None:
     relearnt = [each for name, each in tried.items() if name.startswith("relearning")]
     assert len(relearnt) == 2 and all(each["result"]["reference"] for each in relearnt)
     assert {"quantisation: 4 bits a row", "linear probe"} <= set(tried)
-    assert "membership: LiRA and RMIA" in [each["test"] for each in report["not_tested"]]
+    assert "membership with shadow models: LiRA and RMIA" in [each["test"] for each in report["not_tested"]]
     assert all(each["attack"] in printed for each in relearnt)
     assert list(table["rows"])[0] == "original" and list(table["rows"])[-1] == table["reference"] == "retrained"
     assert table["rows"]["retrained"]["unlearning_accuracy"] == 100  # it never saw the class

@@ -9,6 +9,7 @@ from torch import nn
 
 from semu_peft import UnlearnResult
 from semu_peft.evaluation import ForgettingComparison, ForgettingMetrics, LanguageMetrics
+from semu_peft.evaluation.attack_report import AttackReport, Compared, NotRun
 from semu_peft.report import audit
 from semu_peft.report.document import Table, Text
 from semu_peft.report.headline import headline
@@ -138,6 +139,29 @@ def test_of_several_models_the_first_is_told_by_its_name() -> None:
 def test_intervals_over_seeds_stand_in_the_table() -> None:
     rows = {"original": row(100, 99), "unlearned": [row(1, 98), row(3, 98)]}
     assert table(rows).rows[0][2] == "2 (-10.71 to 14.71)"
+
+
+@pytest.mark.parametrize(
+    ("not_run", "short"),
+    [
+        ("membership with shadow models: LiRA and RMIA", "membership with shadow models (LiRA and RMIA)"),
+        ("membership: LiRA", "membership (LiRA)"),
+        ("quantisation: 8 bits", "quantisation (8 bits)"),
+        ("quantisation: 8 bits, of the reference", "quantisation (8 bits) of the reference"),
+        ("linear probes, of the reference", "linear probes of the reference"),
+        ("relearning: SGD 0.01, 20 examples, 50 steps", "relearning (SGD 0.01, 20 examples, 50 steps)"),
+        ("relearning from related data", "relearning from related data"),
+        ("inputs: flipped", "inputs (flipped)"),
+        ("stripping, quantisation, relearning", "stripping, quantisation, relearning"),
+    ],
+)
+def test_an_attack_that_was_not_run_is_not_called_as_its_whole_kind(not_run: str, short: str) -> None:
+    """Others of the kind may well have been: membership by confidence, rounding to 4 bits, the model itself."""
+    metrics = {"original": [random_tenth(0.0)] * 2, "retrained": [random_tenth(5.0)] * 2}
+    tried = [Compared(name, 1.0) for name in ("relearning", "quantisation", "probes", "inputs", "stripping")]
+    report = AttackReport("classification", tuple(tried), (NotRun(not_run, "no time"),), 1.0, True)
+    first = headline(audit(metrics=metrics, attacks=report).contents)[0]
+    assert isinstance(first, Text) and first.text.partition("; not tested: ")[2] == f"{short}."
 
 
 def test_what_is_missing_is_what_such_a_model_could_be_tested_for() -> None:
