@@ -59,7 +59,7 @@ class QuantizationAttack:
         layers: What became of each layer's correction, where the model has an adapter.
         vanished: The layers of whose correction less than half is left.
         smallest_surviving_norm: The smallest norm of a layer's correction of which at least half is left; None where
-            all vanish.
+            all vanish or are zero.
 
     Examples:
         >>> QuantizationAttack(4, None, (0.0, 83.0), (95.0, 94.0), layers=(LayerRounding("fc1", 0.1, 0.0, 0.0),))
@@ -77,10 +77,14 @@ class QuantizationAttack:
 
     def __post_init__(self) -> None:
         """Fields and no properties, so that a report has them too."""
-        left = [layer.norm for layer in self.layers if layer.survived >= _SURVIVES]
-        gone = tuple(layer.layer for layer in self.layers if layer.survived < _SURVIVES)
+        left = [layer.norm for layer in self._corrected() if layer.survived >= _SURVIVES]
+        gone = tuple(layer.layer for layer in self._corrected() if layer.survived < _SURVIVES)
         object.__setattr__(self, "vanished", gone)
         object.__setattr__(self, "smallest_surviving_norm", min(left, default=None))
+
+    def _corrected(self) -> list[LayerRounding]:
+        """The layers that have something to round: a correction of zeros neither survives nor vanishes."""
+        return [layer for layer in self.layers if layer.norm > 0]
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -93,10 +97,14 @@ class QuantizationAttack:
 
     def _found(self) -> str:
         kept = "" if self.retain is None else f", retained {self.retain[0]:.1f} → {self.retain[1]:.1f}"
-        lost = f", {len(self.vanished)} of {len(self.layers)} corrections vanish" if self.layers else ""
-        smallest = self.smallest_surviving_norm
+        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{self._left()}"
+
+    def _left(self) -> str:
+        corrected, smallest = self._corrected(), self.smallest_surviving_norm
+        if not corrected:
+            return ", no correction to round: all are zero" if self.layers else ""
         survives = "" if smallest is None else f", the smallest that survives has the norm {smallest:.3g}"
-        return f"forgotten {self.forget[0]:.1f} → {self.forget[1]:.1f}{kept}{lost}{survives}"
+        return f", {len(self.vanished)} of {len(corrected)} corrections vanish{survives}"
 
     def __repr__(self) -> str:
         return f"QuantizationAttack({self._how()}: {self._found()})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,11 @@ def test_a_small_correction_vanishes_and_a_large_one_does_not() -> None:
     told = plain(large)  # as a report has it
     assert told["smallest_surviving_norm"] == large.smallest_surviving_norm and told["vanished"] == []
     assert "2 of 2 corrections vanish" in repr(small)
+    nothing = after(0.0)
+    assert nothing.row[1].endswith(", no correction to round: all are zero")
+    assert nothing.vanished == () and nothing.smallest_surviving_norm is None and len(nothing.layers) == 2
+    some = replace(large, layers=(*large.layers, *nothing.layers))
+    assert some.row[1] == large.row[1], "what is zero is none of those that could survive"
 
 
 # ---- probes ----
