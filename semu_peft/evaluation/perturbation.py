@@ -77,12 +77,8 @@ class Stripping:
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """The attack, what it found, and what it would find of a merged model."""
-        return (
-            "stripping: the adapter switched off",
-            self._found(),
-            "" if self.is_removal else "merged: nothing to switch",
-        )
+        """The attack, what it found, and nothing of a reference, which has no adapter."""
+        return "stripping: the adapter switched off", self._found(), ""
 
     def _found(self) -> str:
         if self.is_removal:

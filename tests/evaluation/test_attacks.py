@@ -78,7 +78,8 @@ def test_a_classifier() -> None:
         "stripping", "quantisation", "quantisation", "relearning", "relearning", "inputs", "inputs", "linear probe",
         "membership", "membership", "membership", "membership", "of my own",
     ]  # fmt: skip
-    assert all(other for name, _, other in report.rows if name != "of my own")
+    asked_of_one = [name for name, _, other in report.rows if not other]
+    assert asked_of_one == ["stripping: the adapter switched off", "of my own"]
     for name in ("log odds, without shadow models", "LiRA", "RMIA"):
         found = next(each for each in report.results if getattr(each, "attack", None) == name)
         assert found.row[2] == found.reference._found() != found.row[1], "gold is another model, and scored itself"
@@ -289,6 +290,7 @@ def test_stripping_says_what_switching_off_gives() -> None:
     model = adapted(copy.deepcopy(net))
     found = stripping(model, FORGET)
     assert found.adapters == ("default",) and found.forget[1] == known and "merge" in repr(found)
+    assert found.row[2] == "", "no reference has an adapter to switch off, and none was given"
     merged = stripping(model.merge_and_unload(), FORGET)
     assert merged.is_removal and merged.forget[0] == pytest.approx(found.forget[0])
 
