@@ -35,7 +35,8 @@ class RelearningCurve:
         reference: The curve of the retrained model, or of another that never knew.
         half: What counts as back, in percent; where it is not 50, the curve's text says so.
         hold: An attack counts only while this share of the retained knowledge of its start is left: training on forget
-            examples alone makes any model answer the one class for everything.
+            examples alone makes any model answer the one class for everything. Where steps are passed over for that,
+            the curve's text says so.
         seen: Whether the attacker had the very examples that were measured.
         area: The mean of the forget curve over its steps, in percent (the trapezoid rule): 0 is a model that stays.
         steps_to_half: After how many steps it was back for the first time, the rest being held; None where it was not.
@@ -75,6 +76,12 @@ class RelearningCurve:
         found = zip(self.steps, self.forget, kept, strict=True)
         return next((step for step, known, held in found if known >= self.half and held >= least), None)
 
+    def _back(self) -> str:
+        """When half was back, and what was asked for that, where a step with half of it was passed over."""
+        first = next((step for step, known in zip(self.steps, self.forget, strict=True) if known >= self.half), None)
+        back = "never" if self.steps_to_half is None else f"after {self.steps_to_half}"
+        return back if first == self.steps_to_half else f"{back} while {self.hold:.0%} of the rest is kept"
+
     @property
     def row(self) -> tuple[str, str, str]:
         """The attack, what it found, and what it found of the reference."""
@@ -84,18 +91,14 @@ class RelearningCurve:
         return f"relearning: {self.attacker}", self._found() + kept + own, reference
 
     def _found(self) -> str:
-        back = "never" if self.steps_to_half is None else f"after {self.steps_to_half}"
         ends = f"{self.forget[0]:.1f} → {self.forget[-1]:.1f} in {self.steps[-1]} steps"
         midway = ", midway from the start to 100" if self.half == _midway(self.forget) else ""
         at = "" if self.half == 50 else f" (at {self.half:.1f}{midway})"
-        return f"{ends}, half back{at} {back}, area {self.area:.1f}"
+        return f"{ends}, half back{at} {self._back()}, area {self.area:.1f}"
 
     def __repr__(self) -> str:
         other = self.reference
-        beside = "" if other is None else (
-            f"; reference {'never' if other.steps_to_half is None else f'after {other.steps_to_half}'}, "
-            f"area {other.area:.1f}"
-        )  # fmt: skip
+        beside = "" if other is None else f"; reference {other._back()}, area {other.area:.1f}"
         kept = f"; retained {self.retain[0]:.1f} → {self.retain[-1]:.1f}" if self.retain else ""
         return f"RelearningCurve({self.attacker}: {self._found()}{beside}{kept})"
 

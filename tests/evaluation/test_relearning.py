@@ -17,6 +17,7 @@ from semu_peft import SemuConfig
 from semu_peft.evaluation import RelearningCurve, predict, relearning, usual_attackers
 from semu_peft.objectives import Attacker, CrossEntropy
 from semu_peft.objectives.attackers import weights_of
+from semu_peft.report import audit
 from semu_peft.report.measured import plain
 
 FORGET, RETAIN = vector_batches(3, 10, seed=1), vector_batches(3, 10, seed=2)
@@ -130,6 +131,20 @@ def test_area_and_steps_to_half() -> None:
     assert curve.steps_to_half == 30
     destroyed = RelearningCurve("x", (0, 10, 30), (0.0, 100.0, 100.0), (90.0, 10.0, 10.0))
     assert destroyed.steps_to_half is None, "every model answers the class for everything when nothing else is left"
+    assert ", half back never while 80% of the rest is kept, area" in destroyed.row[1]
+    assert "the rest" not in curve.row[1], "no step was passed over"
+
+
+def test_a_step_that_is_passed_over_is_said_with_what_it_lacks() -> None:
+    """A curve that ends at 83% and is never back is read as a mistake, if nothing says what was asked of it."""
+    later = RelearningCurve("x", (0, 10, 30), (0.0, 60.0, 83.3), (90.0, 50.0, 80.0), hold=0.6)
+    assert later.steps_to_half == 30 and "half back after 30 while 60% of the rest is kept, area" in later.row[1]
+    low = RelearningCurve("x", (0, 10), (0.0, 40.0), (90.0, 10.0))
+    assert "half back never, area" in low.row[1], "half was not there at all"
+    both = dataclasses.replace(low, reference=dataclasses.replace(later, hold=0.9))
+    assert "half back never while 90% of the rest is kept" in both.row[2]
+    assert "; reference never while 90% of the rest is kept, area" in repr(both)
+    assert "while 60% of the rest is kept" in audit(attacks=later).to_markdown()
 
 
 def test_a_report_has_what_a_curve_sums_up_to() -> None:
