@@ -89,9 +89,10 @@ def attack(
         shadow: Of each shadow model, trained without the forget set, its predictions on `forget` and on `test`, in the
             order of these batches.
         further: Attacks of your own by name, `(model) -> result`; beside those that are here, none is replaced.
-        measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the answer probability of
-            language models, and of denoisers the original's loss as a share of the model's, of which half is back
-            midway from where a model starts to 100.
+        measure: `(model, batches) -> percent`; by default the accuracy of classifiers, the mean token
+            probability of language models
+            ([`answer_probability`][semu_peft.evaluation.knowledge.answer_probability]), and of denoisers the original's
+            loss as a share of the model's, of which half is back midway from where a model starts to 100.
         tokenizer: Of a language model: makes texts of tokens, for membership by zlib.
         prompt_steps: Steps of each search for a prompt.
         time_limit: Begin no attack after so many seconds; what is left is named in the report.

@@ -38,7 +38,10 @@ def accuracy(model: nn.Module, batches: Sequence[Any]) -> float:
 
 
 def answer_probability(model: nn.Module, batches: Sequence[Any]) -> float:
-    """The mean probability of the labels, of each token for language models, in percent.
+    """The mean probability of the labels, in percent; of language models the mean token probability.
+
+    That is the arithmetic mean over all answers' tokens. The metric `probability` of
+    [`evaluate_language`][semu_peft.evaluation.language.evaluate_language] takes the geometric mean of each answer's.
 
     Examples:
         >>> import torch

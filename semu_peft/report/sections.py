@@ -34,7 +34,7 @@ def sections(contents: Contents, pictures: Sequence[Picture] = ()) -> list[Secti
         "method": ("Method and settings", _method(contents)),
         "tradeoff": ("Forgetting against damage", _tradeoff(contents)),
         "metrics": ("What was measured", _metrics(contents["metrics"])),
-        "attacks": ("Attacks", _attacks(contents["attacks"])),
+        "attacks": ("Attacks", _attacks(contents["attacks"], contents.get("task"))),
         "untested": ("What was not tested", _untested(contents)),
         "layers": ("Where the correction lies", _layers(contents)),
         "samples": ("Samples before and after", _samples(contents)),
@@ -164,15 +164,20 @@ def _metrics(metrics: Contents) -> list[Part]:
     return parts
 
 
-def _attacks(attacks: Sequence[Contents]) -> list[Part]:
+def _attacks(attacks: Sequence[Contents], task: str | None) -> list[Part]:
     if not attacks:
         return [Text("No attacks were given.", missing=True)]
     rows = tuple((each["attack"], each["found"], each["reference"] or "–") for each in attacks)
     unit = (
-        "What is known is in percent: of a classifier its accuracy, of a language model the answers' probability, of a "
-        "denoiser the original's loss as a share of its own, so that 100 is as much as the original knew."
+        "What is known is in percent: of a classifier its accuracy, of a language model the mean token probability, of "
+        "a denoiser the original's loss as a share of its own, so that 100 is as much as the original knew."
     )
     parts: list[Part] = [Table("What attacks found", ("attack", "this model", "reference"), rows)]
+    if task == "language":
+        unit += (
+            " The mean token probability is the arithmetic mean over the answers' tokens; the metric “probability” "
+            "takes the geometric mean of each answer's, which one unlikely token makes small."
+        )
     return parts + [Text(unit)] * any(each["kind"] not in _IN_SHARES for each in attacks)
 
 

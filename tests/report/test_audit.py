@@ -258,6 +258,9 @@ def test_percent_is_said_where_an_attack_is_in_percent() -> None:
     assert "What is known is in percent" not in audit(attacks=texts).to_markdown()
     page = audit(attacks=[*texts, Relearning("SGD", (0, 5), (0.0, 80.0))], samples=({"a": "b"}, {"a": "c"})).to_html()
     assert "What is known is in percent" in page and "3 attacks tried" in page
+    assert "mean token probability" in page and "geometric mean" in page, "the metric of that name is another number"
+    images = audit(metrics=METRICS, attacks=Relearning("SGD", (0, 5), (0.0, 80.0)))
+    assert "What is known is in percent" in images.to_markdown() and "geometric" not in images.to_markdown()
     assert "1 model was measured and 1 attack tried." in audit(metrics=METRICS, attacks=texts[0]).to_markdown()
 
 
