@@ -34,6 +34,7 @@ def plot_tradeoff(
 ) -> Figure:
     """Draw forgetting against damage over the steps of one or several runs; the dot is where a run was left.
 
+    The damage is that of retain data, or of a run without any that of the other answers to the forget data.
     A run by natural gradients records both where it has a damage budget (`max_retain_kl`) or a choice to make
     (`choose`), which takes one of the points drawn, and where an objective asks the original anyway.
 
