@@ -124,7 +124,9 @@ class _Models:
         beside = "" if gold is None else f", where a model that never knew has {shown(gold)}"
         if before is None:
             return f"the {called} is {shown(now)}{beside}, and what it was before is not known"
-        moved = f"stayed at {shown(now)}" if now == before else f"went from {shown(before)} to {shown(now)}"
+        moved = (
+            f"stayed at {shown(now)}" if shown(now) == shown(before) else f"went from {shown(before)} to {shown(now)}"
+        )
         return f"the {called} {moved}{beside}"
 
 

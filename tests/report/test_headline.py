@@ -92,6 +92,13 @@ def test_a_loss_is_forgotten_where_it_rises() -> None:
     assert told(rows(0.5)).startswith("Hardly forgotten: ") and told(rows(20.0)).startswith("Forgotten: ")
 
 
+def test_what_moved_by_less_than_is_shown_stayed() -> None:
+    rows = {"original": {"retain loss": 1.11501}, "unlearned": {"retain loss": 1.11504}}
+    assert told(rows).endswith("its cost: the retain loss stayed at 1.115")
+    rows["unlearned"]["retain loss"] = 1.116
+    assert told(rows).endswith("its cost: the retain loss went from 1.115 to 1.116")
+
+
 def test_answers_of_a_language_model() -> None:
     rows = {
         "original": LanguageMetrics(probability=0.9, utility={"retain probability": 0.8, "retain rouge": 0.7}),
