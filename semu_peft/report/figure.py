@@ -70,16 +70,19 @@ def panels(
 def finished(
     figure: Figure,
     axes: Axes | Sequence[Axes] | None,
-    text: str,
+    text: str | Sequence[str],
     path: str | os.PathLike[str] | None,
     dpi: int,
 ) -> Figure:
     """Put the text for those who do not see the picture on it, and write it where there is a path.
 
-    The text is the figure's label, or where the figure is somebody's own that of the axes (`get_label()`).
+    The text is the figure's label, or where the figure is somebody's own that of the axes (`get_label()`): of several
+    texts each panel has its own, and the figure all.
     """
-    for holder in [figure] if axes is None else axes if isinstance(axes, Sequence) else [axes]:
-        holder.set_label(text)
+    texts = [text] if isinstance(text, str) else text
+    holders: Sequence[Any] = [figure] if axes is None else axes if isinstance(axes, Sequence) else [axes]
+    for index, holder in enumerate(holders):
+        holder.set_label(texts[index] if len(texts) == len(holders) else " ".join(texts))
     if path is not None:
         save_figure(figure, path, dpi)
     return figure

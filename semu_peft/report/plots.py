@@ -69,7 +69,7 @@ def plot_confusion(
         >>> labels, sure = torch.tensor([0, 0, 1, 1]), torch.ones(4)
         >>> before, after = Predictions(labels, labels, sure, 2), Predictions(labels, torch.ones_like(labels), sure, 2)
         >>> plot_confusion(before, after, forgotten=0).get_label()
-        'Confusion before and after unlearning. Before: accuracy on class 0: 100.0%, on the others: 100.0%. After:
+        'Confusion before unlearning: accuracy on class 0: 100.0%, on the others: 100.0%. Confusion after unlearning:
         accuracy on class 0: 0.0%, on the others: 100.0%.'
     """
     classes = _number_of_classes(before, after, class_names)
@@ -96,8 +96,8 @@ def plot_confusion(
         bar = axes[0].figure.colorbar(image, ax=axes, shrink=0.75, aspect=30, pad=0.02)
         bar.set_label("share of the true class's examples (%)")
         bar.outline.set_visible(False)
-    text = f"Confusion before and after unlearning. Before: {told[0]}. After: {told[1]}."
-    return finished(figure, ax and axes, text, path, dpi)
+    texts = [f"Confusion {when} unlearning: {each}." for when, each in zip(("before", "after"), told, strict=True)]
+    return finished(figure, ax and axes, texts, path, dpi)
 
 
 def plot_spectra(
@@ -149,11 +149,11 @@ def plot_spectra(
     _draw_spectra(spectra, profile, curves, colours)
     _draw_ranks(ranks, profile, colours)
     given = profile.ranks.values()
-    text = (
-        f"Spectra of the forget gradients of {len(given)} layers, and their ranks: {min(given)} to {max(given)}, "
-        f"{sum(given)} directions together."
-    )
-    return finished(figure, ax and axes, text, path, dpi)
+    texts = [
+        f"Spectra of the forget gradients of {len(given)} layers, each over its largest singular value.",
+        f"Ranks of {len(given)} layers: {min(given)} to {max(given)}, {sum(given)} directions together.",
+    ]
+    return finished(figure, ax and axes, texts, path, dpi)
 
 
 def _draw_confusion(ax: Axes, counts: Tensor, names: list[str], marked: list[int], colours: Colormap) -> Any:

@@ -106,6 +106,8 @@ def test_layers_norms_and_the_trained_share_are_those_of_the_model(trained: dict
     assert contents["training"][0]["stop_reason"] == trained["training"].stop_reason
     sections = {picture.section for picture in report.pictures}
     assert sections == {"tradeoff", "layers"} and all(picture.text for picture in report.pictures)
+    spectra, ranks = (picture.text for picture in report.pictures if picture.section == "layers")
+    assert spectra.startswith("Spectra of the forget gradients of ") and ranks.startswith("Ranks of ")
 
 
 def test_the_json_is_versioned_whole_and_comes_back(trained: dict[str, Any], tmp_path: Path) -> None:
@@ -251,6 +253,16 @@ def test_attacks_of_any_class_are_rows_and_curves_are_drawn() -> None:
     assert len(plot_attack(given.results[0]).axes[0].lines) == 2
     with pytest.raises(ValueError, match="`results` must be curves of one kind, got none"):
         plot_attack(given.results[1])
+
+
+def test_two_pictures_side_by_side_have_a_text_each() -> None:
+    right = torch.tensor([0, 0, 1, 1])
+    before = Predictions(right, right, torch.ones(4), 2)
+    after = Predictions(right, torch.ones_like(right), torch.ones(4), 2)
+    assert [picture.text for picture in audit(predictions=(before, after), forgotten=0).pictures] == [
+        "Confusion before unlearning: accuracy on class 0: 100.0%, on the others: 100.0%.",
+        "Confusion after unlearning: accuracy on class 0: 0.0%, on the others: 100.0%.",
+    ]
 
 
 def test_percent_is_said_where_an_attack_is_in_percent() -> None:
