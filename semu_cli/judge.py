@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from inspect import signature
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -38,7 +37,7 @@ from .options import (
 from .pictures import Drawing
 from .recognised import Recognised
 from .tables import Numbers
-from .verbs import Told, flags_by_name, in_flags, plain
+from .verbs import Told, flags_by_name, in_flags_or_python, plain
 
 
 class Judged(Protocol):
@@ -145,12 +144,10 @@ def attacked(subject: Judged, flags: Mapping[str, Any]) -> Any:
 def _in_flags(not_run: Iterable[Any], flags: Mapping[str, Any]) -> tuple[Any, ...]:
     from semu_peft.evaluation import attack as attack_from_python
 
-    names = flags_by_name(flags)
-    further = [f"`{name}`" for name in signature(attack_from_python).parameters if name not in names]
+    names, place = flags_by_name(flags), "semu_peft.evaluation.attack"
 
     def said(reason: str) -> str:
-        is_for_python = any(name in reason for name in further)
-        return in_flags(reason, names) + (" (from Python: `semu_peft.evaluation.attack`)" if is_for_python else "")
+        return in_flags_or_python(reason, names, attack_from_python, place)
 
     return tuple(dataclasses.replace(each, reason=said(each.reason)) for each in not_run)
 

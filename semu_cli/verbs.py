@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,8 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
           "command": "double",
           "version": 1,
           "status": "done",
-          "twice": 8
+          "twice": 8,
+          "warnings": []
         }
     """
 
@@ -161,35 +163,75 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     return re.sub(r"`(\w+)(?=(\[\d+\])?`)", lambda found: f"`{flags.get(found[1], found[1])}", message)
 
 
+def in_flags_or_python(message: str, flags: Mapping[str, str], function: Callable[..., Any], place: str) -> str:
+    """The same, and of an argument that there is no flag for, where it is one.
+
+    Args:
+        message: The library's words.
+        flags: How flags are written, by name.
+        function: The library's, whose other arguments are for Python alone.
+        place: Where it is imported from.
+
+    Examples:
+        >>> from semu_cli.verbs import in_flags_or_python
+        >>> def train(max_steps, learning_rate): ...
+        >>> in_flags_or_python("Lower `learning_rate`.", {"max_steps": "--max-steps"}, train, "library.train")
+        'Lower `learning_rate`. (from Python: `library.train`)'
+    """
+    further = inspect.signature(function).parameters.keys() - flags.keys()
+    is_for_python = any(f"`{name}`" in message for name in further)
+    return in_flags(message, flags) + (f" (from Python: `{place}`)" if is_for_python else "")
+
+
 def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool, flags: Mapping[str, str]) -> None:
     from rich.console import Console
 
     words = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
 
+    warned: list[str] = []
+
+    def said(message: str) -> str:
+        # What is not loaded yet has said nothing.
+        training = getattr(sys.modules.get("semu_peft"), "unlearn", None) if name.startswith("unlearn ") else None
+        if training is None:
+            return in_flags(message, flags)
+        return in_flags_or_python(message, flags, training, "semu_peft.unlearn")
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(said(str(message)).split())
+        if text not in warned:
+            warned.append(text)
+            words.print(f"[bold yellow]semu {name}: warning:[/] ", end="")
+            words.print(text, markup=False)
+
     def failed(code: int, kind: str, message: str) -> typer.Exit:
         if as_json:
-            _write(name, "failed", {"error": {"kind": kind, "message": message}})
+            _write(name, "failed", {"error": {"kind": kind, "message": message}}, warned)
         words.print(f"[bold red]semu {name}:[/] ", end="")
         words.print(message, markup=False)
         return typer.Exit(code)
 
     try:
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with contextlib.ExitStack() as around:
+            around.enter_context(warnings.catch_warnings())
+            warnings.showwarning = show
+            if as_json:
+                around.enter_context(contextlib.redirect_stdout(sys.stderr))
             told = function()
     except typer.BadParameter as error:
         error.message = in_flags(error.message, flags)
         if as_json:
-            _write(name, "failed", {"error": {"kind": "usage", "message": error.message}})
+            _write(name, "failed", {"error": {"kind": "usage", "message": error.message}}, warned)
         raise
     except KeyboardInterrupt:
         raise failed(STOPPED, "stopped", "Stopped. No file is half-written.") from None
     except Exception as error:
         if traceback:
             raise
-        message = in_flags(f"{error or type(error).__name__}", flags)
+        message = said(f"{error or type(error).__name__}")
         raise failed(FAILED, type(error).__name__, f"{message}\n(--traceback shows where.)") from None
     if as_json:
-        _write(name, "failed" if told.code else "done", told.data)
+        _write(name, "failed" if told.code else "done", told.data, warned)
     printed = words if as_json else Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
     for line in told.words:
         printed.print(line, markup=not isinstance(line, str))
@@ -202,8 +244,8 @@ def _width(stream: TextIO) -> int | None:
     return None if stream.isatty() or "COLUMNS" in os.environ else _UNBOUNDED
 
 
-def _write(name: str, status: str, data: Mapping[str, Any]) -> None:
-    content = {"command": name, "version": VERSION, "status": status, **plain(data)}
+def _write(name: str, status: str, data: Mapping[str, Any], warned: list[str]) -> None:
+    content = {"command": name, "version": VERSION, "status": status, **plain(data), "warnings": warned}
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     print(json.dumps(content, indent=2, ensure_ascii=not is_unicode, allow_nan=False))
 

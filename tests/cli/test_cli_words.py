@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from pathlib import Path
 
 import cli_models
+import pytest
 from test_cli import semu
 from typer.testing import CliRunner
 
@@ -48,6 +50,33 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
     following = shlex.split(told.output[told.output.index("Next: ") + 6 :])
     assert following[following.index("--template") + 1] == template
     assert following[following.index("--model") + 1] == str(model)
+
+
+def test_warnings_are_one_line_each_in_flags_and_in_the_json(tmp_path: Path) -> None:
+    model, forget = cli_models.language_model(tmp_path / "model"), cli_models.facts(
+        tmp_path / "facts.jsonl", cli_models.FACTS[:1]
+    )  # fmt: skip
+    how = ["unlearn", "text", "--model", model, "--forget", forget, "--max-steps", 1, "--no-progress", "--output-dir"]
+    line = (
+        "No step lowered the loss over the first batches of the run, so the adapter is as it was before. Give more "
+        "examples in a batch, or a `learning_rate`, by which AdamW trains. (from Python: `semu_peft.unlearn`)"
+    )
+    told = CliRunner().invoke(app, list(map(str, [*how, tmp_path / "out"])))
+    assert told.exit_code == 0 and f"semu unlearn text: warning: {line}\n" in told.output, told.output
+    assert ".py:" not in told.output and "UserWarning" not in told.output
+    assert line in semu(*how, tmp_path / "out")["warnings"]
+
+
+def test_a_warning_that_recurs_is_said_once_and_one_before_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        for at in range(3):
+            warnings.warn("Give another `job`,\n or [bold]none[/].", stacklevel=at + 1)
+        raise ValueError("`job` must be known.")
+
+    monkeypatch.setattr("semu_cli.catalogue.zoo", fail)
+    told = semu("methods", code=1)
+    assert told["warnings"] == ["Give another `--job`, or [bold]none[/]."]
+    assert told["error"]["message"].startswith("`--job` must be known.")
 
 
 def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Path) -> None:
