@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -85,6 +84,4 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it misses; nothing here waits for them
-    for library in ("transformers", "diffusers", "peft"):  # what they are to drop some day is no affair of a user here
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -238,7 +239,10 @@ def _adapted(model: Any, adapter: Path | None, place: str) -> Any:
 
 
 def _check_made_for(adapter: Path, model: Any, place: str) -> None:
-    """Raise a usage error where the model has none of the adapter's layers: it was made for another one."""
+    """Raise a usage error where the model has none of the adapter's layers, and warn where it is called otherwise.
+
+    The adapter keeps no digest of the model's weights, and one with equal layers takes it without a word.
+    """
     from semu_peft.tuner.adapter_file import read_settings
 
     settings = read_settings(adapter / "adapter_config.json")
@@ -250,6 +254,29 @@ def _check_made_for(adapter: Path, model: Any, place: str) -> None:
             f"`--adapter`: {place} has no layer of {adapter}{of} ({layers[0]!r}, for one). Give the model that it was "
             "made for as --model."
         )
+    if made_for and not is_same_model(made_for, place):
+        warnings.warn(
+            f"{adapter} was made for {made_for}, and --model is {place}. An adapter belongs to the weights that it was "
+            "trained on: on others it does not forget, and may do damage. Go on only if this is that model, elsewhere.",
+            stacklevel=2,
+        )
+
+
+def is_same_model(first: str, second: str) -> bool:
+    """Whether two places may be of one model.
+
+    Of two folders that are there that is seen. One that is not may have been moved, and one that is may be a copy of
+    what the Hub has by a name: then the last part counts.
+
+    Examples:
+        >>> from semu_cli.bases import is_same_model
+        >>> is_same_model("openai-community/gpt2", "models/of/mine/gpt2"), is_same_model("gpt2", "distilgpt2")
+        (True, False)
+    """
+    one, other = Path(first), Path(second)
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.absolute().name == other.absolute().name
 
 
 def check_place(folder: Path) -> None:

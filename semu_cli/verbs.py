@@ -215,6 +215,8 @@ def _run(name: str, function: Callable[[], Told], as_json: bool, traceback: bool
         with contextlib.ExitStack() as around:
             around.enter_context(warnings.catch_warnings())
             warnings.showwarning = show
+            for library in ("transformers", "diffusers", "peft"):  # what they are to drop some day is no affair here
+                warnings.filterwarnings("ignore", category=FutureWarning, module=library)
             if as_json:
                 around.enter_context(contextlib.redirect_stdout(sys.stderr))
             told = function()

@@ -64,7 +64,7 @@ def test_warnings_are_one_line_each_in_flags_and_in_the_json(tmp_path: Path) -> 
     told = CliRunner().invoke(app, list(map(str, [*how, tmp_path / "out"])))
     assert told.exit_code == 0 and f"semu unlearn text: warning: {line}\n" in told.output, told.output
     assert ".py:" not in told.output and "UserWarning" not in told.output
-    assert line in semu(*how, tmp_path / "out")["warnings"]
+    assert semu(*how, tmp_path / "out")["warnings"] == [line]
 
 
 def test_a_warning_that_recurs_is_said_once_and_one_before_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +125,40 @@ def test_an_adapter_of_another_model_is_refused_in_flags(tmp_path: Path) -> None
         told = semu(verb, *how, code=2)["error"]["message"]
         assert told.startswith(f"`--adapter`: {other} has no layer of {output}, which was made for {model} (")
         assert told.endswith("Give the model that it was made for as --model.") and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_of_equal_layers_is_told_wherever_one_is_loaded(tmp_path: Path) -> None:
+    images, adapter = cli_models.image_folder(tmp_path / "photos", 2), tmp_path / "no-cats"
+    model, other = (cli_models.classifier(tmp_path / name, images, seed=seed) for seed, name in enumerate("ab"))
+    how = ("--forget", images / "cat", "--no-progress")
+    semu("unlearn", "images", "--model", model, *how, "--max-steps", 1, "--output-dir", adapter)
+    judging = (*how, "--time-limit", 0)
+    verbs: dict[str, tuple[object, ...]] = {
+        "merge": ("--output-dir",), "export": ("--output-dir",), "evaluate": how, "attack": judging,
+        "audit": (*judging, "--output-dir"),
+    }  # fmt: skip
+    for verb, more in verbs.items():
+        for place in (other, model):
+            where = [tmp_path / f"{verb}-{place.name}"] if "--output-dir" in more else []
+            told = semu(verb, "--model", place, "--adapter", adapter, *more, *where)["warnings"]
+            begin = f"{adapter} was made for {model}, and --model is {other}. An adapter belongs to the weights "
+            assert [each.startswith(begin) for each in told] == ([True] if place == other else []), (verb, told)
+
+
+def test_a_model_is_known_by_its_folder_and_elsewhere_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from semu_cli.bases import is_same_model
+
+    for folder in ("gpt2", "elsewhere/gpt2"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("gpt2")
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / "gpt2")
+    for same in ("gpt2", "./gpt2/", "link", "elsewhere/../gpt2", "openai-community/gpt2", "/moved/gpt2"):
+        assert is_same_model(same, here) and is_same_model(here, same), same
+    for another in ("elsewhere/gpt2", "distilgpt2", "gpt2/medium"):
+        assert not is_same_model(another, here) and not is_same_model(here, another), another
 
 
 def test_answers_are_no_neutral_texts(tmp_path: Path) -> None:
