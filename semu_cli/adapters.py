@@ -18,6 +18,8 @@ def merge(model: Model, adapter: RequiredAdapter, output_dir: OutputDir) -> Told
     """Write a whole model with the adapter merged in: nothing of SEMU is needed to load it."""
     check_new(output_dir)
     check_adapter(adapter)
+    from semu_peft.adapter.saved import inspect_adapter
+
     job = job_of(model)
     parts: list[Any] = []
     if job == "concept":
@@ -29,11 +31,12 @@ def merge(model: Model, adapter: RequiredAdapter, output_dir: OutputDir) -> Told
         parts = [adapted.merge_and_unload(safe_merge=True), tokenizer]
     else:
         parts = [classifier(model, adapter, as_stored=True).merge_and_unload(safe_merge=True), *_processor(model)]
+    is_idle = _is_idle(inspect_adapter(adapter))
     write_model(output_dir, lambda folder: [part.save_pretrained(str(folder)) for part in parts])
-    return Told(
-        {"job": job, "output_dir": str(output_dir)},
-        [f"The merged model is in {output_dir}. It loads like any other, and cannot be switched back."],
-    )
+    words = [f"The merged model is in {output_dir}. It loads like any other, and cannot be switched back."]
+    if is_idle:
+        words = [f"The adapter changes nothing: the model in {output_dir} still knows all that it knew."]
+    return Told({"job": job, "output_dir": str(output_dir), "changes_nothing": is_idle}, words)
 
 
 def export(
@@ -53,8 +56,10 @@ def export(
     if to != "lora" and job != "concept":
         raise typer.BadParameter(f"`--to {to}` is for pipelines of diffusers, and this model is for {job}. Take lora.")
     from semu_peft import save_as_diffusers_lora, save_as_lora
+    from semu_peft.adapter.saved import inspect_adapter
     from semu_peft.concept.families import denoiser_of, family_of
 
+    is_idle = _is_idle(inspect_adapter(adapter))
     pipe: Any = pipeline(model, adapter) if job == "concept" else None
     if to != "lora":
         names: list[str] = []
@@ -73,7 +78,9 @@ def export(
         written = save_as_lora(loaded, output_dir)
         inside = f"pipe.{family_of(pipe).denoiser}" if pipe is not None else "model"
         how = f"Load it with PeftModel.from_pretrained({inside}, {str(output_dir)!r})."
-    return Told({"to": to, "output_dir": str(output_dir)}, [f"Written to {written}. {how}"])
+    words = ["The adapter changes nothing: with the LoRA the model still knows all that it knew."] if is_idle else []
+    data = {"to": to, "output_dir": str(output_dir), "changes_nothing": is_idle}
+    return Told(data, [*words, f"Written to {written}. {how}"])
 
 
 def inspect(adapter: RequiredAdapter) -> Told:
@@ -92,7 +99,7 @@ def inspect(adapter: RequiredAdapter) -> Told:
     words: list[Any] = [
         table,
         f"Base model: {found.base_model or 'not said'}. {found.file_bytes:,} bytes, ‖ΔW‖ = {found.norm:.4g}.",
-        *([] if found.norm else ["It changes nothing: the model is as it was without it."]),
+        *(["It changes nothing: the model is as it was without it."] if _is_idle(found) else []),
         *([f"Made of or beside the adapters {', '.join(found.parents)}."] if found.parents else []),
         *(f"Forgets {prompt!r}, and gives {', '.join(map(repr, given))}." for prompt, given in found.forgotten.items()),
         {"ok": "The digest fits.", "absent": "The configuration has no digest of the weights."}.get(
@@ -130,6 +137,12 @@ def compare(
             where = "any layer that both correct" if len(idle) == len(found) else ", ".join(idle)
             words.append(f"Nothing to compare: {folder} changes nothing in {where}.")
     return Told({"layers": found}, words)
+
+
+def _is_idle(found: Any) -> bool:
+    """Whether an adapter leaves a model as it is: corrections of zero, and nothing trained in full beside them."""
+    in_full = found.settings.get("modules_to_save") or found.settings.get("trainable_token_indices")
+    return not found.norm and not in_full
 
 
 def _processor(model: str) -> list[Any]:

@@ -52,6 +52,24 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
     assert following[following.index("--model") + 1] == str(model)
 
 
+def test_an_adapter_that_changes_nothing_is_told_where_it_is_shipped(tmp_path: Path) -> None:
+    model, forget = cli_models.language_model(tmp_path / "model"), cli_models.facts(
+        tmp_path / "facts.jsonl", cli_models.FACTS[:1]
+    )  # fmt: skip
+    how = ("unlearn", "text", "--model", model, "--forget", forget, "--no-progress")
+    semu(*how, "--max-steps", 1, "--output-dir", tmp_path / "idle")  # no step lowers the loss
+    semu(*how, "--retain", cli_models.facts(tmp_path / "retain.jsonl", cli_models.FACTS[1:]), "--max-steps", 3,
+         "--output-dir", tmp_path / "busy")  # fmt: skip
+    for verb in ("merge", "export"):
+        for name in ("idle", "busy"):
+            adapted = (verb, "--model", model, "--adapter", tmp_path / name, "--output-dir")
+            assert semu(*adapted, tmp_path / f"{verb}-{name}")["changes_nothing"] == (name == "idle")
+            told = CliRunner().invoke(app, list(map(str, [*adapted, tmp_path / f"{verb}-{name}-2"]))).output
+            assert ("The adapter changes nothing: " in told and "still knows all that it knew." in told) == (
+                name == "idle"
+            )
+
+
 def test_warnings_are_one_line_each_in_flags_and_in_the_json(tmp_path: Path) -> None:
     model, forget = cli_models.language_model(tmp_path / "model"), cli_models.facts(
         tmp_path / "facts.jsonl", cli_models.FACTS[:1]
