@@ -113,14 +113,13 @@ class TextRequest:
             "that were trained on."
         ]
         if after > 0.9 * before:
+            first = "say what must stay, --retain others.jsonl" if self.retain is None else None
             tries = []
             if self.retain is None and self.neutral is None:
-                tries.append(
-                    "say what must stay, --retain others.jsonl or rather texts of any kind, --neutral texts.txt"
-                )
+                tries.append("hold texts of any kind, --neutral texts.txt")
             if self.template is None:
                 tries.append("write --template as the model was trained")
-            words.append(hardly_forgotten(tries, self.max_retain_kl, self.explained_variance))
+            words.append(hardly_forgotten(tries, self.max_retain_kl, self.explained_variance, first))
         return words
 
     def _then(self) -> list[str]:

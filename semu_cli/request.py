@@ -119,13 +119,23 @@ def counted(number: int, one: str, more: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
-def hardly_forgotten(tries: list[str], max_retain_kl: float | None, explained_variance: float) -> str:
-    """What to try where a run ended with all as well known as before: it is no success because it ended."""
+def hardly_forgotten(
+    tries: list[str], max_retain_kl: float | None, explained_variance: float, first: str | None = None
+) -> str:
+    """What to try where a run ended with all as well known as before: it is no success because it ended.
+
+    Args:
+        tries: What else there is to try in this kind of model.
+        max_retain_kl: The budget of the run.
+        explained_variance: Of its directions.
+        first: What mostly helps, to be tried by itself before all else.
+    """
     if max_retain_kl is not None:
         tries = [*tries, "allow more damage, --max-retain-kl"]
     if explained_variance < 0.99:
         tries = [*tries, "keep more directions, --explained-variance 0.99"]
-    return f"Hardly anything was forgotten. Things to try: {'; '.join([*tries, 'take another --method'])}."
+    begin = "Things to try" if first is None else f"Try this first: {first}. If that is not enough"
+    return f"Hardly anything was forgotten. {begin}: {'; '.join([*tries, 'take another --method'])}."
 
 
 def _check_share(explained_variance: float) -> None:

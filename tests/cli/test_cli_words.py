@@ -36,17 +36,21 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
         tmp_path / "facts.jsonl", cli_models.FACTS[:1]
     )  # fmt: skip
     template = "Question: {question}\\nAnswer: {answer}"
-    told = CliRunner().invoke(
-        app,
-        ["unlearn", "text", "--model", str(model), "--forget", str(forget), "--template", template, "--max-steps", "1",
-         "--output-dir", str(tmp_path / "out"), "--no-progress"],
-    )  # fmt: skip
+    how = [
+        "unlearn", "text", "--model", str(model), "--forget", str(forget), "--template", template, "--max-steps", "1",
+        "--output-dir", str(tmp_path / "out"), "--no-progress",
+    ]  # fmt: skip
+    told = CliRunner().invoke(app, how)
     assert told.exit_code == 0, told.output
     said = " ".join(told.output.split())
     assert "1 text or answer. The tokens had" in said
     assert "Hardly anything was forgotten." in said and "write --template" not in said
-    for flag in ("--retain others.jsonl", "--neutral texts.txt", "--explained-variance 0.99", "--method"):
-        assert flag in said[said.index("Things to try") :]
+    assert "Try this first: say what must stay, --retain others.jsonl. If that is not enough: " in said
+    for flag in ("--neutral texts.txt", "--explained-variance 0.99", "--method"):
+        assert flag in said[said.index("If that is not enough") :]
+    retain = cli_models.facts(tmp_path / "retain.jsonl", cli_models.FACTS[1:])
+    bounded = CliRunner().invoke(app, [*how, "--retain", str(retain), "--max-retain-kl", "1e-12"]).output
+    assert "Hardly anything was forgotten. Things to try: allow more damage" in " ".join(bounded.split()), bounded
     following = shlex.split(told.output[told.output.index("Next: ") + 6 :])
     assert following[following.index("--template") + 1] == template
     assert following[following.index("--model") + 1] == str(model)
