@@ -70,6 +70,11 @@ class Answers(Beside):
         paths = {flag: getattr(self, flag) for flag in ("forget", "retain", "test", "neutral", "related")}
         return {flag: path for flag, path in paths.items() if path is not None}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts and answers there are, by flag."""
+        return {flag: len(rows) for flag, rows in self._rows.items()}
+
     def check(self) -> None:
         """Raise a usage error for a template or a file with a mistake, or texts that nothing is to be compared on."""
         written_out(self.template)
@@ -121,8 +126,7 @@ class Answers(Beside):
         """What would be loaded, and measured and tried as far as it is to be."""
         models = {name: place for name, place in self.places().items() if measures or name != "original"}
         names = self._to_measure() if measures else []
-        counts = {flag: len(rows) for flag, rows in self._rows.items()}
-        plan = Plan(models, counts, [name.replace("_", " ") for name in names], **weights_of(self.judged[0]))
+        plan = Plan(models, self.counts, [name.replace("_", " ") for name in names], **weights_of(self.judged[0]))
         return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
 
     def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:

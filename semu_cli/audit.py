@@ -101,6 +101,9 @@ def audit(
         settings={**settings, **_judging(subject, flags)}, training=training, metrics=metrics, attacks=found,
         samples=samples_of_both, forgotten=[row for row in shown if row not in (retain or ())],
     )  # fmt: skip
+    data = report.contents["request"]["data"]  # digests of files, which may hold many examples, or other things as well
+    for role in data.keys() & subject.counts.keys():
+        data[role]["examples"] = subject.counts[role]
     for row in report.contents["attacks"]:
         row["found"] = in_verbs(row["found"])
     files, missing = report.write_all(output_dir), report.contents["not_tested"]

@@ -47,6 +47,10 @@ class Judged(Protocol):
     def files(self) -> dict[str, Any]:
         """What is measured on, by flag, for its digests: a path, or rows."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many examples there are, by what they are for."""
+
     def check(self) -> None:
         """Raise for a mistake that can be seen while nothing is loaded."""
 

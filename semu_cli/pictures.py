@@ -64,6 +64,11 @@ class Drawing(Beside):
         """There are no data: prompts are in the report themselves."""
         return {}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many prompts there are, by what they are for."""
+        return {f"{side} prompts": len(each) for side, each in {**self._sides, "related": self.related}.items() if each}
+
     def check(self) -> None:
         """All that can be seen while nothing is loaded has been."""
 
@@ -125,8 +130,7 @@ class Drawing(Beside):
             drawn += len(self.forget) * (1 if self.reference is None else 2)  # other seeds
         plan = Plan(
             self.places() | ({} if self.classifier is None else {"classifier": self.classifier}),
-            {f"{name} prompts": len(each) for name, each in {**sides, "related": self.related}.items() if each},
-            names if measures else (), pictures=self.samples * drawn, **weights_of(*modules),
+            self.counts, names if measures else (), pictures=self.samples * drawn, **weights_of(*modules),
         )  # fmt: skip
         return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
 

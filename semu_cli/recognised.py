@@ -71,6 +71,11 @@ class Recognised(Beside):
         }
         return {part: each for part, each in found.items() if each}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images there are, by part."""
+        return {part: len(images) for part, images in self._of_judged.items()}
+
     def check(self) -> None:
         """Raise for a mistake that can be seen while nothing is loaded.
 
@@ -125,19 +130,18 @@ class Recognised(Beside):
 
     def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:
         """What would be loaded, and measured and tried as far as it is to be."""
-        data = self._of_judged()
+        data = self._of_judged
         names = [_TOLD.get(part, f"{part} accuracy") for part in data if part != "related"]
         names += ["membership inference"] if {"retain", "test"} <= set(data) else []
         shadows = {f"shadow {number}, one at a time": place for number, place in enumerate(self.shadow, 1)}
-        counts = {part: len(each) for part, each in data.items()}
-        plan = Plan({**self.places(), **shadows}, counts, names if measures else (), **weights_of(self.judged))
+        plan = Plan({**self.places(), **shadows}, self.counts, names if measures else (), **weights_of(self.judged))
         return plan.with_attacks(self.attacked(None, dry_run=True)) if attacks else plan
 
     def attacked(self, time_limit: float | None, *, dry_run: bool = False) -> Any:
         """All attacks that the data allow, as an `AttackReport`; of a dry run those that would be tried."""
         from semu_peft import evaluation
 
-        base, data = self.judged, self._of_judged()
+        base, data = self.judged, self._of_judged
         batches: dict[str, Any] = {part: list(each.loader(self.batch_size)) for part, each in data.items()}
         return evaluation.attack(
             base, batches.pop("forget"), **batches, reference=None if dry_run else self.never_knew,
@@ -145,6 +149,7 @@ class Recognised(Beside):
             time_limit=time_limit, dry_run=dry_run, seed=self.seed, progress=self.progress,
         )  # fmt: skip
 
+    @cached_property
     def _of_judged(self) -> dict[str, Any]:
         """The images for the model that is judged, related ones among them."""
         data = self._read(self.judged)

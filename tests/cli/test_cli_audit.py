@@ -38,6 +38,7 @@ def how(place: dict[str, Path], *more: object) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def report(place: dict[str, Path]) -> Any:
+    (place["data"] / "cat" / "notes.txt").write_text("no image")
     more = ("--test", place["test"], "--reference", place["reference"], "--time-limit", 1, "--seed", 3)
     semu("audit", *how(place, *more, "--output-dir", place["folder"] / "report"))
     return json.loads((place["folder"] / "report" / "report.json").read_text())
@@ -51,7 +52,8 @@ def test_a_report_names_no_folder_of_a_machine(place: dict[str, Path], report: A
 
 def test_a_report_has_digests_of_all_that_was_measured_on(place: dict[str, Path], report: Any, tmp_path: Path) -> None:
     data = report["request"]["data"]
-    assert data["forget"]["files"] == 6 and data["forget_test"]["files"] == 3
+    assert data["forget"]["files"] == 7 and data["forget_test"]["files"] == 3
+    assert data["forget"]["examples"] == 6 and data["forget_test"]["examples"] == 3
     assert data["retain"]["examples"] == 18 and data["test"]["examples"] == 9  # the other three classes
     digest = report["settings"]["judging: SHA-256 of the weights of reference"]
     assert len(digest) == 64 and digest != report["model"]["sha256"]
@@ -143,7 +145,7 @@ def test_an_audit_of_texts_loads_each_model_and_reads_each_file_once(
 ) -> None:
     model = cli_models.language_model(tmp_path / "model")
     other = shutil.copytree(model, tmp_path / "never-knew")
-    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS[:1])
+    forget = cli_models.facts(tmp_path / "forget.jsonl", cli_models.FACTS)
     neutral = tmp_path / "neutral.txt"
     neutral.write_text("the sky is blue")
     where = ("--model", model, "--forget", forget, "--no-progress")
@@ -155,6 +157,11 @@ def test_an_audit_of_texts_loads_each_model_and_reads_each_file_once(
     semu("audit", *where, "--adapter", tmp_path / "out", *more)
     assert found == [("model", False, 0), ("model", True, 1), ("never-knew", False, 1)]  # the original is let go
     assert read == ["forget", "neutral"]
+    told = json.loads((tmp_path / "report" / "report.json").read_text())["request"]["data"]
+    assert {role: (each["files"], each["examples"]) for role, each in told.items()} == {
+        "forget": (1, 2), "neutral": (1, 1)
+    }  # fmt: skip
+    assert "| forget | 2 examples |" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.fixture
