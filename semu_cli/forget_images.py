@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,19 @@ class ImageRequest:
 
     def _read(self) -> tuple[Any, ImageFolder]:
         base = classifier(self.model)
-        return base, read_images(self.forget, base, only=self.forget_class)
+        data = read_images(self.forget, base, only=self.forget_class)
+        if self._names_all(data, base):
+            warnings.warn(
+                f"Every class of the model is to be forgotten: the folders in {self.forget} name all of them, and "
+                "there is no `--forget-class`. Give one, or only the folders of what is to be forgotten.",
+                stacklevel=2,
+            )
+        return base, data
+
+    def _names_all(self, data: ImageFolder, base: Any) -> bool:
+        """Whether folders, and not the model's own answers, say that there are images of each of its classes."""
+        is_flat = all(file.parent == Path(self.forget) for file in data.files)
+        return not is_flat and len(set(data.labels)) == len(base.config.id2label)
 
     def _targets(self, base: Any) -> Any:
         if self.target_modules is None:

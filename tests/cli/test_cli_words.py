@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 
@@ -118,6 +119,21 @@ def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Pat
     said = " ".join(held.output.split())
     assert held.exit_code == 0 and "Hardly anything was forgotten." in said, held.output
     assert "allow more damage, --max-retain-kl" in said and "--neutral" not in said and "--template" not in said
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_that_every_class_is_to_be_forgotten_is_told(dry_run: tuple[str, ...], tmp_path: Path) -> None:
+    data = cli_models.image_folder(tmp_path / "photos", number=2)
+    model = cli_models.classifier(tmp_path / "model", data)
+    few, other = (tmp_path / name for name in ("few", "other"))
+    for name in ("cat", "dog"):
+        shutil.copytree(data / name, few / name)
+    how = ("unlearn", "images", "--model", model, "--max-steps", 1, "--output-dir", other, *dry_run, "--no-progress")
+    told = semu(*how, "--forget", data)["warnings"]
+    begin = f"Every class of the model is to be forgotten: the folders in {data} name all of them, and there is no "
+    assert any(each.startswith(f"{begin}`--forget-class`. Give one, ") for each in told), told
+    for forget in (("--forget", data, "--forget-class", "cat"), ("--forget", few), ("--forget", data / "cat")):
+        assert not any("Every class" in each for each in semu(*how, *forget)["warnings"])
 
 
 def test_a_flat_folder_is_judged_by_what_the_original_saw_in_it(tmp_path: Path) -> None:
