@@ -219,6 +219,8 @@ def check_adapter(adapter: Path | None, flag: str = "`--adapter`") -> None:
     """Raise a usage error unless the folder has an adapter in it, or none is asked for."""
     if adapter is None:
         return
+    if not adapter.is_dir():
+        raise typer.BadParameter(f"{flag}: there is no folder {adapter}. Give the folder that `semu unlearn` wrote.")
     weights = ("adapter_model.safetensors", "adapter_model.bin")
     for names in (("adapter_config.json",), weights):
         if not any((adapter / name).is_file() for name in names):

@@ -105,7 +105,7 @@ class Plan:
             *(f"- {name}: {place}" for name, place in self.models.items()),
             f"Memory: {_size(self.weight_bytes)} weights of the judged model, with {self.parameters:,} parameters; "
             "those of the others and activations come on top and were not estimated.",
-            f"Data: {', '.join(f'{count:,} {name}' for name, count in self.examples.items())}.",
+            f"Data: {', '.join(_of(count, name) for name, count in self.examples.items())}.",
         ]
         if len(self.models) == 1:
             lines[0] = "Would load 1 model:"
@@ -240,6 +240,10 @@ def _time(seconds: float) -> str:
 
 def _counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _of(number: int, names: str) -> str:
+    return f"{number:,} {names.removesuffix('s') if number == 1 else names}"
 
 
 def _batches(number: int) -> str:

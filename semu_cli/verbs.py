@@ -283,7 +283,7 @@ def _reader(own: Mapping[str, inspect.Parameter]) -> Callable[[typer.Context, Pa
                     settings[name] = value if isinstance(value, list) else [value]
                 elif isinstance(value, list):
                     flag = f"--{name.replace('_', '-')}"
-                    raise typer.BadParameter(f"`--config`: `{flag}` in {path} takes one value, got {value}. Give one.")
+                    raise typer.BadParameter(f"`{flag}` in {path} takes one value, got {value}. Give one.")
             context.default_map = {**(context.default_map or {}), **settings}
         return path
 
@@ -292,6 +292,8 @@ def _reader(own: Mapping[str, inspect.Parameter]) -> Callable[[typer.Context, Pa
 
 def read_settings(path: Path, names: set[str]) -> dict[str, Any]:
     """Read flags from a YAML, TOML or JSON file; they are written with `-` or `_`, without the leading dashes.
+
+    That it is `--config` that a mistake is in, says typer.
 
     Args:
         path: The file.
@@ -312,26 +314,25 @@ def read_settings(path: Path, names: set[str]) -> dict[str, Any]:
         ".json": json.loads, ".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml
     }  # fmt: skip
     if path.suffix not in readers:
-        raise typer.BadParameter(f"`--config` must be a .yaml, .toml or .json file, got {path.name!r}. Rename it.")
+        raise typer.BadParameter(f"must be a .yaml, .toml or .json file, got {path.name!r}. Rename it.")
     try:
         content = readers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise typer.BadParameter(f"`--config`: {path} cannot be read ({error.strerror}). Check the path.") from None
+        raise typer.BadParameter(f"{path} cannot be read ({error.strerror}). Check the path.") from None
     except ValueError as error:
-        raise typer.BadParameter(f"`--config`: {path} is damaged: {error}. Correct it.") from None
+        raise typer.BadParameter(f"{path} is damaged: {error}. Correct it.") from None
     if not isinstance(content, dict):
-        raise typer.BadParameter(f"`--config`: {path} must hold flags by name, got {type(content).__name__}.")
+        raise typer.BadParameter(f"{path} must hold flags by name, got {type(content).__name__}.")
     found = {str(key).replace("-", "_"): value for key, value in content.items()}
     for name, value in found.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in names:
             known = ", ".join(sorted(each.replace("_", "-") for each in names))
-            raise typer.BadParameter(f"`--config`: {path} has {name!r}, which is no flag here. There are: {known}.")
+            raise typer.BadParameter(f"{path} has {name!r}, which is no flag here. There are: {known}.")
         parts = value if isinstance(value, list) else [value]
         if any(not isinstance(part, (str, int, float, bool)) for part in parts):
             raise typer.BadParameter(
-                f"`--config`: `{flag}` in {path} must be a value or a list of values, got {value!r}. Leave it "
-                "out for its default."
+                f"`{flag}` in {path} must be a value or a list of values, got {value!r}. Leave it out for its default."
             )
     return found
 

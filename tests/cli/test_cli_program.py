@@ -48,6 +48,8 @@ def test_a_missing_adapter_is_said_before_anything_is_loaded(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    assert "there is no folder absent" in said(*arguments, code=2)
+    Path("absent").mkdir()
     assert "no adapter_config.json in absent" in said(*arguments, code=2)
 
 

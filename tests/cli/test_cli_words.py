@@ -14,7 +14,7 @@ from test_cli import semu
 from typer.testing import CliRunner
 
 from semu_cli import app
-from semu_cli.estimate import Estimate
+from semu_cli.estimate import Estimate, Plan
 
 
 def estimated(seconds: float) -> str:
@@ -29,6 +29,9 @@ def test_an_estimate_does_not_say_that_a_run_takes_no_time() -> None:
 def test_one_is_not_many() -> None:
     assert "Data: 1 example in 1 batch." in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, None, 2.0).told().words)
     assert "for 1 batch and 1 step," in " ".join(Estimate(9, 1, 1, 1, 1, 9, 9, 1.0, None, 2.0).told().words)
+    for number, said in ((1, "1 forget prompt, 1 retain."), (2, "2 forget prompts, 2 retain.")):
+        plan = Plan({"model": "m"}, {"forget prompts": number, "retain": number})
+        assert f"Data: {said}" in plan.told().words
     assert "Data: 64 examples in 2 batches." in estimated(24.0) and "2 batches and 10 steps" in estimated(24.0)
 
 
