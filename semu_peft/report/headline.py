@@ -160,10 +160,11 @@ def _cost(models: _Models, kept: str | None, training: Sequence[Mapping[str, Any
     history = [entry for run in training for entry in run["history"]]
     damage = [entry["damage"] for entry in history if "damage" in entry]
     if len(training) == 1 and damage:
-        cost = f"a damage of {shown(damage[-1])}{' nats' if is_in_nats(history) else ''}"
+        in_nats = is_in_nats(history)
+        cost = f"a damage of {shown(damage[-1])}{' nats' if in_nats else ''}"
         if is_of_retain_data(history):
             return f"its cost: {cost} on what was to be kept, as the run recorded"
-        on = "on the other answers to what was forgotten"
+        on = f"on the other {'answers to' if in_nats else 'conditions of'} what was forgotten"
         return f"its cost: {cost} {on}, as the run recorded; what it cost of other data was not measured"
     return "what it cost of what was to be kept was not measured"
 

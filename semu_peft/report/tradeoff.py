@@ -164,11 +164,12 @@ def is_in_nats(history: Iterable[Mapping[str, float]]) -> bool:
 
 def _words_of_damage(results: Sequence[UnlearnResult]) -> str:
     of_retain_data = {is_of_retain_data(result.history) for result in results}
-    where = {True: "retain data", False: "the other answers to the forget data"}
-    on = where[of_retain_data.pop()] if len(of_retain_data) == 1 else "retain data or the other answers"
-    if all(is_in_nats(result.history) for result in results):
-        return f"damage: KL(original ‖ now) on {on}, nats"
-    return f"damage: distance from the original on {on}"
+    in_nats = all(is_in_nats(result.history) for result in results)
+    others = "the other answers to" if in_nats else "the other conditions of"
+    places = {False: f"{others} the forget data", True: "retain data"}
+    on = [place for is_retained, place in places.items() if is_retained in of_retain_data]
+    what = "KL(original ‖ now)" if in_nats else "distance from the original"
+    return f"damage: {what} on {' or '.join(on)}{', nats' if in_nats else ''}"
 
 
 def forgetting_of(*results: UnlearnResult) -> str:

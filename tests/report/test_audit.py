@@ -378,7 +378,7 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     assert report.pictures[0].text.startswith("Probability of what was forgotten against damage"), "no class answers"
     denoiser = [{"damage": 0.0, "loss": 1.0}, {"damage": 0.1, "loss": 0.5}, {"damage": 0.1}]
     (picture,) = audit(training=UnlearnResult(denoiser, 1, 8, 4, 0.1, True, "done")).pictures
-    assert picture.text.startswith("Loss against damage: distance from the original on the other answers"), "no nats"
+    assert picture.text.startswith("Loss against damage: distance from the original on the other conditions"), "no nats"
     assert "Ends at 0.5, for 0.1" in picture.text
     apart = [{"damage": 0.0}, {"forget_loss": 1.0, "loss": 2.0}, {"forget_loss": 0.5, "loss": 1.0}]
     assert [each.caption for each in audit(training=UnlearnResult(apart, 1, 8, 4, 0.1, True, "done")).pictures] == [
