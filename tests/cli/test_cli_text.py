@@ -84,7 +84,8 @@ def test_questions_that_no_model_knew_give_membership(model: Path, tmp_path: Pat
     test = cli_models.facts(tmp_path / "test.jsonl", others)
     how = ("--model", model, "--forget", forget, "--test", test, "--metrics", "membership", "--no-progress")
     row = semu("evaluate", *how)["models"]["model"]
-    assert row["membership"]["min_k"] == 1 and row["membership_interval"]["min_k"] == [1, 1]  # it learnt the one alone
+    assert row["membership"]["min_k"] == 1  # it learnt the one alone, of which two questions do not make sure
+    assert row["membership_interval"]["min_k"] == pytest.approx([0.342, 1], abs=1e-3)
 
 
 def test_help_and_reader_agree_on_templates() -> None:
