@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LONGEST = 48  # signs of a line under the picture
 _WORDS = {
     "answer_probability": "probability of what was forgotten",
     "forget_loss": "forget loss",
@@ -78,7 +80,7 @@ def plot_tradeoff(
     words = [_WORDS.get(key, key) for key in (forgetting, damage)]
     if damage == "damage":
         words[1] = _words_of_damage(list(by_name.values()))
-    panel.set_xlabel(words[1], color=TEXT)
+    panel.set_xlabel(textwrap.fill(words[1], _LONGEST), color=TEXT)
     panel.set_ylabel(words[0], color=TEXT)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#e6e6e6", lw=0.8)

@@ -29,7 +29,7 @@ from semu_peft.evaluation import (
     attack,
 )
 from semu_peft.objectives import Attacker, UniformDistribution
-from semu_peft.report import Audit, audit, plot_attack, plot_losses
+from semu_peft.report import Audit, audit, plot_attack, plot_losses, plot_tradeoff
 from semu_peft.report.fingerprints import data_fingerprint, model_fingerprint
 from semu_peft.report.measured import read_attacks, read_metrics, read_task, untested
 from semu_peft.tuner.adapted import semu_layers
@@ -380,6 +380,9 @@ def test_losses_are_drawn_where_no_damage_was_recorded(trained: dict[str, Any]) 
     (picture,) = audit(training=UnlearnResult(denoiser, 1, 8, 4, 0.1, True, "done")).pictures
     assert picture.text.startswith("Loss against damage: distance from the original on the other conditions"), "no nats"
     assert "Ends at 0.5, for 0.1" in picture.text
+    other = UnlearnResult(denoiser, 1, 8, 4, 0.1, True, "done")
+    figure = plot_tradeoff({"one": kept, "other": other}, forgetting="damage")
+    assert max(map(len, figure.axes[0].get_xlabel().split("\n"))) <= 48, "it is cut off where it is longer"
     apart = [{"damage": 0.0}, {"forget_loss": 1.0, "loss": 2.0}, {"forget_loss": 0.5, "loss": 1.0}]
     assert [each.caption for each in audit(training=UnlearnResult(apart, 1, 8, 4, 0.1, True, "done")).pictures] == [
         "Losses"
