@@ -61,8 +61,8 @@ def plot_tradeoff(
         >>> points = [{"damage": 0.0, "answer_probability": 0.9}, {"damage": 0.01, "answer_probability": 0.1}]
         >>> result = UnlearnResult(points, 1, 64, 81, 0.5, True, "the forget data are forgotten")
         >>> plot_tradeoff(result).get_label()
-        'Probability of what was forgotten against damage: KL(original ‖ now) on what is kept, nats. Ends at 0.1,
-        for 0.01.'
+        'Probability of what was forgotten against damage: KL(original ‖ now) on the other answers to the forget data,
+        nats. Ends at 0.1, for 0.01.'
     """
     by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
     if forgetting is None:
