@@ -101,14 +101,12 @@ class Plan:
     def told(self) -> Told:
         """The plan in words, with what it leaves out."""
         lines = [
-            f"Would load {len(self.models)} models:",
+            f"Would load {_counted(len(self.models), 'model')}:",
             *(f"- {name}: {place}" for name, place in self.models.items()),
             f"Memory: {_size(self.weight_bytes)} weights of the judged model, with {self.parameters:,} parameters; "
             "those of the others and activations come on top and were not estimated.",
             f"Data: {', '.join(_of(count, name) for name, count in self.examples.items())}.",
         ]
-        if len(self.models) == 1:
-            lines[0] = "Would load 1 model:"
         if self.pictures is not None:
             lines.append(f"Would draw {_counted(self.pictures, 'picture')}.")
         if self.measures:

@@ -185,6 +185,34 @@ class Objective(ABC):
         return self * (1.0 / float(divisor))
 
 
+class PreparedObjective(Objective):
+    """An objective whose call is what `evaluate` says of what `prepare` returns.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.base import PreparedObjective
+        >>> class FromTheStart(PreparedObjective):
+        ...     def prepare(self, model, batch):
+        ...         return model(batch).detach()
+        ...     def evaluate(self, model, batch, prepared):
+        ...         return Evaluation((model(batch) - prepared).square().sum())
+        >>> FromTheStart()(torch.nn.Identity(), torch.ones(3))
+        tensor(0.)
+    """
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.evaluate(model, batch, self.prepare(model, batch)).loss
+
+    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
+        if type(self).__call__ is not PreparedObjective.__call__:  # one that is called otherwise
+            return super().measure(model, batch)
+        return self.evaluate(model, batch, self.prepare(model, batch))
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
+        """Return the loss with the outputs behind it; again and again the same, for what `prepare` returned."""
+
+
 @dataclass(frozen=True)
 class WeightedSum(Objective):
     """`Σ weight · objective`, made by adding and scaling objectives; all terms see the same batch.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from semu_peft.arguments import check_count, check_kind, check_model, check_number
 
-from .base import Evaluation, Objective, Outputs, RandomObjective, Reader
+from .base import Evaluation, Outputs, PreparedObjective, RandomObjective, Reader
 from .batches import call_model
 from .distributions import divergence, strike_out
 from .original import reference_model
@@ -50,7 +50,7 @@ class ReadLogits:
 
 
 @dataclass
-class ClassificationObjective(Objective):
+class ClassificationObjective(PreparedObjective):
     """What the objectives below share: how a batch is read, each real token of a language model being an example.
 
     Args:
@@ -68,14 +68,6 @@ class ClassificationObjective(Objective):
 
     distribution = "categorical"
     shift_labels: bool | None = field(default=None, kw_only=True, repr=False)
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
-
-    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
-        if type(self).__call__ is not ClassificationObjective.__call__:
-            return super().measure(model, batch)
-        return self.evaluate(model, batch, self.prepare(model, batch))
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         return self.evaluate_reading(self._read(model, batch), prepared)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Evaluation, Objective, Outputs, RandomObjective
+from .base import Evaluation, Outputs, PreparedObjective, RandomObjective
 from .denoiser import Condition, denoiser_output
 from .noise_schedule import NoiseSchedule
 from .original import reference_model
@@ -39,7 +39,7 @@ class _Noised(NamedTuple):
 
 
 @dataclass
-class DiffusionObjective(RandomObjective):
+class DiffusionObjective(PreparedObjective, RandomObjective):
     """What the objectives below share: the noising, guidance, and the choice of conditions.
 
     Args:
@@ -77,14 +77,6 @@ class DiffusionObjective(RandomObjective):
             raise ValueError(f"`timestep_span` must be shares 0 <= low < high <= 1, got {self.timestep_span}.")
         known = isinstance(self.scheduler, NoiseSchedule)
         self.schedule = self.scheduler if known else NoiseSchedule.from_scheduler(self.scheduler)
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
-
-    def measure(self, model: nn.Module, batch: Any) -> Evaluation:
-        if type(self).__call__ is not DiffusionObjective.__call__:
-            return super().measure(model, batch)
-        return self.evaluate(model, batch, self.prepare(model, batch))
 
     def prepare(self, model: nn.Module, batch: Any) -> tuple[_Noised, Condition, Tensor]:
         at = self._noised(batch)
@@ -308,7 +300,7 @@ class PreservePrediction(_Referenced):
 
 
 @dataclass
-class EmbeddingMatching(Objective):
+class EmbeddingMatching(PreparedObjective):
     """Let a text encoder read the forget prompt as another: `Σ_l ‖e_l(p) − sg e₀_l(p')‖² / ‖e₀_l(p')‖²`.
 
     For an adapter in the text encoder rather than in the denoiser. A batch is a mapping of token ids `(N, L)`:
@@ -353,9 +345,6 @@ class EmbeddingMatching(Objective):
                 f"`hidden_states` must be layers counted from the end, such as (-1, -2), got {layers!r}. Give those "
                 "that the pipeline reads."
             )
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def prepare(self, model: nn.Module, batch: Any) -> list[Tensor]:
         missing = {"input_ids", "anchor_input_ids"} - set(batch if isinstance(batch, Mapping) else ())

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_kind, check_positive
 from semu_peft.model_state import aside
 
-from .base import Evaluation, LossFunction, Objective, as_objective
+from .base import Evaluation, LossFunction, PreparedObjective, as_objective
 from .representation import find_layer
 
 
 @dataclass
-class PerturbedLatents(Objective):
+class PerturbedLatents(PreparedObjective):
     """`max L(h + δ)` over `‖δ‖ ≤ ρ ‖h‖`: an objective at the worst hidden states of one layer, for each example.
 
     Some gradient steps look for the `δ` that raises the loss most, that is, brings back what it forgets; then the loss
@@ -61,9 +61,6 @@ class PerturbedLatents(Objective):
         self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
         self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
         self.is_steady, self.minimum = self._inner.is_steady, self._inner.minimum
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def prepare(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
         given = self._inner.prepare(model, batch)

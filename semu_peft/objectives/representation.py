@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from semu_peft.arguments import check_count, check_kind, check_positive, check_switch
 
 from .adapter_parts import adapter_configs
-from .base import Evaluation, Objective, Outputs
+from .base import Evaluation, Outputs, PreparedObjective
 from .batches import IGNORED, as_labels, call_model, run_batch, split_batch
 from .original import original, reference_model
 from .routers import Routing, watched_routers
 
 
 @dataclass
-class HiddenStateObjective(Objective):
+class HiddenStateObjective(PreparedObjective):
     """What objectives share that read the hidden states of one layer, at the tokens that count.
 
     Args:
@@ -49,9 +49,6 @@ class HiddenStateObjective(Objective):
         check_kind("layer", self.layer, (int, str), "a layer's number or name", "Write 7, or 'layers.7'.")
         if not isinstance(self.layer, str):
             check_count("layer", self.layer, least=0)
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         states = read_hidden_states(model, batch, self.layer)
@@ -186,7 +183,7 @@ class PreserveHiddenStates(HiddenStateObjective):
 
 
 @dataclass
-class BreakActivations(Objective):
+class BreakActivations(PreparedObjective):
     """`mean max(0, ⟨o, o₀⟩ / ‖o₀‖²)`: of what a layer gave nothing is left, whatever it gives instead.
 
     The mean is over the tokens that count, and over the layers. It is 1 at the original and 0 where the outputs are at
@@ -227,9 +224,6 @@ class BreakActivations(Objective):
         for layer in self.layers:
             check_kind("layers", layer, (int, str), "a list of layers' numbers or names", mend)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
-
     @torch.no_grad()
     def prepare(self, model: nn.Module, batch: Any) -> list[Tensor]:
         with reference_model(model, self.reference) as reference:
@@ -244,7 +238,7 @@ class BreakActivations(Objective):
 
 
 @dataclass
-class RouterAnchor(Objective):
+class RouterAnchor(PreparedObjective):
     """`Σ ‖g − a‖²`: keep a mixture's router sending the forget data to one expert (SEUF, arXiv 2411.18797).
 
     `g` are the router's probabilities over all experts, `a` is 1 at the expert that is unlearned and 0 at the others;
@@ -290,9 +284,6 @@ class RouterAnchor(Objective):
         numbers = [number for pair in self.experts.items() for number in pair if isinstance(number, int)]
         if not self.experts or min(numbers) < 0:
             raise ValueError(f"`experts` must name a mixture and its expert, from 0 on, got {self.experts!r}. {mend}")
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         with watched_routers(model) as heard:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_kind, check_number
 
 from .attackers import Attacker, Relearner
-from .base import Evaluation, LossFunction, Objective, RandomObjective, as_objective
+from .base import Evaluation, LossFunction, Objective, PreparedObjective, RandomObjective, as_objective
 from .classification import CrossEntropy
 from .examples import Examples
 from .original import with_values
@@ -42,7 +42,7 @@ class _Simulated:
 
 
 @dataclass
-class SimulatedRelearning(RandomObjective):
+class SimulatedRelearning(PreparedObjective, RandomObjective):
     """`L(W) + weight · L(W + Δ)`, with `Δ` what an attacker's fine-tuning makes of the weights just now.
 
     An objective that is minimal at the weights alone is undone by a few steps of training: the class is silenced and
@@ -107,9 +107,6 @@ class SimulatedRelearning(RandomObjective):
         self.minimum = None if self.objective.minimum is None else (1 + self.weight) * self.objective.minimum
         self.turns, self.turn = math.lcm(len(self.attackers), self._inner.turns), 0
         self._in_memory: list[_Simulated] = []
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.evaluate(model, batch, self.prepare(model, batch)).loss
 
     def prepare(self, model: nn.Module, batch: Any) -> _Simulated:
         given = self._inner.prepare(model, batch)
