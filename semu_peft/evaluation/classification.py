@@ -15,7 +15,7 @@ from semu_peft.arguments import check_count, check_device, check_model, check_nu
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model, check_batches
 
-from .auc import mean_interval
+from .auc import share_interval
 from .comparison import ForgettingMetrics
 from .membership import MembershipInference, attack_membership
 
@@ -254,7 +254,7 @@ def evaluate_forgetting(
     attack = _attack(on_retain, on_test, on_forget, seed=seed, max_examples=max_attack_examples)
     trainable_now, total_parameters = _count_parameters(model)
     on_forgotten = None if forgotten_test is None else predicted("forgotten_test", forgotten_test)
-    low, high = _accuracy_interval(on_forget, seed)
+    low, high = _accuracy_interval(on_forget)
     return ForgettingMetrics(
         unlearning_accuracy=100 - on_forget.accuracy,
         retain_accuracy=on_retain.accuracy,
@@ -266,16 +266,16 @@ def evaluate_forgetting(
         total_parameters=total_parameters,
         forgotten_test_accuracy=None if on_forgotten is None else on_forgotten.accuracy,
         unlearning_accuracy_interval=(100 - high, 100 - low),
-        retain_accuracy_interval=_accuracy_interval(on_retain, seed),
-        test_accuracy_interval=_accuracy_interval(on_test, seed),
-        forgotten_test_accuracy_interval=None if on_forgotten is None else _accuracy_interval(on_forgotten, seed),
+        retain_accuracy_interval=_accuracy_interval(on_retain),
+        test_accuracy_interval=_accuracy_interval(on_test),
+        forgotten_test_accuracy_interval=None if on_forgotten is None else _accuracy_interval(on_forgotten),
         seconds=seconds,
         adapter_bytes=adapter_bytes,
     )
 
 
-def _accuracy_interval(said: Predictions, seed: int) -> tuple[float, float]:
-    low, high = mean_interval(said.predicted == said.labels, seed=seed)
+def _accuracy_interval(said: Predictions) -> tuple[float, float]:
+    low, high = share_interval(said.accuracy / 100, len(said))
     return 100 * low, 100 * high
 
 

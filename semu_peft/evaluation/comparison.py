@@ -45,8 +45,8 @@ class ForgettingMetrics:
         adapter_bytes: Size of the saved adapter.
         membership_interval: Between which values 95% of refits of the membership attack lie.
         membership_threshold: The same share by an attack that does not saturate, a threshold.
-        unlearning_accuracy_interval: Between which values 95% of those of examples drawn again lie, as of the next
-            three; they are of the predictions that the accuracies are of, and do not count when metrics are compared.
+        unlearning_accuracy_interval: Wilson's 95% interval of as many examples, as of the next three; it has a width at
+            0 and 100 as well. They do not count when metrics are compared.
         retain_accuracy_interval: Of the retain accuracy.
         test_accuracy_interval: Of the test accuracy.
         forgotten_test_accuracy_interval: Of that on the forgotten class's test examples.

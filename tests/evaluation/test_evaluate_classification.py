@@ -138,17 +138,19 @@ def test_metrics_by_hand() -> None:
     assert (metrics.seconds, metrics.adapter_bytes) == (1.5, 100)
 
 
-def test_accuracies_have_the_intervals_of_examples_drawn_again() -> None:
+def test_accuracies_have_the_intervals_of_as_many_examples() -> None:
     model, right = nn.Identity(), 9 * torch.eye(2)
     sides = [
         [(right.repeat(200, 1), torch.tensor([0, 1] * (200 - wrong) + [1, 0] * wrong))] for wrong in (150, 20, 40, 0)
     ]
     found = evaluate_forgetting(model, *sides[:3], forgotten_test=sides[3], progress=False)
     for name, share in (("unlearning_accuracy", 0.75), ("retain_accuracy", 0.9), ("test_accuracy", 0.8)):
-        deviation = 100 * (share * (1 - share) / 400) ** 0.5  # of a mean of as many draws
-        expected = (100 * share - 1.96 * deviation, 100 * share + 1.96 * deviation)
-        assert getattr(found, f"{name}_interval") == pytest.approx(expected, abs=0.8), name
-    assert found.forgotten_test_accuracy_interval == (100.0, 100.0)
+        # Wilson's bounds are where the share lies 1.96 standard deviations from the bound.
+        for bound in getattr(found, f"{name}_interval"):
+            deviation = (bound / 100 * (1 - bound / 100) / 400) ** 0.5
+            assert abs(share - bound / 100) == pytest.approx(1.96 * deviation, rel=1e-6), name
+    squared = 1.96**2
+    assert found.forgotten_test_accuracy_interval == pytest.approx((100 * 400 / (400 + squared), 100.0))  # all right
     shown = read_metrics(found)["rows"][0]["values"]
     assert shown["retain accuracy"]["interval"] == list(found.retain_accuracy_interval)
     assert shown["membership inference"]["interval"] == list(found.membership_interval)
