@@ -198,7 +198,8 @@ def forget_text(
     ]
     size = min(batch_size, len(examples))
     unseen = _unseen_nll(model, tokenizer, examples, size, reading) if until_unseen or method == _UNSEEN else None
-    objective = _objective(method, unseen)
+    of_forget = _nll(model, examples, size) if method == _UNSEEN else None
+    objective = _objective(method, unseen, of_forget)
     # Where one batch is all, a look costs little, and a few steps more would go far past.
     every = 2 if size == len(examples) else 5
     stop = []
@@ -225,7 +226,7 @@ def _check_method(method: Any) -> None:
         )
 
 
-def _objective(method: str | Objective, unseen: Tensor | None) -> Objective:
+def _objective(method: str | Objective, unseen: Tensor | None, of_forget: Tensor | None) -> Objective:
     if isinstance(method, Objective):
         return method
     if method != _UNSEEN:
@@ -235,7 +236,7 @@ def _objective(method: str | Objective, unseen: Tensor | None) -> Objective:
             "`forget` must know its texts for 'unseen-answers', and have some of more than a few words. Make it with "
             "`text_examples`."
         )
-    return objectives.UnseenAnswer(unseen)
+    return objectives.UnseenAnswer(unseen, forget_nll=of_forget)
 
 
 def _unseen_nll(
@@ -248,8 +249,11 @@ def _unseen_nll(
         return None
     if not answers:
         return None
-    loader = text_examples(tokenizer, answers, **reading).loader(batch_size, shuffle=False)
-    return objectives.sequence_nll(model, loader, progress=False)
+    return _nll(model, text_examples(tokenizer, answers, **reading), batch_size)
+
+
+def _nll(model: nn.Module, examples: TextExamples, batch_size: int) -> Tensor:
+    return objectives.sequence_nll(model, examples.loader(batch_size, shuffle=False), progress=False)
 
 
 def _check(

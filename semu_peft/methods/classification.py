@@ -177,7 +177,7 @@ def unseen_confidence(
 
     Args:
         model: The model, changed in place.
-        forget: The forget batches, of tens of examples each.
+        forget: The forget batches.
         retain: Batches whose cross entropy is added.
         unseen: Labelled batches that the model was not trained on.
         retain_weight: Of the retain data's cross entropy.
@@ -195,7 +195,9 @@ def unseen_confidence(
         >>> methods.unseen_confidence(model, forget, unseen=unseen, max_steps=2, progress=False).steps
         2
     """
-    objective = UnseenConfidence(predict(model, unseen, progress=progress).confidence, reference)
+    original = model if reference is None else reference
+    confidences, of_forget = (predict(original, each, progress=progress) for each in (unseen, forget))
+    objective = UnseenConfidence(confidences.confidence, reference, forget_log_odds=of_forget.log_odds)
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, forget, objective, keep(retain, CrossEntropy(), retain_weight), **said)
 

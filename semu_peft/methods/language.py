@@ -433,6 +433,8 @@ def unseen_answers(
         >>> methods.unseen_answers(model, forget, unseen=forget, learning_rate=1e-3, max_steps=2, progress=False).steps
         2
     """
-    nll = sequence_nll(model, unseen, progress=progress)
+    original = model if reference is None else reference
+    nll, of_forget = (sequence_nll(original, each, progress=progress) for each in (unseen, forget))
+    objective = UnseenAnswer(nll, reference, forget_nll=of_forget)
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
-    return minimise(model, forget, UnseenAnswer(nll, reference), keep(retain, CrossEntropy(), retain_weight), **said)
+    return minimise(model, forget, objective, keep(retain, CrossEntropy(), retain_weight), **said)

@@ -21,6 +21,7 @@ from .base import Evaluation, Outputs, PreparedObjective, RandomObjective, Reade
 from .batches import call_model
 from .distributions import divergence, strike_out
 from .original import reference_model
+from .quantiles import at_quantiles, check_ranked_among, quantiles_of
 
 _A_CLASS = 8  # examples of a label in a batch from which on it looks like a whole class, and not like single examples
 _MUCH = 0.25  # of what they are taught: another class of the forget data
@@ -310,19 +311,23 @@ class UnseenConfidence(ClassificationObjective):
     """Treat forget examples as the model treats data that it has never seen: the target for random forgetting.
 
     A model that was retrained without some training examples is right about most of them, with the confidence of unseen
-    data. So the examples of a batch are ranked by the original model's confidence in their labels, and the target of
-    the one at quantile `t` puts the confidence at quantile `t` of unseen data on the true class; the rest goes to the
-    other classes as the original model divides it. No target is above the original's own confidence: forgetting never
-    makes a model surer of an example. The loss is `KL(q ‖ p)`. Batches should hold tens of examples, or the quantiles
-    are coarse.
+    data. So the examples are ranked by the original model's confidence in their labels, and the target of the one at
+    quantile `t` puts the confidence at quantile `t` of unseen data on the true class; the rest goes to the other
+    classes as the original model divides it. No target is above the original's own confidence: forgetting never makes a
+    model surer of an example. The loss is `KL(q ‖ p)`.
 
     Args:
         confidences: True-class confidences of the original model on labelled data that it was not trained on, `(M,)`;
             see [`Predictions.confidence`][semu_peft.evaluation.Predictions].
         reference: A frozen original model. By default the model itself without its adapter.
+        forget_log_odds: What the original model says of all forget examples, `(N,)`, see
+            [`Predictions.log_odds`][semu_peft.evaluation.Predictions]: each is then ranked among all of them, so that
+            its target is the same in a batch of any size and in any number of processes. By default examples are ranked
+            within their batch, which should then hold hundreds of them, or quantiles are coarse and targets change.
 
     Raises:
-        ValueError: `confidences` is empty or not within [0, 1].
+        TypeError: `confidences` or `forget_log_odds` is no tensor.
+        ValueError: `confidences` is empty or not within [0, 1], or `forget_log_odds` is empty or has NaN.
 
     Examples:
         >>> import torch
@@ -336,6 +341,7 @@ class UnseenConfidence(ClassificationObjective):
 
     confidences: Tensor = field(repr=False)
     reference: nn.Module | None = field(default=None, repr=False)
+    forget_log_odds: Tensor | None = field(default=None, kw_only=True, repr=False)
     minimum = 0.0
 
     def __post_init__(self) -> None:
@@ -350,6 +356,8 @@ class UnseenConfidence(ClassificationObjective):
                 + (f" from {confidences.min()} to {confidences.max()}." if confidences.numel() else ".")
             )
         self.confidences = confidences
+        mend = "Take `predict(model, forget).log_odds`, or None to rank within each batch."
+        self.forget_log_odds = check_ranked_among("forget_log_odds", self.forget_log_odds, mend)
 
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
@@ -357,8 +365,8 @@ class UnseenConfidence(ClassificationObjective):
         struck_out = original.scatter(1, index, float("-inf"))
         # The margin orders examples whose confidence has saturated at 1.
         margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
-        quantile = (margin.argsort().argsort() + 0.5) / len(labels)
-        unseen = torch.quantile(self.confidences.to(original), quantile.to(original)).unsqueeze(1)
+        quantile = quantiles_of(margin, self.forget_log_odds).to(original)
+        unseen = at_quantiles(self.confidences, quantile).unsqueeze(1)
         confidence = torch.minimum(unseen, original.softmax(-1).gather(1, index))
         return ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
 

@@ -25,6 +25,7 @@ from .base import Evaluation, Outputs
 from .batches import Tokens, check_batches, read_tokens
 from .classification import ClassificationObjective
 from .original import reference_model
+from .quantiles import at_quantiles, check_ranked_among, quantiles_of
 
 
 @dataclass
@@ -313,18 +314,22 @@ class UnseenAnswer(SequenceObjective):
 
     `n = −1/|y| log p(y | x)`. A model that was retrained without the forget data finds their answers as likely as other
     plausible answers that nobody taught it; how likely that is, the original model says of such answers. So the answers
-    of a batch are ranked by the original's likelihood, and the target `tᵢ` of the one at quantile `t` is the negative
+    are ranked by the original's likelihood, and the target `tᵢ` of the one at quantile `t` is the negative
     log-likelihood at quantile `t` of the unseen answers. It is to language what
-    [`UnseenConfidence`][semu_peft.objectives.classification.UnseenConfidence] is to classes. Batches should hold tens
-    of answers, or the quantiles are coarse.
+    [`UnseenConfidence`][semu_peft.objectives.classification.UnseenConfidence] is to classes.
 
     Args:
         nll: Negative log-likelihoods per token of answers that the model was not trained on, `(M,)`, by the original
             model; see [`sequence_nll`][semu_peft.objectives.language.sequence_nll].
         reference: A frozen original model. By default the model itself without its adapter.
+        forget_nll: The same of all forget answers, `(N,)`: each is then ranked among all of them, so that its target is
+            the same in a batch of any size and in any number of processes. By default answers are ranked within their
+            batch, which should then hold tens of them, or quantiles are coarse and targets change.
 
     Raises:
-        ValueError: `nll` is empty or holds something else than finite numbers from zero on.
+        TypeError: `nll` or `forget_nll` is no tensor.
+        ValueError: `nll` is empty or holds something else than finite numbers from zero on, or `forget_nll` is empty or
+            has NaN.
 
     Examples:
         >>> import torch
@@ -337,6 +342,7 @@ class UnseenAnswer(SequenceObjective):
 
     nll: Tensor = field(repr=False)
     reference: nn.Module | None = field(default=None, repr=False)
+    forget_nll: Tensor | None = field(default=None, kw_only=True, repr=False)
     minimum = 0.0
 
     def __post_init__(self) -> None:
@@ -352,12 +358,13 @@ class UnseenAnswer(SequenceObjective):
                 + mend
             )
         self.nll = nll
+        mend = "Take `sequence_nll(model, forget)`, or None to rank within each batch."
+        self.forget_nll = check_ranked_among("forget_nll", self.forget_nll, mend)
 
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         tokens = self._original_tokens(model, batch, self.reference)
         known = tokens.means(tokens.nll())
-        quantile = (known.argsort(stable=True).argsort() + 0.5) / len(known)
-        return torch.quantile(self.nll.to(known), quantile.to(known))
+        return at_quantiles(self.nll, quantiles_of(known, self.forget_nll).to(known))
 
     def token_loss(self, tokens: Tokens, prepared: Any) -> Tensor:
         return F.relu(prepared - tokens.means(tokens.nll())).square().mean()

@@ -322,6 +322,22 @@ def test_unseen_answers_end_where_they_should() -> None:
     assert UnseenAnswer(known.min() - torch.ones(4))(model, padded()) == 0
 
 
+def test_unseen_answers_are_ranked_among_all_that_are_to_be_forgotten() -> None:
+    """With the likelihoods of all of them the target of an answer is the same in a batch of its own."""
+    model, batch = adapted(), padded()
+    with model.disable_adapter():
+        known = sequence_nll(model, [batch], progress=False)
+    unseen = torch.tensor([0.5, 3.0, 9.0])
+    together = UnseenAnswer(unseen).prepare(model, batch)
+    among = UnseenAnswer(unseen, forget_nll=known)
+    torch.testing.assert_close(among.prepare(model, batch), together)
+    for row in range(len(known)):
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        torch.testing.assert_close(among.prepare(model, alone), together[row : row + 1])
+    with pytest.raises(ValueError, match="`forget_nll` must hold a number for each forget example, got 0"):
+        UnseenAnswer(unseen, forget_nll=torch.tensor([]))
+
+
 @pytest.mark.parametrize("nll", [torch.tensor([]), torch.tensor([1.0, float("nan")]), torch.tensor([-1.0])])
 def test_likelihoods_that_are_none(nll: Tensor) -> None:
     """Empty, NaN or negative."""

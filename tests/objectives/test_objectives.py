@@ -319,6 +319,29 @@ def test_unseen_confidence_uses_the_adapter_off_model() -> None:
     torch.testing.assert_close(UnseenConfidence(confidences=unseen)(model, batch), expected)
 
 
+def test_unseen_confidence_ranks_among_all_that_are_to_be_forgotten() -> None:
+    """With the log-odds of all of them the target of an example does not depend on what stands beside it."""
+    original, unseen = Table(OTHER_LOGITS), torch.tensor([0.001, 0.004, 0.009])  # below what the original says
+    p = torch.tensor(softmax(OTHER_LOGITS)[np.arange(4), LABELS])
+    within = UnseenConfidence(unseen, original)
+    among = UnseenConfidence(unseen, original, forget_log_odds=(p / (1 - p)).log())
+    together = within.prepare(Table(LOGITS), BATCH)
+    assert not torch.allclose(within.prepare(Table(LOGITS), (BATCH[0][:2], BATCH[1][:2])), together[:2])
+    for rows in (slice(0, 4), slice(0, 1), slice(1, 4)):
+        torch.testing.assert_close(among.prepare(Table(LOGITS), (BATCH[0][rows], BATCH[1][rows])), together[rows])
+    losses = [among(Table(LOGITS), (BATCH[0][i : i + 1], BATCH[1][i : i + 1])) for i in range(4)]
+    torch.testing.assert_close(torch.stack(losses).mean(), within(Table(LOGITS), BATCH))
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([]), torch.tensor([1.0, float("nan")])])
+def test_log_odds_that_rank_nothing(bad: Tensor) -> None:
+    """Empty or NaN; a list is no tensor."""
+    with pytest.raises(ValueError, match="`forget_log_odds` must hold a number for each forget example"):
+        UnseenConfidence(torch.tensor([0.5]), forget_log_odds=bad)
+    with pytest.raises(TypeError, match="`forget_log_odds` must be a tensor"):
+        UnseenConfidence(torch.tensor([0.5]), forget_log_odds=[0.5])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bad", [[], [0.5, 1.2], [-0.1], [float("nan")]])
 def test_unseen_confidence_of_no_probabilities(bad: list[float]) -> None:
     """Confidences that are none are refused at construction."""
