@@ -67,6 +67,14 @@ def best_objective(task: ForgettingTask) -> Objective:
     return _best_objective(task, None)
 
 
+def ranked_objective(task: ForgettingTask) -> Objective:
+    """The same for random examples, each ranked among all of them, not within its batch."""
+    assert task.held_out is not None
+    confidences = predict(task.original, batches(task.held_out), progress=False).confidence
+    odds = predict(task.original, batches(task.forget), progress=False).log_odds
+    return objectives.UnseenConfidence(confidences, forget_log_odds=odds)
+
+
 def best_objective_with_copy(task: ForgettingTask) -> Objective:
     """The same for a model without an adapter, with the original model as a second copy."""
     return _best_objective(task, task.original)
@@ -89,9 +97,12 @@ def _train(
     batch_size: int = BATCH_SIZE,
     forget: Iterable[Any] | None = None,
     keep: type[Objective] = objectives.CrossEntropy,
+    on_unseen: bool = False,
     **settings: Any,
 ) -> UnlearnResult:
-    kept = Retain(loader(task.retain, task.seed, batch_size), keep(), retain) if retain else None
+    held = task.held_out if on_unseen else task.retain
+    assert held is not None
+    kept = Retain(loader(held, task.seed, batch_size), keep(), retain) if retain else None
     return unlearn(
         model,
         loader(task.forget, task.seed, batch_size) if forget is None else forget,
@@ -112,9 +123,10 @@ def semu(
     keep: type[Objective] = objectives.CrossEntropy,
     natural: NaturalGradient | None = None,
     max_steps: int | None = None,
+    on_unseen: bool = False,
     **settings: object,
 ) -> Callable[[ForgettingTask, float | None, int | None], Unlearned]:
-    """SEMU with an objective, and `retain` times what is asked of retain data."""
+    """SEMU with an objective, and `retain` times what is asked of retain data, or of images that no model has seen."""
 
     def run(task: ForgettingTask, learning_rate: float | None, epochs: int | None) -> Unlearned:
         started = time.perf_counter()
@@ -124,7 +136,7 @@ def semu(
         initialize_semu_weights(model, loader(task.forget, task.seed, batch_size), loss, progress=PROGRESS)
         result = _train(
             model, task, loss, learning_rate, epochs, retain, batch_size, keep=keep, optimizer=natural,
-            max_steps=max_steps,
+            max_steps=max_steps, on_unseen=on_unseen,
         )  # fmt: skip
         return Unlearned(model, result.trainable_parameters, time.perf_counter() - started, result)
 

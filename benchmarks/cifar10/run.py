@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import attack_columns
 from dataset import DEVICE, batches, subset
-from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, semu
+from methods import Method, all_weights, best_objective, best_objective_with_copy, lora, ranked_objective, semu
 from pretrain import only_process
 from tasks import ForgettingTask, class_tasks, random_tasks
 from torch import nn
 
-from semu_peft import objectives
+from semu_peft import NaturalGradient, objectives
 from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting
 from semu_peft.files import written_whole
 
@@ -77,9 +77,13 @@ def methods(kind: str, budget: Callable[[ForgettingTask], int]) -> list[Method]:
     wide = {"explained_variance": 0.99}
     # Quantiles of 64 examples are coarse, and a natural step is as good as what its batch says.
     large = {**wide, "batch_size": 256}
+    patient = {**large, "natural": NaturalGradient(tolerance=0.002)}
+    unseen = {"keep": objectives.KLToOriginal, "on_unseen": True}
     return [
         Method("SEMU", semu(best_objective, **large)),
         Method("SEMU, with retain data", semu(best_objective, retain=4.0, **large)),
+        Method("SEMU, tolerance 0.002, with unseen images", semu(ranked_objective, retain=1.0, **unseen, **patient)),
+        Method("SEMU, tolerance 0.002, with retain data", semu(ranked_objective, retain=4.0, **patient)),
         Method("SEMU, random labels (paper)", semu(random_label, **large)),
         Method("SEMU, by AdamW", semu(best_objective, **wide), 3e-3, 40),
         Method("SEMU, with retain data, by AdamW", semu(best_objective, retain=4.0, **wide), 1e-2, 40),
