@@ -9,6 +9,13 @@ import typer
 
 from .verbs import RUN
 
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise typer.BadParameter("It must be above zero. Take 0.01, or leave it out for no bound.")
+    return value
+
+
 Model = Annotated[
     str,
     typer.Option("--model", metavar="MODEL", help="Folder of the model, or its name on the Hub.", show_default=False),
@@ -126,8 +133,11 @@ MaxSteps = Annotated[int | None, typer.Option("--max-steps", metavar="N", help="
 MaxRetainKl = Annotated[
     float | None,
     typer.Option(
-        "--max-retain-kl", metavar="X", help="Damage that no step exceeds, in nats, on what is to be kept.", min=0
-    ),
+        "--max-retain-kl",
+        metavar="X",
+        help="Damage that no step exceeds, in nats, on what is to be kept.",
+        callback=_above_zero,
+    ),  # fmt: skip
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Examples a step.", min=1)]
 AtATime = Annotated[

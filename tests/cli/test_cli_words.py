@@ -116,6 +116,10 @@ def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Pat
         and "holds 2 of the images to be forgotten" in refused.output
         and not (tmp_path / "out").exists()
     )
+    for nothing in ("0", "-1", "nan"):
+        no_budget = CliRunner().invoke(app, [*how, *forget, "--retain", str(data), "--max-retain-kl", nothing])
+        assert no_budget.exit_code == 2 and "must be above zero" in " ".join(no_budget.output.split()), nothing
+        assert not (tmp_path / "out").exists()
     held = CliRunner().invoke(
         app, [*how, *forget, "--retain", str(data), "--max-retain-kl", "1e-9", "--max-steps", "1"]
     )
