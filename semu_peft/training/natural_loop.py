@@ -32,25 +32,14 @@ from .proximal import Proximal
 from .rules.base import Step, StepData
 from .step_control import LevenbergMarquardt, Outcome, StepControl, TrustRegion
 from .step_data import gradients_of_terms
+from .stopping import ALREADY_FORGOTTEN, NOT_FINITE, Stopping
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
 _MOST_TRIALS = 12  # of one step
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
-_FALL_THAT_COUNTS = 0.5  # of the tolerance
-_TOLERANCE = 0.01  # by default
-_PATIENCE = 4  # by default, or as many batches as bring
-_PATIENT_EXAMPLES = 64
-_SHARE_OF_THE_WAY = 0.02  # from the start to the minimum, that may be left by default
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
-_MEMORY = 0.5  # of the running loss, which follows it fast
-
-FORGOTTEN = "the forget data are forgotten"
-ALREADY_FORGOTTEN = "the forget data were forgotten already"
-BUDGET_SPENT = "the damage budget is spent"
-NO_LONGER_IMPROVES = "the loss no longer falls"
-NOT_FINITE = "the loss was not finite any more, or its gradient, so the best cores before were put back"
 
 
 class NaturalLoop(Loop):
@@ -81,18 +70,14 @@ class NaturalLoop(Loop):
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.
         self.processes = processes_of_torch() or self.accelerator.num_processes
         self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
-        self.failures, self.stalled, self.lowest = 0, 0, math.inf
-        # What is minimised may change from batch to batch, in turns; a running loss of each, the oldest first.
-        self.turns = math.lcm(*(objective.turns for objective in self.objectives))
-        self.running: list[float] = []
+        turns = math.lcm(*(objective.turns for objective in self.objectives))
+        self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
         self.choose = choose
         self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
         self.first_draws: list[Any] = []
-        self.forgotten_batches = 0
-        self.budget_was_hit = False
         self._restored: Mapping[str, Any] | None = None
 
     def _length(self) -> tuple[float, int]:
@@ -145,8 +130,9 @@ class NaturalLoop(Loop):
 
     def _look_at_start(self, start: Tried) -> None:
         self.start_values = start.values
+        self.stopping.start_loss = self.start_loss
         self._choose_curvature(self._affords_whole_matrix(start))
-        if self._is_forgotten(start, self._tolerated(self.start_loss)):
+        if self.stopping.is_forgotten(start.values, self.stopping.tolerated(self.start_loss)):
             self._stop(ALREADY_FORGOTTEN)
 
     def _make_slots(self) -> list[CoreSlot]:
@@ -176,7 +162,7 @@ class NaturalLoop(Loop):
         self.curvature: Curvature = kind(self.slots, self.natural.decay, self.cores[0].device)
         kl, damping = self.natural.kl, self.natural.damping
         self.control: StepControl = (
-            LevenbergMarquardt(kl, damping) if is_whole else TrustRegion(kl, damping, self._enough())
+            LevenbergMarquardt(kl, damping) if is_whole else TrustRegion(kl, damping, self.stopping.enough())
         )
 
     def _train_step(self, batches: list[Any]) -> None:
@@ -189,7 +175,7 @@ class NaturalLoop(Loop):
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
             self._look_at_start(here)
-        self._note_running_loss(here, self._patience(examples_in(batches) * self.accelerator.num_processes))
+        self._follow(here, examples_in(batches) * self.accelerator.num_processes)
         updates = self.control.updates_a_batch
         for update in range(updates):
             if self.context.control.should_stop or self.progress.step >= self.context.total_steps:
@@ -200,34 +186,15 @@ class NaturalLoop(Loop):
         self.progress.forget.batch += len(batches)
         self.progress.examples += examples_in(batches) * self.accelerator.num_processes
 
-    def _patience(self, examples: int) -> int:
-        """How many batches to wait for a lower loss, of so many examples each: a few images are not all alike."""
-        if self.natural.patience is not None:
-            return self.natural.patience
-        if not isinstance(self.curvature, WholeMatrix) or self.objectives[0].distribution != "categorical":
-            return self.turns * _PATIENCE
-        wanted = math.ceil(_PATIENT_EXAMPLES / max(examples, 1))
-        return self.turns * max(_PATIENCE, min(wanted, batches_in(self.prepared.forget) or wanted))
-
-    def _note_running_loss(self, here: Tried, patience: int) -> None:
-        """Follow the loss over batches: stop where it has come to its end, or falls no more."""
-        loss = here.values["loss"] + self.proximal.at(self._flat())
-        if len(self.running) == self.turns:
-            loss = _MEMORY * self.running.pop(0) + (1 - _MEMORY) * loss
-        self.running.append(loss)
-        running = sum(self.running) / len(self.running)
-        falls = _FALL_THAT_COUNTS * self._enough(self.lowest)
-        if len(self.running) < self.turns:
-            pass  # until each has had its turn
-        elif math.isinf(self.lowest) or running < self.lowest - falls:
-            self.lowest, self.stalled, self.best = running, 0, self._flat()
-        else:
-            self.stalled += 1
-        self.forgotten_batches = self.forgotten_batches + 1 if self._is_forgotten(here, self._enough()) else 0
-        if self.forgotten_batches >= max(self.turns, min(2, batches_in(self.prepared.forget) or 2)):
-            self._stop(FORGOTTEN)
-        elif max(self.stalled / self.control.patience, self.failures) >= patience:
-            self._stop(BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES)
+    def _follow(self, here: Tried, examples: int) -> None:
+        """Keep the best cores by the running loss, and stop where it has come to its end, or falls no more."""
+        if self.stopping.follow(here.values["loss"] + self.proximal.at(self._flat())):
+            self.best = self._flat()
+        batches = batches_in(self.prepared.forget)
+        patience = self.stopping.patience(examples, batches, is_exact=isinstance(self.curvature, WholeMatrix))
+        found = self.stopping.reason(here.values, patience=patience, batches=batches, stretch=self.control.patience)
+        if found is not None:
+            self._stop(found)
 
     def _give_up(self) -> None:
         self._move_to(self.best)
@@ -235,30 +202,6 @@ class NaturalLoop(Loop):
 
     def _stop(self, reason: str) -> None:
         self.context.control.stop(reason)
-
-    def _enough(self, scale: float | None = None) -> float:
-        """How forgotten is enough, in the unit of the loss; by default a share of the way where the way is short.
-
-        Not without retain data: the last steps would be paid for by data that nothing holds.
-        """
-        tolerated = self._tolerated(self.start_loss if scale is None else scale)
-        minimum = self.objectives[0].minimum
-        if self.natural.tolerance is not None or not self.weights or minimum is None or not self.start_loss > minimum:
-            return tolerated
-        return min(tolerated, _SHARE_OF_THE_WAY * (self.start_loss - minimum))
-
-    def _tolerated(self, scale: float) -> float:
-        """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
-        tolerance = self.natural.tolerance or _TOLERANCE
-        if self.objectives[0].distribution == "categorical" or not math.isfinite(scale):
-            return tolerance
-        return tolerance * abs(scale)
-
-    def _is_forgotten(self, here: Tried, enough: float) -> bool:
-        minimum = self.objectives[0].minimum
-        if minimum is None:
-            return here.values.get("answer_probability", math.inf) <= (self.natural.tolerance or _TOLERANCE)
-        return here.values["forget_loss"] - minimum <= enough
 
     def _leave_the_best(self) -> None:
         """End with the best cores seen, by the loss on the batches that the start was measured on; or at the choice."""
@@ -319,7 +262,7 @@ class NaturalLoop(Loop):
         before = self.control.state_dict()
         for _ in range(_MOST_TRIALS):
             direction, predicted = self.control.propose(self.curvature, gradient)
-            if predicted < _NEGLIGIBLE * self._enough():
+            if predicted < _NEGLIGIBLE * self.stopping.enough():
                 break
             self._move_to(start + direction)
             self._apply(step, "update")
@@ -327,11 +270,11 @@ class NaturalLoop(Loop):
             relief = self.proximal.at(start) - self.proximal.at(self._flat())
             outcome = self._outcome(here, tried, predicted, relief)
             if self.control.is_good(outcome):
-                self.failures = 0
+                self.stopping.failures = 0
                 return tried, outcome.kl
-            self.budget_was_hit |= outcome.is_over_budget
+            self.stopping.budget_was_hit |= outcome.is_over_budget
         self._move_to(start)
-        self.failures += 1
+        self.stopping.failures += 1
         self.control.load_state_dict(before)
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
         return (self._evaluate(terms, self.progress.step + 1) if keep_graph else here), 0.0
@@ -353,7 +296,8 @@ class NaturalLoop(Loop):
     def _start_again(self, terms: list[Term], *, keep_graph: bool) -> Tried:
         """Go back to the start, and from there on with the pull that is known now."""
         self._move_to(self.proximal.start)
-        self.best, self.stalled, self.running, self.lowest = self.proximal.start, 0, [], math.inf
+        self.best = self.proximal.start
+        self.stopping.begin_again()
         return self._evaluate(terms, self.progress.step, with_gradient=keep_graph)
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
@@ -453,7 +397,7 @@ class NaturalLoop(Loop):
         rounds = rounds_of(examples_of(pairs)) if draws else 1
         looks = pairs * rounds
         if any(objective.is_costly for objective in self.objectives):
-            looks = looks[: looks_that_cost(self.turns)]
+            looks = looks[: looks_that_cost(self.stopping.turns)]
         # What an objective takes as given of the model is that of the start, in a resumed run as well.
         here = self._flat()
         self._move_to(self.proximal.start)
@@ -492,7 +436,7 @@ class NaturalLoop(Loop):
             "best": self.best,
             "start_values": self.start_values,
             "path": self.path,
-            **{name: getattr(self, name) for name in _NUMBERS},
+            **self.stopping.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -501,13 +445,8 @@ class NaturalLoop(Loop):
         self.first_draws, self.best = state["first_draws"], state["best"]
         self.proximal = Proximal(state["start"], state["pull"])
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
-        for name in _NUMBERS:
-            setattr(self, name, state[name])
-        if isinstance(self.running, float):  # of a version that knew no turns
-            self.running = [] if math.isnan(self.running) else [self.running]
-
-
-_NUMBERS = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit")
+        self.stopping.start_loss = self.start_loss
+        self.stopping.load_state_dict(state)
 
 
 def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:

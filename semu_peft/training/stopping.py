@@ -1,0 +1,151 @@
+"""When a run by natural gradients ends: how forgotten is enough, and how long a loss that stays is waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from semu_peft.objectives.base import Objective
+
+from .loop import Losses
+from .natural import NaturalGradient
+
+FORGOTTEN = "the forget data are forgotten"
+ALREADY_FORGOTTEN = "the forget data were forgotten already"
+BUDGET_SPENT = "the damage budget is spent"
+NO_LONGER_IMPROVES = "the loss no longer falls"
+NOT_FINITE = "the loss was not finite any more, or its gradient, so the best cores before were put back"
+
+_FALL_THAT_COUNTS = 0.5  # of the tolerance
+_TOLERANCE = 0.01  # by default
+_PATIENCE = 4  # by default, or as many batches as bring
+_PATIENT_EXAMPLES = 64
+_SHARE_OF_THE_WAY = 0.02  # from the start to the minimum, that may be left by default
+_MEMORY = 0.5  # of the running loss, which follows it fast
+
+
+class Stopping:
+    """Follows the loss of a run over its batches.
+
+    Args:
+        natural: Its tolerance and patience.
+        objective: The forget objective.
+        has_retain_data: Whether something holds what the last steps are paid for by.
+        turns: What is minimised may change from batch to batch, in so many turns: the running loss is over all of them.
+
+    Attributes:
+        start_loss: That of the batches that are held, where the run began; NaN until it is known.
+        failures: Batches in a row of which no step was good.
+        stalled: Batches since the running loss was at its lowest.
+        lowest: Where that was.
+        running: The running loss of each turn, the oldest first.
+        forgotten_batches: Batches in a row that were forgotten.
+        budget_was_hit: Whether a step was taken back for the damage budget.
+
+    Examples:
+        >>> from semu_peft.objectives import CrossEntropy
+        >>> stopping = Stopping(NaturalGradient(tolerance=0.1, patience=2), CrossEntropy(), has_retain_data=False)
+        >>> [stopping.follow(loss) for loss in (2.0, 1.0, 1.6)]  # whether the running loss is at its lowest
+        [True, True, False]
+        >>> stopping.reason({"forget_loss": 1.6}, patience=1, batches=3)
+        'the loss no longer falls'
+    """
+
+    def __init__(
+        self, natural: NaturalGradient, objective: Objective, *, has_retain_data: bool, turns: int = 1
+    ) -> None:
+        self.natural, self.objective, self.has_retain_data, self.turns = natural, objective, has_retain_data, turns
+        self.start_loss, self.budget_was_hit, self.failures, self.forgotten_batches = math.nan, False, 0, 0
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget what was seen on the way: the run goes back to its start."""
+        self.stalled, self.lowest = 0, math.inf
+        self.running: list[float] = []
+
+    def follow(self, loss: float) -> bool:
+        """Take the loss of a batch; returns whether the running loss is at its lowest, by enough to count."""
+        if len(self.running) == self.turns:
+            loss = _MEMORY * self.running.pop(0) + (1 - _MEMORY) * loss
+        self.running.append(loss)
+        if len(self.running) < self.turns:
+            return False  # until each has had its turn
+        running = sum(self.running) / len(self.running)
+        if math.isinf(self.lowest) or running < self.lowest - _FALL_THAT_COUNTS * self.enough(self.lowest):
+            self.lowest, self.stalled = running, 0
+            return True
+        self.stalled += 1
+        return False
+
+    def reason(self, values: Losses, *, patience: int, batches: int | None, stretch: int = 1) -> str | None:
+        """Why to end here, at a batch of these values, or None.
+
+        Args:
+            values: What the model does with its cores on the batch.
+            patience: How many batches to wait.
+            batches: How many the forget data have, where that is known.
+            stretch: How many times longer a loss that does not fall is waited for, where steps are short by design.
+        """
+        is_forgotten = self.is_forgotten(values, self.enough())
+        self.forgotten_batches = self.forgotten_batches + 1 if is_forgotten else 0
+        if self.forgotten_batches >= max(self.turns, min(2, batches or 2)):
+            return FORGOTTEN
+        if max(self.stalled / stretch, self.failures) >= patience:
+            return BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES
+        return None
+
+    def patience(self, examples: int, batches: int | None, *, is_exact: bool) -> int:
+        """How many batches to wait for a lower loss, of so many examples each: a few images are not all alike.
+
+        Args:
+            examples: Of a batch, of all processes.
+            batches: How many the forget data have, where that is known.
+            is_exact: Whether steps are by the whole matrix, and so end where one batch ends.
+        """
+        if self.natural.patience is not None:
+            return self.natural.patience
+        if not is_exact or self.objective.distribution != "categorical":
+            return self.turns * _PATIENCE
+        wanted = math.ceil(_PATIENT_EXAMPLES / max(examples, 1))
+        return self.turns * max(_PATIENCE, min(wanted, batches or wanted))
+
+    def enough(self, scale: float | None = None) -> float:
+        """How forgotten is enough, in the unit of the loss; by default a share of the way where the way is short.
+
+        Not without retain data: the last steps would be paid for by data that nothing holds.
+        """
+        tolerated = self.tolerated(self.start_loss if scale is None else scale)
+        minimum = self.objective.minimum
+        by_the_way = self.natural.tolerance is None and self.has_retain_data
+        if not by_the_way or minimum is None or not self.start_loss > minimum:
+            return tolerated
+        return min(tolerated, _SHARE_OF_THE_WAY * (self.start_loss - minimum))
+
+    def tolerated(self, scale: float) -> float:
+        """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
+        tolerance = self.natural.tolerance or _TOLERANCE
+        if self.objective.distribution == "categorical" or not math.isfinite(scale):
+            return tolerance
+        return tolerance * abs(scale)
+
+    def is_forgotten(self, values: Losses, enough: float) -> bool:
+        """Whether the objective is at its end, or what knows no end has left no answer."""
+        minimum = self.objective.minimum
+        if minimum is None:
+            return values.get("answer_probability", math.inf) <= (self.natural.tolerance or _TOLERANCE)
+        return values["forget_loss"] - minimum <= enough
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what follows the run."""
+        return {name: getattr(self, name) for name in _FOLLOWED}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in _FOLLOWED:
+            setattr(self, name, state[name])
+        if isinstance(self.running, float):  # of a version that knew no turns
+            self.running = [] if math.isnan(self.running) else [self.running]
+
+
+_FOLLOWED = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit")
