@@ -119,6 +119,13 @@ def closer() -> list[Cell]:
     return [cell for group in of_first + then for cell in group]
 
 
+def longer() -> list[Cell]:
+    """What `closer` left open: the best row's repair goes on, as 128 steps see each retain answer but twice."""
+    kept = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=120, repair=400, repair_rate=1e-3)
+    more = [replace(kept, repair_rate=2e-3), replace(kept, repair=800)]
+    return [kept, *more, *_of_seeds([kept, *more], 1, 2)]
+
+
 def together(cells: list[Cell], most: int = 3) -> list[list[Cell]]:
     """Cells that follow one another and forget alike, of which one process runs the forgetting once."""
     found = []

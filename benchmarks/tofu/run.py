@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, together
+from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, longer, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, OBJECTIVES, RETAIN, Unlearned, forget, repaired
@@ -104,7 +104,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     """The declared lists that are asked for, or the product of the options."""
     if args.smoke:
         return _smoke()
-    named = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid}
+    named = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
     if args.cells:
         found = [cell for name in args.cells for cell in named[name]()]
         if args.only:
@@ -217,7 +217,10 @@ def _arguments() -> argparse.Namespace:
     usual = f"benchmarks/results/tofu{'_gpu' if DEVICE.type == 'cuda' else ''}.json"
     parser.add_argument("--output", type=Path, default=Path(usual))
     parser.add_argument(
-        "--cells", nargs="+", choices=["ahead", "closer", "goals", "grid"], help="lists of cells.py, not a product"
+        "--cells",
+        nargs="+",
+        choices=["ahead", "closer", "goals", "grid", "longer"],
+        help="lists of cells.py, not a product",
     )
     parser.add_argument(
         "--only", nargs="+", help="of these lists, cells with one of these in their name, `--seeds` each"
