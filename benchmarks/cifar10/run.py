@@ -192,6 +192,19 @@ def _is_alike(one: ForgettingMetrics, other: ForgettingMetrics) -> bool:
     return all(abs(getattr(one, key) - getattr(other, key)) <= 0.1 for key in METRICS[:3])
 
 
+def references(task: ForgettingTask) -> list[tuple[str, nn.Module, ForgettingTask]]:
+    """What rows are compared with: the retrained model, the original, and what the original says of unseen images.
+
+    The last is what `UnseenConfidence` makes of the forget images: a run that reached it and moved nothing else would
+    have that row's gap.
+    """
+    known = [(GOLD, task.gold, task), ("original (do nothing)", task.original, task)]
+    if task.held_out is None:
+        return known
+    unseen = dataclasses.replace(task, forget=task.held_out)
+    return [*known, ("original, of unseen images (the target)", task.original, unseen)]
+
+
 def run(tasks: Iterable[ForgettingTask], kind: str, results: ResultFile, only: Sequence[str], attacks: bool) -> None:
     """All methods on all tasks, or `only` some: metrics and, where asked for, what attacks find."""
 
@@ -203,10 +216,10 @@ def run(tasks: Iterable[ForgettingTask], kind: str, results: ResultFile, only: S
 
     first, *others = methods(kind, budget)
     for task in tasks:
-        for name, model in ((GOLD, task.gold), ("original (do nothing)", task.original)):
+        for name, model, judged in references(task):
             is_known = task.name in results.attacks.get(name, {})
             tried = attacked(model, task, name) if attacks and not is_known else None
-            results.enter(name, task.name, evaluate(model, task, 0, None, name), tried)
+            results.enter(name, task.name, evaluate(model, judged, 0, None, name), tried)
         for method in (first, *others):
             if only and method.name not in only:
                 continue
