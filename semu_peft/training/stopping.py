@@ -31,7 +31,7 @@ class Stopping:
     Args:
         natural: Its tolerance and patience.
         objective: The forget objective.
-        has_retain_data: Whether something holds what the last steps are paid for by.
+        has_retain_data: Whether any hold what the last steps would be paid for by.
         turns: What is minimised may change from batch to batch, in so many turns: the running loss is over all of them.
 
     Attributes:
