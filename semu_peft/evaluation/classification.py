@@ -201,7 +201,7 @@ def evaluate_forgetting(
         test: Test examples; for class forgetting those of the remaining classes. TA = accuracy; also the attack's
             non-members.
         forgotten_test: For class forgetting, the test examples of the forgotten class.
-        seed: Seeds the draw of the membership attack's training examples, and those of the intervals.
+        seed: Seeds the draw of the membership attack's training examples, and of its interval.
         progress: Show a progress bar per loader.
         device: Where batches are sent; by default the device of the model's first parameter.
         max_attack_examples: Most examples per side that the attack is fitted on; `None` as in the papers (slow).
