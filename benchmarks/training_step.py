@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--subject", choices=list(SUBJECTS), default="vit-b16")
     parser.add_argument("--steps", type=int, default=12, help="steps of each optimiser (default: 12)")
     parser.add_argument("--turns", type=int, default=2, help="turns of each optimiser, the fastest counts (default: 2)")
+    parser.add_argument(
+        "--refresh", type=int, default=NaturalGradient().refresh, help="steps between two curvatures (default: 2)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -96,7 +99,7 @@ def main() -> None:
     optimizers: dict[str, dict[str, Any]] = {
         "AdamW": {"learning_rate": 1e-4, "epochs": arguments.steps},
         # So tolerant of nothing that it does not stop before the steps are done.
-        "natural gradient": {"optimizer": NaturalGradient(tolerance=1e-9, patience=10**6)},
+        "natural gradient": {"optimizer": NaturalGradient(tolerance=1e-9, patience=10**6, refresh=arguments.refresh)},
     }
     seconds: dict[str, float] = {}
     for name, options in list(optimizers.items()) * arguments.turns:
@@ -120,7 +123,8 @@ def write(arguments: argparse.Namespace, measured: dict[str, Any]) -> None:
     path = arguments.output / "training_step.json"
     document = json.loads(path.read_text()) if path.exists() else {}
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU, processor time"
-    document[arguments.subject] = {
+    row = arguments.subject if arguments.refresh == 2 else f"{arguments.subject}, refresh {arguments.refresh}"
+    document[row] = {
         **measured, "steps": arguments.steps, "turns": arguments.turns, "torch": torch.__version__,
         "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,
     }  # fmt: skip
