@@ -137,7 +137,7 @@ MaxRetainKl = Annotated[
         metavar="X",
         help="Damage that no step exceeds, in nats, on what is to be kept.",
         callback=_above_zero,
-    ),  # fmt: skip
+    ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Examples a step.", min=1)]
 AtATime = Annotated[

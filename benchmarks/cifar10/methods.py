@@ -69,10 +69,8 @@ def best_objective(task: ForgettingTask) -> Objective:
 
 def ranked_objective(task: ForgettingTask) -> Objective:
     """The same for random examples, each ranked among all of them, not within its batch."""
-    assert task.held_out is not None
-    confidences = predict(task.original, batches(task.held_out), progress=False).confidence
     odds = predict(task.original, batches(task.forget), progress=False).log_odds
-    return objectives.UnseenConfidence(confidences, forget_log_odds=odds)
+    return _best_objective(task, None, odds)
 
 
 def best_objective_with_copy(task: ForgettingTask) -> Objective:
@@ -80,11 +78,11 @@ def best_objective_with_copy(task: ForgettingTask) -> Objective:
     return _best_objective(task, task.original)
 
 
-def _best_objective(task: ForgettingTask, reference: nn.Module | None) -> Objective:
+def _best_objective(task: ForgettingTask, reference: nn.Module | None, odds: Tensor | None = None) -> Objective:
     if task.held_out is None:
         return objectives.DecoupledDistillation(reference)
     confidences = predict(task.original, batches(task.held_out), progress=False).confidence
-    return objectives.UnseenConfidence(confidences, reference)
+    return objectives.UnseenConfidence(confidences, reference, forget_log_odds=odds)
 
 
 def _train(

@@ -45,6 +45,7 @@ COLUMNS = {
     "steps": "steps", "trained_share": "trained", "seconds": "seconds",
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
+LISTS = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
 
 
 def main() -> None:
@@ -104,9 +105,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     """The declared lists that are asked for, or the product of the options."""
     if args.smoke:
         return _smoke()
-    named = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
     if args.cells:
-        found = [cell for name in args.cells for cell in named[name]()]
+        found = [cell for name in args.cells for cell in LISTS[name]()]
         if args.only:
             chosen = [cell for cell in found if any(each in cell.name for each in args.only)]
             found = [replace(cell, seed=seed) for seed in args.seeds for cell in chosen]
@@ -219,7 +219,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cells",
         nargs="+",
-        choices=["ahead", "closer", "goals", "grid", "longer"],
+        choices=list(LISTS),
         help="lists of cells.py, not a product",
     )
     parser.add_argument(

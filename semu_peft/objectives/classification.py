@@ -365,8 +365,7 @@ class UnseenConfidence(ClassificationObjective):
         struck_out = original.scatter(1, index, float("-inf"))
         # The margin orders examples whose confidence has saturated at 1.
         margin = original.gather(1, index).squeeze(1) - struck_out.logsumexp(-1)
-        quantile = quantiles_of(margin, self.forget_log_odds).to(original)
-        unseen = at_quantiles(self.confidences, quantile).unsqueeze(1)
+        unseen = at_quantiles(self.confidences, quantiles_of(margin, self.forget_log_odds)).unsqueeze(1)
         confidence = torch.minimum(unseen, original.softmax(-1).gather(1, index))
         return ((1 - confidence) * struck_out.softmax(-1)).scatter(1, index, confidence)
 

@@ -364,7 +364,7 @@ class UnseenAnswer(SequenceObjective):
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         tokens = self._original_tokens(model, batch, self.reference)
         known = tokens.means(tokens.nll())
-        return at_quantiles(self.nll, quantiles_of(known, self.forget_nll).to(known))
+        return at_quantiles(self.nll, quantiles_of(known, self.forget_nll))
 
     def token_loss(self, tokens: Tokens, prepared: Any) -> Tensor:
         return F.relu(prepared - tokens.means(tokens.nll())).square().mean()

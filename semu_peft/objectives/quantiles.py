@@ -24,13 +24,13 @@ def quantiles_of(values: Tensor, among: Tensor | None = None) -> Tensor:
         ([0.75, 0.25], [0.625, 0.125])
     """
     if among is None:
-        return (values.argsort(stable=True).argsort() + 0.5) / len(values)
+        return (values.argsort(stable=True).argsort() + 0.5).to(values) / len(values)
     order, values = among.to(values).sort().values, values.contiguous()
     above = torch.searchsorted(order, values).clamp(1, max(len(order) - 1, 1))
     pairs = order[torch.stack([above - 1, above.clamp_max(len(order) - 1)])]
     nearest = pairs.gather(0, (pairs - values).abs().argmin(0, keepdim=True)).squeeze(0)
     below, up_to = (torch.searchsorted(order, nearest, right=right) for right in (False, True))
-    return (below + up_to) / (2 * len(order))
+    return (below + up_to).to(values) / (2 * len(order))
 
 
 def at_quantiles(values: Tensor, quantiles: Tensor) -> Tensor:

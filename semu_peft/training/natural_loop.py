@@ -124,15 +124,11 @@ class NaturalLoop(Loop):
                 stacklevel=5,
             )
 
-    @property
-    def start_loss(self) -> float:
-        return self.start_values.get("loss", math.nan)
-
     def _look_at_start(self, start: Tried) -> None:
         self.start_values = start.values
-        self.stopping.start_loss = self.start_loss
+        self.stopping.start_loss = start.values["loss"]
         self._choose_curvature(self._affords_whole_matrix(start))
-        if self.stopping.is_forgotten(start.values, self.stopping.tolerated(self.start_loss)):
+        if self.stopping.is_forgotten(start.values, self.stopping.tolerated(start.values["loss"])):
             self._stop(ALREADY_FORGOTTEN)
 
     def _make_slots(self) -> list[CoreSlot]:
@@ -188,8 +184,9 @@ class NaturalLoop(Loop):
 
     def _follow(self, here: Tried, examples: int) -> None:
         """Keep the best cores by the running loss, and stop where it has come to its end, or falls no more."""
-        if self.stopping.follow(here.values["loss"] + self.proximal.at(self._flat())):
-            self.best = self._flat()
+        place = self._flat()
+        if self.stopping.follow(here.values["loss"] + self.proximal.at(place)):
+            self.best = place
         batches = batches_in(self.prepared.forget)
         patience = self.stopping.patience(examples, batches, is_exact=isinstance(self.curvature, WholeMatrix))
         found = self.stopping.reason(here.values, patience=patience, batches=batches, stretch=self.control.patience)
@@ -291,7 +288,7 @@ class NaturalLoop(Loop):
     def _is_too_far(self, place: Tensor) -> bool:
         """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""
         minimum = self.objectives[0].minimum
-        return minimum is not None and self.proximal.at(place) > self.start_loss - minimum
+        return minimum is not None and self.proximal.at(place) > self.stopping.start_loss - minimum
 
     def _start_again(self, terms: list[Term], *, keep_graph: bool) -> Tried:
         """Go back to the start, and from there on with the pull that is known now."""
@@ -445,7 +442,7 @@ class NaturalLoop(Loop):
         self.first_draws, self.best = state["first_draws"], state["best"]
         self.proximal = Proximal(state["start"], state["pull"])
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
-        self.stopping.start_loss = self.start_loss
+        self.stopping.start_loss = self.start_values.get("loss", math.nan)
         self.stopping.load_state_dict(state)
 
 

@@ -35,6 +35,7 @@ class Stopping:
         turns: What is minimised may change from batch to batch, in so many turns: the running loss is over all of them.
 
     Attributes:
+        tolerance: How forgotten is enough.
         start_loss: That of the batches that are held, where the run began; NaN until it is known.
         failures: Batches in a row of which no step was good.
         stalled: Batches since the running loss was at its lowest.
@@ -56,6 +57,7 @@ class Stopping:
         self, natural: NaturalGradient, objective: Objective, *, has_retain_data: bool, turns: int = 1
     ) -> None:
         self.natural, self.objective, self.has_retain_data, self.turns = natural, objective, has_retain_data, turns
+        self.tolerance = natural.tolerance or _TOLERANCE
         self.start_loss, self.budget_was_hit, self.failures, self.forgotten_batches = math.nan, False, 0, 0
         self.begin_again()
 
@@ -124,16 +126,15 @@ class Stopping:
 
     def tolerated(self, scale: float) -> float:
         """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
-        tolerance = self.natural.tolerance or _TOLERANCE
         if self.objective.distribution == "categorical" or not math.isfinite(scale):
-            return tolerance
-        return tolerance * abs(scale)
+            return self.tolerance
+        return self.tolerance * abs(scale)
 
     def is_forgotten(self, values: Losses, enough: float) -> bool:
         """Whether the objective is at its end, or what knows no end has left no answer."""
         minimum = self.objective.minimum
         if minimum is None:
-            return values.get("answer_probability", math.inf) <= (self.natural.tolerance or _TOLERANCE)
+            return values.get("answer_probability", math.inf) <= self.tolerance
         return values["forget_loss"] - minimum <= enough
 
     def state_dict(self) -> dict[str, Any]:
