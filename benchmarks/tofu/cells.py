@@ -120,9 +120,10 @@ def closer() -> list[Cell]:
 
 
 def longer() -> list[Cell]:
-    """What `closer` left open: the best row's repair goes on, as 128 steps see each retain answer but twice."""
+    """What `closer` left open: the best rows' repair goes on, as 128 steps see each retain answer but twice."""
     kept = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=120, repair=400, repair_rate=1e-3)
-    more = [replace(kept, repair_rate=2e-3), replace(kept, repair=800)]
+    wide = replace(kept, carrier=NATURAL_999, repair_rate=5e-4)
+    more = [replace(kept, repair_rate=2e-3), replace(kept, repair=800), wide]
     return [kept, *more, *_of_seeds([kept, *more], 1, 2)]
 
 

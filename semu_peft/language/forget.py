@@ -24,6 +24,7 @@ from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
 from .samples import own_samples
+from .shapes import TextExample
 from .stopping import UntilUnseen
 from .unseen import unseen_answers
 
@@ -177,7 +178,7 @@ def forget_text(
     _check_method(method)
     _check(model, adapter_name, retain_weight, max_steps, batch_size, training)
     is_seq2seq = bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
-    reading = {"template": template, "max_length": max_length, "seq2seq": is_seq2seq, "seed": seed}
+    reading: dict[str, Any] = {"template": template, "max_length": max_length, "seq2seq": is_seq2seq, "seed": seed}
     wanted = _ALTERNATES.get(method) if isinstance(method, str) and alternates is None else alternates
     examples = _examples(tokenizer, forget, "forget", alternates=wanted, progress=progress, **reading)
     kept = [
@@ -185,6 +186,7 @@ def forget_text(
         for name, data in (("retain", retain), ("neutral", neutral))
         if data is not None
     ]
+    never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
         weight = 0.0 if max_retain_kl is not None else usual.retain_weight if kept else usual.weight_of_samples
@@ -197,7 +199,7 @@ def forget_text(
         Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
     ]
     size = min(batch_size, len(examples))
-    unseen = _unseen_nll(model, tokenizer, examples, size, reading) if until_unseen or method == _UNSEEN else None
+    unseen = _nll(model, text_examples(tokenizer, never_learnt, **reading), size) if never_learnt else None
     of_forget = _nll(model, examples, size) if method == _UNSEEN else None
     objective = _objective(method, unseen, of_forget)
     # Where one batch is all, a look costs little, and a few steps more would go far past.
@@ -229,27 +231,23 @@ def _check_method(method: Any) -> None:
 def _objective(method: str | Objective, unseen: Tensor | None, of_forget: Tensor | None) -> Objective:
     if isinstance(method, Objective):
         return method
-    if method != _UNSEEN:
+    if method != _UNSEEN or unseen is None:
         return _METHODS[method]()
-    if unseen is None:
-        raise ValueError(
-            "`forget` must know its texts for 'unseen-answers', and have some of more than a few words. Make it with "
-            "`text_examples`."
-        )
     return objectives.UnseenAnswer(unseen, forget_nll=of_forget)
 
 
-def _unseen_nll(
-    model: nn.Module, tokenizer: Any, examples: TextExamples, batch_size: int, reading: dict[str, Any]
-) -> Tensor | None:
-    """How unlikely answers are that the model has not learnt; None where none can be made."""
+def _unseen(examples: TextExamples, method: Any, seed: int) -> list[TextExample]:
+    """Answers that the model has not learnt; none where none can be made, unless the method needs them."""
     try:
-        answers = unseen_answers(examples.examples, seed=reading["seed"])
+        found = unseen_answers(examples.examples, seed=seed)
     except ValueError:  # of a word or two each
-        return None
-    if not answers:
-        return None
-    return _nll(model, text_examples(tokenizer, answers, **reading), batch_size)
+        found = []
+    if method == _UNSEEN and not found:
+        raise ValueError(
+            f"`forget` must know its texts for {_UNSEEN!r}, and have some of more than a few words. Make it with "
+            "`text_examples`."
+        )
+    return found
 
 
 def _nll(model: nn.Module, examples: TextExamples, batch_size: int) -> Tensor:

@@ -102,6 +102,14 @@ def test_unseen_answers_say_where_each_ends() -> None:
     assert "alternate_labels" in altered.examples[0]
 
 
+def test_unseen_answers_that_cannot_be_made_are_refused_before_the_model_runs() -> None:
+    model, runs = decoder(), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(ValueError, match="know its texts for 'unseen-answers', and have some of more than a few words"):
+        forget_text(model, tokenizer(), [("a b c", "d")], method="unseen-answers", progress=False)
+    assert not runs
+
+
 def test_a_budget_takes_the_weights_place() -> None:
     result = forget_text(learnt(), tokenizer(), FORGET, retain=RETAIN, max_retain_kl=0.05, max_steps=8, progress=False)
     assert all(entry["damage"] <= 0.05 * 1.001 for entry in result.training.history)
