@@ -19,7 +19,7 @@ from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.model_state import device_of, eval_mode, out_of_wrappers
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
-from semu_peft.objectives.examples import count_examples
+from semu_peft.objectives.examples import check_not_empty, count_examples
 
 from .loss_scale import LossScale
 from .processes import sum_over_processes
@@ -277,6 +277,7 @@ def _run(
     number = examples = uncounted = 0
     losses: list[Tensor] = []
     for batch in batches:
+        check_not_empty(batch, f"batch {number}")
         loss = objective(model, send_to_device(batch, device))
         check_loss(loss, f"batch {number}")
         losses.append(loss.detach())

@@ -125,7 +125,25 @@ class Objective(ABC):
         self.load_state_dict(prepared)
         outputs = self.outputs(model, batch)
         self.load_state_dict(prepared)
-        return Evaluation(self(model, batch), () if outputs is None else (Outputs(outputs),))
+        loss = self(model, batch)
+        if outputs is None:
+            return Evaluation(loss)
+        self._check_outputs(outputs, loss)
+        return Evaluation(loss, (Outputs(outputs),))
+
+    def _check_outputs(self, outputs: Any, loss: Tensor) -> None:
+        name = f"`{type(self).__name__}.outputs`"
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"{name} must return a tensor or None, got {type(outputs).__name__}. Return the logits alone."
+            )
+        if self.distribution == "categorical" and outputs.dim() != 2:
+            raise ValueError(
+                f"{name} must return logits (T, classes) where the distribution is categorical, got "
+                f"{tuple(outputs.shape)}. Flatten examples and tokens into rows."
+            )
+        if loss.requires_grad and not outputs.requires_grad:
+            raise ValueError(f"{name} must keep the graph of the model, got a tensor without. Do not detach it.")
 
     def measure(self, model: nn.Module, batch: Any) -> Evaluation:
         """Return the loss of a batch that is looked at once, as a call does, and the damage where that is known."""

@@ -6,11 +6,13 @@ values are means over rows (examples or tokens) of logits, or over the numbers o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Distribution
+from .base import Distribution, Outputs
 
 _INDEPENDENT_DRAWS = 2**20  # above that many, rows share one draw up to its sign
 
@@ -47,6 +49,22 @@ def strike_out(logits: Tensor, labels: Tensor) -> Tensor:
     rows, classes = logits.shape
     others = torch.arange(classes, device=logits.device) != labels.unsqueeze(1)
     return logits[others].view(rows, classes - 1)
+
+
+@torch.no_grad()
+def answer_probability(outputs: Sequence[Outputs]) -> Tensor | None:
+    """The mean probability of the labels, `()`, of all outputs that have any; None where none has.
+
+    Examples:
+        >>> answer_probability([Outputs(torch.zeros(3, 4), torch.tensor([0, 1, 2]))])
+        tensor(0.2500)
+    """
+    told = [
+        output.values.detach().float().softmax(-1).gather(1, output.labels.unsqueeze(1)).mean()
+        for output in outputs
+        if output.labels is not None
+    ]
+    return torch.stack(told).mean() if told else None
 
 
 def probe(

@@ -108,6 +108,26 @@ def count_examples(batch: Any) -> int | None:
     return next((size for size in map(count_examples, values) if size is not None), None)
 
 
+def check_not_empty(batch: Any, where: str) -> None:
+    """Check that a batch has examples, as far as it says how many.
+
+    Args:
+        batch: The batch.
+        where: What to call it in the error.
+
+    Raises:
+        ValueError: It has none.
+
+    Examples:
+        >>> import torch
+        >>> check_not_empty((torch.zeros(0, 9), torch.zeros(0)), "batch 3 of `forget`")
+        Traceback (most recent call last):
+        ValueError: Batches must have examples, got none in batch 3 of `forget`. Leave empty ones out.
+    """
+    if count_examples(batch) == 0:
+        raise ValueError(f"Batches must have examples, got none in {where}. Leave empty ones out.")
+
+
 def examples_in(batches: Iterable[Any]) -> int:
     """The number of examples in several batches; one that does not say how many it has counts as one.
 

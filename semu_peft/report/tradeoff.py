@@ -54,6 +54,7 @@ def plot_tradeoff(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: `results` is something else.
         ValueError: There is no run, a history lacks one of the two entries, or the suffix is no picture format.
 
     Examples:
@@ -64,7 +65,7 @@ def plot_tradeoff(
         'Probability of what was forgotten against damage: KL(original ‖ now) on the other answers to the forget data,
         nats. Ends at 0.1, for 0.01.'
     """
-    by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
+    by_name = _by_name(results)
     if forgetting is None:
         forgetting = forgetting_of(*by_name.values())
     if not by_name:
@@ -110,6 +111,7 @@ def plot_losses(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: `results` is something else.
         ValueError: There is no run or no step, or the suffix is no picture format.
 
     Examples:
@@ -118,7 +120,7 @@ def plot_losses(
         >>> plot_losses(UnlearnResult(steps, 2, 64, 81, 0.5, True, "the loss no longer falls")).get_label()
         'Losses over the steps. Loss: 2 to 0.5.'
     """
-    by_name = {"": results} if isinstance(results, UnlearnResult) else dict(results)
+    by_name = _by_name(results)
     lines = {
         " ".join(filter(None, [name, _WORDS[key]])): [entry[key] for entry in result.history if key in entry]
         for name, result in by_name.items()
@@ -162,6 +164,17 @@ def is_in_nats(history: Iterable[Mapping[str, float]]) -> bool:
         True
     """
     return any("answer_probability" in entry for entry in history)
+
+
+def _by_name(results: Any) -> dict[str, UnlearnResult]:
+    if isinstance(results, UnlearnResult):
+        return {"": results}
+    if not isinstance(results, Mapping) or not all(isinstance(each, UnlearnResult) for each in results.values()):
+        raise TypeError(
+            f"`results` must be what `unlearn` returned, or a dictionary of several by name, got {results!r:.80}. "
+            "Write `{'first': result, ...}`."
+        )
+    return dict(results)
 
 
 def _words_of_damage(results: Sequence[UnlearnResult]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.examples import check_not_empty
 
 from .generators import generator_states, own_generators, set_generator_states
 from .progress import Position
@@ -94,6 +95,7 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
             if batch is _END:
                 at.generators = generator_states(generators)  # where the next epoch begins
                 return
+            check_not_empty(batch, f"batch {index} of epoch {at.epoch}")
             if index >= seen:
                 yield batch
     finally:

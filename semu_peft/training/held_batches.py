@@ -12,7 +12,7 @@ from torch import Tensor
 from semu_peft.objectives.batches import split_batch
 from semu_peft.objectives.examples import examples_in
 
-_HELD_EXAMPLES = 512
+ENOUGH_EXAMPLES = 512
 _MOST_ROUNDS = 8
 _COSTLY_LOOKS = 8
 _HELD_TOKENS = 4_096  # of texts, which have one output a token
@@ -43,7 +43,7 @@ def first_pairs(forget: Iterable[Any], retained: Sequence[Iterator[Any]]) -> lis
         if any(each is None for each in kept):
             break
         pairs.append((batch, kept))
-        if examples_of(pairs) >= _HELD_EXAMPLES:
+        if examples_of(pairs) >= ENOUGH_EXAMPLES:
             break
     first = list(pairs)
     sides = zip(*((batch, *kept) for batch, kept in first), strict=True)
@@ -69,7 +69,7 @@ def rounds_of(examples: int) -> int:
         >>> rounds_of(1), rounds_of(200), rounds_of(512)
         (8, 3, 1)
     """
-    return min(_MOST_ROUNDS, math.ceil(_HELD_EXAMPLES / max(examples, 1)))
+    return min(_MOST_ROUNDS, math.ceil(ENOUGH_EXAMPLES / max(examples, 1)))
 
 
 def looks_that_cost(turns: int) -> int:

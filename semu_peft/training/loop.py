@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from semu_peft.gradients.gather import check_loss
 from semu_peft.model_state import same_modes
 from semu_peft.objectives.base import Objective, as_objective
+from semu_peft.objectives.distributions import answer_probability
 from semu_peft.objectives.examples import examples_in
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
@@ -40,6 +41,7 @@ from .settings import Settings
 from .step_data import gradients_of_batches
 
 _RISE_THAT_COUNTS = 0.05  # of the loss at the start
+_EXPLOSION = 2.0  # times the first loss, above which batches do not differ by chance
 
 Losses = dict[str, float]
 
@@ -178,14 +180,16 @@ class Loop:
             self.retained = [streams.enter_context(closing(stream)) for stream in self._retain_streams()]
             while not self._is_over():
                 self._train_epoch()
-        self._call("on_train_end")
         self._end()
+        self._call("on_train_end")  # so that a callback has the last word
 
     def _end(self) -> None:
         """Say so where an optimiser with a rate did not do what it was for."""
         losses = [entry["loss"] for entry in self.progress.history]
         few = max(1, len(losses) // 10)
         start, end = sum(losses[:few]) / few, sum(losses[-few:]) / few
+        if end > losses[0] + _EXPLOSION * abs(losses[0]):  # which the mean of the first steps may be a part of
+            start = losses[0]
         steady = all(objective.is_steady for objective in self.objectives)
         if steady and len(losses) > 1 and end > start + _RISE_THAT_COUNTS * abs(start):
             warnings.warn(
@@ -289,9 +293,8 @@ class Loop:
         """Leave the gradient of the mean loss over the batches of a step in `.grad`, and return the mean losses."""
         losses = []
         for number, (batch, retained) in enumerate(batches):
-            parts, damages = self._measure(batch, retained, self.progress.forget.batch + number)
+            parts, told = self._measure(batch, retained, self.progress.forget.batch + number)
             loss = torch.stack(list(parts.values())).sum()
-            told = {"damage": torch.stack(damages).mean()} if damages else {}
             losses.append(self._checked(loss, {**parts, **told}, self.progress.forget.batch + number))
             # Accelerate divides by `accumulation`; a group cut short by the epoch's end is a mean as well.
             loss = loss * (self.accumulation / len(batches))
@@ -309,8 +312,8 @@ class Loop:
     def _losses(self, batch: Any, retained: list[Any], number: int) -> dict[str, Tensor]:
         return self._measure(batch, retained, number)[0]
 
-    def _measure(self, batch: Any, retained: list[Any], number: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The losses that add up to that of the step; and the damage, of the retain data if there are any."""
+    def _measure(self, batch: Any, retained: list[Any], number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses that add up to that of the step; and where the damage is known, that beside the forgetting."""
         model, where = self.prepared.model, f"batch {number} of epoch {self.progress.forget.epoch}"
         objective, *keep = self.objectives
         if batch is None:
@@ -324,7 +327,13 @@ class Loop:
             terms = [weight * _scalar(each.loss, f"the retain data beside {where}") for weight, each in kept]
             parts["retain_loss"] = torch.stack(terms).sum() if terms else torch.zeros_like(parts["forget_loss"])
             told = [each for _, each in kept]
-        return parts, [each.damage for each in told if each.damage is not None]
+        damages = [each.damage for each in told if each.damage is not None]
+        if not damages:
+            return parts, {}
+        answer = answer_probability(forget.outputs)
+        return parts, {"damage": torch.stack(damages).mean()} | (
+            {} if answer is None else {"answer_probability": answer}
+        )
 
     def _checked(self, loss: Tensor, parts: dict[str, Tensor], number: int) -> Losses:
         values = {"loss": loss.item(), **{key: part.item() for key, part in parts.items()}}
@@ -383,7 +392,10 @@ class Loop:
         self.accelerator.log(entry, step=self.progress.step)
 
     def _enter_into_history(self, values: Losses) -> None:
-        self.progress.history.append({"step": self.progress.step, "epoch": self.progress.forget.epoch, **values})
+        self.progress.history.append(self._entry(values))
+
+    def _entry(self, values: Losses) -> Losses:
+        return {"step": self.progress.step, "epoch": self.progress.forget.epoch, **values}
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
         if self.accelerator.num_processes == 1:

@@ -152,18 +152,18 @@ def choose_natural(
         ValueError: `optimizer`: NaturalGradient cannot train this run, as what is trained is not the cores of...
     """
     asked = NaturalGradient() if optimizer is NaturalGradient else optimizer
-    is_natural = isinstance(asked, NaturalGradient)
-    if is_natural and is_asked_for_another:
+    asked_natural = isinstance(asked, NaturalGradient)
+    if asked_natural and is_asked_for_another:
         raise ValueError(
             "`learning_rate` and `scheduler` must be left out with NaturalGradient, which has neither. Set `kl` for "
             "the size of its steps, or take another optimiser."
         )
     reason = why_not_natural(model, parameters, objectives, mixed_precision)
-    if is_natural and reason:
+    if asked_natural and reason:
         raise ValueError(
             f"`optimizer`: NaturalGradient cannot train this run, as {reason}. Leave `optimizer` out, or take another."
         )
-    other = not is_natural and (asked is not None or is_asked_for_another or reason is not None)
+    other = not asked_natural and (asked is not None or is_asked_for_another or reason is not None)
     if choose is not None and not callable(choose):
         raise TypeError(
             f"`choose` must be a function (history) -> index, got {choose!r}. Write one that returns an index of the "
@@ -179,8 +179,18 @@ def choose_natural(
         if asked is None and not is_asked_for_another and _has_cores(model):
             warnings.warn(f"AdamW trains instead of the natural gradient, as {reason}.", stacklevel=3)
         return None
-    natural = asked if is_natural else NaturalGradient()
+    natural = asked if asked_natural else NaturalGradient()
     return natural if max_retain_kl is None else replace(natural, max_retain_kl=max_retain_kl)
+
+
+def is_natural(optimizer: Any) -> bool:
+    """Whether an optimiser is the natural gradient, with dials of its own or as the class.
+
+    Examples:
+        >>> is_natural(NaturalGradient), is_natural(NaturalGradient(kl=0.02)), is_natural(None)
+        (True, True, False)
+    """
+    return optimizer is NaturalGradient or isinstance(optimizer, NaturalGradient)
 
 
 def _has_cores(model: nn.Module) -> bool:
@@ -234,6 +244,8 @@ def why_not_natural(
     if trained_cores(model, parameters) is None:
         return "what is trained is not the cores of one SEMU adapter alone"
     for objective in objectives:
+        if objective.distribution not in (None, "categorical", "gaussian"):
+            return f"{objective.distribution!r} is no distribution of outputs: 'categorical' and 'gaussian' are known"
         if not _tells_outputs(objective):
             name = getattr(objective, "function", objective)
             return f"the objective {getattr(name, '__name__', type(name).__name__)} does not tell the model's outputs"

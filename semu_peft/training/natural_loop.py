@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,28 +16,31 @@ from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
 from semu_peft.gradients.processes import processes_of_torch, rows_elsewhere, sum_over_processes
-from semu_peft.objectives.base import Evaluation, Objective
+from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
 
-from .batches import batches_in, first_batches
-from .curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
+from .batches import batches_in
+from .curvature import Probe, WholeMatrix
+from .curvature_choice import curvature_and_control, is_whole_matrix, slots_of
+from .ends import Ends
 from .fingerprint import Fingerprint, describe
-from .held_batches import examples_of, first_pairs, looks_that_cost, rounds_of
+from .first_look import check_data, check_first_look
+from .held_batches import ENOUGH_EXAMPLES
+from .looks import Looks
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
 from .proximal import Proximal
 from .rules.base import Step, StepData
-from .step_control import LevenbergMarquardt, Outcome, StepControl, TrustRegion
+from .step_control import LevenbergMarquardt, Outcome
 from .step_data import gradients_of_terms
-from .stopping import ALREADY_FORGOTTEN, NOT_FINITE, Stopping
+from .stopping import ALREADY_FORGOTTEN, FORGOTTEN, NO_LONGER_IMPROVES, NOT_FINITE, Stopping
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
 _MOST_TRIALS = 12  # of one step
-_WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 _MOST_PROBES = 4  # passes for the curvature of one batch, each with a random seed an example
 _NEGLIGIBLE = 1e-3  # of the tolerance: the fall of a step that is not worth its trial
 
@@ -72,17 +75,21 @@ class NaturalLoop(Loop):
         self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
         turns = math.lcm(*(objective.turns for objective in self.objectives))
         self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
+        self.looks = Looks(self.prepared, self.progress, self._seeds(), self.objectives, self.trials)
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
+        self.remembered: list[int] = []  # places of forget batches that were found so when others were not
         self.choose = choose
         self.path: list[Tensor] = []  # where each entry of the history was measured; kept for `choose` alone
         self.first_draws: list[Any] = []
         self._restored: Mapping[str, Any] | None = None
 
     def _length(self) -> tuple[float, int]:
-        epochs = self.settings.epochs
-        return math.inf if epochs is None else epochs, self.settings.max_steps or _MOST_STEPS
+        epochs, most, batches = self.settings.epochs, self.settings.max_steps, batches_in(self.prepared.forget)
+        if epochs is None or batches is None:
+            return epochs or math.inf, most or _MOST_STEPS
+        return epochs, most or epochs * math.ceil(batches / self.accumulation) * LevenbergMarquardt.updates_a_batch
 
     def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: Optimizer) -> None:
         self.first_draws = [objective.state_dict() for objective in self.objectives]
@@ -99,12 +106,14 @@ class NaturalLoop(Loop):
     def train(self) -> None:
         with ExitStack() as stack:
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
-            self.slots = self._make_slots()
+            self.slots = slots_of(dict(zip(self.layers, self.cores, strict=True)), self.caught)
             if self._restored is not None:
-                self._choose_curvature(self._restored["is_whole"])
+                self._choose_curvature(is_whole=self._restored["is_whole"])
                 self.curvature.load_state_dict(self._restored["curvature"])
                 self.control.load_state_dict(self._restored["control"])
-            self.held = self._held_terms()
+            # What an objective takes as given of the model is that of the start, in a resumed run as well.
+            with self._at(self.proximal.start):
+                self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
             if self.held and not self.start_values:
                 self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
             super().train()
@@ -116,8 +125,12 @@ class NaturalLoop(Loop):
         self._leave_the_best()
         was_forgotten = self.context.control.reason == ALREADY_FORGOTTEN
         if self.choose is None and not was_forgotten and torch.equal(self._flat(), self.proximal.start):
-            bounded = self.natural.max_retain_kl is not None
-            mend = "a larger `max_retain_kl`" if bounded else "a `learning_rate`, by which AdamW trains"
+            bounds = {
+                "max_retain_kl": self.natural.max_retain_kl is not None,
+                "kl": self.natural.kl < NaturalGradient.kl,
+            }
+            tight = next((name for name, is_tight in bounds.items() if is_tight), None)
+            mend = f"a larger `{tight}`" if tight else "a `learning_rate`, by which AdamW trains"
             warnings.warn(
                 "No step lowered the loss over the first batches of the run, so the adapter is as it was before. Give "
                 f"more examples in a batch, or {mend}.",
@@ -125,53 +138,41 @@ class NaturalLoop(Loop):
             )
 
     def _look_at_start(self, start: Tried) -> None:
+        check_first_look(start, self.objectives[0], self.natural.max_retain_kl)
         self.start_values = start.values
         self.stopping.start_loss = start.values["loss"]
-        self._choose_curvature(self._affords_whole_matrix(start))
-        if self.stopping.is_forgotten(start.values, self.stopping.tolerated(start.values["loss"])):
+        kind, mean = self.natural.curvature, self._mean_over_processes
+        self._choose_curvature(is_whole=is_whole_matrix(kind, self.slots, start, mean))
+        batches, enough = batches_in(self.prepared.forget), self.stopping.tolerated(start.values["loss"])
+        if batches is None or not self.stopping.is_forgotten(start.values, enough):
+            return  # a stream's first batch may say little of the others
+        is_all = sum(term.is_forget for term in self.held) >= batches
+        other = lambda values: not self.stopping.is_forgotten(values, enough)  # noqa: E731
+        if is_all or self.looks.find_forget_batch(other) is None:
             self._stop(ALREADY_FORGOTTEN)
 
-    def _make_slots(self) -> list[CoreSlot]:
-        slots: list[CoreSlot] = []
-        for name, core in zip(self.layers, self.cores, strict=True):
-            start = slots[-1].place.stop if slots else 0
-            slots.append(CoreSlot(name, start, tuple(core.shape), name in self.caught))
-        return slots
-
-    def _affords_whole_matrix(self, start: Tried) -> bool:
-        """Whether the cores are few enough, and the batches tell enough of them: a few texts do not, by whole text."""
-        if self.natural.curvature != "auto":
-            return self.natural.curvature == "whole"
-        if self.slots[-1].place.stop > _WHOLE_UP_TO:
-            return False
-        told = [
-            (output, term)
-            for term, evaluation in start.terms
-            if term.is_forget and term.objective.distribution == "categorical"
-            for output in evaluation.outputs
-        ]
-        tokens = any(len(output.values) > (count_examples(term.batch) or 1) for output, term in told)
-        return not self._mean_over_processes({"tokens": float(tokens)})["tokens"]  # of any process
-
-    def _choose_curvature(self, is_whole: bool) -> None:
-        kind = WholeMatrix if is_whole else KroneckerFactors
-        self.curvature: Curvature = kind(self.slots, self.natural.decay, self.cores[0].device)
-        kl, damping = self.natural.kl, self.natural.damping
-        self.control: StepControl = (
-            LevenbergMarquardt(kl, damping) if is_whole else TrustRegion(kl, damping, self.stopping.enough())
+    def _choose_curvature(self, *, is_whole: bool) -> None:
+        self.curvature, self.control = curvature_and_control(
+            self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
         )
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
         here = self._evaluate(terms, self.progress.step)
-        if not math.isfinite(here.values["loss"]) and self.progress.step:
-            # Where a batch before was still well: an ascent has gone as far as numbers do.
-            return self._give_up()
-        self._check_finite(here.values, self.progress.forget.batch)
+        if not math.isfinite(here.values["loss"]):
+            check_data(self._values_at(self.proximal.start, terms), self.progress.forget)
+            return self._give_up()  # an ascent has gone as far as numbers do
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
-            self._look_at_start(here)
-        self._follow(here, examples_in(batches) * self.accelerator.num_processes)
+            if self.start_values:  # resumed, in the middle of it
+                self.start_values = self._values_at(self.proximal.start)
+                here = self._evaluate(terms, self.progress.step)
+            else:
+                self._look_at_start(here)
+        remembered = self._follow(here, examples_in(batches) * self.accelerator.num_processes)
+        if remembered is not None:
+            self._hold(remembered)
+            here = self._evaluate(terms, self.progress.step)
         updates = self.control.updates_a_batch
         for update in range(updates):
             if self.context.control.should_stop or self.progress.step >= self.context.total_steps:
@@ -182,45 +183,79 @@ class NaturalLoop(Loop):
         self.progress.forget.batch += len(batches)
         self.progress.examples += examples_in(batches) * self.accelerator.num_processes
 
-    def _follow(self, here: Tried, examples: int) -> None:
-        """Keep the best cores by the running loss, and stop where it has come to its end, or falls no more."""
+    def _follow(self, here: Tried, examples: int) -> int | None:
+        """Keep the best cores by the running loss, and stop where it has come to its end, or falls no more.
+
+        Batches may come in an order, so that a few of them say nothing of others: where one is found that is still
+        remembered, its place is returned, and the run goes on.
+        """
         place = self._flat()
         if self.stopping.follow(here.values["loss"] + self.proximal.at(place)):
             self.best = place
         batches = batches_in(self.prepared.forget)
         patience = self.stopping.patience(examples, batches, is_exact=isinstance(self.curvature, WholeMatrix))
-        found = self.stopping.reason(here.values, patience=patience, batches=batches, stretch=self.control.patience)
-        if found is not None:
+        in_a_row, is_endless = min(2, batches or 2), self.objectives[0].minimum is None
+        if batches is None and not is_endless:  # the rest of a stream cannot be looked at
+            in_a_row = math.ceil(ENOUGH_EXAMPLES / examples)
+        stretch = self.control.patience
+        found = self.stopping.reason(here.values, patience=patience, forgotten_in_a_row=in_a_row, stretch=stretch)
+        if found is None:
+            return None
+        remembered = self._find_remembered(found, batches or 0)
+        if remembered is None or is_endless:  # it would go on and on with what is forgotten
             self._stop(found)
+            return None
+        return remembered
+
+    def _find_remembered(self, reason: str, batches: int) -> int | None:
+        """Look for a batch that is still remembered where a run would end by batches that say nothing of it."""
+        is_of_few = reason == FORGOTTEN and self.stopping.forgotten_batches < batches
+        if reason == NO_LONGER_IMPROVES:
+            is_of_few = not self.progress.forget.epoch and self.stopping.has_fallen()
+        if not is_of_few or not batches:
+            return None
+        found = self.looks.find_forget_batch(self.stopping.is_remembered)
+        if found is not None and reason == FORGOTTEN and not self.remembered:
+            warnings.warn(
+                f"The last batches are forgotten, and batch {found} of the forget data is not. Shuffle them, so that "
+                "each batch is like the others: what one batch takes away may come back with the next.",
+                stacklevel=8,
+            )
+        return found
+
+    def _hold(self, place: int) -> None:
+        """Compare the cores on this batch as well from here on, and go on for one more pass at least."""
+        self.remembered.append(place)
+        with self._at(self.proximal.start):
+            self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
+        self.start_values = self._values_at(self.proximal.start)
+        self.stopping.wait(math.ceil((batches_in(self.prepared.forget) or 1) / self.accumulation))
 
     def _give_up(self) -> None:
         self._move_to(self.best)
         self._stop(NOT_FINITE)
 
     def _stop(self, reason: str) -> None:
+        if reason == FORGOTTEN and torch.equal(self._flat(), self.proximal.start):
+            reason = ALREADY_FORGOTTEN
         self.context.control.stop(reason)
 
     def _leave_the_best(self) -> None:
         """End with the best cores seen, by the loss on the batches that the start was measured on; or at the choice."""
-        if self.choose is not None and self.path:
-            ends = [self.path[self.choose(self.progress.history)]]
-        else:
-            ends = [self._flat(), self.best, self.proximal.start]
-        tried: list[dict[str, float]] = []
-        seen = [(self.proximal.start, self.start_values)]
-        for end in ends:
-            known = next((values for place, values in seen if torch.equal(place, end)), None)
-            tried.append(self._values_at(end) if known is None else known)
-            seen.append((end, tried[-1]))
-        losses = [values["loss"] + self.proximal.at(end) for values, end in zip(tried, ends, strict=True)]
-        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-        lowest = losses.index(min(losses))
-        self._move_to(ends[lowest])
-        self._enter_into_history(tried[lowest])
+        last = self._flat()
+        ends = Ends(self.proximal, self.start_values, self._values_at, self.natural.max_retain_kl)
+        if self.choose is None:
+            end, values = ends.best([self.best, last])
+        else:  # the last place was measured nowhere yet
+            history = [*self.progress.history, self._entry(self._values_at(last))]
+            end, values = ends.chosen(self.choose, [*self.path, last], history)
+        self._move_to(end)
+        self._enter_into_history(values)
 
-    def _values_at(self, place: Tensor) -> dict[str, float]:
-        self._move_to(place)
-        return self.trials.evaluate(self.held, with_gradient=False).values
+    def _values_at(self, place: Tensor, terms: list[Term] | None = None) -> Losses:
+        """What the model does there with the held batches, or others."""
+        with self._at(place):
+            return self.trials.evaluate(self.held if terms is None else terms, with_gradient=False).values
 
     # ---- one step ----
 
@@ -257,19 +292,20 @@ class NaturalLoop(Loop):
     ) -> tuple[Tried, float]:
         """Go to the first good place that is proposed, or stay; with how far the outputs moved."""
         before = self.control.state_dict()
-        for _ in range(_MOST_TRIALS):
-            direction, predicted = self.control.propose(self.curvature, gradient)
-            if predicted < _NEGLIGIBLE * self.stopping.enough():
-                break
-            self._move_to(start + direction)
-            self._apply(step, "update")
-            tried = self._evaluate(terms, self.progress.step + 1, with_gradient=keep_graph)
-            relief = self.proximal.at(start) - self.proximal.at(self._flat())
-            outcome = self._outcome(here, tried, predicted, relief)
-            if self.control.is_good(outcome):
-                self.stopping.failures = 0
-                return tried, outcome.kl
-            self.stopping.budget_was_hit |= outcome.is_over_budget
+        with self._back_if_interrupted(start):
+            for _ in range(_MOST_TRIALS):
+                direction, predicted = self.control.propose(self.curvature, gradient)
+                if predicted < _NEGLIGIBLE * self.stopping.enough():
+                    break
+                self._move_to(start + direction)
+                self._apply(step, "update")
+                tried = self._evaluate(terms, self.progress.step + 1, with_gradient=keep_graph)
+                relief = self.proximal.at(start) - self.proximal.at(self._flat())
+                outcome = self._outcome(here, tried, predicted, relief)
+                if self.control.is_good(outcome):
+                    self.stopping.failures = 0
+                    return tried, outcome.kl
+                self.stopping.budget_was_hit |= outcome.is_over_budget
         self._move_to(start)
         self.stopping.failures += 1
         self.control.load_state_dict(before)
@@ -300,7 +336,9 @@ class NaturalLoop(Loop):
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
         limit = self.natural.max_retain_kl
         fall = here.values["loss"] - tried.values["loss"] + relief
-        return Outcome(fall, predicted, *self.trials.moved(here, tried), limit is not None and tried.damage > limit)
+        # A batch of its own may be above it where the step begins: that may be mended step by step.
+        is_over_budget = limit is not None and tried.damage > limit and tried.damage >= here.damage
+        return Outcome(fall, predicted, *self.trials.moved(here, tried), is_over_budget)
 
     def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
         """The gradient of a loss of this process, as one vector `(P,)`; nothing is left in `.grad`."""
@@ -342,6 +380,7 @@ class NaturalLoop(Loop):
 
     def _probes(self, here: Tried) -> list[Probe]:
         probes = []
+        batches = sum(term.is_forget for term, _ in here.terms)  # the loss is their mean
         for term, evaluation in here.terms:
             if not term.weight or not evaluation.outputs:
                 continue
@@ -351,7 +390,7 @@ class NaturalLoop(Loop):
             for _ in range(number):
                 if self.is_sharded:  # its graph cannot be gone through twice
                     evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
-                seed = self._seed(term, evaluation) / math.sqrt(number)
+                seed = self._seed(term, evaluation) / math.sqrt(number * batches)
                 self.caught.catching = True
                 try:
                     gradient = self._backward_to_cores(seed, retain_graph=not self.is_sharded)
@@ -377,32 +416,6 @@ class NaturalLoop(Loop):
         values = torch.tensor(list(losses.values()), dtype=torch.float64, device=self.cores[0].device)
         return dict(zip(losses, (sum_over_processes(values) / self.processes).tolist(), strict=True))
 
-    def _held_terms(self) -> list[Term]:
-        """The batches, with draws of their own, on which the cores are compared with the start."""
-        now = [objective.state_dict() for objective in self.objectives]
-        _restore(self.objectives, self.first_draws)
-        loaders = [self.prepared.forget, *self.prepared.retain]
-        positions = [self.progress.forget, *self.progress.retain]
-        with ExitStack() as stack:
-            forget, *retained = [
-                stack.enter_context(first_batches(loader, seed, at.first_generators))
-                for loader, seed, at in zip(loaders, self._seeds(), positions, strict=True)
-            ]
-            pairs = first_pairs(forget, retained)
-        # What draws at random is looked at more than once where there are few examples.
-        draws = any(objective.is_random for objective in self.objectives)
-        rounds = rounds_of(examples_of(pairs)) if draws else 1
-        looks = pairs * rounds
-        if any(objective.is_costly for objective in self.objectives):
-            looks = looks[: looks_that_cost(self.stopping.turns)]
-        # What an objective takes as given of the model is that of the start, in a resumed run as well.
-        here = self._flat()
-        self._move_to(self.proximal.start)
-        terms = self.trials.terms_that_fit(looks)
-        self._move_to(here)
-        _restore(self.objectives, now)
-        return terms
-
     # ---- the cores as one vector ----
 
     @torch.no_grad()
@@ -413,6 +426,26 @@ class NaturalLoop(Loop):
     def _move_to(self, flat: Tensor) -> None:
         for slot, core in zip(self.slots, self.cores, strict=True):
             put_into(core, flat[slot.place].view(slot.shape))
+
+    @contextmanager
+    def _at(self, place: Tensor) -> Iterator[None]:
+        """Be at a place for a while."""
+        here = self._flat()
+        self._move_to(place)
+        try:
+            yield
+        finally:
+            self._move_to(here)
+
+    @contextmanager
+    def _back_if_interrupted(self, place: Tensor) -> Iterator[None]:
+        """Go back to a place where what is tried from there does not come to its end."""
+        try:
+            yield
+        except BaseException:
+            if not self.is_sharded:  # the other processes would have to come along
+                self._move_to(place)
+            raise
 
     def _write_gradient(self, flat: Tensor) -> None:
         for slot, core in zip(self.slots, self.cores, strict=True):
@@ -433,6 +466,7 @@ class NaturalLoop(Loop):
             "best": self.best,
             "start_values": self.start_values,
             "path": self.path,
+            "remembered": self.remembered,
             **self.stopping.state_dict(),
         }
 
@@ -442,10 +476,6 @@ class NaturalLoop(Loop):
         self.first_draws, self.best = state["first_draws"], state["best"]
         self.proximal = Proximal(state["start"], state["pull"])
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
+        self.remembered = list(state.get("remembered", []))  # of a version that looked at the first batches alone
         self.stopping.start_loss = self.start_values.get("loss", math.nan)
         self.stopping.load_state_dict(state)
-
-
-def _restore(objectives: Sequence[Objective], states: Sequence[Any]) -> None:
-    for objective, state in zip(objectives, states, strict=True):
-        objective.load_state_dict(state)

@@ -23,6 +23,7 @@ _PATIENCE = 4  # by default, or as many batches as bring
 _PATIENT_EXAMPLES = 64
 _SHARE_OF_THE_WAY = 0.02  # from the start to the minimum, that may be left by default
 _MEMORY = 0.5  # of the running loss, which follows it fast
+_MUCH = 0.1  # of the way back to the start, or of an answer's probability: a batch that is still remembered
 
 
 class Stopping:
@@ -42,6 +43,7 @@ class Stopping:
         lowest: Where that was.
         running: The running loss of each turn, the oldest first.
         forgotten_batches: Batches in a row that were forgotten.
+        waiting: For how many batches the run goes on whatever they say.
         budget_was_hit: Whether a step was taken back for the damage budget.
 
     Examples:
@@ -49,7 +51,7 @@ class Stopping:
         >>> stopping = Stopping(NaturalGradient(tolerance=0.1, patience=2), CrossEntropy(), has_retain_data=False)
         >>> [stopping.follow(loss) for loss in (2.0, 1.0, 1.6)]  # whether the running loss is at its lowest
         [True, True, False]
-        >>> stopping.reason({"forget_loss": 1.6}, patience=1, batches=3)
+        >>> stopping.reason({"forget_loss": 1.6}, patience=1, forgotten_in_a_row=2)
         'the loss no longer falls'
     """
 
@@ -58,7 +60,8 @@ class Stopping:
     ) -> None:
         self.natural, self.objective, self.has_retain_data, self.turns = natural, objective, has_retain_data, turns
         self.tolerance = natural.tolerance or _TOLERANCE
-        self.start_loss, self.budget_was_hit, self.failures, self.forgotten_batches = math.nan, False, 0, 0
+        self.start_loss, self.budget_was_hit = math.nan, False
+        self.failures = self.forgotten_batches = self.waiting = 0
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -80,18 +83,21 @@ class Stopping:
         self.stalled += 1
         return False
 
-    def reason(self, values: Losses, *, patience: int, batches: int | None, stretch: int = 1) -> str | None:
+    def reason(self, values: Losses, *, patience: int, forgotten_in_a_row: int, stretch: int = 1) -> str | None:
         """Why to end here, at a batch of these values, or None.
 
         Args:
             values: What the model does with its cores on the batch.
             patience: How many batches to wait.
-            batches: How many the forget data have, where that is known.
+            forgotten_in_a_row: After how many batches that are forgotten all are.
             stretch: How many times longer a loss that does not fall is waited for, where steps are short by design.
         """
         is_forgotten = self.is_forgotten(values, self.enough())
         self.forgotten_batches = self.forgotten_batches + 1 if is_forgotten else 0
-        if self.forgotten_batches >= max(self.turns, min(2, batches or 2)):
+        if self.waiting:
+            self.waiting -= 1
+            return None
+        if self.forgotten_batches >= max(self.turns, forgotten_in_a_row):
             return FORGOTTEN
         if max(self.stalled / stretch, self.failures) >= patience:
             return BUDGET_SPENT if self.budget_was_hit else NO_LONGER_IMPROVES
@@ -137,6 +143,22 @@ class Stopping:
             return values.get("answer_probability", math.inf) <= self.tolerance
         return values["forget_loss"] - minimum <= enough
 
+    def is_remembered(self, values: Losses) -> bool:
+        """Whether a batch is far from its end, by more than batches differ."""
+        minimum = self.objective.minimum
+        if minimum is None:
+            return values.get("answer_probability", 0.0) > max(_MUCH, self.tolerance)
+        return values["forget_loss"] - minimum > max(self.enough(), _MUCH * (self.start_loss - minimum))
+
+    def has_fallen(self) -> bool:
+        """Whether the running loss has gone some of the way, at least for a while."""
+        minimum = self.objective.minimum
+        return minimum is not None and self.start_loss - self.lowest > _MUCH * (self.start_loss - minimum)
+
+    def wait(self, batches: int) -> None:
+        """Go on for so many batches, as others than those seen are still remembered."""
+        self.waiting, self.stalled, self.failures = batches, 0, 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return what follows the run."""
         return {name: getattr(self, name) for name in _FOLLOWED}
@@ -144,9 +166,9 @@ class Stopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for name in _FOLLOWED:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # of a version that followed less
         if isinstance(self.running, float):  # of a version that knew no turns
             self.running = [] if math.isnan(self.running) else [self.running]
 
 
-_FOLLOWED = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit")
+_FOLLOWED = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit", "waiting")

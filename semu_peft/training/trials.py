@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from semu_peft.gradients.gather import check_loss
 from semu_peft.objectives.base import Evaluation, Objective, Outputs
-from semu_peft.objectives.distributions import divergence, strike_out
+from semu_peft.objectives.distributions import answer_probability, divergence, strike_out
 from semu_peft.objectives.original import original
 
 from .held_batches import Pair, share_of_enough
@@ -150,7 +150,7 @@ class Trials:
                 elif self._is_kept(term) and evaluation.damage is not None:
                     damages.append(evaluation.damage)
                 if term.is_forget:
-                    answers += [_answer_probability(output) for output in evaluation.outputs]
+                    answers.append(answer_probability(evaluation.outputs))
                 evaluations.append((term, evaluation))
             parts = {key: torch.stack(each).sum() / forget for key, each in losses.items() if each}
             loss = torch.stack(list(parts.values())).sum()
@@ -165,6 +165,17 @@ class Trials:
             del values["damage"]
         told = self.mean_over_processes(dict(zip(values, _numbers(list(values.values())), strict=True)))
         return Tried(loss, told, evaluations, told.get("damage", 0.0))
+
+    @torch.no_grad()
+    def of_forget_batch(self, batch: Any) -> dict[str, float]:
+        """The forget loss of one batch and, where its labels tell, the probability of its answers; without damage."""
+        objective = self.objectives[0]
+        evaluation = objective.evaluate(self.model, batch, objective.prepare(self.model, batch))
+        values = {"forget_loss": evaluation.loss}
+        answer = answer_probability(evaluation.outputs)
+        if answer is not None:
+            values["answer_probability"] = answer
+        return self.mean_over_processes(dict(zip(values, _numbers(list(values.values())), strict=True)))
 
     def _damage(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
@@ -196,10 +207,3 @@ def _measured(term: Term, evaluation: Evaluation) -> Sequence[Outputs]:
     """The outputs that the damage is measured on: not those that the forget objective teaches, which have no labels."""
     labelled = [output for output in evaluation.outputs if output.labels is not None]
     return labelled if term.is_forget and labelled else evaluation.outputs
-
-
-def _answer_probability(output: Outputs) -> Tensor | None:
-    if output.labels is None:
-        return None
-    logits = output.values.detach().float()
-    return logits.softmax(-1).gather(1, output.labels.unsqueeze(1)).mean()

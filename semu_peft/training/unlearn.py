@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -21,7 +23,7 @@ from .batches import as_loader
 from .callbacks import as_callbacks
 from .checkpoint import only_writer
 from .loop import Loop
-from .natural import Choose, NaturalGradient, choose_natural
+from .natural import Choose, NaturalGradient, choose_natural, is_natural
 from .natural_loop import NaturalLoop
 from .optimizers import OptimizerFactory, SchedulerFactory, default_learning_rate, make_optimizer
 from .parameters import check_trainable, empty_ones_frozen, only_adapter_trains, trained_parameters
@@ -113,8 +115,8 @@ def unlearn(
         rules: [Rules][semu_peft.training.rules.base.Rule] that edit each step, applied in order.
         callbacks: [Callbacks][semu_peft.training.callbacks.Callback] that look on and may stop the run, such as
             [`EarlyStopping`][semu_peft.training.callbacks.EarlyStopping].
-        epochs: Passes over the forget set, at most. By default as many as it takes; with another optimiser than the
-            natural gradient two, or more where these would be less than 100 steps.
+        epochs: Passes over the forget set, at most. By default as many as it takes, within 200 steps; with another
+            optimiser than the natural gradient two, or more where these would be less than 100 steps.
         max_steps: Stop after this many optimiser steps. With another optimiser than the natural gradient, an iterable
             dataset without a length needs it.
         optimizer: A [`NaturalGradient`][semu_peft.training.natural.NaturalGradient] with dials of your own, or another
@@ -175,6 +177,12 @@ def unlearn(
     check_adapter_name(adapter_name, optional=True)
     if learning_rate is not None:
         check_number("learning_rate", learning_rate, low=0)
+        if optimizer is not None and not is_natural(optimizer):
+            warnings.warn(
+                f"`learning_rate={learning_rate}` is AdamW's; what `optimizer` makes has a rate of its own. Set it "
+                f"there: `optimizer=lambda cores: torch.optim.SGD(cores, lr={learning_rate})`.",
+                stacklevel=2,
+            )
     if accelerator is not None:
         check_kind("accelerator", accelerator, Accelerator, "an `Accelerator` or None", "Write `Accelerator()`.")
     settings = Settings(
@@ -205,7 +213,7 @@ def unlearn(
             arguments = (model, everything, loss, terms, rules, callbacks, settings)
             loop = Loop(*arguments) if natural is None else NaturalLoop(natural, choose, *arguments)
             loop.set_up(scheduler, bare_optimizer)
-            with eval_mode(model):
+            with eval_mode(model), torch.enable_grad():  # also where a caller has switched gradients off
                 loop.train()
     return UnlearnResult(
         history=loop.progress.history,

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from models import Cnn, image_batches, llama, unet_condition
+from natural_runs import FORGET, INPUTS, KEEP, LABELS, NET, accuracy, adapted, classifier, probability
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, Schedule, assert_same_state, semu, trained_state
 
-from semu_peft import Callback, NaturalGradient, Retain, Rule, SemuConfig, initialize_semu_weights, unlearn
+from semu_peft import Callback, NaturalGradient, Retain, Rule, unlearn
 from semu_peft.objectives import (
     ConditionMatching,
     CrossEntropy,
@@ -34,46 +34,8 @@ from semu_peft.objectives import (
 )
 from semu_peft.objectives.distributions import divergence, strike_out
 from semu_peft.objectives.original import original
-from semu_peft.training.curvature import WholeMatrix
+from semu_peft.training.curvature import Curvature, KroneckerFactors, WholeMatrix
 from semu_peft.tuner.adapted import semu_layers
-
-INPUTS, LABELS = torch.randn(64, 8, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 4
-FORGET, KEEP = [(INPUTS[LABELS == 1], LABELS[LABELS == 1])], [(INPUTS[LABELS != 1], LABELS[LABELS != 1])]
-
-
-def classifier(seed: int = 0) -> nn.Module:
-    """A network that knows its 64 examples."""
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4))
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        F.cross_entropy(net(INPUTS), LABELS).backward()
-        optimizer.step()
-    return net.eval()
-
-
-NET = classifier()
-
-
-def adapted(objective: Objective, batches: list[Any] = FORGET, net: nn.Module = NET, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    config = SemuConfig(**{"target_modules": ["0", "2", "4"], "explained_variance": 0.99, **options})
-    model = get_peft_model(copy.deepcopy(net), config)
-    initialize_semu_weights(model, batches, objective, progress=False)
-    return model
-
-
-def probability(model: nn.Module, batches: list[Any]) -> float:
-    with torch.no_grad():
-        (inputs, labels), *_ = batches
-        return model(inputs).softmax(-1).gather(1, labels.unsqueeze(1)).mean().item()
-
-
-def accuracy(model: nn.Module, batches: list[Any]) -> float:
-    with torch.no_grad():
-        (inputs, labels), *_ = batches
-        return (model(inputs).argmax(-1) == labels).float().mean().item()
 
 
 @pytest.mark.parametrize("objective", [DecoupledDistillation(), RandomLabel(), GradientAscent(), UniformDistribution()])
@@ -458,6 +420,35 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     # The random signs differ; what is minimised does not.
     assert math.isclose(histories[0][0]["loss"], histories[1][0]["loss"], rel_tol=1e-4)
     assert histories[1][-1]["loss"] < histories[1][0]["loss"]
+
+
+@pytest.mark.parametrize("kind", [WholeMatrix, KroneckerFactors])
+def test_the_curvature_of_accumulated_batches_is_that_of_one_large_batch(
+    kind: type[Curvature], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, labels = FORGET[0]
+    observe, seen = kind.observe, []
+
+    def looked_at(self: Any, probes: Any) -> None:
+        observe(self, probes)
+        ones = torch.ones(self.size)
+        seen.append((ones @ self.times(ones) / self.size).item())
+
+    monkeypatch.setattr(kind, "observe", looked_at)
+    dials = NaturalGradient(curvature="whole" if kind is WholeMatrix else "kronecker")
+    means = []
+    for size in (16, 2):
+        costs = []
+        for seed in range(8):
+            seen.clear()
+            batches = list(zip(inputs.split(size), labels.split(size), strict=True))
+            unlearn(
+                adapted(DecoupledDistillation()), batches, DecoupledDistillation(), optimizer=dials, seed=seed,
+                gradient_accumulation_steps=16 // size, max_steps=1, **QUIET,
+            )  # fmt: skip
+            costs.append(seen[0])
+        means.append(sum(costs) / len(costs))
+    assert 0.5 < means[1] / means[0] < 2  # eight times as much where the batches add up
 
 
 def test_bfloat16_autocast_forgets_as_well() -> None:

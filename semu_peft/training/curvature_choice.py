@@ -1,0 +1,68 @@
+"""Which curvature trains a run by natural gradients, and the control of its steps that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from semu_peft.gradients.core_rows import CaughtRows
+from semu_peft.objectives.examples import count_examples
+
+from .curvature import CoreSlot, Curvature, KroneckerFactors, WholeMatrix
+from .natural import CurvatureKind, NaturalGradient
+from .step_control import LevenbergMarquardt, StepControl, TrustRegion
+from .trials import Tried
+
+_WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
+
+
+def slots_of(cores: Mapping[str, nn.Parameter], caught: CaughtRows) -> list[CoreSlot]:
+    """The places of cores, by the names of their layers, in the vector of all."""
+    slots: list[CoreSlot] = []
+    for name, core in cores.items():
+        start = slots[-1].place.stop if slots else 0
+        slots.append(CoreSlot(name, start, tuple(core.shape), name in caught))
+    return slots
+
+
+def is_whole_matrix(
+    kind: CurvatureKind,
+    slots: list[CoreSlot],
+    start: Tried,
+    mean_over_processes: Callable[[dict[str, float]], dict[str, float]],
+) -> bool:
+    """Whether to take the whole matrix: the cores are few enough, and the batches tell enough of them.
+
+    A few texts do not, by whole text.
+    """
+    if kind != "auto":
+        return kind == "whole"
+    if slots[-1].place.stop > _WHOLE_UP_TO:
+        return False
+    told = [
+        (output, term)
+        for term, evaluation in start.terms
+        if term.is_forget and term.objective.distribution == "categorical"
+        for output in evaluation.outputs
+    ]
+    tokens = any(len(output.values) > (count_examples(term.batch) or 1) for output, term in told)
+    return not mean_over_processes({"tokens": float(tokens)})["tokens"]  # of any process
+
+
+def curvature_and_control(
+    natural: NaturalGradient, slots: Iterable[CoreSlot], device: torch.device, *, is_whole: bool, enough: float
+) -> tuple[Curvature, StepControl]:
+    """Make them, as they are before the first step.
+
+    Args:
+        natural: The dials.
+        slots: Of the cores.
+        device: Where the curvature is computed.
+        is_whole: Whether it is the whole matrix.
+        enough: How forgotten is enough, in the unit of the loss.
+    """
+    if is_whole:
+        return WholeMatrix(list(slots), natural.decay, device), LevenbergMarquardt(natural.kl, natural.damping)
+    return KroneckerFactors(list(slots), natural.decay, device), TrustRegion(natural.kl, natural.damping, enough)

@@ -1,0 +1,66 @@
+"""What must be so before a run by natural gradients takes a step, and of each batch: numbers, and outputs to go by."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from semu_peft.objectives.base import Objective
+
+from .progress import Position
+from .trials import Tried
+
+
+def check_first_look(start: Tried, objective: Objective, limit: float | None) -> None:
+    """Check what the model does with the batches that are held; warn where it does more damage than may be done.
+
+    Args:
+        start: That, where the run begins.
+        objective: The forget objective.
+        limit: The damage that may be done; None for no budget.
+
+    Raises:
+        ValueError: A loss is not finite, or no objective tells the model's outputs.
+    """
+    if not math.isfinite(start.values["loss"]):
+        wrong = (term for term, evaluation in start.terms if not torch.isfinite(evaluation.loss).all())
+        name = "forget" if next(wrong, start.terms[0][0]).is_forget else "retain"
+        raise ValueError(
+            f"The loss of a `{name}` batch is {start.values['loss']} before any step. Look for a number in the "
+            "batches, or in the model's weights, that is not finite."
+        )
+    if not any(evaluation.outputs for _, evaluation in start.terms):
+        raise ValueError(
+            f"`objective` must tell the model's outputs, got None of {type(objective).__name__}.outputs. Return "
+            "them, or give a `learning_rate`, by which AdamW trains."
+        )
+    if limit is not None and start.damage > limit:
+        warnings.warn(
+            f"The run begins above `max_retain_kl`={limit:g}: the model is {start.damage:.3g} from the original "
+            "already. Steps that lower this are taken, and others on batches where it is within.",
+            stacklevel=7,
+        )
+
+
+def check_data(at_start: dict[str, float], at: Position) -> None:
+    """Check that a batch whose loss is not finite has a finite one where the run began.
+
+    Args:
+        at_start: What the model does with it there.
+        at: Where the batch stands.
+
+    Raises:
+        ValueError: It has not.
+
+    Examples:
+        >>> check_data({"loss": float("nan")}, Position(batch=3))
+        Traceback (most recent call last):
+        ValueError: The loss is nan on batch 3 of epoch 0, where the run began as well. Look for a number in that...
+    """
+    if not math.isfinite(at_start["loss"]):
+        raise ValueError(
+            f"The loss is {at_start['loss']} on batch {at.batch} of epoch {at.epoch}, where the run began as well. "
+            "Look for a number in that batch, or in the retain data beside it, that is not finite."
+        )
