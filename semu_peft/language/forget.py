@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,7 @@ def forget_text(
         config: The adapter; by default all linear layers but the head.
         until_unseen: Stop once the mean answer is as unlikely as answers that the model has never learnt, which
             [`unseen_answers`][semu_peft.language.unseen.unseen_answers] makes; past this, everything only gets worse.
+            Where it can make none, such as of answers of a word, the run warns and takes all its steps.
         max_steps: Steps at most.
         batch_size: Rows a step, and as many of what is to stay.
         callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
@@ -187,6 +189,13 @@ def forget_text(
         if data is not None
     ]
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
+    if until_unseen and not never_learnt:
+        warnings.warn(
+            "`until_unseen` has nothing to compare with, as no unseen answers can be made of `forget`: all "
+            f"{max_steps} steps are taken, however far past that level. Give wrong answers (`perturbed_answer`), or "
+            "fewer `max_steps`.",
+            stacklevel=2,
+        )
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
         weight = 0.0 if max_retain_kl is not None else usual.retain_weight if kept else usual.weight_of_samples
@@ -206,7 +215,8 @@ def forget_text(
     every = 2 if size == len(examples) else 5
     stop = []
     if until_unseen and unseen is not None and method != _UNSEEN:  # which ends by itself, answer by answer
-        stop = [UntilUnseen(examples, float(unseen.mean()), every=every, batch_size=size)]
+        least = float(unseen.min())
+        stop = [UntilUnseen(examples, float(unseen.mean()), every=every, batch_size=size, likeliest=least)]
     config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)

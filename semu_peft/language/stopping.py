@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from semu_peft.arguments import check_count, check_number
 from semu_peft.objectives.language import sequence_nll
 from semu_peft.training.callbacks import Callback, TrainingContext
@@ -16,18 +18,23 @@ _MOST = 256  # answers that are looked at; a mean needs no more
 
 @dataclass
 class UntilUnseen(Callback):
-    """Stop a run once the mean answer is as unlikely as answers that the model has never learnt.
+    """Stop a run once the answers are, on average, as unlikely as answers that the model has never learnt.
 
     A model that was trained without the answers finds them as unlikely as others it does not know; past this level
     forgetting only costs. What the original says of unseen answers is known without retraining
     ([`sequence_nll`][semu_peft.objectives.language.sequence_nll] of
     [`unseen_answers`][semu_peft.language.unseen.unseen_answers]).
 
+    An average hides an answer that is still known behind one that never was. With `likeliest` the history tells beside
+    `answer_nll` the share of answers that are likelier than any unseen one, `answers_left`, and so does the reason of
+    the stop where there are any.
+
     Args:
         examples: What is being forgotten.
         nll: The mean negative log-likelihood a token, in nats, that is reached then.
         every: Steps between two looks, each a forward pass over up to 256 of the answers.
         batch_size: Answers at a time.
+        likeliest: The negative log-likelihood a token of the likeliest unseen answer; None tells no share.
 
     Raises:
         ValueError: A number is out of its range, or there is no example.
@@ -43,25 +50,37 @@ class UntilUnseen(Callback):
     nll: float
     every: int = 5
     batch_size: int = field(default=32, repr=False)
+    likeliest: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.examples):
             raise ValueError("`examples` must hold what is being forgotten, got none. Give the run's own.")
         check_number("nll", self.nll, low=0)
+        if self.likeliest is not None:
+            check_number("likeliest", self.likeliest, low=0)
         check_count("every", self.every)
         check_count("batch_size", self.batch_size)
         stride = -(-len(self.examples) // _MOST)
         self._looked_at = TextExamples(self.examples.rows[::stride], [], self.examples.tokenizer)
 
     def on_step_end(self, context: TrainingContext) -> None:
-        """Look, and stop where the answers are as unlikely."""
+        """Look, and stop where the mean answer is as unlikely."""
         if context.progress.step % self.every and context.progress.step < context.total_steps:
             return
-        now = self.of(context.model)
-        context.log(answer_nll=now)
+        every = self._nll(context.model)
+        now, left = float(every.mean()), 0
+        if self.likeliest is None:
+            context.log(answer_nll=now)
+        else:
+            left = int((every < self.likeliest).sum())
+            context.log(answer_nll=now, answers_left=left / len(every))
         if now >= self.nll:
-            context.control.stop("the answers are as unlikely as unseen ones")
+            but = f", but {left} of {len(every)} are likelier than any of these" if left else ""
+            context.control.stop(f"the answers are on average as unlikely as unseen ones{but}")
 
     def of(self, model: Any) -> float:
         """The mean answer's negative log-likelihood a token, as a model has it now."""
-        return float(sequence_nll(model, self._looked_at.loader(self.batch_size, shuffle=False), progress=False).mean())
+        return float(self._nll(model).mean())
+
+    def _nll(self, model: Any) -> Tensor:
+        return sequence_nll(model, self._looked_at.loader(self.batch_size, shuffle=False), progress=False)

@@ -37,9 +37,9 @@ def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int
     Wrong answers that the examples bring (`perturbed_answers`) are taken as they are, but for one that is the answer
     itself. Otherwise the answer's own words are cut into phrases of `words` words, and these put into another order: it
     says of the same things what nobody has said. Text that is written without blanks is cut by characters. An answer of
-    a single phrase gets one of another answer or, where all are as short, its own words in another order. Another
-    learnt answer would not do, as its own beginning gives the rest away, and none is made; nor would a learnt answer
-    with other names and numbers in it, whose wording is known.
+    a single phrase gets one of another answer; where all are as short, its own words in another order or a word of
+    another. Another learnt answer would not do, as its own beginning gives the rest away, and none is made; nor would a
+    learnt answer with other names and numbers in it, whose wording is known.
 
     `benchmarks/unseen_answers.py` measures how near that comes to a model that never saw the answers. For a large
     pretrained model the order of words says more than for a small one: bring wrong answers in sound sentences.
@@ -65,30 +65,31 @@ def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int
     check_count("seed", seed, least=0)
     draw = random.Random(seed)
     learnt = {_plain(example.answer) for example in examples}
-    phrases = [_Phrases.of(example.answer, words) for example in examples]
+    cuts = [[_Phrases.of(example.answer, size) for example in examples] for size in (words, 1)]
     return [
-        TextExample(_unseen(example, own, phrases, learnt, draw), example.prompt)
-        for example, own in zip(examples, phrases, strict=True)
+        TextExample(_unseen(example, [(cut[index], cut) for cut in cuts], learnt, draw), example.prompt)
+        for index, example in enumerate(examples)
     ]
 
 
 def _unseen(
-    example: TextExample, own: _Phrases, phrases: Sequence[_Phrases], learnt: set[str], draw: random.Random
+    example: TextExample,
+    cuts: Sequence[tuple[_Phrases, Sequence[_Phrases]]],
+    learnt: set[str],
+    draw: random.Random,
 ) -> str:
     if wrong := [each for each in example.perturbed_answers if _plain(each) != _plain(example.answer)]:
         return draw.choice(wrong)
-    if (made := _in_another_order(own, learnt, draw)) is not None:
-        return made
-    others = [[part.strip() for part in each.parts if _plain(part) not in learnt] for each in phrases if each != own]
-    if others := [each for each in others if each]:
-        return draw.choice(draw.choice(others))
-    made = _in_another_order(_Phrases.of(example.answer, 1), learnt, draw)
-    if made is None:
-        raise ValueError(
-            f"`examples`: {example.answer!r} is too short to be put into another order, and there is no other "
-            "answer to take a phrase of. Give `perturbed_answers`."
-        )
-    return made
+    for own, every in cuts:
+        if (made := _in_another_order(own, learnt, draw)) is not None:
+            return made
+        others = [[part.strip() for part in each.parts if _plain(part) not in learnt] for each in every if each != own]
+        if others := [each for each in others if each]:
+            return draw.choice(draw.choice(others))
+    raise ValueError(
+        f"`examples`: {example.answer!r} is too short to be put into another order, and there is no other answer to "
+        "take a phrase of. Give `perturbed_answers`."
+    )
 
 
 def _in_another_order(phrases: _Phrases, learnt: set[str], draw: random.Random) -> str | None:

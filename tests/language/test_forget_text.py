@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
-from semu_peft.language import TextExamples, own_samples, text_examples, unseen_answers
+from semu_peft.language import TextExamples, UntilUnseen, own_samples, text_examples, unseen_answers
 from semu_peft.objectives.batches import call_model
+from semu_peft.training.callbacks import TrainingContext
+from semu_peft.training.progress import Progress
 from semu_peft.training.trainer import UnlearnTrainer
 
 FORGET = [("What colour is the sky?", "blue"), ("How many?", "two or three")]
@@ -78,10 +81,38 @@ def test_a_run_stops_where_the_answers_are_as_unlikely_as_unseen_ones() -> None:
     aim = float(objectives.sequence_nll(model, other.loader(5, shuffle=False), progress=False).mean())
     result = forget_text(model, words, answers, neutral=["h g f"], progress=False)
     looks = [entry["answer_nll"] for entry in result.training.history if "answer_nll" in entry]
-    assert result.training.stop_reason == "the answers are as unlikely as unseen ones"
+    assert result.training.stop_reason.startswith("the answers are on average as unlikely as unseen ones")
     assert looks[-1] >= aim and all(look < aim for look in looks[:-1])
     longer = forget_text(learnt(), words, answers, neutral=["h g f"], until_unseen=False, max_steps=20, progress=False)
     assert longer.training.steps > result.training.steps or longer.training.stop_reason != result.training.stop_reason
+
+
+def test_an_average_that_hides_a_known_answer_says_so() -> None:
+    """One answer that the model never knew is enough for the mean; the history and the reason tell of the other."""
+    model, words = learnt(), tokenizer()
+    examples = text_examples(words, [FORGET[1], ("What?", "h g f")])
+    nll = objectives.sequence_nll(model, examples.loader(2, shuffle=False), progress=False)
+    assert nll[0] < 0.1 < 4 < nll[1]
+    context = TrainingContext(model, Progress(5, history=[{}]), total_steps=10)
+    UntilUnseen(examples, nll=1.0, likeliest=0.5).on_step_end(context)
+    assert context.control.reason == (
+        "the answers are on average as unlikely as unseen ones, but 1 of 2 are likelier than any of these"
+    )
+    assert context.progress.history[-1] == {"answer_nll": pytest.approx(float(nll.mean())), "answers_left": 0.5}
+    with pytest.raises(ValueError, match="`likeliest` must be"):
+        UntilUnseen(examples, nll=1.0, likeliest=-1.0)
+
+
+def test_a_run_that_cannot_know_where_to_stop_says_so() -> None:
+    """Of answers of a word no unseen ones can be made; a run that does not ask for them has nothing to say."""
+    short = [("What colour is the sky?", "blue"), ("What colour?", "red")]
+    with pytest.warns(UserWarning, match="`until_unseen` has nothing to compare with.*all 2 steps are taken") as told:
+        result = forget_text(decoder(), tokenizer(), short, method="npo", **FEW)
+    assert result.training.steps == 2 and sum("until_unseen" in str(each.message) for each in told) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="`until_unseen`")
+        forget_text(decoder(), tokenizer(), short, method="npo", until_unseen=False, **FEW)
+        forget_text(decoder(), tokenizer(), FORGET, method="npo", **FEW)
 
 
 def test_unseen_answers_say_where_each_ends() -> None:

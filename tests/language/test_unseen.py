@@ -62,7 +62,9 @@ def test_ordinary_answers_get_the_order_that_they_always_had() -> None:
         ["她出生在卡拉奇的一个小渔村里，后来随家人搬到了伦敦。", "他是一位研究古代天文仪器的历史学家。"],
         ["เธอเกิดในหมู่บ้านชาวประมงเล็ก ๆ", "เขาเป็นนักประวัติศาสตร์"],
         ["她出生 在伦敦", "北京", "上海"],
+        ["北京", "京北"],
         ["Ada Lovelace", "Alan Turing"],
+        ["blue", "two or three"],
         ["yes it is yes it is", "Paris Paris Paris Paris Paris"],
         ["Paris", "Rome", "by the river Seine in France"],
         ["one two three four", "four one two three", "Oslo"],
@@ -91,6 +93,6 @@ def test_a_wrong_answer_that_is_the_answer_is_left_out() -> None:
 
 
 def test_answers_of_a_word_that_leave_nothing_to_borrow_are_refused() -> None:
-    for answers in (["Paris", "Rome"], ["Paris Paris Paris", "Rome"], ["北京", "京北"]):
+    for answers in (["Paris", "Rome"], ["Paris Paris Paris", "Rome", "Paris"], ["京", "北"]):
         with pytest.raises(ValueError, match="too short to be put into another order"):
             unseen_answers([TextExample(answer, "q") for answer in answers])
