@@ -13,9 +13,11 @@ from torch import nn
 
 from semu_peft.arguments import check_path
 from semu_peft.files import written_whole
+from semu_peft.gates import Intervention
 from semu_peft.training.fingerprint import describe, differences
 
 _FORMAT = "semu_peft.measurement"
+_GATES = "semu_peft.gates."
 
 
 class Measurements:
@@ -75,13 +77,15 @@ class Measurements:
         if saved is not None and saved["model"] != self.model:
             raise ValueError(
                 f"`output_dir` must be a folder of this model alone, got {path.parent}, where {path.name} was measured "
-                f"on a model with other weights or another adapter switched on ({saved['model']} there, {self.model} "
-                "here). Give each model a folder of its own, or remove that one."
+                f"on a model with other weights, or other adapters, scales or gates ({saved['model']} there, "
+                f"{self.model} here). Give each model a folder of its own, or remove that one."
             )
 
 
 def model_digest(model: nn.Module) -> str:
-    """A digest of a model's weights and of which adapters are switched on; the same in another process.
+    """A digest of a model's weights, its active adapters and their scales, and its gates; the same in another process.
+
+    Functions, as a gate may be one, count by their names alone.
 
     Examples:
         >>> import torch
@@ -102,8 +106,32 @@ def model_digest(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             active = sorted(module.active_adapters), module._disable_adapters, sorted(module.merged_adapters)
-            digest.update(f"{name} {active}\n".encode())
+            digest.update(f"{name} {active} {_scales(module)}\n".encode())
+        elif isinstance(module, Intervention):
+            digest.update(f"{name} {_settings(module)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _scales(layer: Any) -> list[Any]:
+    """What a layer multiplies the corrections of its active adapters by, which is in no state dict."""
+    names = sorted({"scaling", *(name for name in layer.other_param_names if name.endswith("_scaling"))})
+    scales = {name: getattr(layer, name, None) for name in names}
+    return [
+        (name, adapter, describe(scale[adapter]))
+        for name, scale in scales.items()
+        for adapter in sorted(layer.active_adapters)
+        if isinstance(scale, dict) and adapter in scale and adapter not in layer.merged_adapters
+    ]
+
+
+def _settings(value: Any) -> Any:
+    """What a gate, or a model that has one, was made with: it opens otherwise with others, at the same weights."""
+    if isinstance(value, nn.Module) and not isinstance(value, Intervention):
+        return describe(value.state_dict())
+    if not type(value).__module__.startswith(_GATES):
+        return describe(value)
+    own = {name: _settings(part) for name, part in vars(value).items() if name != "training" and name[0] != "_"}
+    return {"type": type(value).__qualname__, **own}
 
 
 def _digest(value: Any) -> Any:

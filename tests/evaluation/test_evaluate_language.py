@@ -10,7 +10,9 @@ import pytest
 import torch
 from answer_models import FACTS, FORGET, decoder, word_tokenizer
 from models import Snapshot
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from semu_peft import SemuConfig
 from semu_peft.evaluation import (
     LanguageMetrics,
     evaluate_language,
@@ -25,6 +27,7 @@ from semu_peft.evaluation import (
     truth_ratio,
 )
 from semu_peft.evaluation.auc import mean_interval
+from semu_peft.evaluation.cached import model_digest
 from semu_peft.report.measured import read_metrics
 
 QUIET = {"progress": False, "max_new_tokens": 6}
@@ -192,6 +195,46 @@ def test_switching_an_adapter_off_makes_another_model(tmp_path: Path) -> None:
     evaluate_language(model, word_tokenizer(), FORGET, **options)
     with model.disable_adapter(), pytest.raises(ValueError, match="`output_dir`"):
         evaluate_language(model, word_tokenizer(), FORGET, **options)
+
+
+@pytest.mark.parametrize("kind", ["semu", "lora"])
+def test_another_scale_makes_another_model(tmp_path: Path, kind: str) -> None:
+    """Which is in no state dict; of an adapter that is not active it is of no account."""
+    from peft import LoraConfig, get_peft_model
+
+    chosen = {"target_modules": ["q_proj"], "r": 2}
+    config = SemuConfig(**chosen) if kind == "semu" else LoraConfig(**chosen, init_lora_weights=False)
+    model = get_peft_model(decoder(), config)
+    model.add_adapter("other", config)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    first = model_digest(model)
+    for layer in layers:
+        layer.set_scale("other", 0.5)
+    assert model_digest(model) == first
+    options = {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    evaluate_language(model, word_tokenizer(), FORGET, **options)
+    for layer in layers:
+        layer.set_scale("default", 0.0)
+    with pytest.raises(ValueError, match="other adapters, scales or gates"):
+        evaluate_language(model, word_tokenizer(), FORGET, **options)
+    model.merge_adapter(["default"])
+    assert model_digest(model) != first
+
+
+def test_another_gate_makes_another_model() -> None:
+    """At the same weights: by its settings, what it has learnt, and its class."""
+    from semu_peft.gates import Classifier, ForbiddenAnswers, Intervention, LinearScorer
+
+    torch.manual_seed(0)
+    scorers = LinearScorer(4), LinearScorer(4)
+    with torch.no_grad():
+        scorers[1].bias.add_(1)
+    model = decoder()
+    gates = [Classifier(scorers[0]), Classifier(scorers[0], threshold=0.9), Classifier(scorers[1])]
+    made = [model_digest(Intervention(model, gate)) for gate in gates]
+    assert len({*made}) == 3 and made[0] == model_digest(Intervention(decoder(), Classifier(scorers[0])).train())
+    silenced = [model_digest(ForbiddenAnswers(model, gates[0], answer)) for answer in ([[5]], [[6]])]
+    assert len({*made, *silenced}) == 5
 
 
 def test_diverged_models_have_numbers_that_say_so() -> None:
