@@ -124,4 +124,12 @@ def prompt_tokens(encoder: TextEncoder, prompt: str | Sequence[Message], start: 
     """
     before = encoder.texts(prompt, "")[0] + start
     # The blank before an answer belongs to its first word, as tokenizers cut; a chat's is a part of its template.
-    return encoder.tokens(before if encoder.uses_chat and not start else before.rstrip(" "), ends=False)
+    text = before if encoder.uses_chat and not start else before.rstrip(" ")
+    tokens = encoder.tokens(text, ends=False)
+    if encoder.seq2seq:
+        return tokens
+    # Some tokenizers put EOS behind every text, after which a decoder says nothing.
+    bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    while len(tokens) > len(bare) and tokens[-1] == encoder.tokenizer.eos_token_id and tokens[-len(bare) :] != bare:
+        tokens.pop()
+    return tokens

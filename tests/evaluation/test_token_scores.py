@@ -6,6 +6,7 @@ import pytest
 import torch
 from answer_models import FORGET, WORDS, alone, decoder, word_tokenizer
 from models import Snapshot, t5
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from semu_peft.evaluation import TokenScores, generate_answers, score_answers, score_texts
@@ -65,6 +66,27 @@ def test_the_prompt_that_is_scored_is_the_one_that_is_generated_from() -> None:
         row["input_ids"][:length] == prompt_tokens(encoder, "who wrote it") == ids("Question : who wrote it Answer :")
     )
     assert row["input_ids"][length:] == row["labels"][length:] == ids("Ada wrote it </s>")
+
+
+def test_an_end_that_the_tokenizer_appends_is_not_generated_after() -> None:
+    """As that of a Llama with `add_eos_token`; one that the template itself writes stays, and an encoder reads its."""
+    tokenizer = word_tokenizer()
+    both = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = both
+    encoder = encoder_for(decoder(), tokenizer)
+    row = encoder.answer("who wrote it", "Ada wrote it")
+    length = row["labels"].count(-100)
+    assert row["input_ids"][:length] == prompt_tokens(encoder, "who wrote it")
+    assert prompt_tokens(encoder, "who wrote it") == ids("<s> Question : who wrote it Answer :")
+    assert prompt_tokens(encoder, "who", " Ada") == ids("<s> Question : who Answer : Ada")
+    ended = encoder_for(decoder(), tokenizer, "{question} </s>{answer}")
+    assert prompt_tokens(ended, "who") == ids("<s> who </s>")
+    assert prompt_tokens(encoder_for(t5(), tokenizer), "who") == ids("<s> who </s>")
+    plain, options = word_tokenizer(), {"max_new_tokens": 6, "progress": False}
+    questions = ["who wrote it", "what"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
+    written = generate_answers(decoder(), tokenizer, questions, **options)
+    assert written == generate_answers(decoder(), plain, questions, **options)
 
 
 def test_a_chat_template_ends_the_answer_once() -> None:
