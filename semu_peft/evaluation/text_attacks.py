@@ -201,8 +201,8 @@ def relearn_text(
         model: The unlearned model, with its adapter or merged.
         tokenizer: Its tokenizer.
         train: Questions with answers; the attacker draws `attacker.forget_examples` of them.
-        probes: Questions with the answers that are measured; by default those of `train` that were not drawn, or all
-            where none is left.
+        probes: Questions with the answers that are measured; by default those of `train`. Answers that the attacker
+            drew, wherever else they stand, are left out, unless there are no others.
         gold: The model that never saw the forget answers, under the same attack.
         attacker: By default Adam at 1e-4 for 20 steps, on 20 answers all at once.
         steps: After how many steps to measure, beside the first and the last; by default after each fifth of them.
@@ -228,7 +228,7 @@ def relearn_text(
     attacker = Attacker("adam", 1e-4, steps=20, forget_examples=20) if attacker is None else attacker
     check_kind("attacker", attacker, Attacker, "an `Attacker`", "Write `Attacker('adam', 1e-4)`.")
     examples = read_questions(train, "train")
-    measured = None if probes is None else read_questions(probes, "probes")
+    measured = examples if probes is None else read_questions(probes, "probes")
     encoder = encoder_for(model, tokenizer, template)
     batch = TextCollator(tokenizer)([encoder.answer(row.prompt or "", row.answer) for row in examples])
     for step in steps or ():
@@ -241,9 +241,12 @@ def relearn_text(
         draw = torch.Generator().manual_seed(seed)
         relearner = Relearner(attacked, attacker, Examples([batch]), None, CrossEntropy(), draw)
         drawn[:] = [place for _, place in relearner.rows]
-        left = [row for place, row in enumerate(examples) if place not in drawn] or examples
-        rows = left if measured is None else measured
+        rows = held_out() or measured
         return tuple(relearner.curve(at, lambda changed: probability(changed, rows), name if progress else None))
+
+    def held_out() -> list[TextExample]:
+        had = [(examples[place].prompt, examples[place].answer) for place in drawn]
+        return [row for row in measured if (row.prompt, row.answer) not in had]
 
     def probability(changed: nn.Module, rows: list[TextExample]) -> float:
         scores = score_answers(changed, tokenizer, rows, template=template, batch_size=batch_size, progress=False)
@@ -252,7 +255,7 @@ def relearn_text(
     beside = () if gold is None else curve(gold, "gold relearns")
     found = curve(model, "relearns")
     had = dataclasses.replace(attacker, forget_examples=len(drawn))
-    return TextRelearning(had.label, at, found, beside, measured is None and len(drawn) == len(examples))
+    return TextRelearning(had.label, at, found, beside, seen=not held_out())
 
 
 @contextmanager

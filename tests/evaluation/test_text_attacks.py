@@ -77,10 +77,26 @@ def test_relearning_brings_answers_back_and_leaves_the_model(kind: str) -> None:
     before[1].assert_same(gold)
     assert found.steps == (0, 5, 10) and len(found.gold) == 3 and not found.seen
     assert found.ratio == found.probability[-1] / found.gold[-1]
-    own = relearn_text(model, tokenizer, FORGET, FORGET, attacker=attacker, **QUIET)
+    with_all = Attacker("adam", 1e-2, steps=10, forget_examples=3)
+    own = relearn_text(model, tokenizer, FORGET, FORGET, attacker=with_all, **QUIET)
     whole = score_answers(model, tokenizer, FORGET, **QUIET).probability.mean().item()
-    assert own.probability[0] == pytest.approx(whole, rel=1e-5)
+    assert own.probability[0] == pytest.approx(whole, rel=1e-5) and own.seen
     assert own.probability[-1] > 2 * own.probability[0]
+
+
+def test_what_the_attacker_has_is_no_probe_wherever_it_stands() -> None:
+    """By content: neither a copy among the training rows nor the same row among the probes."""
+    model, tokenizer = decoder(), word_tokenizer()
+    attacker = Attacker("sgd", 0.1, steps=1, forget_examples=2)
+    assert relearn_text(model, tokenizer, [FORGET[0]] * 4, attacker=attacker, **QUIET).seen
+    left = relearn_text(model, tokenizer, FORGET, attacker=attacker, **QUIET)
+    given = relearn_text(model, tokenizer, FORGET, FORGET, attacker=attacker, **QUIET)
+    assert given == left and not given.seen
+    pairs = [(row["question"], row["answer"]) for row in FORGET]
+    some = relearn_text(model, tokenizer, FORGET[:2], [*pairs[:2], pairs[2]], attacker=attacker, **QUIET)
+    alone = score_answers(model, tokenizer, pairs[2:], **QUIET).probability.item()
+    assert some.probability[0] == pytest.approx(alone, rel=1e-5) and not some.seen
+    assert relearn_text(model, tokenizer, FORGET[:2], pairs[:2], attacker=attacker, **QUIET).seen
 
 
 def test_relearning_is_plain_training_of_all_weights() -> None:
