@@ -15,7 +15,8 @@ def few_shot(
 ) -> tuple[list[Any], str | None]:
     """Questions with answered ones before each, as prompts and the template to write them with.
 
-    A chat gets them as earlier turns; a template is written once for each, with a blank line between.
+    A chat gets them as earlier turns; a template is written once for each, with a blank line between, so that the
+    prompts are whole texts, which the template that is returned leaves as they are.
 
     Args:
         tokenizer: Its chat template is used where no template is given.
@@ -26,21 +27,19 @@ def few_shot(
     Examples:
         >>> from semu_peft.evaluation.prompting import few_shot
         >>> few_shot(tokenizer, ["How many?"], [("What colour?", "blue")], "{question} {answer}")
-        (['How many?'], 'What colour? blue\\n\\n{question} {answer}')
+        (['What colour? blue\\n\\nHow many? '], '{question}{answer}')
     """
     if not len(shots):
         return list(prompts), template
     examples = read_questions(shots, "shots")
-    if TextEncoder(tokenizer, template).uses_chat:
+    encoder = TextEncoder(tokenizer, template)
+    if encoder.uses_chat:
         before = [turn for example in examples for turn in _turns(example.prompt, example.answer)]
         return [(*before, *_turns(prompt)) for prompt in prompts], template
-    form = template or DEFAULT_TEMPLATE
-    shown = [
-        form.replace("{question}", str(example.prompt)).replace("{prompt}", str(example.prompt))
-        .replace("{answer}", example.answer)
-        for example in examples
-    ]  # fmt: skip
-    return list(prompts), "\n\n".join([*shown, form])
+    # Beside the template and not in it: a shot may itself have such braces in it.
+    shown = "".join(f"{encoder.texts(example.prompt or '', example.answer)[1]}\n\n" for example in examples)
+    after = (template or DEFAULT_TEMPLATE).partition("{answer}")[2]
+    return [shown + encoder.texts(prompt, "")[0] for prompt in prompts], "{question}{answer}" + after
 
 
 def _turns(prompt: Any, answer: str | None = None) -> list[dict[str, str]]:

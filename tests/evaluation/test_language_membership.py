@@ -135,7 +135,10 @@ def test_verbatim_memorisation_continues_the_text() -> None:
 def test_shots_go_before_each_question() -> None:
     tokenizer, shots = word_tokenizer(), [("who", "Bob"), ("what", "Rome")]
     prompts, form = few_shot(tokenizer, ["where"], shots, "<s>{question} : {answer}")
-    assert prompts == ["where"] and form == "<s>who : Bob\n\n<s>what : Rome\n\n<s>{question} : {answer}"
+    assert prompts == ["<s>who : Bob\n\n<s>what : Rome\n\n<s>where : "] and form == "{question}{answer}"
+    braces = [("what is {answer}", "it is {question}")]
+    prompts, form = few_shot(tokenizer, ["who is {answer}"], braces, "{prompt} : {answer} .")
+    assert prompts == ["what is {answer} : it is {question} .\n\nwho is {answer} : "] and form == "{question}{answer} ."
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
     prompts, form = few_shot(tokenizer, ["where"], shots)
     assert form is None
