@@ -115,7 +115,7 @@ class Answers(Beside):
 
     def _to_measure(self) -> list[str]:
         """The metrics that are asked for, or else that the data allow."""
-        from semu_peft.evaluation.language import metrics_to_measure
+        from semu_peft.evaluation.measurable import metrics_to_measure
 
         data = self._rows
         sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .cached import Measurements, model_digest
 from .drift import fluency, neutral_kl
 from .generation import generate_answers, rouge_l
 from .language_membership import privacy_leakage, text_membership
+from .measurable import metrics_to_measure
 from .memorisation import (
     exact_memorisation,
     extraction_strength,
@@ -37,19 +38,6 @@ from .memorisation import (
 from .prompts import are_plain, encoder_for, read_plain, read_texts
 from .token_scores import score_answers, score_texts
 
-# What each metric is made from.
-_NEEDS = {
-    "probability": "answers",
-    "extraction_strength": "answers",
-    "exact_memorisation": "answers",
-    "paraphrased_probability": "truth",
-    "truth_ratio": "truth",
-    "rouge": "rouge",
-    "fluency": "rouge",
-    "model_utility": "utility",
-    "neutral_kl": "neutral",
-    "membership": "holdout",
-}
 _REDRAWS = 1000  # of the intervals of the AUCs
 
 
@@ -129,6 +117,8 @@ class LanguageMetrics:
     def against(self, gold: LanguageMetrics) -> LanguageMetrics:
         """The same with the forget quality beside a gold model's metrics, and where both have it the privacy leakage.
 
+        Either is NaN where one of the models has diverged.
+
         Raises:
             ValueError: The truth ratios of the two are of different rows, or there is nothing to compare.
         """
@@ -140,7 +130,7 @@ class LanguageMetrics:
                 "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
                 f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
             )
-        quality = forget_quality(self.truth_ratios, gold.truth_ratios) if self.truth_ratios else None
+        quality = _of_finite(forget_quality, self.truth_ratios, gold.truth_ratios) if self.truth_ratios else None
         return replace(self, forget_quality=quality, privacy_leakage=leakage)
 
 
@@ -163,8 +153,9 @@ def evaluate_language(
 ) -> LanguageMetrics:
     """Measure what a language model still knows of the forget set, and what it kept.
 
-    TOFU's protocol as OpenUnlearning (arXiv 2506.12618) computes it. With `output_dir`, every measurement is written to
-    a JSON file as soon as it is made, and read from there the next time; files of another model are refused.
+    TOFU's protocol as OpenUnlearning (arXiv 2506.12618) computes it. Where a model has diverged a metric is NaN, and so
+    is what is made of it. With `output_dir`, every measurement is written to a JSON file as soon as it is made, and
+    read from there the next time; files of another model are refused.
 
     Args:
         model: A causal language model of transformers, with any adapter or none.
@@ -189,7 +180,8 @@ def evaluate_language(
     Raises:
         ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
         TypeError: Rows have an unknown form.
-        ValueError: A metric is unknown, or lacks the data it is made from; or the folder is another model's.
+        ValueError: A metric is unknown, or lacks the data it is made from; a set to keep is called "forget"; or the
+            folder is another model's.
 
     Examples:
         >>> from semu_peft.evaluation import evaluate_language
@@ -199,10 +191,14 @@ def evaluate_language(
     """
     check_model(model)
     check_count("batch_size", batch_size)
+    if "forget" in (utility or {}):
+        raise ValueError(
+            "`utility` must name its sets otherwise than what is to be forgotten, got a set named 'forget'. Rename it."
+        )
     sets = {name: read_texts(rows, name) for name, rows in {"forget": forget, **(utility or {})}.items()}
     texts = None if neutral is None else read_plain(neutral, "neutral")
     others = None if holdout is None else read_texts(holdout, "holdout")
-    wanted = metrics_to_measure(metrics, sets, texts, others)
+    wanted = metrics_to_measure(metrics, sets, texts, others, gold)
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -213,11 +209,13 @@ def evaluate_language(
         elif metric == "membership":
             areas = suite.membership(others or [])
             found[metric] = {attack: each["auc"] for attack, each in areas.items()}
-            found[f"{metric}_interval"] = {attack: tuple(each["interval"]) for attack, each in areas.items()}
+            found[f"{metric}_interval"] = {
+                attack: tuple(each["interval"]) for attack, each in areas.items() if math.isfinite(each["auc"])
+            }
         elif metric == "model_utility":
             found["utility"] = suite.utility()
             is_whole = len(found["utility"]) == 3 * len(utility or {})
-            found[metric] = model_utility(found["utility"]) if is_whole else None
+            found[metric] = _of_finite(model_utility, found["utility"].values()) if is_whole else None
         elif metric == "fluency":
             found[metric] = fluency(suite.rouge("forget")["written"])
         else:
@@ -228,57 +226,6 @@ def evaluate_language(
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
     return measured if gold is None or not {"truth_ratio", "membership"} & set(wanted) else measured.against(gold)
-
-
-def metrics_to_measure(
-    metrics: Sequence[str] | None, sets: Mapping[str, list[Any]], neutral: Any = None, holdout: Any = None
-) -> list[str]:
-    """The metrics to compute, in the order of the table, before any model is there; each must have its data.
-
-    Args:
-        metrics: Those that are asked for; None: all that the data allow.
-        sets: Rows by name, as [`read_text`][semu_peft.language.shapes.read_text] gives them: `forget`, and those of the
-            utility.
-        neutral: Whether there are texts to stay as they are: None where not.
-        holdout: Rows that no model was trained on.
-
-    Raises:
-        ValueError: There is no such metric, or its data are missing.
-
-    Examples:
-        >>> from semu_peft.evaluation.language import metrics_to_measure
-        >>> from semu_peft.language import read_text
-        >>> metrics_to_measure(None, {"forget": list(read_text(["the sky is blue"]))})
-        ['probability', 'extraction_strength', 'exact_memorisation']
-    """
-    without = [name for name, rows in sets.items() if not all(row.perturbed_answers for row in rows)]
-    there = {
-        "truth": "forget" not in without,
-        "utility": len(sets) > 1,
-        "neutral": neutral is not None,
-        "holdout": holdout is not None and not are_plain(holdout) and not are_plain(sets["forget"]),
-        "rouge": not are_plain(sets["forget"]),
-    }
-    lacking = {
-        "truth": "`perturbed_answer` in the rows of `forget`",
-        "rouge": "questions in `forget`",
-        **{need: f"`{need}`" for need in ("utility", "neutral", "holdout")},
-    }
-    if metrics is None:
-        return [name for name, need in _NEEDS.items() if there.get(need, True)]
-    if poor := [name for name in without if name != "forget"]:  # part of the utility is to be had, but no mean of it
-        there["utility"], lacking["utility"] = False, f"`perturbed_answer` in the rows of `{poor[0]}`"
-    asked = [metrics] if isinstance(metrics, str) else list(metrics)
-    names = [name for name in asked if name != "forget_quality"]
-    names += ["truth_ratio"] if "forget_quality" in asked else []
-    for name in names:
-        if name not in _NEEDS:
-            raise ValueError(f"`metrics` must be among {[*_NEEDS, 'forget_quality']}, got {name!r}. Correct the name.")
-        if not there.get(_NEEDS[name], True):
-            raise ValueError(
-                f"`metrics` has {name!r}, which needs {lacking[_NEEDS[name]]}. Give it, or leave that out."
-            )
-    return [name for name in _NEEDS if name in names]
 
 
 @dataclass(frozen=True)
@@ -429,6 +376,12 @@ class _Suite:
         """The first row as the model reads it: another tokenizer or chat template makes other measurements."""
         row, encoder = self.sets["forget"][0], encoder_for(self.model, self.tokenizer, self.template)
         return encoder.windows(row.answer)[0] if row.prompt is None else encoder.answer(row.prompt, row.answer)
+
+
+def _of_finite(measure: Callable[..., float], *parts: Iterable[float]) -> float:
+    """A number made of others; NaN where one of them is, of which the measure itself would make an error."""
+    given = [list(part) for part in parts]
+    return math.nan if any(math.isnan(value) for part in given for value in part) else measure(*given)
 
 
 def _options(row: TextExample, paraphrased: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,8 @@ def text_membership(
         progress: Show progress bars.
 
     Returns:
-        A [`Separation`][semu_peft.evaluation.language_membership.Separation] by the attack's name.
+        A [`Separation`][semu_peft.evaluation.language_membership.Separation] by the attack's name, of NaN where the
+        model has diverged.
 
     Examples:
         >>> from semu_peft.evaluation import text_membership
@@ -213,7 +215,10 @@ def text_membership(
         if gradients:
             values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
         found.append(values)
-    return _told_apart(*found, resamples=resamples, seed=seed)
+    diverged = {attack for attack in found[0] if any(values[attack].isnan().any() for values in found)}
+    finite = [{attack: scores for attack, scores in values.items() if attack not in diverged} for values in found]
+    told = _told_apart(finite[0], finite[1], resamples=resamples, seed=seed)
+    return {attack: told.get(attack, Separation(math.nan, (math.nan, math.nan))) for attack in found[0]}
 
 
 def _read_by_all(scores: TokenScores, texts: Sequence[str] | None) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from semu_peft.evaluation import (
 )
 from semu_peft.evaluation.auc import mean_interval
 from semu_peft.evaluation.cached import model_digest
-from semu_peft.report.measured import read_metrics
+from semu_peft.report.measured import plain, read_metrics
 
 QUIET = {"progress": False, "max_new_tokens": 6}
 UTILITY = {"retain": FORGET[:2], "world_facts": FACTS}
@@ -121,6 +121,9 @@ def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> Non
     options["metrics"] = ["membership"]
     only = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, **options)
     assert (only.privacy_leakage, only.forget_quality) == (found.privacy_leakage, None)
+    options["metrics"] = "privacy_leakage"
+    assert evaluate_language(decoder(), tokenizer, FORGET, gold=gold, **options) == only
+    options["metrics"] = ["membership"]
     kept = json.loads((tmp_path / "membership.json").read_text())["value"]
     assert {attack: each["auc"] for attack, each in kept.items()} == found.membership
     again = evaluate_language(decoder(), tokenizer, FORGET, gold=gold, output_dir=tmp_path, **options)
@@ -245,6 +248,25 @@ def test_diverged_models_have_numbers_that_say_so() -> None:
     assert math.isnan(found.probability)
 
 
+def test_a_diverged_model_is_told_whole() -> None:
+    """Everything that can be measured, with NaN for what cannot, in text and in JSON too; also beside gold."""
+    options = {"utility": UTILITY, "neutral": NEUTRAL, "reference": decoder(), "holdout": FACTS, **QUIET}
+    gold = evaluate_language(decoder(seed=1), word_tokenizer(), FORGET, **options)
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    found = evaluate_language(model, word_tokenizer(), FORGET, gold=gold, **options)
+    for name in ("probability", "truth_ratio", "forget_quality", "model_utility", "neutral_kl", "privacy_leakage"):
+        assert math.isnan(getattr(found, name)), name
+    assert all(map(math.isnan, found.membership.values())) and {*found.membership} == {*gold.membership}
+    assert found.membership_interval == {} and math.isnan(gold.against(found).forget_quality)
+    assert math.isfinite(found.rouge) and math.isfinite(found.fluency) and math.isfinite(found.exact_memorisation)
+    assert found.row()["model utility"] == found.row()["forget quality"] == "nan"
+    json.dumps(plain(found), allow_nan=False)
+    shown = read_metrics({"unlearned": found})["rows"][0]["values"]
+    assert shown["rouge"]["value"] == found.rouge
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -252,6 +274,14 @@ def test_diverged_models_have_numbers_that_say_so() -> None:
         ({"metrics": ["model_utility"]}, "`metrics` has 'model_utility', which needs `utility`"),
         ({"metrics": ["neutral_kl"]}, "needs `neutral`"),
         ({"metrics": ["membership"]}, "needs `holdout`"),
+        ({"metrics": ["privacy_leakage"]}, "'privacy_leakage', which needs `holdout`"),
+        (
+            {"metrics": ["privacy_leakage"], "holdout": FACTS},
+            "'privacy_leakage', which needs `gold` with its membership",
+        ),
+        ({"metrics": ["forget_quality"]}, "'forget_quality', which needs `gold` with its truth ratio"),
+        ({"metrics": ["forget_quality"], "gold": LanguageMetrics(0.1)}, "needs `gold` with its truth ratio"),
+        ({"utility": {"forget": FACTS}}, "`utility` must name its sets otherwise .* got a set named 'forget'"),
         ({"neutral": [("who", "Ada")]}, "`neutral` must hold at least one text, and plain texts alone"),
         ({"forget": [("who", "Ada")], "metrics": ["truth_ratio"]}, "needs `perturbed_answer`"),
         ({"forget": []}, "`forget` must hold at least one question"),
