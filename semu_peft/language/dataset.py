@@ -8,25 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_count, check_switch
-from semu_peft.objectives.batches import IGNORED
+from semu_peft.objectives.batches import ALTERNATE, IGNORED, TOKEN_MASK
 
 from .alternates import choose_alternates
 from .encode import Row, TextEncoder
 from .shapes import TextExample, read_text
-
-_PREFIX = "alternate_"
 
 
 @dataclass(frozen=True)
 class TextCollator:
     """Rows of tokens as one batch, padded to the longest; the mask says what is padding, not the token's number.
 
+    Padding is on the right whatever side the tokenizer pads prompts on: a token's position is then the same as without
+    padding, which models with absolute positions (GPT-2) want, and decoders read labels from the left. Rows that have a
+    `token_mask` keep it.
+
     Args:
-        tokenizer: Its padding token, or its EOS where it has none, and its `padding_side`.
+        tokenizer: Its padding token, or its EOS where it has none.
         packing: Lay all rows end to end as one instead, with `position_ids` that begin again at 0 for each: nothing is
             padding. The model must keep them apart by these (transformers' attention does, without a mask and a cache).
 
@@ -61,32 +64,26 @@ class TextCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
-        for prefix in ("", _PREFIX) if f"{_PREFIX}input_ids" in rows[0] else ("",):
-            ids = [torch.as_tensor(row[f"{prefix}input_ids"]) for row in rows]
-            labels = [torch.as_tensor(row[f"{prefix}labels"]) for row in rows]
-            made = self._packed(ids, labels) if self.packing else self._padded(ids, labels)
+        for prefix in ("", ALTERNATE) if f"{ALTERNATE}input_ids" in rows[0] else ("",):
+            names = ("input_ids", "labels", *([TOKEN_MASK] if prefix + TOKEN_MASK in rows[0] else []))
+            parts = {name: [torch.as_tensor(row[prefix + name]) for row in rows] for name in names}
+            made = self._packed(parts) if self.packing else self._padded(parts)
             batch |= {f"{prefix}{name}": tensor for name, tensor in made.items()}
         return batch
 
-    def _padded(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
+    def _padded(self, parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        fills = {"input_ids": int(self.padding or 0), "labels": IGNORED}
+        parts = {**parts, "attention_mask": [torch.ones_like(row) for row in parts["input_ids"]]}
         return {
-            "input_ids": self._pad(ids, int(self.padding or 0)),
-            "attention_mask": self._pad([torch.ones_like(row) for row in ids], 0),
-            "labels": self._pad(labels, IGNORED),
+            name: pad_sequence(rows, batch_first=True, padding_value=fills.get(name, 0)) for name, rows in parts.items()
         }
 
-    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
-        side = getattr(self.tokenizer, "padding_side", "right")
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-    def _packed(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
+    def _packed(self, parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         """As transformers' `DataCollatorWithFlattening`: no row's first token is predicted from the row before it."""
-        first_ignored = [torch.cat([torch.tensor([IGNORED]), row[1:]]) for row in labels]
-        return {
-            "input_ids": torch.cat(ids).unsqueeze(0),
-            "labels": torch.cat(first_ignored).unsqueeze(0),
-            "position_ids": torch.cat([torch.arange(len(row)) for row in ids]).unsqueeze(0),
-        }
+        first_ignored = [torch.cat([torch.tensor([IGNORED]), row[1:]]) for row in parts["labels"]]
+        places = [torch.arange(len(row)) for row in parts["input_ids"]]
+        parts = {**parts, "labels": first_ignored, "position_ids": places}
+        return {name: torch.cat(rows).unsqueeze(0) for name, rows in parts.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,7 +147,9 @@ class TextExamples(Dataset[Any]):
 class TextStream(IterableDataset[Any]):
     """Texts as tokens, read as they are needed, for files that do not fit into memory.
 
-    Each worker of a `DataLoader` takes its share. Shuffling is among `buffer` rows at a time.
+    Each worker of a `DataLoader` takes its share. A source that is an `IterableDataset` is left to share its rows out
+    itself, as torch asks of it and a streamed data set of `datasets` does, by its shards; one that does not gives each
+    row once a worker, here as in any `DataLoader`. Shuffling is among `buffer` rows at a time.
 
     Args:
         source: As [`text_examples`][semu_peft.language.dataset.text_examples] takes it, if it can be read again.
@@ -176,6 +175,8 @@ class TextStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if isinstance(self.source, IterableDataset):  # it looks for the worker itself
+            start, step = 0, 1
         examples = read_text(self.source, columns=self.columns, name=self.name)
         rows = (
             row

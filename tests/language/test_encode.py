@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from models import t5
 from text_models import decoder, tokenizer, told
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
 from semu_peft.language import (
     REFUSALS,
@@ -19,7 +20,7 @@ from semu_peft.language import (
     choose_alternates,
     text_examples,
 )
-from semu_peft.objectives import CrossEntropy
+from semu_peft.objectives import CrossEntropy, TokenSelective
 from semu_peft.objectives.batches import call_model
 
 PAIRS = [("What colour is the sky?", "blue"), ("How many?", "two or three a b c")]
@@ -103,9 +104,10 @@ def test_windows_of_plain_text() -> None:
     assert len(examples.examples) == 2
 
 
-def test_an_encoder_decoder() -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_an_encoder_decoder(side: str) -> None:
     """The prompt is the encoder's, the answer and its end the decoder's; its loss is transformers' own."""
-    words = tokenizer()
+    words = tokenizer(padding_side=side)
     examples = text_examples(words, [("a b", "c"), ("d", "e f g")], seq2seq=True, alternates=["h"])
     assert tokens(words, examples[0]["input_ids"]) == ["a", " b"]
     assert tokens(words, examples[1]["labels"]) == ["e", " f", " g", "</s>"]
@@ -120,22 +122,43 @@ def test_an_encoder_decoder() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding(side: str) -> None:
-    """Padding is masked and has no label, also where EOS stands for it; no logit of an answer depends on it."""
+    """On the right whatever the tokenizer's side, masked and without a label, also where EOS stands for it.
+
+    No logit of an answer depends on it, be positions absolute or not.
+    """
     words = tokenizer(pad_token=None, padding_side=side)
     examples = text_examples(words, PAIRS)
     batch = next(iter(examples.loader(2, shuffle=False)))
     lengths = [len(row["input_ids"]) for row in examples.rows]
     assert batch["attention_mask"].sum(1).tolist() == lengths and lengths[0] != lengths[1]
     short = min(range(2), key=lengths.__getitem__)
-    missing = slice(lengths[short], None) if side == "right" else slice(0, max(lengths) - lengths[short])
+    missing = slice(lengths[short], None)
     assert (batch["input_ids"][short, missing] == words.eos_token_id).all()
     assert (batch["labels"][short, missing] == -100).all()
     assert [told(words, row) for row in batch["labels"]] == [" blue</s>", " two or three a b c</s>"]
-    model = decoder()
-    together, labels = call_model(model, batch)
-    alone = [call_model(model, examples.collate([row])) for row in examples.rows]
-    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-4)
-    assert labels.tolist() == torch.cat([each for _, each in alone]).tolist()
+    sizes = {"vocab_size": 88, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    for model in (decoder(), GPT2LMHeadModel(GPT2Config(**sizes)).eval()):
+        together, labels = call_model(model, batch)
+        alone = [call_model(model, examples.collate([row])) for row in examples.rows]
+        torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-4)
+        assert labels.tolist() == torch.cat([each for _, each in alone]).tolist()
+
+
+def test_a_mask_of_tokens_goes_with_its_row() -> None:
+    """Padded like the labels, or packed; and that of the second answer."""
+    examples = text_examples(tokenizer(), PAIRS, alternates="refusals")
+    names = ("labels", "alternate_labels")
+    rows = [
+        row | {name.replace("labels", "token_mask"): [label > 20 for label in row[name]] for name in names}
+        for row in examples.rows
+    ]
+    for collate in (examples.collate, TextCollator(tokenizer(), packing=True)):
+        batch = collate(rows)
+        for name in names:
+            mask = batch[name.replace("labels", "token_mask")]
+            assert mask.dtype == torch.bool and torch.equal(mask, batch[name] > 20)
+    loss = TokenSelective(CrossEntropy())(decoder(), examples.collate(rows))
+    assert loss.isfinite() and loss != CrossEntropy()(decoder(), examples.collate(rows))
 
 
 def test_packing() -> None:
@@ -196,6 +219,23 @@ def test_a_stream() -> None:
         TextStream([("What?", word) for word in "abcde"], TextEncoder(words)), batch_size=None, num_workers=2
     )
     assert sorted(told(words, row["labels"]) for row in shared) == [f" {word}</s>" for word in "abcde"]
+
+
+def test_a_streamed_data_set_shares_itself_out() -> None:
+    """By its shards: each row comes once, with fewer workers than shards and with more."""
+
+    def rows(shards: list[int]) -> Any:
+        for shard in shards:
+            for place in range(5):
+                yield {"text": f"{shard} {place}"}
+
+    streamed = IterableDataset.from_generator(rows, gen_kwargs={"shards": [1, 2, 3]})
+    expected = sorted(str(row) for row in TextStream(list(streamed), TextEncoder(tokenizer())))
+    assert len(expected) == 15
+    for workers in (0, 2, 4):
+        stream = TextStream(streamed, TextEncoder(tokenizer()))
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)
+        assert sorted(map(str, loader)) == expected
 
 
 @pytest.mark.parametrize(
