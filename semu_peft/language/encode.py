@@ -14,6 +14,7 @@ from .shapes import Message, TextExample
 
 DEFAULT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 _PLACES = ("{question}", "{prompt}")
+_MARK = "semu-answer"  # what no chat template takes for anything but an answer
 _TOKENIZER_MEND = "Load it with `AutoTokenizer.from_pretrained`."
 
 Row = dict[str, list[int]]
@@ -27,7 +28,8 @@ class TextEncoder:
     The label of a token is the token itself where it belongs to the answer, and −100 elsewhere. Prompt and answer are
     tokenised in one piece, as the model would see them; the answer begins at the first token that the prompt alone does
     not have there, so that a token across the border counts. The end of the answer (EOS, or a chat's end of turn) has a
-    label as well: where an answer ends is learnt with it.
+    label as well: where an answer ends is learnt with it. A chat's prompt is what the model reads when it is asked,
+    also where the chat template writes it otherwise once it is answered.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -140,12 +142,34 @@ class TextEncoder:
             before = re.sub("|".join(map(re.escape, _PLACES)), lambda _: prompt, before)
             return before, before + answer + after, False
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        options = {"tokenize": False, **(self.chat_options or {})}
-        before = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
-        whole = self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], **options)
+        before = self._rendered(turns, add_generation_prompt=True)
+        whole = self._rendered([*turns, {"role": "assistant", "content": answer}])
         after = whole[whole.rfind(answer.strip()) + len(answer.strip()) :]
+        if answer.strip() and not whole.startswith(before.rstrip()):
+            between, after = self._around_an_answer(turns)
+            whole = before + ("" if before[-1:].isspace() else between) + answer.strip() + after
         is_ended = bool(after.strip())  # by a token of the template; what blanks follow it are no one's to predict
         return before, whole.rstrip() if is_ended else whole, is_ended
+
+    def _rendered(self, turns: Sequence[Message], **options: Any) -> str:
+        options = {"tokenize": False, **(self.chat_options or {}), **options}
+        rendered: str = self.tokenizer.apply_chat_template(turns, **options)
+        return rendered
+
+    def _around_an_answer(self, turns: Sequence[Message]) -> tuple[str, str]:
+        """The blanks that a chat template puts before an answer, and what it puts after it.
+
+        For templates that write a question otherwise once it is answered (Mistral's moves the system message), so that
+        what they make of question and answer is not what the model reads when it is asked.
+        """
+        whole = self._rendered([*turns, {"role": "assistant", "content": _MARK}])
+        head, found, after = whole.rpartition(_MARK)
+        if not found:
+            raise ValueError(
+                "`tokenizer`: its chat template must write an answer after its question as it stands, but leaves out "
+                f"{_MARK!r}. Give `template` instead."
+            )
+        return head[len(head.rstrip()) :], after
 
     def tokens(self, text: str, *, ends: bool) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around it; and with EOS, where it `ends`."""

@@ -11,6 +11,7 @@ from models import t5
 from text_models import decoder, tokenizer, told
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
+from semu_peft.evaluation.prompts import prompt_tokens
 from semu_peft.language import (
     REFUSALS,
     TextCollator,
@@ -90,6 +91,37 @@ def test_chat() -> None:
     assert tokens(words, plain["input_ids"]) == ["<user>", "How", " many", "?", "<assistant>", "two", "</s>"]
     words.chat_template = words.chat_template.replace("</s>\n", "")
     assert tokens(words, text_examples(words, [("How many?", "two")])[0]["input_ids"])[-2:] == ["two", "</s>"]
+
+
+MOVES_SYSTEM = (  # as Mistral-7B-Instruct-v0.3: the system message stands in the last turn, if that is the user's
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for turn in messages %}{% if turn.role == 'user' %}<user>{% if loop.last and system is defined %}"
+    "{{ system }}\n{% endif %}{{ turn.content }}<assistant>{% else %} {{ turn.content|trim }}</s>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_a_chat_template_that_moves_the_system_message() -> None:
+    """The question has it and no label, as where an answer is asked for; earlier turns are as they were."""
+    words = tokenizer(chat=True)
+    words.chat_template = MOVES_SYSTEM
+    turns = [
+        {"role": "system", "content": "I know"}, {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "red"}, {"role": "user", "content": "How many?"},
+    ]  # fmt: skip
+    row = text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}])[0]
+    prompt = [
+        "<user>", "What", "?", "<assistant>", " red", "</s>", "<user>", "I", " know", "\n", "How", " many", "?",
+        "<assistant>",
+    ]  # fmt: skip
+    assert tokens(words, row["input_ids"]) == [*prompt, " two", "</s>"]
+    assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
+    assert tokens(words, prompt_tokens(TextEncoder(words), turns)) == prompt
+    short = text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "s"}]}])[0]  # as in `</s>`
+    assert tokens(words, short["input_ids"])[-3:] == ["<assistant>", "<unk>", "</s>"]
+    words.chat_template = MOVES_SYSTEM.replace("{{ turn.content|trim }}", "{{ turn.content|upper }}")
+    with pytest.raises(ValueError, match="its chat template must write an answer after its question as it stands"):
+        text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}])
 
 
 def test_windows_of_plain_text() -> None:
