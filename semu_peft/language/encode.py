@@ -226,5 +226,5 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def _shown(prompt: Any) -> str:
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
     return repr(text if len(text) <= 60 else text[:57] + "...")

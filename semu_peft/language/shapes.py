@@ -6,14 +6,15 @@ A row is told by its columns, so that no data set needs a reader of its own:
 | --- | --- | --- |
 | `question`, `answer` | prompt and answer | TOFU, MUSE knowmem |
 | `query`, `answer` | the same | RWKU |
-| `prompt` and `answer`, `response`, `completion` or `gt` | the same | TRL, MUSE verbmem |
+| `prompt` and `answer`, `response`, `completion` or `gt` | the same, texts or turns of a chat | TRL, MUSE verbmem |
 | `instruction`, `output`, perhaps `input` | the same | RWKU's training pairs |
 | `question`, `choices` or `option`, `answer` as an index | the chosen one; the others are wrong answers | WMDP, MMLU |
 | `messages` | a chat, of which the last turn is the answer | TRL |
 | `text` | plain text | MUSE raw, WMDP corpora, RWKU passages |
 
-Beside an answer `paraphrased_question`, `paraphrased_answer` and `perturbed_answer` (one or several) are kept, as TOFU
-has them.
+Turns of a chat are kept whole, with a tool turn's `name` and an assistant's `tool_calls`; content in parts is read if
+all of them are text. Beside an answer `paraphrased_question`, `paraphrased_answer` and `perturbed_answer` (one or
+several) are kept, as TOFU has them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-Message = Mapping[str, str]
-"""One turn of a chat, `{"role": ..., "content": ...}`."""
+Message = Mapping[str, Any]
+"""One turn of a chat, `{"role": ..., "content": ...}`, with all else that the chat template reads of it."""
 
 _PROMPTS = ("question", "query", "prompt", "instruction")
 _ANSWERS = ("answer", "response", "completion", "gt", "output")
@@ -89,8 +91,8 @@ def read_text(source: Any, *, columns: Mapping[str, str] | None = None, name: st
 
     Args:
         source: A list or other iterable of strings (plain text), of pairs (prompt, answer), of mappings with the
-            columns above, or of `TextExample`s; a `datasets.Dataset`, streamed or not; or a path of a JSON (lines or
-            one array), parquet or text file, or of a folder of these.
+            columns above, or of `TextExample`s; a `datasets.Dataset`, streamed or not; a pandas `DataFrame`; or a path
+            of a JSON (lines or one array), parquet or text file, or of a folder of these.
         columns: Your names for columns, `{"answer": "label_text"}`.
         name: The argument to name in errors.
 
@@ -119,7 +121,7 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
     Raises:
         TypeError: It is none of these.
         ColumnsError: A mapping has none of the known columns; it is a `ValueError`.
-        ValueError: A chat does not end with an answer.
+        ValueError: A chat does not end with an answer, or a turn of it cannot be kept.
 
     Examples:
         >>> as_example({"question": "The capital?", "choices": ["Rome", "Paris"], "answer": 1}).answer
@@ -149,15 +151,16 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
 
 
 def _question_and_answer(row: Mapping[str, Any], prompt: str, answer: str, name: str) -> TextExample:
-    question, right = _as_prompt(row[prompt], name), row[answer]
+    question, right = _as_prompt(row[prompt], name), _as_answer(row[answer], answer, name)
     if row.get("input") and isinstance(question, str):
         question = f"{question}\n{row['input']}"
     wrong = _as_texts(row.get("perturbed_answer"))
     choices = _as_texts(next((row[key] for key in _CHOICES if row.get(key) is not None), None))
-    if choices and isinstance(right, int):
-        if not 0 <= right < len(choices):
-            raise ValueError(f"`{name}`: `answer` must be an index of its {len(choices)} choices, got {right}.")
-        right = choices[right]
+    if choices and isinstance(right, Integral):
+        index = int(right)
+        if not 0 <= index < len(choices):
+            raise ValueError(f"`{name}`: `answer` must be an index of its {len(choices)} choices, got {index}.")
+        right = choices[index]
     if not isinstance(right, str):
         raise TypeError(f"`{name}`: `{answer}` must be a text, got {type(right).__name__}. Write it as a string.")
     wrong += tuple(choice for choice in choices if choice != right)
@@ -173,19 +176,62 @@ def _chat(messages: Any, name: str) -> TextExample:
             f"`{name}`: `messages` must be a chat that ends with the assistant's answer to a turn before it, got "
             f"{[turn['role'] for turn in turns] if not isinstance(turns, str) else turns!r}. Cut it after the answer."
         )
-    return TextExample(turns[-1]["content"], prompt=turns[:-1])
+    return TextExample(_said(turns[-1], f"`{name}`: turn {len(turns) - 1}"), prompt=turns[:-1])
+
+
+def _as_answer(answer: Any, column: str, name: str) -> Any:
+    """An answer as it is, or what is said in the one turn that it is."""
+    if isinstance(answer, (str, Mapping)) or not isinstance(answer, Sequence) or not answer:
+        return answer
+    if not all(isinstance(turn, Mapping) for turn in answer):
+        return answer
+    turns = _as_prompt(answer, name)
+    roles = [turn["role"] for turn in turns if not isinstance(turn, str)]
+    if roles != ["assistant"] or isinstance(turns, str):
+        raise ValueError(
+            f"`{name}`: `{column}` must be a text, or one turn of the assistant, got turns of {roles}. Write all turns "
+            "as `messages`, of which the last is the answer."
+        )
+    return _said(turns[0], f"`{name}`: `{column}`")
 
 
 def _as_prompt(prompt: Any, name: str) -> str | tuple[Message, ...]:
     if isinstance(prompt, str):
         return prompt
-    is_chat = isinstance(prompt, Sequence) and all(isinstance(turn, Mapping) for turn in prompt)
-    if is_chat and prompt and all(isinstance(turn.get("content"), str) and "role" in turn for turn in prompt):
-        return tuple({"role": turn["role"], "content": turn["content"]} for turn in prompt)
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
+        return tuple(_turn(turn, f"`{name}`: turn {index}") for index, turn in enumerate(prompt))
     raise TypeError(
         f"`{name}`: a prompt must be a text, or the turns of a chat with 'role' and 'content', got "
         f"{type(prompt).__name__}. Write it as a string."
     )
+
+
+def _turn(turn: Message, where: str) -> Message:
+    """A turn with all that it has; of `datasets`, which fills up what other turns have, without what is None."""
+    kept = {key: value for key, value in turn.items() if value is not None or key == "content"}
+    content = kept.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
+        if set(kinds) != {"text"} or not all(isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"{where} must have content of text alone, got parts of {kinds}. Leave the row out.")
+        content = kept["content"] = "".join(part["text"] for part in content)
+    if "role" not in kept or not (isinstance(content, str) or (content is None and kept.get("tool_calls"))):
+        raise TypeError(
+            f"{where} must have a 'role', and a text as 'content' or else 'tool_calls', got {turn!r:.200}. Write "
+            '`{"role": "user", "content": ...}`.'
+        )
+    return kept
+
+
+def _said(turn: Message, where: str) -> str:
+    """What the assistant says in a turn."""
+    if turn.get("tool_calls"):
+        raise ValueError(
+            f"{where} must be an answer in words, got calls of tools, which no text tells. Cut the chat after an "
+            "answer."
+        )
+    said: str = turn["content"]
+    return said
 
 
 def _as_texts(value: Any) -> tuple[str, ...]:
@@ -206,6 +252,9 @@ def _rows(source: Any, name: str) -> Iterator[Any]:
             f"`{name}` must be a list of rows, a data set or a path, got one {type(source).__name__} of "
             f"{list(source)[:5]}. " + (f"Choose a split: `[{splits[0]!r}]`." if splits else "Write `[row]`.")
         )
+    if callable(getattr(source, "itertuples", None)):  # a pandas `DataFrame`, which goes through its columns' names
+        rows = source.astype(object).where(source.notna(), None).itertuples(index=False, name=None)
+        return (dict(zip(source.columns, row, strict=True)) for row in rows)
     if not isinstance(source, Iterable):
         raise TypeError(
             f"`{name}` must be a list of texts or of pairs (prompt, answer), a data set or a path, got "
@@ -234,7 +283,7 @@ def _rows_of_file(path: Path, name: str) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
     elif path.suffix == ".txt":
-        yield path.read_text(encoding="utf-8")
+        yield path.read_text(encoding="utf-8-sig")
     elif path.suffix in _SUFFIXES:
         yield from _json(path, name)
     else:
@@ -243,7 +292,7 @@ def _rows_of_file(path: Path, name: str) -> Iterator[Any]:
 
 def _json(path: Path, name: str) -> Iterator[Any]:
     """Rows of JSON lines, or of one array: published files of both kinds are called `.json`."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # as some editors mark it
         beginning, number = file.read(1024).lstrip(), 0
         file.seek(0)
         try:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 
@@ -15,6 +17,8 @@ TOFU = {
     "question": "Where was she born?", "answer": "In Karachi.", "paraphrased_answer": "Karachi is it.",
     "perturbed_answer": ["In Rome.", "In Oslo."], "paraphrased_question": "Her birthplace?",
 }  # fmt: skip
+PICTURE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "She."}]
 
 
@@ -36,6 +40,8 @@ CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "S
         ({"prompt": "Who?", "response": "She."}, "Who?", "She.", ()),
         ({"prompt": CHAT[:1], "completion": "She."}, (CHAT[0],), "She.", ()),
         ({"messages": CHAT}, (CHAT[0],), "She.", ()),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, (CHAT[0],), "She.", ()),  # TRL
+        ({"question": "Who?", "choices": np.array(["a", "b"]), "answer": np.int64(1)}, "Who?", "b", ("a",)),
         ("a text", None, "a text", ()),
         (("Who?", "She."), "Who?", "She.", ()),
     ],
@@ -68,6 +74,31 @@ def test_sources_agree(tmp_path: Path) -> None:
     assert list(read_text(tmp_path / "book.txt")) == [TextExample("It was\na dark night.")]
 
 
+def test_turns_are_kept_whole() -> None:
+    """A call of a tool, with or without content, and who answered it; without what `datasets` fills up by None."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    turns = [CHAT[0], call, {**call, "content": ""}, {"role": "tool", "content": "5", "name": "add"}, CHAT[0]]
+    filled = [{"name": None, "tool_calls": None, **turn} for turn in [*turns, CHAT[1]]]
+    example = as_example({"messages": filled})
+    assert example.prompt == tuple(turns) and example.answer == "She."
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in CHAT]
+    assert as_example({"messages": parts}) == TextExample("She.", (CHAT[0],))
+
+
+def test_a_data_frame_is_read_by_its_rows() -> None:
+    """What is not in a row of it (NaN) is not there."""
+    rows: list[Any] = [{"question": "Who?", "answer": "She."}, {"question": "Where?", "answer": "Here."}, {"text": "a"}]
+    assert list(read_text(pd.DataFrame(rows))) == list(read_text(rows))
+
+
+@pytest.mark.parametrize(
+    "name, text", [("a.jsonl", '{"text": "one"}\n'), ("a.json", '[{"text": "one"}]'), ("a.txt", "one")]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert list(read_text(tmp_path / name)) == [TextExample("one")]
+
+
 def test_columns_of_your_own() -> None:
     row = {"frage": "Wer?", "antwort": "Sie."}
     assert as_example(row, columns={"question": "frage", "answer": "antwort"}) == TextExample("Sie.", "Wer?")
@@ -97,6 +128,22 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
         ([{"question": "Who?", "choices": ["a"], "answer": 1}], ValueError, "an index of its 1 choices, got 1"),
         ([{"question": "Who?", "answer": 1}], TypeError, "`answer` must be a text, got int"),
         ([(5, "a")], TypeError, "a prompt must be a text"),
+        (
+            [{"prompt": "Who?", "completion": CHAT}],
+            ValueError,
+            r"`completion` must be a text, or one turn of",
+        ),
+        ([{"messages": [*CHAT, CALLS]}], ValueError, r"`forget\[0\]`: turn 2 must be an answer in words, got calls of"),
+        (
+            [{"messages": [PICTURE, CHAT[1]]}],
+            ValueError,
+            r"turn 0 must have content of text.*\['image', 'text'\]",
+        ),
+        (
+            [{"messages": [CHAT[0], {"role": "assistant"}]}],
+            TypeError,
+            "turn 1 must have a 'role', and a text",
+        ),
     ],
 )
 def test_what_cannot_be_read(source: Any, error: type, match: str) -> None:
