@@ -31,7 +31,8 @@ class TextCollator:
     Args:
         tokenizer: Its padding token, or its EOS where it has none.
         packing: Lay all rows end to end as one instead, with `position_ids` that begin again at 0 for each: nothing is
-            padding. The model must keep them apart by these (transformers' attention does, without a mask and a cache).
+            padding. The model must keep them apart by these (transformers' attention does, without a mask and a cache);
+            objectives refuse one that does not, such as Bloom, Falcon, Mamba, MPT and OPT.
 
     Raises:
         ValueError: The tokenizer has neither padding nor EOS token.

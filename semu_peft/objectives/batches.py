@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .adapter_parts import adapter_configs
+from .packing import is_packed, masked_apart, transformer_of
 
 IGNORED = -100  # the label of a token that does not count
 ALTERNATE = "alternate_"  # how the keys of a second answer to the same prompts begin
@@ -198,7 +197,8 @@ def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = Non
     """Run the model on a batch as `call_model` does, and tell as well which sequence each token is of.
 
     Sequences that are packed into one row are told apart by `position_ids` that start again at 0; the first token of
-    each has nothing of its own before it that would predict it, and does not count.
+    each has nothing of its own before it that would predict it, and does not count. A model of transformers in which
+    they are not apart (Bloom, Falcon, Mamba, MPT, OPT) is refused, see `packing`.
 
     Examples:
         >>> import torch
@@ -262,8 +262,8 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     if labels.dim() == 2 and _is_encoder_decoder(model):
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             inputs["labels"] = labels
-    elif _is_packed(inputs):
-        inputs = _masked_apart(model, inputs)
+    elif is_packed(inputs):
+        inputs = masked_apart(model, inputs)
     return model(*args, **inputs, **options), inputs, labels
 
 
@@ -326,7 +326,7 @@ def token_runs(tokens: Sequence[int], length: int) -> list[tuple[int, ...]]:
 def _is_one_logit(logits: Tensor, labels: Tensor, model: nn.Module) -> bool:
     """Whether each example has one logit, of the second of two classes, and a label that is 0 or 1."""
     single = logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
-    regression = getattr(getattr(_transformer(model), "config", None), "problem_type", None) == "regression"
+    regression = getattr(getattr(transformer_of(model), "config", None), "problem_type", None) == "regression"
     if not single or regression or labels.numel() != logits.numel():
         return False
     return bool(((labels == 0) | (labels == 1)).all())
@@ -365,26 +365,6 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-def _is_packed(inputs: Mapping[str, Any]) -> bool:
-    """Whether rows hold several sequences and no padding."""
-    places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if not isinstance(places, Tensor) or not 1 <= places.dim() <= 2 or not (places[..., 1:] == 0).any():
-        return False
-    return mask is None or bool((mask == 1).all())
-
-
-def _masked_apart(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of packed rows, such that transformers lets no sequence see the one before it.
-
-    It finds the borders in `position_ids` itself, but not where there is a cache to fill or a mask.
-    """
-    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    forward = getattr(_transformer(model), "forward", None)
-    if forward is not None and "use_cache" in inspect.signature(forward).parameters:
-        inputs.setdefault("use_cache", False)
-    return inputs
-
-
 def _sequence_numbers(labels: Tensor, position_ids: Any) -> Tensor:
     """A number for each sequence at each of its places, `(N, L)`, rising over the rows, with gaps."""
     rows, length = labels.shape
@@ -420,7 +400,7 @@ def _labels_are_ahead(model: nn.Module) -> bool:
     """Whether the model predicts the next token at each position, as far as it says what it is."""
     if _is_encoder_decoder(model):
         return False  # it shifts its decoder's inputs itself
-    name = type(_transformer(model)).__name__
+    name = type(transformer_of(model)).__name__
     if re.search("CausalLM|LMHead|ForConditionalGeneration|ForImageTextToText", name):
         return True
     configs = adapter_configs(model).values() if isinstance(model, nn.Module) else ()
@@ -436,10 +416,4 @@ def _labels_are_ahead(model: nn.Module) -> bool:
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(_transformer(model), "config", None), "is_encoder_decoder", False))
-
-
-def _transformer(model: Any) -> nn.Module | None:
-    """The outermost model of transformers in the wrappers around it."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    return bool(getattr(getattr(transformer_of(model), "config", None), "is_encoder_decoder", False))
