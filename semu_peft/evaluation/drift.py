@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
+from semu_peft.language.decoding import most_tokens
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import call_model
 from semu_peft.objectives.original import original
@@ -66,7 +67,7 @@ def neutral_kl(
         tokenizer: Its tokenizer.
         texts: Neutral texts: strings, mappings with `text`, or a path of these; read in windows of `max_length`.
         reference: The model before; by default the same model without its adapter.
-        max_length: Longest window.
+        max_length: Longest window; at most as many tokens as the model has positions.
         batch_size: Texts at a time.
         progress: Show a progress bar.
         adapter_name: The adapter to compare without; by default the trained or active ones.
@@ -81,7 +82,7 @@ def neutral_kl(
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    rows = [row for windows in text_windows(tokenizer, texts, max_length) for row in windows]
+    rows = [row for windows in text_windows(tokenizer, texts, most_tokens(model, max_length)) for row in windows]
     sums: list[tuple[float, float, int]] = []
 
     def read(places: list[int], batch: dict[str, Tensor]) -> None:

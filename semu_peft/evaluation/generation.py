@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from semu_peft.arguments import check_count, check_model, check_number
+from semu_peft.language.decoding import check_fits, only_settings, padding_of, plain_settings
 from semu_peft.model_state import device_of, eval_mode
 
 from .prompts import encoder_for, is_encoder_decoder, prompt_tokens
@@ -121,7 +121,7 @@ def generate_answers(
 
     Raises:
         TypeError: The model cannot generate.
-        ValueError: There are no questions.
+        ValueError: There are no questions, or one is longer than the model has positions.
 
     Examples:
         >>> from semu_peft.evaluation import generate_answers
@@ -142,32 +142,13 @@ def generate_answers(
     prompts = [prompt_tokens(encoder, question, start) for question in questions]
     if not prompts:
         raise ValueError(f"`{name}` must hold at least one question, got none. Check the file it was read from.")
-    settings = _settings(model, tokenizer, samples, temperature)
+    check_fits(model, [{"input_ids": prompt} for prompt in prompts], name)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
+    settings = plain_settings(model, tokenizer, **({} if samples is None else drawn))
     texts = _generate(model, tokenizer, prompts, settings, max_new_tokens, max(1, batch_size // (samples or 1)),
                       seed, progress, name)  # fmt: skip
     cut = [[_cut(text, stop) for text in group] for group in texts]
     return cut if samples is not None else [group[0] for group in cut]
-
-
-_STARTS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
-
-
-def _settings(model: nn.Module, tokenizer: Any, samples: int | None, temperature: float) -> GenerationConfig:
-    """Greedy decoding, or draws; of the model's own settings, only where a sequence starts and ends."""
-    own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None)
-    known = [*(ends if isinstance(ends, (list, tuple)) else [ends]), tokenizer.eos_token_id]
-    eos = sorted({token for token in known if token is not None})
-    starts = {name: getattr(own, name, None) for name in _STARTS}
-    drawn = {} if samples is None else {"temperature": temperature, "top_k": 0, "num_return_sequences": samples}
-    return GenerationConfig(
-        do_sample=samples is not None, num_beams=1, eos_token_id=eos or None, pad_token_id=_pad(tokenizer), **starts,
-        **drawn,
-    )  # fmt: skip
-
-
-def _pad(tokenizer: Any) -> int:
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def _generate(
@@ -184,11 +165,11 @@ def _generate(
         starts = tqdm(starts, desc=name, unit="batch", leave=False)
     texts: list[list[str]] = [[] for _ in prompts]
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices), _only(settings, model):
+    with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices), only_settings(settings, model):
         torch.manual_seed(seed)
         for start in starts:
             places = order[start : start + batch_size]
-            batch = _left_padded([prompts[place] for place in places], _pad(tokenizer))
+            batch = _left_padded([prompts[place] for place in places], padding_of(tokenizer))
             length = batch["input_ids"].shape[1]
             settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - skip * length))
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
@@ -198,20 +179,6 @@ def _generate(
             for number, place in enumerate(places):
                 texts[place] = decoded[number * each : (number + 1) * each]
     return texts
-
-
-@contextmanager
-def _only(settings: GenerationConfig, model: nn.Module) -> Iterator[None]:
-    """Put settings in place of the model's own, which `generate` fills in for whatever is left at its default."""
-    before = [(module, vars(module)["generation_config"]) for module in model.modules()
-              if "generation_config" in vars(module)]  # fmt: skip
-    try:
-        for module, _ in before:
-            vars(module)["generation_config"] = settings
-        yield
-    finally:
-        for module, own in before:
-            vars(module)["generation_config"] = own
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

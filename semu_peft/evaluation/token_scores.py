@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from semu_peft.arguments import check_count, check_model
+from semu_peft.language.decoding import check_fits, most_tokens
 from semu_peft.language.encode import Row, TextEncoder
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import IGNORED, call_model, read_tokens
@@ -105,7 +106,7 @@ def score_answers(
 
     Raises:
         TypeError: The pairs have an unknown form.
-        ValueError: There are none, or the template lacks a place.
+        ValueError: There are none, one is longer than the model has positions, or the template lacks a place.
 
     Examples:
         >>> from semu_peft.evaluation import score_answers
@@ -116,6 +117,7 @@ def score_answers(
     check_count("batch_size", batch_size)
     encoder = encoder_for(model, tokenizer, template)
     rows = [encoder.answer(example.prompt or "", example.answer) for example in read_questions(pairs, name)]
+    check_fits(model, rows, name)  # nothing is cut
     scores = _score(model, tokenizer, rows, batch_size=batch_size, device=device, progress=progress, name=name)
     return replace(scores, has_eos=encoder.uses_chat or tokenizer.eos_token_id is not None)
 
@@ -133,9 +135,9 @@ def score_texts(
 ) -> TokenScores:
     """Let a language model read plain texts: every token but the first counts, and the end of the sequence.
 
-    Texts are strings, mappings with `text`, or a path of these. Long ones are read in windows, each with the token
-    before it. Special tokens are those that the tokenizer adds itself. The other arguments are those of
-    [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
+    Texts are strings, mappings with `text`, or a path of these. Long ones are read in windows of `max_length`, or of as
+    many as the model has positions, each with the token before it. Special tokens are those that the tokenizer adds
+    itself. The other arguments are those of [`score_answers`][semu_peft.evaluation.token_scores.score_answers].
 
     Raises:
         ValueError: There are no texts, or one has less than two tokens.
@@ -147,7 +149,7 @@ def score_texts(
     """
     check_model(model)
     check_count("batch_size", batch_size)
-    windows = text_windows(tokenizer, texts, max_length, name)
+    windows = text_windows(tokenizer, texts, most_tokens(model, max_length), name)
     rows = [row for group in windows for row in group]
     scores = _score(model, tokenizer, rows, batch_size=batch_size, device=device, progress=progress, name=name)
     edges = [0, *accumulate(map(len, windows))]

@@ -112,7 +112,7 @@ class TextEncoder:
         if start >= self.max_length:
             raise ValueError(
                 f"`max_length` must leave room for an answer, got {self.max_length}, and the prompt {_shown(prompt)} "
-                f"has {start} tokens. Give more than that, or a shorter prompt."
+                f"has {start} tokens. Give more than that, if the model has the positions, or a shorter prompt."
             )
         labels = [IGNORED] * start + ids[start:]
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}

@@ -16,6 +16,7 @@ from semu_peft import objectives
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
 from semu_peft.arguments import check_adapter_name, check_count, check_model, check_number
 from semu_peft.objectives.base import Objective
+from semu_peft.objectives.batches import is_encoder_decoder
 from semu_peft.objectives.retain import Retain
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
 from semu_peft.training.natural import NaturalGradient
@@ -24,6 +25,7 @@ from semu_peft.tuner import SemuConfig
 from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
+from .decoding import check_fits, most_tokens
 from .samples import own_samples
 from .shapes import TextExample
 from .stopping import UntilUnseen
@@ -143,7 +145,7 @@ def forget_text(
             needs them, and for `"altpo"` the wrong answers that the data bring.
         template: How prompt and answer are written; by default by the tokenizer's chat template, if it has one. Write
             it as the model was trained.
-        max_length: The most tokens of a row.
+        max_length: The most tokens of a row; at most as many as the model has positions.
         retain_weight: Weight of what is to stay; by default 60, with `"wga"` 2, or 6 where that is nothing but what the
             model says itself; with `max_retain_kl`, which brings its own, 0.
         max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
@@ -178,16 +180,15 @@ def forget_text(
         (2, ['default'])
     """
     _check_method(method)
-    _check(model, adapter_name, retain_weight, max_steps, batch_size, training)
-    is_seq2seq = bool(getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False))
-    reading: dict[str, Any] = {"template": template, "max_length": max_length, "seq2seq": is_seq2seq, "seed": seed}
+    _check(model, adapter_name, retain_weight, max_length, max_steps, batch_size, training)
+    is_seq2seq, longest = is_encoder_decoder(model), most_tokens(model, max_length)
+    reading: dict[str, Any] = {"template": template, "max_length": longest, "seq2seq": is_seq2seq, "seed": seed}
     wanted = _ALTERNATES.get(method) if isinstance(method, str) and alternates is None else alternates
     examples = _examples(tokenizer, forget, "forget", alternates=wanted, progress=progress, **reading)
-    kept = [
-        _examples(tokenizer, data, name, **reading)
-        for name, data in (("retain", retain), ("neutral", neutral))
-        if data is not None
-    ]
+    given = {name: data for name, data in (("retain", retain), ("neutral", neutral)) if data is not None}
+    kept = [_examples(tokenizer, data, name, **reading) for name, data in given.items()]
+    for name, each in zip(("forget", *given), (examples, *kept), strict=True):
+        check_fits(model, each.rows, name)  # what is given ready
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
     if until_unseen and not never_learnt:
         warnings.warn(
@@ -265,8 +266,9 @@ def _nll(model: nn.Module, examples: TextExamples, batch_size: int) -> Tensor:
 
 
 def _check(
-    model: nn.Module, adapter_name: str, retain_weight: float | None, max_steps: int, batch_size: int, training: Any
-) -> None:
+    model: nn.Module, adapter_name: str, retain_weight: float | None, max_length: int, max_steps: int, batch_size: int,
+    training: Any,
+) -> None:  # fmt: skip
     check_model(model)
     check_adapter_name(adapter_name)
     if not isinstance(base_model(model), PreTrainedModel):
@@ -276,6 +278,7 @@ def _check(
         )
     if adapter_name in getattr(base_model(model), "peft_config", {}):
         raise ValueError(f"`adapter_name`: the model has an adapter {adapter_name!r} already. Choose another name.")
+    check_count("max_length", max_length, least=2)
     check_count("max_steps", max_steps)
     check_count("batch_size", batch_size)
     if retain_weight is not None:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from semu_peft.arguments import check_count, check_kind, check_positive
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import IGNORED, token_runs
+from semu_peft.objectives.batches import IGNORED, is_encoder_decoder, token_runs
 
 from .dataset import TextExamples
+from .decoding import most_positions, only_settings, padding_of, plain_settings
 
 _MOST_DRAWS = 4  # times the number asked for, where texts are left out
 _RUN = 6  # tokens in a row that give an answer away
@@ -34,13 +36,15 @@ def own_samples(
     """Sample texts from a model, from its beginning token on, with labels on each token that it chose.
 
     Held close to the original on them, a model keeps what it says of its own accord; no data are needed. A model that
-    was trained on answers alone says little of them by itself: ask it, by `prompts`.
+    was trained on answers alone says little of them by itself: ask it, by `prompts`. The model's own generation
+    settings (beams, penalties, temperature) are left aside. The encoder of an encoder-decoder reads what a text begins
+    with, and its decoder says the rest.
 
     Args:
-        model: A decoder of transformers, bare or with adapters.
+        model: A language model of transformers, bare or with adapters.
         tokenizer: Its tokenizer; texts begin with its BOS token, or its EOS where it has none.
         number: How many texts.
-        max_new_tokens: The most tokens of one.
+        max_new_tokens: The most tokens of one; less where the model's positions end.
         batch_size: Texts at a time.
         without: What is to be forgotten. Texts that say six tokens in a row of one of its answers, or all of a shorter
             one, are left out: held, they would keep it. There may then be fewer than `number`.
@@ -53,8 +57,8 @@ def own_samples(
 
     Raises:
         TypeError: The model cannot generate.
-        ValueError: The tokenizer has no token to begin with, a prompt is empty, a number is out of its range, or the
-            model says nothing but what is to be left out.
+        ValueError: The tokenizer has no token to begin with, a prompt is empty or longer than the model has positions,
+            a number is out of its range, or the model says nothing but what is to be left out.
 
     Examples:
         >>> from semu_peft.language import own_samples
@@ -70,7 +74,10 @@ def own_samples(
     if not hasattr(model, "generate"):
         raise TypeError(f"`model` must generate text, got {type(model).__name__}. Give `neutral` texts instead.")
     begins = _begins(tokenizer, prompts)
-    pad = begins[0][0]
+    decodes = is_encoder_decoder(model)
+    room = _room(model, 0 if decodes else max(map(len, begins)))
+    settings = plain_settings(model, tokenizer, do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    settings.max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     device, generate = device_of(model), cast(Any, model.generate)
     devices = [device] if device.type == "cuda" else []
     rows: list[dict[str, list[int]]] = []
@@ -78,24 +85,25 @@ def own_samples(
     banned = {run for row in forgotten for run in token_runs(_answer(row, tokenizer.eos_token_id), _RUN)}
     lengths = {len(run) for run in banned}
     drawn = 0
-    with eval_mode(model), torch.random.fork_rng(devices):
+    with eval_mode(model), torch.random.fork_rng(devices), only_settings(settings, model):
         torch.manual_seed(seed)
         while len(rows) < number and drawn < _MOST_DRAWS * number:
             size = min(batch_size, number - len(rows))
             begun = [begins[place % len(begins)] for place in range(drawn, drawn + size)]
             drawn += size
-            longest = max(map(len, begun))
-            ids = [[pad] * (longest - len(each)) + each for each in begun]
-            mask = [[0] * (longest - len(each)) + [1] * len(each) for each in begun]
-            texts = generate(
-                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
-                do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-                pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            for begin, text in zip(begun, texts.tolist(), strict=True):
-                said = _until_end(text[longest:], tokenizer.eos_token_id)
-                if banned.isdisjoint(run for length in lengths for run in token_runs(said, length)):
-                    rows.append({"input_ids": [*begin, *said], "labels": [IGNORED] * len(begin) + said})
+            # What is said goes on at the end of what a decoder reads; an encoder has positions of its own.
+            read = {"input_ids": begun, "attention_mask": [[1] * len(begin) for begin in begun]}
+            fills = {"input_ids": padding_of(tokenizer), "attention_mask": 0}
+            batch = {name: _padded(each, fills[name], left=not decodes).to(device) for name, each in read.items()}
+            start = 1 if decodes else batch["input_ids"].shape[1]
+            for begin, text in zip(begun, generate(**batch, generation_config=settings).tolist(), strict=True):
+                said = _until_end(text[start:], settings.eos_token_id or ())
+                if not banned.isdisjoint(run for length in lengths for run in token_runs(said, length)):
+                    continue
+                row = {"input_ids": begin, "labels": said}
+                if not decodes:
+                    row = {"input_ids": [*begin, *said], "labels": [IGNORED] * len(begin) + said}
+                rows.append(row)
     if not rows:
         raise ValueError(
             f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
@@ -121,9 +129,25 @@ def _begins(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return begins
 
 
-def _until_end(said: list[int], end: int | None) -> list[int]:
+def _room(model: nn.Module, begun: int) -> int | None:
+    """How many tokens have a position behind so many others."""
+    positions = most_positions(model)
+    if positions is not None and begun >= positions:
+        raise ValueError(
+            f"`prompts` must leave room for an answer in the model's {positions} positions, got one of {begun} tokens. "
+            "Ask in fewer words."
+        )
+    return None if positions is None else positions - begun
+
+
+def _padded(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=fill, padding_side=side)
+
+
+def _until_end(said: list[int], ends: Sequence[int]) -> list[int]:
     """Without what was generated after the end of the text, for the sake of longer ones beside it."""
-    return said[: said.index(end) + 1] if end in said else said
+    return said[: next((place for place, token in enumerate(said) if token in ends), len(said)) + 1]
 
 
 def _answer(row: dict[str, Any], end: int | None) -> list[int]:

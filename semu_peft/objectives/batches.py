@@ -213,7 +213,7 @@ def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = Non
         (tensor([1, 3, 0]), tensor([0, 1, 1]))
     """
     output, inputs, labels = run_batch(model, batch)
-    decodes = labels.dim() == 2 and _is_encoder_decoder(model)
+    decodes = labels.dim() == 2 and is_encoder_decoder(model)
     makes_inputs = "labels" in inputs
     logits = logits_of(output[1:] if makes_inputs and isinstance(output, tuple) else output)  # after the loss
     labels = labels.to(logits.device)
@@ -259,7 +259,7 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     args, kwargs, labels = split_batch(batch)
     inputs = {name: value for name, value in kwargs.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
     labels = as_labels(labels)
-    if labels.dim() == 2 and _is_encoder_decoder(model):
+    if labels.dim() == 2 and is_encoder_decoder(model):
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             inputs["labels"] = labels
     elif is_packed(inputs):
@@ -398,7 +398,7 @@ def _real_tokens(
 
 def _labels_are_ahead(model: nn.Module) -> bool:
     """Whether the model predicts the next token at each position, as far as it says what it is."""
-    if _is_encoder_decoder(model):
+    if is_encoder_decoder(model):
         return False  # it shifts its decoder's inputs itself
     name = type(transformer_of(model)).__name__
     if re.search("CausalLM|LMHead|ForConditionalGeneration|ForImageTextToText", name):
@@ -415,5 +415,11 @@ def _labels_are_ahead(model: nn.Module) -> bool:
     )
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads the inputs, and labels are what a decoder says.
+
+    Examples:
+        >>> is_encoder_decoder(decoder)
+        False
+    """
     return bool(getattr(getattr(transformer_of(model), "config", None), "is_encoder_decoder", False))

@@ -8,8 +8,9 @@ from answer_models import FORGET, WORDS, alone, decoder, word_tokenizer
 from models import Snapshot, t5
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from semu_peft.evaluation import TokenScores, generate_answers, score_answers, score_texts
+from semu_peft.evaluation import TokenScores, generate_answers, neutral_kl, score_answers, score_texts
 from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
 
 QUIET = {"progress": False}
@@ -128,6 +129,21 @@ def test_an_encoder_decoder_reads_the_prompt_and_is_scored_on_the_answer() -> No
     told = logits.log_softmax(-1).gather(1, torch.tensor(ids("in Rome </s>")).unsqueeze(1)).squeeze(1)
     assert torch.allclose(scores.log_probs[1], told, atol=1e-4)
     assert len(generate_answers(model, tokenizer, ["where lives Ada"], max_new_tokens=3, **QUIET)) == 1
+
+
+def test_texts_longer_than_the_models_positions() -> None:
+    """Plain text is read in windows of what there is; answers are not cut and questions not asked."""
+    sizes = {"vocab_size": len(WORDS), "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model, long = GPT2LMHeadModel(GPT2Config(**sizes)), "who wrote it " * 8
+    scores = score_texts(model, word_tokenizer(), [long], **QUIET)
+    assert [len(part) for part in scores.log_probs] == [24]
+    twelve = score_texts(model, word_tokenizer(), [long], max_length=12, **QUIET)
+    assert torch.equal(scores.log_probs[0], twelve.log_probs[0])
+    assert neutral_kl(model, word_tokenizer(), [long], reference=model, **QUIET).tokens == 24
+    with pytest.raises(ValueError, match="`pairs` must fit into the model's 12 positions, got 53 tokens in row 1"):
+        score_answers(model, word_tokenizer(), [PAIRS[1], (long, long)], **QUIET)
+    with pytest.raises(ValueError, match="`questions` must fit into the model's 12 positions, got 28 tokens in row 0"):
+        generate_answers(model, word_tokenizer(), [long], **QUIET)
 
 
 def test_an_end_of_sequence_that_is_not_there_is_not_taken_off() -> None:

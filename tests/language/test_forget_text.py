@@ -13,7 +13,7 @@ from models import Snapshot, gpt2
 from peft import LoraConfig, PeftModel, get_peft_model
 from text_models import decoder, tokenizer
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
 from semu_peft.language import TextExamples, UntilUnseen, own_samples, text_examples, unseen_answers
@@ -154,12 +154,7 @@ def test_plain_text_neutral_text_and_ready_examples() -> None:
 
 
 def test_an_encoder_decoder() -> None:
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=88, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    result = forget_text(T5ForConditionalGeneration(config), tokenizer(), FORGET, retain=RETAIN, **FEW)
+    result = forget_text(encoder_decoder(), tokenizer(), FORGET, retain=RETAIN, **FEW)
     assert type(result.model).__name__ == "PeftModelForSeq2SeqLM"
     assert "attention_mask" in next(iter(result.examples.loader(2)))
 
@@ -279,6 +274,50 @@ def test_own_samples_say_nothing_of_what_is_to_be_forgotten() -> None:
     words = [{"input_ids": [1, word], "labels": [-100, word]} for word in range(len(tokenizer()))]
     with pytest.raises(ValueError, match="in none of 8 samples of its own. Give `retain` or `neutral`"):
         own_samples(model, tokenizer(), number=2, without=TextExamples(words, [], tokenizer()))
+
+
+def encoder_decoder() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=88, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def test_own_samples_of_an_encoder_decoder() -> None:
+    """The encoder reads the beginning, and the decoder says what the model is likely to say."""
+    model, prompts = encoder_decoder(), ["a", "b c d"]
+    begins = [tokenizer()(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    samples = own_samples(model, tokenizer(), number=4, max_new_tokens=5, prompts=prompts, temperature=1e-5)
+    assert [row["input_ids"] for row in samples.rows] == begins * 2 and samples.rows[:2] == samples.rows[2:]
+    logits, labels = call_model(model, next(iter(samples.loader(4, shuffle=False))))
+    assert torch.equal(logits.argmax(-1), labels)
+    result = forget_text(encoder_decoder(), tokenizer(), FORGET, batch_size=2, **FEW)
+    assert result.training.history[0]["retain_loss"] == pytest.approx(0, abs=1e-4)  # held, at the original
+
+
+def test_own_samples_leave_the_models_generation_settings_aside() -> None:
+    expected = own_samples(decoder(), tokenizer(), number=4, max_new_tokens=7).rows
+    model = decoder()
+    settings = {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 1.5, "no_repeat_ngram_size": 1}
+    model.generation_config.update(**settings)
+    assert own_samples(model, tokenizer(), number=4, max_new_tokens=7).rows == expected
+    assert model.generation_config.num_beams == 3
+
+
+def test_texts_longer_than_the_context() -> None:
+    """Rows and samples are as long as there are positions, where these end; what is ready and longer is refused."""
+    sizes = {"vocab_size": 88, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    result = forget_text(model, tokenizer(), ["a b c d e f g h " * 8], batch_size=2, **FEW)
+    assert max(len(row["input_ids"]) for row in result.examples.rows) == 16
+    assert max(len(row["input_ids"]) for row in own_samples(result.model, tokenizer(), number=8).rows) == 16
+    long = text_examples(tokenizer(), ["a b c d e f g h " * 8])
+    with pytest.raises(ValueError, match="`neutral` must fit into the model's 16 positions, got 66 tokens in row 0"):
+        forget_text(model, tokenizer(), FORGET, neutral=long, adapter_name="second", **FEW)
+    with pytest.raises(ValueError, match="`prompts` must leave room for an answer in the model's 16 positions"):
+        own_samples(model, tokenizer(), prompts=["a b c d " * 4])
 
 
 def initialised(examples: TextExamples) -> PeftModel:
