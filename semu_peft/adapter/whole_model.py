@@ -15,6 +15,8 @@ from semu_peft.tuner.adapted import base_model, semu_layers
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.loading import restore_layers
 
+_HANDLES = ("_require_grads_hook", "_require_grads_hooks")  # by which transformers takes its own hooks back
+
 
 def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "default") -> None:
     """Put an adapter into a model beside those that it has: what is active stays active, and only the new one trains.
@@ -69,7 +71,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "de
 
 @contextmanager
 def taken_back_on_error(model: nn.Module, *, adapter_name: str = "default") -> Iterator[None]:
-    """If the block fails, take the adapter that it put in out again, and leave the others and all flags as they were.
+    """If the block fails, take out the adapter that it put in, and leave the others, flags and hooks as they were.
 
     Args:
         model: The model, before the adapter is put in.
@@ -94,6 +96,8 @@ def taken_back_on_error(model: nn.Module, *, adapter_name: str = "default") -> I
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     tuners = [(module, module.active_adapter) for module in model.modules() if isinstance(module, BaseTuner)]
+    hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in model.modules()]
+    handles = {name: getattr(model, name) for name in _HANDLES if hasattr(model, name)}
     try:
         yield
     except BaseException:
@@ -104,6 +108,13 @@ def taken_back_on_error(model: nn.Module, *, adapter_name: str = "default") -> I
             tuner.active_adapter = active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        # PEFT's model has the embeddings' outputs require gradients, for activations that are recomputed.
+        for held, known in hooks:
+            for key in held.keys() - known:
+                del held[key]
+        for name in _HANDLES:
+            vars(model).pop(name, None)
+        vars(model).update(handles)
         raise
 
 

@@ -190,10 +190,13 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
     model: Any = decoder()
     if peft:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2), adapter_name="style")
-    before = Snapshot.of(model)
+    model.gradient_checkpointing_enable()  # for which PEFT adds a hook
+    model.enable_input_require_grads()
+    before, hooks = Snapshot.of(model), [dict(module._forward_hooks) for module in model.modules()]
     with pytest.raises(RuntimeError, match="disk full"):
         forget_text(model, tokenizer(), FORGET, retain=RETAIN, method=Fails(), **FEW)
     before.assert_same(model)
+    assert hooks == [module._forward_hooks for module in model.modules()]
     assert list(getattr(model, "peft_config", {})) == (["style"] if peft else [])
     assert forget_text(model, tokenizer(), FORGET, retain=RETAIN, **FEW).training.steps == 2
 
