@@ -146,9 +146,12 @@ class NaturalLoop(Loop):
         batches, enough = batches_in(self.prepared.forget), self.stopping.tolerated(start.values["loss"])
         if batches is None or not self.stopping.is_forgotten(start.values, enough):
             return  # a stream's first batch may say little of the others
+
+        def is_left(values: Losses) -> bool:
+            return not self.stopping.is_forgotten(values, enough)
+
         is_all = sum(term.is_forget for term in self.held) >= batches
-        other = lambda values: not self.stopping.is_forgotten(values, enough)  # noqa: E731
-        if is_all or self.looks.find_forget_batch(other) is None:
+        if is_all or self.looks.find_forget_batch(is_left) is None:
             self._stop(ALREADY_FORGOTTEN)
 
     def _choose_curvature(self, *, is_whole: bool) -> None:
@@ -225,7 +228,7 @@ class NaturalLoop(Loop):
 
     def _hold(self, place: int) -> None:
         """Compare the cores on this batch as well from here on, and go on for one more pass at least."""
-        self.remembered.append(place)
+        self.remembered = sorted({*self.remembered, place})
         with self._at(self.proximal.start):
             self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
         self.start_values = self._values_at(self.proximal.start)
