@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_kind, check_model, check_number, check_switch
 from semu_peft.objectives.attackers import Attacker
 from semu_peft.objectives.base import LossFunction
-from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.batches import check_batches, is_encoder_decoder
 from semu_peft.objectives.examples import examples_in
 from semu_peft.objectives.original import original
 from semu_peft.tuner.adapted import base_model
@@ -25,7 +25,6 @@ from .membership_attacks import MembershipAttacks, Run
 from .perturbation import flipped_inputs, noisy_inputs, stripping
 from .probing import FEWEST_EXAMPLES, lens_attack, linear_probes, logit_lens
 from .prompt_search import search_prompt
-from .prompts import is_encoder_decoder
 from .quantization import quantization
 from .relearning import RelearningCurve, relearning, usual_attackers
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from semu_peft.arguments import check_count, check_model, check_number
 from semu_peft.language.decoding import check_fits, only_settings, padding_of, plain_settings
 from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.batches import is_encoder_decoder
 
-from .prompts import encoder_for, is_encoder_decoder, prompt_tokens
+from .prompts import encoder_for, prompt_tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -169,7 +171,8 @@ def _generate(
         torch.manual_seed(seed)
         for start in starts:
             places = order[start : start + batch_size]
-            batch = _left_padded([prompts[place] for place in places], padding_of(tokenizer))
+            # A decoder's answers all begin in one place; an encoder's positions count from the left.
+            batch = _padded([prompts[place] for place in places], padding_of(tokenizer), on_the_left=skip)
             length = batch["input_ids"].shape[1]
             settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - skip * length))
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
@@ -181,12 +184,12 @@ def _generate(
     return texts
 
 
-def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
-    """Prompts that end in one place, so that all answers begin in one."""
-    length = max(map(len, prompts))
-    ids = [[pad] * (length - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+def _padded(prompts: Sequence[list[int]], pad: int, *, on_the_left: bool) -> dict[str, Tensor]:
+    side = "left" if on_the_left else "right"
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

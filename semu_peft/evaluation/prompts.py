@@ -9,6 +9,7 @@ from torch import nn
 
 from semu_peft.language.encode import TextEncoder
 from semu_peft.language.shapes import Message, TextExample, read_text
+from semu_peft.objectives.batches import is_encoder_decoder
 
 _NO_LIMIT = 1 << 20  # nothing is cut: half an answer would be scored as if it were one
 
@@ -83,17 +84,6 @@ def read_plain(source: Any, name: str = "texts") -> list[str]:
         got = f"an answer to a question in row {answers[0]}" if answers else "none"
         raise ValueError(f"`{name}` must hold at least one text, and plain texts alone, got {got}. Give strings.")
     return [example.answer for example in examples]
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the prompt goes to an encoder, and what is generated is the answer alone.
-
-    Examples:
-        >>> from semu_peft.evaluation.prompts import is_encoder_decoder
-        >>> is_encoder_decoder(decoder), tokenizer.pad_token_id
-        (False, 0)
-    """
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def encoder_for(model: nn.Module, tokenizer: Any, template: str | None = None) -> TextEncoder:

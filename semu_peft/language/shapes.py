@@ -283,7 +283,10 @@ def _rows_of_file(path: Path, name: str) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
     elif path.suffix == ".txt":
-        yield path.read_text(encoding="utf-8-sig")
+        try:
+            yield path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{name}`: {path} must be text in UTF-8, but {error}. Convert it.") from error
     elif path.suffix in _SUFFIXES:
         yield from _json(path, name)
     else:
@@ -293,9 +296,10 @@ def _rows_of_file(path: Path, name: str) -> Iterator[Any]:
 def _json(path: Path, name: str) -> Iterator[Any]:
     """Rows of JSON lines, or of one array: published files of both kinds are called `.json`."""
     with path.open(encoding="utf-8-sig") as file:  # as some editors mark it
-        beginning, number = file.read(1024).lstrip(), 0
-        file.seek(0)
+        beginning, number = "", 0
         try:
+            beginning = file.read(1024).lstrip()
+            file.seek(0)
             if beginning.startswith("["):
                 yield from json.load(file)
                 return

@@ -7,7 +7,7 @@ import torch
 from answer_models import WORDS, decoder, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GenerationConfig
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
 from semu_peft.evaluation import generate_answers, rouge_l
 from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
@@ -31,6 +31,24 @@ def test_greedy_answers_are_those_of_each_question_alone(adapted: bool) -> None:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert written == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
     assert model.generation_config is own and own.repetition_penalty == 9.0
+
+
+def test_an_encoder_of_absolute_positions_reads_each_question_as_if_alone() -> None:
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(WORDS), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, init_std=0.3,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.eos_token_id,
+            forced_eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    options = {"max_new_tokens": 8, "progress": False}
+    together = generate_answers(model, tokenizer, QUESTIONS, batch_size=4, **options)
+    assert together == [generate_answers(model, tokenizer, [each], **options)[0] for each in QUESTIONS]
+    assert len(set(together)) > 1
 
 
 def test_draws_are_repeatable_and_leave_the_generators_alone() -> None:

@@ -104,6 +104,13 @@ def test_columns_of_your_own() -> None:
     assert as_example(row, columns={"question": "frage", "answer": "antwort"}) == TextExample("Sie.", "Wer?")
 
 
+@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
+def test_a_file_in_another_encoding_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes('{"text": "Zoë"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"`forget`: .*{name}.* must be .*'utf-8' codec can't decode"):
+        list(read_text(tmp_path / name))
+
+
 def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     """What stands behind the part that is read may be anything."""
     path = tmp_path / "long.jsonl"
