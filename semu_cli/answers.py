@@ -115,11 +115,17 @@ class Answers(Beside):
 
     def _to_measure(self) -> list[str]:
         """The metrics that are asked for, or else that the data allow."""
-        from semu_peft.evaluation.measurable import metrics_to_measure
+        from semu_peft.evaluation.measurable import BESIDE_GOLD, metrics_to_measure
 
         data = self._rows
         sets: dict[str, Any] = {flag: data[flag] for flag in ("forget", "retain") if flag in data}
         with usage():
+            for name in self.metrics or ():
+                if name in BESIDE_GOLD:
+                    raise ValueError(
+                        f"`metrics` has {name!r}, which compares with a model that was trained without the data, as "
+                        f"`evaluate_language(gold=...)` of Python does. Ask for {BESIDE_GOLD[name][0]!r}."
+                    )
             return metrics_to_measure(self.metrics, sets, data.get("neutral"), data.get("test"))
 
     def plan(self, measures: bool, attacks: bool, shows: bool) -> Plan:

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from semu_peft.arguments import check_count, check_model, check_number
-from semu_peft.language.decoding import check_fits, only_settings, padding_of, plain_settings
+from semu_peft.language.decoding import (
+    check_fits,
+    only_settings,
+    padded_prompts,
+    padding_of,
+    plain_settings,
+)
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import is_encoder_decoder
 
@@ -171,10 +176,10 @@ def _generate(
         torch.manual_seed(seed)
         for start in starts:
             places = order[start : start + batch_size]
-            # A decoder's answers all begin in one place; an encoder's positions count from the left.
-            batch = _padded([prompts[place] for place in places], padding_of(tokenizer), on_the_left=skip)
+            batch = padded_prompts([prompts[place] for place in places], padding_of(tokenizer), on_the_left=skip)
             length = batch["input_ids"].shape[1]
-            settings.max_new_tokens = longest if positions is None else max(1, min(longest, positions - skip * length))
+            room = longest if positions is None else positions - skip * length
+            settings.max_new_tokens = min(longest, room) if room > 0 else longest  # rotary positions have no end
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
             written = model.generate(**inputs, generation_config=settings)[:, skip * length :]
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -182,14 +187,6 @@ def _generate(
             for number, place in enumerate(places):
                 texts[place] = decoded[number * each : (number + 1) * each]
     return texts
-
-
-def _padded(prompts: Sequence[list[int]], pad: int, *, on_the_left: bool) -> dict[str, Tensor]:
-    side = "left" if on_the_left else "right"
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

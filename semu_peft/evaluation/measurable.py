@@ -21,7 +21,8 @@ _NEEDS = {
     "membership": "holdout",
 }
 # What is told beside gold's: the metric that it is made from, and the field of gold's metrics.
-_BESIDE_GOLD = {"forget_quality": ("truth_ratio", "truth_ratios"), "privacy_leakage": ("membership", "membership")}
+BESIDE_GOLD = {"forget_quality": ("truth_ratio", "truth_ratios"), "privacy_leakage": ("membership", "membership")}
+"""What is told beside gold alone: the metric that is measured for it, and what gold must have of it."""
 
 
 def metrics_to_measure(
@@ -69,9 +70,9 @@ def metrics_to_measure(
         there["utility"], lacking["utility"] = False, f"`perturbed_answer` in the rows of `{poor[0]}`"
     names: list[str] = []
     for name in [metrics] if isinstance(metrics, str) else metrics:
-        part, of_gold = _BESIDE_GOLD.get(name, (name, None))
+        part, of_gold = BESIDE_GOLD.get(name, (name, None))
         if part not in _NEEDS:
-            raise ValueError(f"`metrics` must be among {[*_NEEDS, *_BESIDE_GOLD]}, got {name!r}. Correct the name.")
+            raise ValueError(f"`metrics` must be among {[*_NEEDS, *BESIDE_GOLD]}, got {name!r}. Correct the name.")
         lacks = None if there.get(_NEEDS[part], True) else lacking[_NEEDS[part]]
         if lacks is None and of_gold is not None and not getattr(gold, of_gold, None):
             lacks = f"`gold` with its {part.replace('_', ' ')}"

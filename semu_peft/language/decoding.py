@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from semu_peft.objectives.packing import transformer_of
@@ -69,6 +71,20 @@ def padding_of(tokenizer: Any) -> int:
         0
     """
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def padded_prompts(prompts: Sequence[list[int]], pad: int, *, on_the_left: bool) -> dict[str, Tensor]:
+    """Prompts as a batch for `generate`: a decoder's end in one place, an encoder's positions count from the left.
+
+    Examples:
+        >>> padded_prompts([[5], [6, 7]], 0, on_the_left=True)["input_ids"]
+        tensor([[0, 5],
+                [6, 7]])
+    """
+    side, rows = "left" if on_the_left else "right", [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def most_positions(model: nn.Module) -> int | None:

@@ -192,9 +192,9 @@ def forget_text(
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
     if until_unseen and not never_learnt:
         warnings.warn(
-            "`until_unseen` has nothing to compare with, as no unseen answers can be made of `forget`: all "
-            f"{max_steps} steps are taken, however far past that level. Give wrong answers (`perturbed_answer`), or "
-            "fewer `max_steps`.",
+            "`until_unseen` has nothing to compare with, as no unseen answers can be made of `forget`: the "
+            "run takes every step, however far past that level. Give wrong answers (`perturbed_answer`), or fewer "
+            "`max_steps`.",
             stacklevel=2,
         )
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
@@ -242,8 +242,9 @@ def _check_method(method: Any) -> None:
 def _objective(method: str | Objective, unseen: Tensor | None, of_forget: Tensor | None) -> Objective:
     if isinstance(method, Objective):
         return method
-    if method != _UNSEEN or unseen is None:
+    if method in _METHODS:
         return _METHODS[method]()
+    assert unseen is not None  # or it was refused
     return objectives.UnseenAnswer(unseen, forget_nll=of_forget)
 
 

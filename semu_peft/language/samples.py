@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from semu_peft.arguments import check_count, check_kind, check_positive
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import IGNORED, is_encoder_decoder, token_runs
 
 from .dataset import TextExamples
-from .decoding import most_positions, only_settings, padding_of, plain_settings
+from .decoding import most_positions, only_settings, padded_prompts, padding_of, plain_settings
 
 _MOST_DRAWS = 4  # times the number asked for, where texts are left out
 _RUN = 6  # tokens in a row that give an answer away
@@ -75,7 +74,8 @@ def own_samples(
         raise TypeError(f"`model` must generate text, got {type(model).__name__}. Give `neutral` texts instead.")
     begins = _begins(tokenizer, prompts)
     decodes = is_encoder_decoder(model)
-    room = _room(model, 0 if decodes else max(map(len, begins)))
+    room = _room(model, max(map(len, begins)))
+    room = most_positions(model) if decodes else room  # an encoder has positions of its own
     settings = plain_settings(model, tokenizer, do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     settings.max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     device, generate = device_of(model), cast(Any, model.generate)
@@ -91,10 +91,8 @@ def own_samples(
             size = min(batch_size, number - len(rows))
             begun = [begins[place % len(begins)] for place in range(drawn, drawn + size)]
             drawn += size
-            # What is said goes on at the end of what a decoder reads; an encoder has positions of its own.
-            read = {"input_ids": begun, "attention_mask": [[1] * len(begin) for begin in begun]}
-            fills = {"input_ids": padding_of(tokenizer), "attention_mask": 0}
-            batch = {name: _padded(each, fills[name], left=not decodes).to(device) for name, each in read.items()}
+            read = padded_prompts(begun, padding_of(tokenizer), on_the_left=not decodes)
+            batch = {name: each.to(device) for name, each in read.items()}
             start = 1 if decodes else batch["input_ids"].shape[1]
             for begin, text in zip(begun, generate(**batch, generation_config=settings).tolist(), strict=True):
                 said = _until_end(text[start:], settings.eos_token_id or ())
@@ -138,11 +136,6 @@ def _room(model: nn.Module, begun: int) -> int | None:
             "Ask in fewer words."
         )
     return None if positions is None else positions - begun
-
-
-def _padded(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
-    side = "left" if left else "right"
-    return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=fill, padding_side=side)
 
 
 def _until_end(said: list[int], ends: Sequence[int]) -> list[int]:

@@ -42,7 +42,8 @@ def masked_apart(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Its attention finds the borders in `position_ids` itself, but not where there is a cache to fill or a mask; and not
     in every model: some do not hand the positions on (Falcon, OPT), have none (Bloom, MPT), or a state that runs on
     (Mamba). As nothing in a model says so, it is tried once in each, on rows of four tokens that differ in the first of
-    two sequences. A model that is none of transformers must see to it itself.
+    two sequences. A model that is none of transformers, or is sharded over processes that would all have to try it, has
+    to see to it itself.
 
     Args:
         model: The model, bare or in wrappers.
@@ -67,9 +68,11 @@ def masked_apart(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(ids, Tensor):
         known = _APART.setdefault(inner, {})
         attention = getattr(inner.config, "_attn_implementation", None)
-        if attention not in known:
-            known[attention] = _keeps_apart(model, ids.numel() // ids.shape[-1], options)
-        if not known[attention]:
+        if attention not in known and not any(hasattr(weight, "device_mesh") for weight in inner.parameters()):
+            tried = _keeps_apart(inner, ids.numel() // ids.shape[-1], options)
+            if tried is not None:
+                known[attention] = tried
+        if not known.get(attention, True):
             raise ValueError(
                 f"`position_ids`: {type(inner).__name__} does not keep sequences apart that are packed into one row: "
                 "what stands in one changes what it says in the next. Make batches without `packing=True`."
@@ -89,8 +92,11 @@ def transformer_of(model: Any) -> PreTrainedModel | None:
     return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
 
 
-def _keeps_apart(model: nn.Module, rows: int, options: Mapping[str, Any]) -> bool:
-    """Whether other tokens in a row's first sequence leave alone what the model says in its second."""
+def _keeps_apart(model: nn.Module, rows: int, options: Mapping[str, Any]) -> bool | None:
+    """Whether other tokens in a row's first sequence leave alone what the model says in its second.
+
+    None where this says nothing, as the model does not look back at all, or numbers have run over.
+    """
     device = device_of(model)
 
     def said(first: list[int], places: list[int]) -> Tensor:
@@ -100,10 +106,9 @@ def _keeps_apart(model: nn.Module, rows: int, options: Mapping[str, Any]) -> boo
 
     with torch.no_grad(), eval_mode(model), aside(), _unheard(model):
         packed, one = (
-            (said([1, 2], places) - said([2, 1], places)).nan_to_num(0).abs().mean()
-            for places in ([0, 1, 0, 1], [0, 1, 2, 3])
+            (said([1, 2], places) - said([2, 1], places)).abs().mean() for places in ([0, 1, 0, 1], [0, 1, 2, 3])
         )
-    return bool(packed <= _LEAK * one)
+    return bool(packed <= _LEAK * one) if torch.isfinite(packed + one) and one > 0 else None
 
 
 @contextmanager

@@ -122,10 +122,26 @@ def first_batches(
     generators = own_generators(loader)
     before = generator_states(generators)
     try:
-        with closing(rest_of_epoch(loader, seed, Position(generators=first_generators))) as batches:
+        look = rest_of_epoch(loader, seed, Position(generators=first_generators))
+        with _another_iterator(loader), closing(look) as batches:
             yield batches
     finally:
         set_generator_states(generators, before)
+
+
+@contextmanager
+def _another_iterator(loader: Any) -> Iterator[None]:
+    """Let a loader begin anew in the middle of an epoch, which goes on afterwards where its workers stay alive."""
+    loaders: list[Any] = [loader, getattr(loader, "base_dataloader", None)]  # Accelerate's, and what is in it
+    held = [each for each in loaders if hasattr(each, "_iterator")]
+    iterators = [each._iterator for each in held]
+    for each in held:
+        each._iterator = None
+    try:
+        yield
+    finally:
+        for each, iterator in zip(held, iterators, strict=True):
+            each._iterator = iterator
 
 
 def in_steps(batches: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:

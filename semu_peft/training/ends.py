@@ -48,15 +48,15 @@ class Ends:
     def best(self, places: Sequence[Tensor]) -> End:
         """The one with the lowest loss of these and the start, the last of equals.
 
-        Each step has kept to the budget on a batch of its own alone. Where a place does not keep to it on these, the
-        farthest one that does on the straight way from the start to the last place stands in for it.
+        Each step has kept to the budget on a batch of its own alone. Where the last place does not keep to it on these,
+        the farthest one that does on the straight way from the start stands in for it.
         """
         ends = [(self.proximal.start, self.start_values)]
         for place in places:
             known = next((values for other, values in ends if torch.equal(other, place)), None)
             ends.append((place, self.values_at(place) if known is None else known))
         within = [end for end in ends if self._is_within_budget(end)]
-        if len(within) < len(ends):
+        if not self._is_within_budget(ends[-1]):
             within += self._on_the_way_to(places[-1])
         return min(reversed(within), key=self._loss)
 

@@ -25,11 +25,11 @@ def check_first_look(start: Tried, objective: Objective, limit: float | None) ->
         ValueError: A loss is not finite, or no objective tells the model's outputs.
     """
     if not math.isfinite(start.values["loss"]):
-        wrong = (term for term, evaluation in start.terms if not torch.isfinite(evaluation.loss).all())
-        name = "forget" if next(wrong, start.terms[0][0]).is_forget else "retain"
+        wrong = [term for term, evaluation in start.terms if not torch.isfinite(evaluation.loss).all()]
+        of = f" of a `{'forget' if wrong[0].is_forget else 'retain'}` batch" if wrong else ""  # or of another process
         raise ValueError(
-            f"The loss of a `{name}` batch is {start.values['loss']} before any step. Look for a number in the "
-            "batches, or in the model's weights, that is not finite."
+            f"The loss{of} is {start.values['loss']} before any step. Look for a number in the batches, or in the "
+            "model's weights, that is not finite."
         )
     if not any(evaluation.outputs for _, evaluation in start.terms):
         raise ValueError(
@@ -40,16 +40,17 @@ def check_first_look(start: Tried, objective: Objective, limit: float | None) ->
         warnings.warn(
             f"The run begins above `max_retain_kl`={limit:g}: the model is {start.damage:.3g} from the original "
             "already. Steps that lower this are taken, and others on batches where it is within.",
-            stacklevel=7,
+            stacklevel=5,
         )
 
 
-def check_data(at_start: dict[str, float], at: Position) -> None:
+def check_data(at_start: dict[str, float], at: Position, number: int = 1) -> None:
     """Check that a batch whose loss is not finite has a finite one where the run began.
 
     Args:
         at_start: What the model does with it there.
         at: Where the batch stands.
+        number: How many there are, of a step that accumulates several.
 
     Raises:
         ValueError: It has not.
@@ -57,10 +58,11 @@ def check_data(at_start: dict[str, float], at: Position) -> None:
     Examples:
         >>> check_data({"loss": float("nan")}, Position(batch=3))
         Traceback (most recent call last):
-        ValueError: The loss is nan on batch 3 of epoch 0, where the run began as well. Look for a number in that...
+        ValueError: The loss is nan on batch 3 of epoch 0, where the run began as well. Look for a number there, ...
     """
     if not math.isfinite(at_start["loss"]):
+        which = f"batch {at.batch}" if number == 1 else f"batches {at.batch} to {at.batch + number - 1}"
         raise ValueError(
-            f"The loss is {at_start['loss']} on batch {at.batch} of epoch {at.epoch}, where the run began as well. "
-            "Look for a number in that batch, or in the retain data beside it, that is not finite."
+            f"The loss is {at_start['loss']} on {which} of epoch {at.epoch}, where the run began as well. "
+            "Look for a number there, or in the retain data beside it, that is not finite."
         )

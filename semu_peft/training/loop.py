@@ -41,7 +41,7 @@ from .settings import Settings
 from .step_data import gradients_of_batches
 
 _RISE_THAT_COUNTS = 0.05  # of the loss at the start
-_EXPLOSION = 2.0  # times the first loss, above which batches do not differ by chance
+_EXPLOSION = 1.0  # times the first loss above it: batches do not differ as much by chance
 
 Losses = dict[str, float]
 

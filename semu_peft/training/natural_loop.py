@@ -36,7 +36,7 @@ from .proximal import Proximal
 from .rules.base import Step, StepData
 from .step_control import LevenbergMarquardt, Outcome
 from .step_data import gradients_of_terms
-from .stopping import ALREADY_FORGOTTEN, FORGOTTEN, NO_LONGER_IMPROVES, NOT_FINITE, Stopping
+from .stopping import ALREADY_FORGOTTEN, FORGOTTEN, LAST_FORGOTTEN, NO_LONGER_IMPROVES, NOT_FINITE, Stopping
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
@@ -96,7 +96,8 @@ class NaturalLoop(Loop):
         super().set_up(None, bare_optimizer)
 
     def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
-        return super()._fingerprint(describe(self.natural), begun)
+        steps = self.settings.max_steps or _MOST_STEPS  # as of versions that kept to these with `epochs` too
+        return {**super()._fingerprint(describe(self.natural), begun), "steps": steps}
 
     def _parts(self) -> Any:
         return {**super()._parts(), "natural": [self]}
@@ -140,7 +141,7 @@ class NaturalLoop(Loop):
     def _look_at_start(self, start: Tried) -> None:
         check_first_look(start, self.objectives[0], self.natural.max_retain_kl)
         self.start_values = start.values
-        self.stopping.start_loss = start.values["loss"]
+        self.stopping.begin(start.values)
         kind, mean = self.natural.curvature, self._mean_over_processes
         self._choose_curvature(is_whole=is_whole_matrix(kind, self.slots, start, mean))
         batches, enough = batches_in(self.prepared.forget), self.stopping.tolerated(start.values["loss"])
@@ -150,8 +151,8 @@ class NaturalLoop(Loop):
         def is_left(values: Losses) -> bool:
             return not self.stopping.is_forgotten(values, enough)
 
-        is_all = sum(term.is_forget for term in self.held) >= batches
-        if is_all or self.looks.find_forget_batch(is_left) is None:
+        held = {id(term.batch) for term in self.held if term.is_forget}
+        if len(held) >= batches or self.looks.find_forget_batch(is_left) is None:
             self._stop(ALREADY_FORGOTTEN)
 
     def _choose_curvature(self, *, is_whole: bool) -> None:
@@ -163,7 +164,7 @@ class NaturalLoop(Loop):
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
         here = self._evaluate(terms, self.progress.step)
         if not math.isfinite(here.values["loss"]):
-            check_data(self._values_at(self.proximal.start, terms), self.progress.forget)
+            check_data(self._values_at(self.proximal.start, terms), self.progress.forget, len(batches))
             return self._give_up()  # an ascent has gone as far as numbers do
         if not self.held:  # a stream, of which nothing could be looked at beforehand
             self.held = terms
@@ -205,10 +206,13 @@ class NaturalLoop(Loop):
         if found is None:
             return None
         remembered = self._find_remembered(found, batches or 0)
-        if remembered is None or is_endless:  # it would go on and on with what is forgotten
+        if remembered is None:
             self._stop(found)
-            return None
-        return remembered
+        elif is_endless:  # it would go on and on with what is forgotten
+            self._stop(LAST_FORGOTTEN)
+        else:
+            return remembered
+        return None
 
     def _find_remembered(self, reason: str, batches: int) -> int | None:
         """Look for a batch that is still remembered where a run would end by batches that say nothing of it."""
@@ -220,8 +224,8 @@ class NaturalLoop(Loop):
         found = self.looks.find_forget_batch(self.stopping.is_remembered)
         if found is not None and reason == FORGOTTEN and not self.remembered:
             warnings.warn(
-                f"The last batches are forgotten, and batch {found} of the forget data is not. Shuffle them, so that "
-                "each batch is like the others: what one batch takes away may come back with the next.",
+                f"The last batches are forgotten, and batch {found} of the forget data is not. Shuffle them, or take "
+                "larger ones, so that each is like the others: what one takes away may come back with the next.",
                 stacklevel=8,
             )
         return found
@@ -480,5 +484,6 @@ class NaturalLoop(Loop):
         self.proximal = Proximal(state["start"], state["pull"])
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
         self.remembered = list(state.get("remembered", []))  # of a version that looked at the first batches alone
-        self.stopping.start_loss = self.start_values.get("loss", math.nan)
+        if self.start_values:
+            self.stopping.begin(self.start_values)
         self.stopping.load_state_dict(state)

@@ -12,6 +12,7 @@ from .loop import Losses
 from .natural import NaturalGradient
 
 FORGOTTEN = "the forget data are forgotten"
+LAST_FORGOTTEN = "the last batches are forgotten, and others are not"
 ALREADY_FORGOTTEN = "the forget data were forgotten already"
 BUDGET_SPENT = "the damage budget is spent"
 NO_LONGER_IMPROVES = "the loss no longer falls"
@@ -38,6 +39,8 @@ class Stopping:
     Attributes:
         tolerance: How forgotten is enough.
         start_loss: That of the batches that are held, where the run began; NaN until it is known.
+        start_forget_loss: The forget loss in it.
+        lowest_forget_loss: That of the batch where it was at its lowest.
         failures: Batches in a row of which no step was good.
         stalled: Batches since the running loss was at its lowest.
         lowest: Where that was.
@@ -60,9 +63,14 @@ class Stopping:
     ) -> None:
         self.natural, self.objective, self.has_retain_data, self.turns = natural, objective, has_retain_data, turns
         self.tolerance = natural.tolerance or _TOLERANCE
-        self.start_loss, self.budget_was_hit = math.nan, False
+        self.start_loss = self.start_forget_loss = math.nan
+        self.lowest_forget_loss, self.budget_was_hit = math.inf, False
         self.failures = self.forgotten_batches = self.waiting = 0
         self.begin_again()
+
+    def begin(self, values: Losses) -> None:
+        """Take what the model does where the run begins."""
+        self.start_loss, self.start_forget_loss = values["loss"], values["forget_loss"]
 
     def begin_again(self) -> None:
         """Forget what was seen on the way: the run goes back to its start."""
@@ -94,6 +102,7 @@ class Stopping:
         """
         is_forgotten = self.is_forgotten(values, self.enough())
         self.forgotten_batches = self.forgotten_batches + 1 if is_forgotten else 0
+        self.lowest_forget_loss = min(self.lowest_forget_loss, values["forget_loss"])
         if self.waiting:
             self.waiting -= 1
             return None
@@ -148,12 +157,12 @@ class Stopping:
         minimum = self.objective.minimum
         if minimum is None:
             return values.get("answer_probability", 0.0) > max(_MUCH, self.tolerance)
-        return values["forget_loss"] - minimum > max(self.enough(), _MUCH * (self.start_loss - minimum))
+        return values["forget_loss"] - minimum > max(self.enough(), _MUCH * (self.start_forget_loss - minimum))
 
     def has_fallen(self) -> bool:
-        """Whether the running loss has gone some of the way, at least for a while."""
-        minimum = self.objective.minimum
-        return minimum is not None and self.start_loss - self.lowest > _MUCH * (self.start_loss - minimum)
+        """Whether the forget loss has gone some of the way, on a batch at least."""
+        minimum, start = self.objective.minimum, self.start_forget_loss
+        return minimum is not None and start - self.lowest_forget_loss > _MUCH * (start - minimum)
 
     def wait(self, batches: int) -> None:
         """Go on for so many batches, as others than those seen are still remembered."""
@@ -171,4 +180,7 @@ class Stopping:
             self.running = [] if math.isnan(self.running) else [self.running]
 
 
-_FOLLOWED = ("failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit", "waiting")
+_FOLLOWED = (
+    "failures", "stalled", "running", "lowest", "forgotten_batches", "budget_was_hit", "waiting", "start_loss",
+    "start_forget_loss", "lowest_forget_loss",
+)  # fmt: skip

@@ -127,8 +127,9 @@ def unlearn(
             decay all else, or where `learning_rate` or `scheduler` is given.
         max_retain_kl: The damage that may be done: short for `NaturalGradient(max_retain_kl=...)`.
         choose: Of the points that a run by natural gradients goes through, which to leave the cores at: a function of
-            the result's history, with `answer_probability` and `damage`, that returns an index of it. By default the
-            best point by the loss. See [`plot_tradeoff`][semu_peft.report.tradeoff.plot_tradeoff].
+            the result's history, with `answer_probability` and `damage`, that returns an index of it. The last entry is
+            of where the last step led, without what the history says of steps. By default the best point by the loss.
+            See [`plot_tradeoff`][semu_peft.report.tradeoff.plot_tradeoff].
         learning_rate: Of AdamW. By default 3e-2, less where there are many steps.
         scheduler: A factory `(optimizer, total_steps) -> LRScheduler`, stepped after every step of AdamW or another
             optimiser with a learning rate. By default it falls linearly to zero, as in transformers' Trainer.

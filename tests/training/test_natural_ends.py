@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, probability
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, assert_same_state, trained_state
 
 from semu_peft import Callback, EarlyStopping, NaturalGradient, Retain, initialize_semu_weights, unlearn
 from semu_peft.adapter.whole_model import add_adapter
-from semu_peft.objectives import CrossEntropy, DecoupledDistillation, GradientAscent, Objective
+from semu_peft.objectives import CrossEntropy, DecoupledDistillation, GradientAscent, Objective, RandomLabel
 from semu_peft.objectives.distributions import divergence
 from semu_peft.objectives.original import original
+from semu_peft.training.batches import first_batches, rest_of_epoch
 from semu_peft.training.held_batches import ENOUGH_EXAMPLES
+from semu_peft.training.progress import Position
 
 BOTH = DecoupledDistillation(classes=[1, 2])
 
@@ -70,7 +74,33 @@ def test_an_ascent_that_ends_with_others_remembered_says_so() -> None:
     model = adapted(GradientAscent(), batches)
     with pytest.warns(UserWarning, match=r"and batch \d of the forget data is not. Shuffle them"):
         result = unlearn(model, batches, GradientAscent(), **QUIET)
-    assert result.stop_reason == "the forget data are forgotten"
+    assert result.stop_reason == "the last batches are forgotten, and others are not"
+
+
+def test_few_batches_that_are_looked_at_often_are_not_all() -> None:
+    """What draws at random is looked at again and again; of twenty batches four are unlikely already."""
+    wrong = [(inputs, (labels + 1) % 4) for inputs, labels in of_class(1)]
+    batches, keep = wrong + of_class(1, times=4), Retain(KEEP * 4, CrossEntropy())
+    ascent = -1 * CrossEntropy() + 0.0 * RandomLabel()
+    model = adapted(CrossEntropy(), batches)
+    result = unlearn(model, batches, ascent, retain=keep, max_steps=4, **QUIET)
+    assert result.steps and result.stop_reason != "the forget data were forgotten already"
+
+
+@pytest.mark.parametrize("inner", [1, 100])
+def test_a_look_in_the_middle_of_an_epoch_leaves_workers_where_they_are(inner: int) -> None:
+    """Workers that stay alive have one iterator a loader, which another pass would begin anew."""
+    loader = Accelerator(cpu=True).prepare(
+        DataLoader(TensorDataset(torch.arange(12)), batch_size=2, num_workers=1, persistent_workers=True)
+    )
+    seen = []
+    for batch in rest_of_epoch(loader, 0, Position()):
+        seen += batch[0].tolist()
+        if len(seen) == 6:
+            with first_batches(loader, 0) as batches:
+                looked_at = [each[0].tolist() for each in itertools.islice(batches, inner)]
+            assert looked_at == [[place, place + 1] for place in range(0, 12, 2)][:inner]
+    assert seen == list(range(12))
 
 
 def test_the_first_batch_of_a_stream_says_nothing_of_the_others() -> None:
