@@ -19,6 +19,7 @@ SIZES: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {
     "num_local_experts": 2, "num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8
 }  # fmt: skip
+SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5  # before, these left the borders out of their masks
 WINDOWS = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
 
 
@@ -26,14 +27,14 @@ WINDOWS = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "loc
     "family, options, apart",
     [
         ("GPT2", {}, True),
-        ("GPTJ", {"rotary_dim": 4}, True),
-        ("GPTNeo", WINDOWS, True),
+        ("GPTJ", {"rotary_dim": 4}, SINCE_5),
+        ("GPTNeo", WINDOWS, SINCE_5),
         ("GPTNeoX", {}, True),
         ("Llama", {}, True),
         ("Qwen3", {"head_dim": 8, "num_key_value_heads": 2}, True),
         ("Gemma2", {"head_dim": 8, "num_key_value_heads": 2}, True),
         ("Mixtral", {**EXPERTS, "num_key_value_heads": 2}, True),
-        ("Qwen2Moe", {**EXPERTS, "num_key_value_heads": 2}, True),
+        ("Qwen2Moe", {**EXPERTS, "num_key_value_heads": 2}, SINCE_5),
         ("Bloom", {}, False),
         ("Falcon", {}, False),
         ("Mamba", {}, False),
