@@ -43,7 +43,7 @@ class UnlearnResult:
             data asks the original anyway (`KLToOriginal` and `PreservePrediction`, `DecoupledDistillation` and
             `UnseenConfidence`, without a `reference` of their own). Natural gradients tell more: `answer_probability`,
             the mean probability of the labels; `kl`, how far the step moved the outputs; and end with one more entry,
-            on the first batches, for the cores that were left.
+            on the first batches, for the cores that they leave, which a callback may still move.
         steps: Optimiser steps taken, those before a resume included.
         examples_seen: Forget examples seen, on all processes.
         trainable_parameters: How many numbers were trained.
