@@ -48,8 +48,11 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
             f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
             "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
         ) from None
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"`--{flag}`: {path} is no text in UTF-8 ({error}). Give a text file.") from None
+    except ValueError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        why = f"{path} is no text in UTF-8 ({error.__cause__})"
+        raise typer.BadParameter(f"`--{flag}`: {why}. Give a text file.") from None
     if not rows:
         raise typer.BadParameter(f"`--{flag}`: {path} is empty. Give a file with at least one text or question.")
     return rows

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -283,14 +284,21 @@ def _rows_of_file(path: Path, name: str) -> Iterator[Any]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
     elif path.suffix == ".txt":
-        try:
+        with _text_in_utf8(path, name):
             yield path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"`{name}`: {path} must be text in UTF-8, but {error}. Convert it.") from error
     elif path.suffix in _SUFFIXES:
-        yield from _json(path, name)
+        with _text_in_utf8(path, name):
+            yield from _json(path, name)
     else:
         raise ValueError(f"`{name}` must end with one of {', '.join(_SUFFIXES)}, got {path}. Convert or rename it.")
+
+
+@contextmanager
+def _text_in_utf8(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{name}`: {path} is no text in UTF-8 ({error}). Convert it.") from error
 
 
 def _json(path: Path, name: str) -> Iterator[Any]:
@@ -306,6 +314,8 @@ def _json(path: Path, name: str) -> Iterator[Any]:
             for number, line in enumerate(file, start=1):  # noqa: B007 - an error tells it
                 if line.strip():
                     yield json.loads(line)
+        except UnicodeDecodeError:
+            raise
         except ValueError as error:
             where = "" if beginning.startswith("[") else f", line {number}"
             raise ValueError(
