@@ -72,8 +72,7 @@ class Looks:
         if self.objectives[0].is_costly:
             return None
         at = self.progress.forget
-        draws = [objective.state_dict() for objective in self.objectives]
-        with self._draws(draws), first_batches(self.prepared.forget, self.seeds[0], at.first_generators) as batches:
+        with self._draws(), first_batches(self.prepared.forget, self.seeds[0], at.first_generators) as batches:
             found = (place for place, batch in enumerate(batches) if judge(self.trials.of_forget_batch(batch)))
             return next(found, None)
 
@@ -85,10 +84,11 @@ class Looks:
             return [batch for place, batch in zip(range(max(places) + 1), batches, strict=False) if place in places]
 
     @contextmanager
-    def _draws(self, first: Sequence[Any]) -> Iterator[None]:
-        """Let the objectives draw from here on, and then go on as if they had not."""
+    def _draws(self, first: Sequence[Any] = ()) -> Iterator[None]:
+        """Let the objectives draw, from where they are or as they were at first, and then go on as if they had not."""
         now = [objective.state_dict() for objective in self.objectives]
-        _restore(self.objectives, first)
+        if first:
+            _restore(self.objectives, first)
         try:
             yield
         finally:

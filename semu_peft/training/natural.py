@@ -153,7 +153,7 @@ def choose_natural(
         ValueError: `optimizer`: NaturalGradient cannot train this run, as what is trained is not the cores of...
     """
     asked = NaturalGradient() if optimizer is NaturalGradient else optimizer
-    asked_natural = isinstance(asked, NaturalGradient)
+    asked_natural = is_natural(optimizer)
     if asked_natural and is_asked_for_another:
         raise ValueError(
             "`learning_rate` and `scheduler` must be left out with NaturalGradient, which has neither. Set `kl` for "

@@ -126,12 +126,11 @@ class NaturalLoop(Loop):
         self._leave_the_best()
         was_forgotten = self.context.control.reason == ALREADY_FORGOTTEN
         if self.choose is None and not was_forgotten and torch.equal(self._flat(), self.proximal.start):
-            bounds = {
-                "max_retain_kl": self.natural.max_retain_kl is not None,
-                "kl": self.natural.kl < NaturalGradient.kl,
-            }
-            tight = next((name for name, is_tight in bounds.items() if is_tight), None)
-            mend = f"a larger `{tight}`" if tight else "a `learning_rate`, by which AdamW trains"
+            mend = "a `learning_rate`, by which AdamW trains"
+            if self.natural.max_retain_kl is not None:
+                mend = "a larger `max_retain_kl`"
+            elif self.natural.kl < NaturalGradient.kl:
+                mend = "a larger `kl`"
             warnings.warn(
                 "No step lowered the loss over the first batches of the run, so the adapter is as it was before. Give "
                 f"more examples in a batch, or {mend}.",
