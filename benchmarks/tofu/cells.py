@@ -19,7 +19,7 @@ class Cell:
     """One run.
 
     Attributes:
-        objective: Of `methods.OBJECTIVES`.
+        objective: Of `sentences.OBJECTIVES`.
         carrier: Of `methods.EVERY_CARRIER`.
         retain: Of `methods.EVERY_RETAIN`: what is held, answers of the retain set, neutral text, both, or what the
             model itself answers about others.
@@ -163,7 +163,8 @@ def goals() -> list[Cell]:
 
 def grid(seed: int = 0) -> list[Cell]:
     """Every objective in every carrier, with each kind of retain data."""
-    from methods import CARRIERS, OBJECTIVES, RETAIN
+    from methods import CARRIERS, RETAIN
+    from sentences import OBJECTIVES
 
     every = itertools.product(RETAIN, OBJECTIVES, CARRIERS)
     return [Cell(objective, carrier, retain, seed) for retain, objective, carrier in every]

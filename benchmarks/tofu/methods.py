@@ -13,6 +13,7 @@ from machine import clock
 from measure import ATTACKER, one_batch, others_of
 from own import answers_about_others
 from peft import LoraConfig, get_peft_model
+from sentences import OBJECTIVES, Given
 from subjects import Subject, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
@@ -80,38 +81,6 @@ ATTACKERS = [
 STOP_SEED = 500  # of the attack that is looked at
 SHARED = 8  # directions of either side that CIR leaves out
 PROJECTIONS = [f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down")]
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """An objective, and what is minimised beside it.
-
-    Attributes:
-        make: The objective, of the original model where a copy of it is the reference, and of the negative
-            log-likelihoods of answers that the model never learnt.
-        weight: Of what is held.
-        keeps: What is minimised on retain answers; on neutral text it is the KL to the original, and so it is here by
-            default.
-        learning_rate: Of AdamW for all weights, where it is not the carrier's.
-    """
-
-    make: Callable[[nn.Module | None, Tensor], Objective]
-    weight: float = 30.0
-    keeps: Callable[[], Objective] | None = None
-    learning_rate: float | None = None
-
-
-OBJECTIVES = {
-    "NPO 0.03": Sentence(lambda reference, unseen: objectives.NPO(beta=0.03, reference=reference)),
-    "NPO 0.1": Sentence(lambda reference, unseen: objectives.NPO(beta=0.1, reference=reference)),
-    "SimNPO": Sentence(lambda reference, unseen: objectives.SimNPO()),
-    "WGA": Sentence(lambda reference, unseen: objectives.WGA(), 1.0, objectives.CrossEntropy, 3e-4),
-    "unseen answers": Sentence(lambda reference, unseen: objectives.UnseenAnswer(unseen, reference)),
-    "DELETE": Sentence(lambda reference, unseen: objectives.DecoupledDistillation(reference=reference)),
-    "inverted hinge": Sentence(lambda reference, unseen: objectives.InvertedHinge()),
-    "gradient ascent": Sentence(lambda reference, unseen: objectives.GradientAscent()),
-    "uniform": Sentence(lambda reference, unseen: objectives.UniformDistribution()),
-}
 
 
 @dataclass
@@ -216,9 +185,10 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
     model = load(subject.original)
     wrong = unseen_answers([as_example(row) for row in subject.forget], seed=cell.seed)
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
-    reference = load(subject.original).requires_grad_(False) if how.config is None else None
-    answers, loss = subject.examples(subject.forget), said.make(reference, unseen)
-    kept = held(subject, cell.retain, cell, reference)
+    reference = _reference(subject, how)
+    given = Given(subject, model, reference, wrong, unseen)
+    answers, loss = said.examples(given), said.make(given)
+    kept = held(subject, cell.retain, cell, reference, said.keeps(given) if said.keeps else None)
     watch = _watch(subject, cell, damage, model, wrong, unseen)
     began = clock()
     if how.config is not None:
@@ -294,10 +264,9 @@ def _rate(cell: Cell) -> float | None:
 def _repair(subject: Subject, cell: Cell, model: nn.Module) -> int:
     """Repair in place; how many steps it took, as natural gradients end by themselves."""
     how = EVERY_CARRIER[cell.carrier]
-    reference = load(subject.original).requires_grad_(False) if how.config is None else None
     names, neutral = cell.repair_retain or cell.retain, cell.neutral_weight or 1.0
-    as_held = replace(cell, weight=1.0, neutral_weight=neutral, hold=cell.repair_hold or cell.hold)
-    first, *others = held(subject, names, as_held, reference)
+    as_held = replace(cell, weight=1.0, neutral_weight=neutral, hold="KL")
+    first, *others = held(subject, names, as_held, _reference(subject, how))
     by_kl = cell.repair_hold == "KL" or "answers" not in EVERY_RETAIN[names]  # which were learnt
     rate = cell.repair_rate or _rate(cell)
     dial: dict[str, Any] = {} if rate is None else {"learning_rate": rate, "scheduler": _to_nothing}
@@ -308,16 +277,23 @@ def _repair(subject: Subject, cell: Cell, model: nn.Module) -> int:
     ).steps  # fmt: skip
 
 
-def held(subject: Subject, retain: str, cell: Cell, reference: nn.Module | None) -> list[Retain]:
-    """What is minimised beside the objective, on each that is held."""
+def _reference(subject: Subject, how: Carrier) -> nn.Module | None:
+    """A frozen original where all weights are trained."""
+    return load(subject.original).requires_grad_(False) if how.config is None else None
+
+
+def held(
+    subject: Subject, retain: str, cell: Cell, reference: nn.Module | None, own: Objective | None = None
+) -> list[Retain]:
+    """What is minimised beside the objective, on each that is held; `own` is the objective's on retain answers."""
     said, size = OBJECTIVES[cell.objective], cell.kept_at_once or RETAIN_BATCH_SIZE
     weight = said.weight if cell.weight is None else cell.weight
     neutral = weight if cell.neutral_weight is None else cell.neutral_weight
-    by_objective = {None: said.keeps, "KL": None, "CE": objectives.CrossEntropy}[cell.hold]
+    on_answers = {None: own, "KL": None, "CE": objectives.CrossEntropy()}[cell.hold]
     kept = []
     for at, name in enumerate(EVERY_RETAIN[retain]):
-        to_original = by_objective is None or name != "answers"
-        term = objectives.KLToOriginal(reference=reference) if to_original else by_objective()
+        to_original = objectives.KLToOriginal(reference=reference)
+        term = on_answers if on_answers is not None and name == "answers" else to_original
         loader = _texts(subject, name).loader(size, seed=cell.seed + at)
         kept.append(Retain(loader, term, neutral if name == "neutral" else weight))
     return kept

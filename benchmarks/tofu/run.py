@@ -34,7 +34,8 @@ from typing import Any
 from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, longer, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
-from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, OBJECTIVES, RETAIN, Unlearned, forget, repaired
+from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, RETAIN, Unlearned, forget, repaired
+from sentences import OBJECTIVES
 from subjects import Subject, load, read_subject
 
 COLUMNS = {
@@ -137,7 +138,8 @@ def _smoke() -> list[Cell]:
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), attackers=2, kept_at_once=7, **few),
         Cell("unseen answers", ALL, "both", steps=2, attackers=1),
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), skip=2, without_shared=True, steps=2),
-        *(Cell(objective, ADAMW_99, "neutral", steps=1) for objective in OBJECTIVES),
+        *(Cell(objective, carrier, "both", steps=1) for objective in OBJECTIVES for carrier in (ADAMW_99, ALL)),
+        *(Cell(objective, NATURAL, "neutral", steps=1) for objective in OBJECTIVES),
     ]
 
 

@@ -50,9 +50,9 @@ class Subject:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.original)
 
-    def examples(self, rows: list[Any]) -> TextExamples:
-        """Rows or texts as tokens, with labels on the answers."""
-        return text_examples(self.tokenizer, rows, template=TEMPLATE, max_length=256)
+    def examples(self, rows: list[Any], alternates: Any = None) -> TextExamples:
+        """Rows or texts as tokens, with labels on the answers; with second answers where they are asked for."""
+        return text_examples(self.tokenizer, rows, template=TEMPLATE, max_length=256, alternates=alternates)
 
     @property
     def told(self) -> list[tuple[str, str]]:

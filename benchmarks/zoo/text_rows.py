@@ -65,9 +65,7 @@ class TextCase:
 
     def with_alternates(self) -> TextExamples:
         """The answers to forget, beside refusals."""
-        return text_examples(
-            self.subject.tokenizer, self.subject.forget, template=TEMPLATE, max_length=256, alternates="refusals"
-        )
+        return self.subject.examples(self.subject.forget, "refusals")
 
     def unseen(self) -> TextExamples:
         """Answers that nobody taught the model."""
