@@ -1,6 +1,7 @@
 """Train the two decoders of the benchmark: `full` on all of TOFU's answers, `retain95` without those to be forgotten.
 
 Both also learn the answers about real authors and the world. Two CPU cores need some hours for each, a GPU a minute.
+`run.py` does this by itself where it is given no models; one that is there already is not trained again.
 """
 
 from __future__ import annotations
@@ -31,12 +32,40 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rows = {name: read_rows(args.data / f"{name}.json") for name in ("full", "retain95", *OTHERS)}
+    pretrain(**vars(parser.parse_args()))
+
+
+def pretrain(
+    data: Path,
+    output: Path,
+    *,
+    epochs: int = 60,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> Path:
+    """Train those of the two that are not there yet, and return the folder of both.
+
+    Args:
+        data: Folder of TOFU's JSON lines.
+        output: Where the folders `full` and `retain95` come.
+        epochs: Of each.
+        batch_size: Answers a step.
+        learning_rate: Of AdamW.
+        seed: Of the start and of the order.
+    """
+    rows = {name: read_rows(data / f"{name}.json") for name in ("full", "retain95", *OTHERS)}
     others = [row for name in OTHERS for row in rows[name]]
     tokenizer = _tokenizer([*rows["full"], *others])
     for name in ("full", "retain95"):
-        _train([*rows[name], *others], tokenizer, args.output / name, args)
+        if (output / name).exists():
+            continue
+        model = _train(name, [*rows[name], *others], tokenizer, epochs, batch_size, learning_rate, seed)
+        unfinished = output / f"{name}.unfinished"
+        model.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(output / name)
+    return output
 
 
 def _tokenizer(rows: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
@@ -51,23 +80,29 @@ def _tokenizer(rows: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
 
 
 def _train(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, folder: Path, args: argparse.Namespace
-) -> None:
-    torch.manual_seed(args.seed)
+    name: str,
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     examples = text_examples(tokenizer, rows, template=TEMPLATE, max_length=256)
-    loader = examples.loader(args.batch_size, seed=args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+    loader = examples.loader(batch_size, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    steps = epochs * math.ceil(len(examples) / batch_size)
     accelerator = Accelerator(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    with tqdm(total=steps, desc=folder.name) as bar:
-        for _ in range(args.epochs):
+    with tqdm(total=steps, desc=name) as bar:
+        for _ in range(epochs):
             for batch in loader:
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -77,8 +112,7 @@ def _train(
                 optimizer.zero_grad()
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-    accelerator.unwrap_model(model).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return accelerator.unwrap_model(model)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Forgetting 5% of TOFU's authors: objectives and carriers at equal damage, one table.
 
 Run it again to complete the table: rows that are in the file of results already are not run anew, and the measures of
-gold and of the original are taken once. A row takes some fifteen minutes of one CPU core with the 5.1M decoders that
-`pretrain.py` makes, half a minute of them for each moment that is measured; of a GPU it takes less than one minute.
+gold and of the original are taken once. A row takes some fifteen minutes of one CPU core with decoders of 5.1M
+parameters, half a minute of them for each moment that is measured; of a GPU it takes less than one minute. Without
+`--models` such decoders are trained first (`pretrain.py`): some hours of two CPU cores for each, a minute of a GPU.
 
 `--cells` takes the declared lists of `cells.py` in place of a product of objectives, carriers and retain data, the most
 valuable first; of cells that differ in their repair alone the forgetting is run once. Such small models leave a GPU
@@ -35,6 +36,7 @@ from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, close
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, RETAIN, Unlearned, forget, repaired
+from pretrain import pretrain
 from sentences import OBJECTIVES
 from subjects import Subject, load, read_subject
 
@@ -46,6 +48,7 @@ COLUMNS = {
     "steps": "steps", "trained_share": "trained", "seconds": "seconds",
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
+OWN = Path("runs/tofu")  # models that are trained here
 LISTS = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
 
 
@@ -54,7 +57,7 @@ def main() -> None:
     if args.join:
         return _join(args.output)
     began = time.perf_counter()
-    subject = read_subject(args.models, args.data, args.neutral, utility_rows=args.utility_rows or None)
+    subject = read_subject(args.models or _own(args), args.data, args.neutral, utility_rows=args.utility_rows or None)
     subject = _few(subject) if args.smoke else subject
     part, parts = args.part
     output = _part_file(args.output, part) if parts > 1 else args.output
@@ -83,6 +86,13 @@ def main() -> None:
             longest[needed] = max(longest.get(needed, 0.0), time.perf_counter() - started)
     if parts == 1:
         print("\n".join(lines(table)))
+
+
+def _own(args: argparse.Namespace) -> Path:
+    """Models of our own, trained where they are not there yet; by one process, not by each part."""
+    if args.part[1] > 1 and not (OWN / "retain95").exists():
+        raise SystemExit(f"{OWN} has no models yet, and parts would each train them. Run with `--references` first.")
+    return pretrain(args.data, OWN)
 
 
 def _rows(judge: Judge, cell: Cell, done: Unlearned, args: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +223,11 @@ def _cell(value: Any) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
+    parser.add_argument(
+        "--models", type=Path,
+        help=f"folder with the decoders full and retain95 (default: {OWN}, where they are trained first: two CPU cores "
+        "take some hours for each, a GPU a minute)",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
     parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
     usual = f"benchmarks/results/tofu{'_gpu' if DEVICE.type == 'cuda' else ''}.json"
