@@ -27,7 +27,6 @@ from semu_peft.objectives import ConditionMatching, DecoupledDistillation, Noise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOAL = 1.5  # times a step of AdamW
-REFRESH = NaturalGradient().refresh
 Subject = tuple[nn.Module, list[Any], Objective, str]
 
 
@@ -86,9 +85,7 @@ def main() -> None:
     parser.add_argument("--subject", choices=list(SUBJECTS), default="vit-b16")
     parser.add_argument("--steps", type=int, default=12, help="steps of each optimiser (default: 12)")
     parser.add_argument("--turns", type=int, default=2, help="turns of each optimiser, the fastest counts (default: 2)")
-    parser.add_argument(
-        "--refresh", type=int, default=REFRESH, help=f"steps between two curvatures (default: {REFRESH})"
-    )
+    parser.add_argument("--refresh", type=int, help="steps between two curvatures (default: the optimiser's)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -124,7 +121,7 @@ def write(arguments: argparse.Namespace, measured: dict[str, Any]) -> None:
     path = arguments.output / "training_step.json"
     document = json.loads(path.read_text()) if path.exists() else {}
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU, processor time"
-    row = arguments.subject if arguments.refresh == REFRESH else f"{arguments.subject}, refresh {arguments.refresh}"
+    row = arguments.subject if arguments.refresh is None else f"{arguments.subject}, refresh {arguments.refresh}"
     document[row] = {
         **measured, "steps": arguments.steps, "turns": arguments.turns, "torch": torch.__version__,
         "machine": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu,

@@ -162,12 +162,12 @@ def goals() -> list[Cell]:
 
 
 def grid(seed: int = 0) -> list[Cell]:
-    """Every objective in every carrier, with each kind of retain data."""
-    from methods import CARRIERS, RETAIN
+    """Every objective in every carrier, with each kind of retain data; what most people would do comes first."""
     from sentences import OBJECTIVES
 
-    every = itertools.product(RETAIN, OBJECTIVES, CARRIERS)
-    return [Cell(objective, carrier, retain, seed) for retain, objective, carrier in every]
+    carriers = (ALL, LORA_8, NATURAL, ADAMW, LORA_13, ADAMW_99)
+    every = itertools.product(("both", "neutral", "answers"), carriers, OBJECTIVES)
+    return [Cell(objective, carrier, retain, seed) for retain, carrier, objective in every]
 
 
 def _natural() -> tuple[list[Cell], list[Cell]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from .natural import CurvatureKind, NaturalGradient
 from .step_control import LevenbergMarquardt, StepControl, TrustRegion
 from .trials import Tried
 
+_REFRESH_WHOLE, _REFRESH_FACTORS = 2, 4  # steps
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 
 
@@ -66,3 +68,23 @@ def curvature_and_control(
     if is_whole:
         return WholeMatrix(list(slots), natural.decay, device), LevenbergMarquardt(natural.kl, natural.damping)
     return KroneckerFactors(list(slots), natural.decay, device), TrustRegion(natural.kl, natural.damping, enough)
+
+
+def refresh_of(natural: NaturalGradient, epoch: int | None, *, is_whole: bool) -> int:
+    """Steps between two that take the curvature anew.
+
+    By default two for the whole matrix, which has two steps on each batch. Factors have one: four, or the next number
+    that shares no factor with the `epoch` steps of an epoch, so that each of its batches has its turn in any order.
+
+    Examples:
+        >>> [refresh_of(NaturalGradient(), epoch, is_whole=False) for epoch in (1, 2, 5, 20, 30, None)]
+        [4, 5, 4, 7, 7, 4]
+        >>> refresh_of(NaturalGradient(), 20, is_whole=True), refresh_of(NaturalGradient(refresh=3), 3, is_whole=False)
+        (2, 3)
+    """
+    if natural.refresh is not None or is_whole:
+        return natural.refresh or _REFRESH_WHOLE
+    refresh = _REFRESH_FACTORS
+    while math.gcd(refresh, epoch or 1) > 1:
+        refresh += 1
+    return refresh

@@ -53,7 +53,8 @@ class NaturalGradient:
             largest seen). Else the last steps buy a little loss along directions that the forget data hardly see and
             all other data may. 0 leaves it out; factors, and runs with retain data, do without it.
         decay: What each new batch leaves of the running curvature's weight.
-        refresh: Take the curvature anew every this many steps.
+        refresh: Take the curvature anew every this many steps, at a backward pass each. By default every second one,
+            with factors every fourth, or so many more that each of an epoch's batches has its turn.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
             with factors, whose steps are shorter, after four times as many. By default 4; with the whole matrix, where
             batches of a classifier are small, as many as bring 64 examples, up to all of the forget set once; times the
@@ -78,7 +79,7 @@ class NaturalGradient:
     damping: float = 0.1
     proximal: float | None = None
     decay: float = 0.8
-    refresh: int = 2
+    refresh: int | None = None
     patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,9 +93,7 @@ class NaturalGradient:
             raise ValueError(f"`decay` must be from 0 up to below 1, got {self.decay!r}. Take 0.8.")
         for name in ("refresh", "patience"):
             value = getattr(self, name)
-            if name == "patience" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}. Give at least 1.")
         if self.curvature not in ("auto", "whole", "kronecker"):
             raise ValueError(

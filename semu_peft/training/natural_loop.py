@@ -22,7 +22,7 @@ from semu_peft.objectives.examples import count_examples, examples_in
 
 from .batches import batches_in
 from .curvature import Probe, WholeMatrix
-from .curvature_choice import curvature_and_control, is_whole_matrix, slots_of
+from .curvature_choice import curvature_and_control, is_whole_matrix, refresh_of, slots_of
 from .ends import Ends
 from .fingerprint import Fingerprint, describe
 from .first_look import check_data, check_first_look
@@ -158,6 +158,9 @@ class NaturalLoop(Loop):
         self.curvature, self.control = curvature_and_control(
             self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
         )
+        batches = batches_in(self.prepared.forget)
+        epoch = batches and math.ceil(batches / self.accumulation)
+        self.refresh = refresh_of(self.natural, epoch, is_whole=is_whole)
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
@@ -325,7 +328,7 @@ class NaturalLoop(Loop):
 
     def _is_due(self, step: int) -> bool:
         """Whether a step takes the curvature anew."""
-        return step % self.natural.refresh == 0
+        return not step or step % self.refresh == 0  # of the first, nothing is chosen yet
 
     def _is_too_far(self, place: Tensor) -> bool:
         """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .curvature import Curvature
 
 _OVERSHOOT = 1.5  # times what a step may move the outputs, before it is taken back
+_AIM = 0.8  # of what a step may move: what the next one is to, as batches differ
 _RETAIN_SHARE = 0.1  # of what a step may move on forget data; what it moves on retain data is damage
 _FIRST_LENGTH = 0.01  # of Gauss–Newton's
 
@@ -155,7 +156,8 @@ class TrustRegion(StepControl):
             ratio = outcome.fall / outcome.predicted if outcome.predicted > 0 else 0.0
             if ratio < 0.25:
                 self.radius *= 0.5
-            elif spent < 0.5:
-                self.radius *= 2.0 if spent > 0.02 else 4.0
+            else:
+                most = 2.0 if spent > 0.02 else 4.0
+                self.radius *= min(math.sqrt(_AIM / spent), most) if spent > 0 else most
             return True
         return False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -51,3 +54,23 @@ def test_cells_that_forget_alike_are_run_together(cells: ModuleType) -> None:
     assert {each.forgetting for each in [plain, *repairs]} == {plain}
     assert cells.together([plain, *repairs, other]) == [[plain, *repairs], [other]]
     assert cells.together([plain, *repairs, other], most=2) == [[plain, repairs[0]], [repairs[1]], [other]]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The benchmark's modules, whose short names others of this run may have too."""
+    before = set(sys.modules)
+    for folder in (CELLS.parents[1], CELLS.parent):
+        monkeypatch.syspath_prepend(folder)
+    for path in CELLS.parent.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    yield importlib.import_module("methods")
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(CELLS.parents[1])):
+            del sys.modules[name]
+
+
+def test_the_grid_is_every_objective_in_every_carrier(cells: ModuleType, benchmark: ModuleType) -> None:
+    declared = [(cell.objective, cell.carrier, cell.retain) for cell in cells.grid()]
+    assert len(declared) == len(set(declared))
+    assert set(declared) == set(itertools.product(benchmark.OBJECTIVES, benchmark.CARRIERS, benchmark.RETAIN))

@@ -296,6 +296,30 @@ def test_a_run_that_has_converged_stays_at_its_best_and_ends(refresh: int) -> No
     assert result.steps > 30 and all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
+def test_the_curvature_is_taken_of_each_batch_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth step would only ever see the first of four batches that come in one order."""
+    steps: list[int] = []
+    seen: list[int] = []
+    observe = KroneckerFactors.observe
+
+    def noted(self: KroneckerFactors, probes: Any) -> None:
+        seen.append(len(steps))
+        observe(self, probes)
+
+    class Counts(Callback):
+        def on_step_end(self, context: Any) -> None:
+            steps.append(context.progress.step)
+
+    monkeypatch.setattr(KroneckerFactors, "observe", noted)
+    batches = list(zip(FORGET[0][0].split(4), FORGET[0][1].split(4), strict=True))
+    objective = DecoupledDistillation()
+    model = adapted(objective, batches)
+    dials = NaturalGradient(curvature="kronecker", tolerance=1e-9, patience=10**6)
+    unlearn(model, batches, objective, optimizer=dials, max_steps=16, callbacks=[Counts()], **QUIET)
+    assert len(batches) == 4 and {step % 4 for step in seen} == {0, 1, 2, 3}
+    assert seen == [0, 5, 10, 15]
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "diagonal": {"core": "diagonal"},
     "per channel": {"conv_mode": "per_channel"},

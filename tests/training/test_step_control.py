@@ -81,6 +81,16 @@ def test_good_steps_lengthen_what_moved_little_and_shorten_what_promised_too_muc
     assert control.propose(factors, gradient)[0].norm() < before.norm()
 
 
+@pytest.mark.parametrize("moved", [0.02, 0.04, 0.06, 0.1, 0.14])
+def test_a_good_step_says_how_long_the_next_may_be(moved: float) -> None:
+    """What a step moves grows with the square of its length: none is proposed that would have to be taken back."""
+    control, factors, gradient = TrustRegion(0.1, 0.1), curvature(), torch.randn(9)
+    before, _ = control.propose(factors, gradient)
+    assert control.is_good(GOOD._replace(kl=moved))
+    after, _ = control.propose(factors, gradient)
+    assert moved * (after.norm() / before.norm()) ** 2 == pytest.approx(0.08, rel=1e-4)
+
+
 def test_the_radius_goes_on_where_it_was() -> None:
     control, factors, gradient = TrustRegion(0.1, 0.1), curvature(), torch.randn(9)
     control.propose(factors, gradient)
