@@ -53,8 +53,8 @@ class NaturalGradient:
             largest seen). Else the last steps buy a little loss along directions that the forget data hardly see and
             all other data may. 0 leaves it out; factors, and runs with retain data, do without it.
         decay: What each new batch leaves of the running curvature's weight.
-        refresh: Take the curvature anew every this many steps, at a backward pass each. By default every second one,
-            with factors every fourth, or so many more that each of an epoch's batches has its turn.
+        refresh: Take the curvature anew every this many steps, at a backward pass each. By default every second one;
+            with factors the third and then every fourth, or so many more that each of an epoch's batches has its turn.
         patience: Stop after this many batches in a row in which the running loss has not fallen by half the tolerance;
             with factors, whose steps are shorter, after four times as many. By default 4; with the whole matrix, where
             batches of a classifier are small, as many as bring 64 examples, up to all of the forget set once; times the

@@ -76,6 +76,7 @@ class NaturalLoop(Loop):
         turns = math.lcm(*(objective.turns for objective in self.objectives))
         self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
         self.looks = Looks(self.prepared, self.progress, self._seeds(), self.objectives, self.trials)
+        self.refresh = 1  # until a curvature is chosen
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
@@ -328,7 +329,9 @@ class NaturalLoop(Loop):
 
     def _is_due(self, step: int) -> bool:
         """Whether a step takes the curvature anew."""
-        return not step or step % self.refresh == 0  # of the first, nothing is chosen yet
+        # The first steps move the most, and by one batch's curvature.
+        is_early = step == 2 and self.natural.refresh is None
+        return is_early or step % self.refresh == 0
 
     def _is_too_far(self, place: Tensor) -> bool:
         """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""
