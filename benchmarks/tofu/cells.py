@@ -128,7 +128,7 @@ def longer() -> list[Cell]:
 
 
 def fast() -> list[Cell]:
-    """Toward half of the seconds of NPO in all weights, at no less utility: long steps beside few rows that are held."""
+    """Toward half of the seconds of NPO in all weights, at no less utility: long steps, and few rows that are held."""
     npo = Cell("NPO 0.03", ALL, "both", hold="CE", weight=1.0, learning_rate=3e-4, steps=120, repair=REPAIR)
     long = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(2.0,), steps=120, kept_at_once=20)
     return [npo, long, replace(long, kl=(1.0,)), replace(long, kept_at_once=30)]
