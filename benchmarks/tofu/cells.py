@@ -127,13 +127,6 @@ def longer() -> list[Cell]:
     return [kept, *more, *_of_seeds([kept, *more], 1, 2)]
 
 
-def fast() -> list[Cell]:
-    """Toward half of the seconds of NPO in all weights, at no less utility: long steps, and few rows that are held."""
-    npo = Cell("NPO 0.03", ALL, "both", hold="CE", weight=1.0, learning_rate=3e-4, steps=120, repair=REPAIR)
-    long = Cell("WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(2.0,), steps=120, kept_at_once=20)
-    return [npo, long, replace(long, kl=(1.0,)), replace(long, kept_at_once=30)]
-
-
 def together(cells: list[Cell], most: int = 3) -> list[list[Cell]]:
     """Cells that follow one another and forget alike, of which one process runs the forgetting once."""
     found = []

@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, fast, goals, grid, longer, together
+from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, longer, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, RETAIN, Unlearned, forget, repaired
@@ -49,7 +49,7 @@ COLUMNS = {
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
 OWN = Path("runs/tofu")  # models that are trained here
-LISTS = {"ahead": ahead, "closer": closer, "fast": fast, "goals": goals, "grid": grid, "longer": longer}
+LISTS = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
 
 
 def main() -> None:
