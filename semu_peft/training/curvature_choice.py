@@ -70,15 +70,15 @@ def curvature_and_control(
     return KroneckerFactors(list(slots), natural.decay, device), TrustRegion(natural.kl, natural.damping, enough)
 
 
-def refresh_of(natural: NaturalGradient, epoch: int | None, *, is_whole: bool) -> int:
+def refresh_of(natural: NaturalGradient, epoch: int, *, is_whole: bool) -> int:
     """Steps between two that take the curvature anew.
 
     By default two for the whole matrix, which has two steps on each batch. Factors have one: four, or the next number
-    that shares no factor with the `epoch` steps of an epoch, so that each of its batches has its turn in any order.
+    that shares no factor with the steps of an `epoch` (0 of a stream), so that each of its batches has its turn.
 
     Examples:
-        >>> [refresh_of(NaturalGradient(), epoch, is_whole=False) for epoch in (1, 2, 5, 20, 30, None)]
-        [4, 5, 4, 7, 7, 4]
+        >>> [refresh_of(NaturalGradient(), epoch, is_whole=False) for epoch in (0, 1, 2, 5, 20, 30)]
+        [4, 4, 5, 4, 7, 7]
         >>> refresh_of(NaturalGradient(), 20, is_whole=True), refresh_of(NaturalGradient(refresh=3), 3, is_whole=False)
         (2, 3)
     """

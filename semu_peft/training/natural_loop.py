@@ -159,8 +159,8 @@ class NaturalLoop(Loop):
         self.curvature, self.control = curvature_and_control(
             self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
         )
-        batches = batches_in(self.prepared.forget)
-        epoch = batches and math.ceil(batches / self.accumulation)
+        own = math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
+        epoch = round(self._mean_over_processes({"steps": own})["steps"])  # all take it at the same steps
         self.refresh = refresh_of(self.natural, epoch, is_whole=is_whole)
 
     def _train_step(self, batches: list[Any]) -> None:
