@@ -163,10 +163,10 @@ def goals() -> list[Cell]:
 
 def grid(seed: int = 0) -> list[Cell]:
     """Every objective in every carrier, with each kind of retain data; what most people would do comes first."""
+    from methods import CARRIERS, RETAIN
     from sentences import OBJECTIVES
 
-    carriers = (ALL, LORA_8, NATURAL, ADAMW, LORA_13, ADAMW_99)
-    every = itertools.product(("both", "neutral", "answers"), carriers, OBJECTIVES)
+    every = itertools.product(RETAIN, CARRIERS, OBJECTIVES)
     return [Cell(objective, carrier, retain, seed) for retain, carrier, objective in every]
 
 

@@ -56,14 +56,14 @@ def _semu(gamma: float) -> Callable[[], SemuConfig]:
 
 # γ of 0.9 is the default; what is trained are 251,260 numbers of 5.1 million, as in LoRA of rank 13.
 CARRIERS = {
+    ALL: Carrier(None, 1e-4),
+    LORA_8: Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
     NATURAL: Carrier(_semu(0.9), None, 80),
     ADAMW: Carrier(_semu(0.9), 1e-3),
-    ADAMW_99: Carrier(_semu(0.99), 1e-3),
     LORA_13: Carrier(lambda: LoraConfig(r=13, lora_alpha=13, target_modules=LINEAR), 3e-3),
-    LORA_8: Carrier(lambda: LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR), 3e-3),
-    ALL: Carrier(None, 1e-4),
+    ADAMW_99: Carrier(_semu(0.99), 1e-3),
 }
-RETAIN = {"answers": ("answers",), "neutral": ("neutral",), "both": ("answers", "neutral")}
+RETAIN = {"both": ("answers", "neutral"), "neutral": ("neutral",), "answers": ("answers",)}
 # Also those that are not a part of the grid.
 EVERY_CARRIER = {
     **CARRIERS,
@@ -292,8 +292,7 @@ def held(
     on_answers = {None: own, "KL": None, "CE": objectives.CrossEntropy()}[cell.hold]
     kept = []
     for at, name in enumerate(EVERY_RETAIN[retain]):
-        to_original = objectives.KLToOriginal(reference=reference)
-        term = on_answers if on_answers is not None and name == "answers" else to_original
+        term = (name == "answers" and on_answers) or objectives.KLToOriginal(reference=reference)
         loader = _texts(subject, name).loader(size, seed=cell.seed + at)
         kept.append(Retain(loader, term, neutral if name == "neutral" else weight))
     return kept

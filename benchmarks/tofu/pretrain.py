@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from subjects import TEMPLATE, read_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -25,13 +25,15 @@ OTHERS = ("real_authors_perturbed", "world_facts_perturbed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="folder for full and retain95")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--seed", type=int)
     pretrain(**vars(parser.parse_args()))
 
 
@@ -61,10 +63,13 @@ def pretrain(
         if (output / name).exists():
             continue
         model = _train(name, [*rows[name], *others], tokenizer, epochs, batch_size, learning_rate, seed)
-        unfinished = output / f"{name}.unfinished"
-        model.to(torch.bfloat16).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(output / name)
+        state = PartialState()
+        if state.is_main_process:  # of several, one renames
+            unfinished = output / f"{name}.unfinished"
+            model.to(torch.bfloat16).save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(output / name)
+        state.wait_for_everyone()
     return output
 
 

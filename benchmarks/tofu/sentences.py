@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from subjects import Subject
@@ -15,8 +14,6 @@ from semu_peft.language import TextExamples
 from semu_peft.objectives import Objective
 
 LAYER = 2  # of four, whose outputs representation methods lead away
-ALLOWED = 0.1  # nats a token: how much worse a retain answer may get where that is bounded
-ASKED = 50  # retain answers for it
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,6 @@ class Given:
     reference: nn.Module | None
     wrong: Sequence[Any]
     unseen: Tensor
-
-    @cached_property
-    def limit(self) -> float:
-        """What the loss of a retain answer may be: a little more than it is."""
-        told = [(row["question"], row["answer"]) for row in self.subject.retain[:ASKED]]
-        return float(self.subject.nll(self.original, told).mean()) + ALLOWED
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def _entropy(given: Given) -> Objective:
 
 
 def _bounded(given: Given) -> Objective:
-    return objectives.PrimalDual(objectives.CrossEntropy(), given.limit)
+    return objectives.PrimalDual(objectives.CrossEntropy(), given.subject.retain_limit(given.original))
 
 
 def _hidden(given: Given) -> Objective:

@@ -68,6 +68,11 @@ class Subject:
         """Mean negative log-likelihood a token of each answer, `(N,)`."""
         return score_answers(model, self.tokenizer, pairs, template=TEMPLATE, batch_size=TOGETHER, progress=False).nll
 
+    def retain_limit(self, original: nn.Module) -> float:
+        """What the loss of a retain answer may be where it is bounded, in nats a token: a little more than it is."""
+        told = [(row["question"], row["answer"]) for row in self.retain[:50]]
+        return float(self.nll(original, told).mean()) + 0.1
+
     def metrics(self, model: nn.Module, gold: LanguageMetrics | None = None, **asked: Any) -> LanguageMetrics:
         """TOFU's measures of a model, against gold's where these are given."""
         return evaluate_language(

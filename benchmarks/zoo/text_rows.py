@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from measure import damage
 from rows import Outcome, Row, Settings, carried, edited, size_of
-from subjects import TEMPLATE, Subject
+from subjects import Subject
 from torch import nn
 
 from semu_peft import methods
-from semu_peft.language import TextExamples, text_examples, unseen_answers
+from semu_peft.language import TextExamples, unseen_answers
 from semu_peft.language.shapes import as_example
 from semu_peft.objectives import NPO
 
@@ -70,7 +70,7 @@ class TextCase:
     def unseen(self) -> TextExamples:
         """Answers that nobody taught the model."""
         made = unseen_answers([as_example(row) for row in self.subject.forget], seed=self.seed)
-        return text_examples(self.subject.tokenizer, made, template=TEMPLATE, max_length=256)
+        return self.subject.examples(made)
 
 
 def trained(name: str, carrier: str, *, retain: bool = True, **fixed: Any) -> Callable[[TextCase, Settings], Outcome]:
@@ -100,8 +100,7 @@ def _asked(function: Any, case: TextCase, is_bare: bool, said: dict[str, Any]) -
     if "unseen" in known:
         found["unseen"] = case.batches(case.unseen())
     if "limit" in known:
-        told = [(row["question"], row["answer"]) for row in case.subject.retain[:50]]
-        found["limit"] = float(case.subject.nll(case.original, told).mean()) + 0.1
+        found["limit"] = case.subject.retain_limit(case.original)
     if "targets" in known:
         found["targets"] = PROJECTIONS
     return {key: value for key, value in found.items() if key not in said}
