@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from semu_peft.objectives.base import Objective, WeightedSum, finite_number
@@ -176,8 +177,9 @@ def choose_natural(
             + (f"{reason}." if reason else "leave `optimizer`, `learning_rate` and `scheduler` out to train by it.")
         )
     if other:
-        if asked is None and not is_asked_for_another and _has_cores(model):
-            warnings.warn(f"AdamW trains instead of the natural gradient, as {reason}.", stacklevel=3)
+        if asked is None and not is_asked_for_another and _is_adapted(model):
+            mend = "Give a `learning_rate` where AdamW is meant."
+            warnings.warn(f"AdamW trains instead of the natural gradient, as {reason}. {mend}", stacklevel=3)
         return None
     natural = asked if asked_natural else NaturalGradient()
     return natural if max_retain_kl is None else replace(natural, max_retain_kl=max_retain_kl)
@@ -193,8 +195,8 @@ def is_natural(optimizer: Any) -> bool:
     return optimizer is NaturalGradient or isinstance(optimizer, NaturalGradient)
 
 
-def _has_cores(model: nn.Module) -> bool:
-    return any(isinstance(module, SemuLayer) for module in model.modules())
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def trained_cores(

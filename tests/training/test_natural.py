@@ -639,7 +639,12 @@ def test_what_it_cannot_train_adamw_does_and_says_so() -> None:
         unlearn(lora, FORGET, DecoupledDistillation(), choose=len, **QUIET)
     with pytest.raises(ValueError, match="NaturalGradient cannot train this run, as what is trained is not"):
         unlearn(lora, FORGET, CrossEntropy(), optimizer=NaturalGradient(), **QUIET)
-    assert unlearn(lora, FORGET, CrossEntropy(), epochs=1, **QUIET).stop_reason == "all steps are done"
+    with pytest.warns(UserWarning, match="AdamW trains .* not the cores of one SEMU adapter .* Give a `learning_rate`"):
+        assert unlearn(lora, FORGET, CrossEntropy(), epochs=1, **QUIET).stop_reason == "all steps are done"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is said of what was asked for, nor where there is no adapter
+        unlearn(lora, FORGET, CrossEntropy(), learning_rate=1e-3, epochs=1, **QUIET)
+        unlearn(copy.deepcopy(NET), FORGET, CrossEntropy(), epochs=1, **QUIET)
     with pytest.raises(ValueError, match="fp16"):
         unlearn(model, FORGET, CrossEntropy(), optimizer=NaturalGradient(), mixed_precision="fp16", **QUIET)
     with pytest.raises(ValueError, match="`learning_rate` and `scheduler` must be left out"):
