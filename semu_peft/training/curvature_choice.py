@@ -1,9 +1,10 @@
-"""Which curvature trains a run by natural gradients, and the control of its steps that goes with it."""
+"""Which curvature trains a run by natural gradients, when it is taken, and the control of its steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from .natural import CurvatureKind, NaturalGradient
 from .step_control import LevenbergMarquardt, StepControl, TrustRegion
 from .trials import Tried
 
-_REFRESH_WHOLE, _REFRESH_FACTORS = 2, 4  # steps
+_REFRESH_WHOLE, _REFRESH_FACTORS, _AGAIN = 2, 4, 2  # steps
 _WHOLE_UP_TO = 4096  # numbers; above it the matrix costs more than the model
 
 
@@ -70,21 +71,45 @@ def curvature_and_control(
     return KroneckerFactors(list(slots), natural.decay, device), TrustRegion(natural.kl, natural.damping, enough)
 
 
-def refresh_of(natural: NaturalGradient, epoch: int, *, is_whole: bool) -> int:
-    """Steps between two that take the curvature anew.
+@dataclass(frozen=True)
+class Refresh:
+    """At which steps the curvature is taken anew.
 
-    By default two for the whole matrix, which has two steps on each batch. Factors have one: four, or the next number
-    that shares no factor with the steps of an `epoch` (0 of a stream), so that each of its batches has its turn.
-
-    Examples:
-        >>> [refresh_of(NaturalGradient(), epoch, is_whole=False) for epoch in (0, 1, 2, 5, 20, 30)]
-        [4, 4, 5, 4, 7, 7]
-        >>> refresh_of(NaturalGradient(), 20, is_whole=True), refresh_of(NaturalGradient(refresh=3), 3, is_whole=False)
-        (2, 3)
+    Attributes:
+        every: Steps between two of them.
+        again: One more step, early: the first ones move the most, and by one batch's curvature.
     """
-    if natural.refresh is not None or is_whole:
-        return natural.refresh or _REFRESH_WHOLE
-    refresh = _REFRESH_FACTORS
-    while math.gcd(refresh, epoch or 1) > 1:
-        refresh += 1
-    return refresh
+
+    every: int = 1
+    again: int = 0
+
+    @classmethod
+    def of(cls, natural: NaturalGradient, epoch: int, *, is_whole: bool) -> Refresh:
+        """What the dials say; by default every two steps for the whole matrix, which has two on each batch.
+
+        Factors have one: every four, or the next number that shares no factor with the steps of an `epoch` (0 of a
+        stream), so that each of its batches has its turn.
+
+        Examples:
+            >>> [Refresh.of(NaturalGradient(), epoch, is_whole=False).every for epoch in (0, 1, 2, 5, 20, 30)]
+            [4, 4, 5, 4, 7, 7]
+            >>> Refresh.of(NaturalGradient(), 20, is_whole=True)
+            Refresh(every=2, again=0)
+            >>> Refresh.of(NaturalGradient(refresh=3), 3, is_whole=False)
+            Refresh(every=3, again=0)
+        """
+        if natural.refresh is not None or is_whole:
+            return cls(natural.refresh or _REFRESH_WHOLE)
+        every = _REFRESH_FACTORS
+        while math.gcd(every, epoch or 1) > 1:
+            every += 1
+        return cls(every, again=_AGAIN)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 0, takes it anew.
+
+        Examples:
+            >>> [step for step in range(9) if Refresh(4, again=2).is_due(step)]
+            [0, 2, 4, 8]
+        """
+        return step % self.every == 0 or step == self.again

@@ -22,7 +22,7 @@ from semu_peft.objectives.examples import count_examples, examples_in
 
 from .batches import batches_in
 from .curvature import Probe, WholeMatrix
-from .curvature_choice import curvature_and_control, is_whole_matrix, refresh_of, slots_of
+from .curvature_choice import Refresh, curvature_and_control, is_whole_matrix, slots_of
 from .ends import Ends
 from .fingerprint import Fingerprint, describe
 from .first_look import check_data, check_first_look
@@ -76,7 +76,7 @@ class NaturalLoop(Loop):
         turns = math.lcm(*(objective.turns for objective in self.objectives))
         self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
         self.looks = Looks(self.prepared, self.progress, self._seeds(), self.objectives, self.trials)
-        self.refresh = 1  # until a curvature is chosen
+        self.refresh = Refresh()  # until a curvature is chosen
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
@@ -161,7 +161,7 @@ class NaturalLoop(Loop):
         )
         own = math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
         epoch = round(self._mean_over_processes({"steps": own})["steps"])  # all take it at the same steps
-        self.refresh = refresh_of(self.natural, epoch, is_whole=is_whole)
+        self.refresh = Refresh.of(self.natural, epoch, is_whole=is_whole)
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
@@ -273,7 +273,7 @@ class NaturalLoop(Loop):
         """Try steps from here until one is good, and go there; where none is, stay."""
         step = self._start_step(self._data_at(terms))
         start = self._flat()
-        is_due = self._is_due(self.progress.step)
+        is_due = self.refresh.is_due(self.progress.step)
         # FSDP's graph cannot be gone through twice.
         gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
         probes = self._probes(here) if is_due else []
@@ -324,14 +324,8 @@ class NaturalLoop(Loop):
 
     def _evaluate(self, terms: list[Term], step: int, *, with_gradient: bool = True) -> Tried:
         """Evaluate where the cores are, such that a step can begin there, the run's `step`-th."""
-        self.caught.watching = self._is_due(step)
+        self.caught.watching = self.refresh.is_due(step)
         return self.trials.evaluate(terms, with_gradient=with_gradient)
-
-    def _is_due(self, step: int) -> bool:
-        """Whether a step takes the curvature anew."""
-        # The first steps move the most, and by one batch's curvature.
-        is_early = step == 2 and self.natural.refresh is None
-        return is_early or step % self.refresh == 0
 
     def _is_too_far(self, place: Tensor) -> bool:
         """Whether it costs more to be there than all that there is to win: first steps went where no curvature was."""
