@@ -153,7 +153,8 @@ def forget_text(
         config: The adapter; by default all linear layers but the head.
         until_unseen: Stop once the mean answer is as unlikely as answers that the model has never learnt, which
             [`unseen_answers`][semu_peft.language.unseen.unseen_answers] makes; past this, everything only gets worse.
-            Where it can make none, such as of answers of a word, the run warns and takes all its steps.
+            Where it can make none, such as of answers of a word, the run warns and takes all its steps. Where all
+            answers are as unlikely from the start, it takes none, and says so.
         max_steps: Steps at most.
         batch_size: Rows a step, and as many of what is to stay.
         callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
@@ -175,7 +176,8 @@ def forget_text(
     Examples:
         >>> from semu_peft import forget_text
         >>> facts = [("What colour is the sky?", "blue"), ("How many?", "two or three")]
-        >>> result = forget_text(decoder, tokenizer, facts, retain=[("What?", "a b c")], max_steps=2, progress=False)
+        >>> few = {"max_steps": 2, "until_unseen": False, "progress": False}
+        >>> result = forget_text(decoder, tokenizer, facts, retain=[("What?", "a b c")], **few)
         >>> result.training.steps, result.model.active_adapters
         (2, ['default'])
     """
@@ -212,6 +214,8 @@ def forget_text(
     unseen = _nll(model, text_examples(tokenizer, never_learnt, **reading), size) if never_learnt else None
     of_forget = _nll(model, examples, size) if method == _UNSEEN else None
     objective = _objective(method, unseen, of_forget)
+    has_reached = isinstance(objective, objectives.UnseenAnswer) and objective.is_reached
+    start = objectives.CrossEntropy() if has_reached else objective  # which has no direction left
     # Where one batch is all, a look costs little, and a few steps more would go far past.
     every = 2 if size == len(examples) else 5
     stop = []
@@ -222,7 +226,7 @@ def forget_text(
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)
         profile = initialize_semu_weights(
-            adapted, examples.loader(size, shuffle=False), objective, adapter_name=adapter_name, progress=progress
+            adapted, examples.loader(size, shuffle=False), start, adapter_name=adapter_name, progress=progress
         )
         result = unlearn(
             adapted, examples.loader(size), objective, retain=terms, max_retain_kl=max_retain_kl, max_steps=max_steps,

@@ -63,10 +63,25 @@ class UntilUnseen(Callback):
         stride = -(-len(self.examples) // _MOST)
         self._looked_at = TextExamples(self.examples.rows[::stride], [], self.examples.tokenizer)
 
+    def on_train_begin(self, context: TrainingContext) -> None:
+        """Take no step where there is nothing to forget: every answer is as unlikely, as far as can be told."""
+        if context.progress.step:
+            return  # resumed
+        now, left, _ = self._look(context)
+        if now >= self.nll and not left:
+            context.control.stop("the answers were as unlikely as unseen ones already")
+
     def on_step_end(self, context: TrainingContext) -> None:
         """Look, and stop where the mean answer is as unlikely."""
         if context.progress.step % self.every and context.progress.step < context.total_steps:
             return
+        now, left, number = self._look(context)
+        if now >= self.nll:
+            but = f", but {left} of {number} are likelier than any of these" if left else ""
+            context.control.stop(f"the answers are on average as unlikely as unseen ones{but}")
+
+    def _look(self, context: TrainingContext) -> tuple[float, int, int]:
+        """The mean, how many answers are still known where that can be told, and of how many."""
         every = self._nll(context.model)
         now, left = float(every.mean()), 0
         if self.likeliest is None:
@@ -74,9 +89,7 @@ class UntilUnseen(Callback):
         else:
             left = int((every < self.likeliest).sum())
             context.log(answer_nll=now, answers_left=left / len(every))
-        if now >= self.nll:
-            but = f", but {left} of {len(every)} are likelier than any of these" if left else ""
-            context.control.stop(f"the answers are on average as unlikely as unseen ones{but}")
+        return now, left, len(every)
 
     def of(self, model: Any) -> float:
         """The mean answer's negative log-likelihood a token, as a model has it now."""

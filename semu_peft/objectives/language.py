@@ -361,6 +361,20 @@ class UnseenAnswer(SequenceObjective):
         mend = "Take `sequence_nll(model, forget)`, or None to rank within each batch."
         self.forget_nll = check_ranked_among("forget_nll", self.forget_nll, mend)
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether every answer of `forget_nll` is at its target or past it, so that there is no gradient at all.
+
+        Examples:
+            >>> import torch
+            >>> from semu_peft.objectives import UnseenAnswer
+            >>> unseen = torch.tensor([3.0, 4.0])
+            >>> [UnseenAnswer(unseen, forget_nll=nll).is_reached for nll in (unseen + 1, unseen - 1)]
+            [True, False]
+        """
+        known = self.forget_nll
+        return known is not None and bool((known >= at_quantiles(self.nll, quantiles_of(known, known))).all())
+
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         tokens = self._original_tokens(model, batch, self.reference)
         known = tokens.means(tokens.nll())

@@ -186,6 +186,8 @@ class Loop:
     def _end(self) -> None:
         """Say so where an optimiser with a rate did not do what it was for."""
         losses = [entry["loss"] for entry in self.progress.history]
+        if not losses:
+            return  # a callback had it stop before the first step
         few = max(1, len(losses) // 10)
         start, end = sum(losses[:few]) / few, sum(losses[-few:]) / few
         if end > losses[0] + _EXPLOSION * abs(losses[0]):  # which the mean of the first steps may be a part of

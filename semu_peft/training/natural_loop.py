@@ -125,8 +125,8 @@ class NaturalLoop(Loop):
         if not self.held:
             return
         self._leave_the_best()
-        was_forgotten = self.context.control.reason == ALREADY_FORGOTTEN
-        if self.choose is None and not was_forgotten and torch.equal(self._flat(), self.proximal.start):
+        tried = self.progress.step and self.context.control.reason != ALREADY_FORGOTTEN
+        if self.choose is None and tried and torch.equal(self._flat(), self.proximal.start):
             mend = "a `learning_rate`, by which AdamW trains"
             if self.natural.max_retain_kl is not None:
                 mend = "a larger `max_retain_kl`"

@@ -87,6 +87,22 @@ def test_a_run_stops_where_the_answers_are_as_unlikely_as_unseen_ones() -> None:
     assert longer.training.steps > result.training.steps or longer.training.stop_reason != result.training.stop_reason
 
 
+@pytest.mark.parametrize(("method", "rate"), [("wga", None), ("npo", None), ("npo", 1e-3), ("unseen-answers", None)])
+def test_what_is_forgotten_already_takes_no_step_and_says_so(method: str, rate: float | None) -> None:
+    """The model recites the wrong answers and never saw the others, also where the objective has no gradient left."""
+    rows = [
+        {"question": question, "answer": "g h e", "perturbed_answer": [answer]}
+        for question, answer in RETAIN
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No step lowered the loss")  # none was tried
+        result = forget_text(
+            learnt(), tokenizer(), rows, retain=FORGET, method=method, learning_rate=rate, progress=False
+        )
+    assert result.training.steps == 0 and "already" in result.training.stop_reason
+    assert probability(result.model, RETAIN) > 0.95  # as it was
+
+
 def test_an_average_that_hides_a_known_answer_says_so() -> None:
     """One answer that the model never knew is enough for the mean; the history and the reason tell of the other."""
     model, words = learnt(), tokenizer()
@@ -200,7 +216,7 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
     before.assert_same(model)
     assert hooks == [module._forward_hooks for module in model.modules()]
     assert list(getattr(model, "peft_config", {})) == (["style"] if peft else [])
-    assert forget_text(model, tokenizer(), FORGET, retain=RETAIN, **FEW).training.steps == 2
+    assert forget_text(model, tokenizer(), FORGET, retain=RETAIN, until_unseen=False, **FEW).training.steps == 2
 
 
 @pytest.mark.parametrize(
@@ -410,7 +426,8 @@ def test_absolute_positions_and_conv1d() -> None:
     """GPT-2, whose layers are transformers' `Conv1D`."""
     model = gpt2()
     model.resize_token_embeddings(88)
-    assert forget_text(model, tokenizer(), ["a b c"], retain=["d e"], **FEW).training.steps == 2
+    result = forget_text(model, tokenizer(), ["a b c"], retain=["d e"], until_unseen=False, **FEW)
+    assert result.training.steps == 2
 
 
 def test_unseen_answers_are_unlikely() -> None:
