@@ -10,6 +10,7 @@ NATURAL, NATURAL_99 = "SEMU, natural gradients", "SEMU of γ 0.99, natural gradi
 NATURAL_999 = "SEMU of γ 0.999, natural gradients"
 ADAMW, ADAMW_99 = "SEMU, AdamW", "SEMU of γ 0.99, AdamW"
 ALL, LORA_8, LORA_13 = "all weights", "LoRA, rank 8", "LoRA, rank 13"
+BUDGETS = (0.01, 0.05)  # damage, nats a token on neutral text
 REPAIR = 60  # steps, where a name says no other number
 MANY = 200  # rows at once: a GPU hardly notices, and each retain answer is seen eight times in 160 steps
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import ADAMW, ADAMW_99, ALL, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
+from cells import ADAMW, ADAMW_99, ALL, BUDGETS, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
 from machine import clock
 from measure import ATTACKER, one_batch, others_of
 from own import answers_about_others
@@ -30,7 +30,6 @@ from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.rules import RemoveDirections, Rule
 
 BATCH_SIZE, RETAIN_BATCH_SIZE = 40, 60
-BUDGETS = (0.01, 0.05)  # nats a token on neutral text
 EVERY = 5  # steps between two looks at the damage
 LINEAR = r".*\.(q|k|v|o|gate|up|down)_proj"
 

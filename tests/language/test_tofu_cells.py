@@ -74,3 +74,19 @@ def test_the_grid_is_every_objective_in_every_carrier(cells: ModuleType, benchma
     declared = [(cell.objective, cell.carrier, cell.retain) for cell in cells.grid()]
     assert len(declared) == len(set(declared))
     assert set(declared) == set(itertools.product(benchmark.OBJECTIVES, benchmark.CARRIERS, benchmark.RETAIN))
+
+
+def test_equal_damage_counts_looks_within_the_budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CELLS.parent)
+    equal_damage = importlib.import_module("equal_damage")
+    looks = [(0.004, 1.0), (0.009, 2.0), (0.03, 3.0), (0.008, 1.5), (0.2, 9.0)]
+    path = [{"neutral_kl": kl, "answer_nll": nll} for kl, nll in looks]
+    ran = {"WGA | SEMU | both, at most 9 | seed 1 | path": {"path": path}, "WGA | SEMU | seed 1 | end": {"steps": 9}}
+    repaired = {"WGA | SEMU | both, at most 9, repair of 40 | seed 1 | path": {"path": path}}
+    at_once = {"NPO | all weights | answers | seed 0 | path": {"path": [{"neutral_kl": 0.06, "answer_nll": 4.0}]}}
+    assert equal_damage.lines([ran, repaired, at_once])[2:] == [
+        "| WGA, SEMU, both, at most 9, seed 1 | 2.00 | 3.00 |",
+        "| NPO, all weights, answers, seed 0 | – | – |",
+    ]
+    assert equal_damage.least_likely(path, 0.01) == 2.0
+    assert equal_damage.least_likely(path, 1e-3) is None

@@ -1,0 +1,59 @@
+"""How far each run had forgotten while the damage on neutral text was within a budget, from tables of `run.py`.
+
+    python benchmarks/tofu/equal_damage.py benchmarks/results/tofu*.json
+
+Every few steps a run looks at the forget answers and at neutral text, and its table keeps what it saw. Of these looks
+the one with the least likely answers counts among those within the budget; a run that was beyond it at its first look
+has none, and may have been within it before. Repairs come after the last look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import BUDGETS
+
+PATH, REPAIR = " | path", ", repair"
+
+
+def least_likely(path: Sequence[dict[str, float]], budget: float) -> float | None:
+    """The mean negative log-likelihood a token that the answers came to within a budget; None beyond it."""
+    return max((look["answer_nll"] for look in path if look["neutral_kl"] <= budget), default=None)
+
+
+def runs(tables: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """The looks of each run by its name; runs that differ in their repair alone are one."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for table in tables:
+        for name, row in table.items():
+            if name.endswith(PATH):
+                settings, seed = name.removesuffix(PATH).rsplit(" | ", 1)
+                found.setdefault(f"{settings.partition(REPAIR)[0]} | {seed}", row["path"])
+    return found
+
+
+def lines(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """The table in Markdown, what forgot the most within the least damage first."""
+    reached = {name: [least_likely(path, budget) for budget in BUDGETS] for name, path in runs(tables).items()}
+    order = sorted(reached, key=lambda name: [-(nll or 0.0) for nll in reached[name]])
+    heads = " | ".join(f"NLL of the answers at a neutral KL ≤ {budget}" for budget in BUDGETS)
+    found = [f"| run | {heads} |", f"| --- |{' --- |' * len(BUDGETS)}"]
+    for name in order:
+        cells = " | ".join("–" if nll is None else f"{nll:.2f}" for nll in reached[name])
+        found.append(f"| {name.replace(' | ', ', ')} | {cells} |")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", type=Path, nargs="+", help="files that `run.py` has written")
+    args = parser.parse_args()
+    print("\n".join(lines([json.loads(path.read_text(encoding="utf-8")) for path in args.tables])))
+
+
+if __name__ == "__main__":
+    main()
