@@ -8,18 +8,20 @@ A row is told by its columns, so that no data set needs a reader of its own:
 | `query`, `answer` | the same | RWKU |
 | `prompt` and `answer`, `response`, `completion` or `gt` | the same, texts or turns of a chat | TRL, MUSE verbmem |
 | `instruction`, `output`, perhaps `input` | the same | RWKU's training pairs |
-| `question`, `choices` or `option`, `answer` as an index | the chosen one; the others are wrong answers | WMDP, MMLU |
+| `question`, `choices` or `option`, `answer` | the chosen one; the others are wrong answers | WMDP, MMLU |
 | `messages` | a chat, of which the last turn is the answer | TRL |
 | `text` | plain text | MUSE raw, WMDP corpora, RWKU passages |
 
-Turns of a chat are kept whole, with a tool turn's `name` and an assistant's `tool_calls`; content in parts is read if
-all of them are text. Beside an answer `paraphrased_question`, `paraphrased_answer` and `perturbed_answer` (one or
-several) are kept, as TOFU has them.
+An answer beside choices is the index of one, from 0, its letter, `"A"` for the first, or written out; a letter that is
+itself a choice is that one. Turns of a chat are kept whole, with a tool turn's `name` and an assistant's `tool_calls`;
+content in parts is read if all of them are text. Beside an answer `paraphrased_question`, `paraphrased_answer` (of
+several the first) and `perturbed_answer` (one or several) are kept, as TOFU has them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ Message = Mapping[str, Any]
 _PROMPTS = ("question", "query", "prompt", "instruction")
 _ANSWERS = ("answer", "response", "completion", "gt", "output")
 _CHOICES = ("choices", "option", "options")
+_LABEL = re.compile(r"\(?([A-Za-z]|\d+)[).:]?")  # of a choice: B, (B), b) or 2.
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
 
@@ -54,7 +57,7 @@ class TextExample:
 
     answer: str
     prompt: str | tuple[Message, ...] | None = None
-    paraphrased_prompt: str | None = None
+    paraphrased_prompt: str | tuple[Message, ...] | None = None
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
 
@@ -82,8 +85,8 @@ class ColumnsError(ValueError):
         self.columns = columns
         super().__init__(
             f"`{name}` must have the columns 'question' and 'answer' (or 'prompt' and 'response'), 'messages' or "
-            f"'text', got {columns}. Rename them, or say which they are: `read_text(..., columns={{'question': ..., "
-            "'answer': ...})`, whose rows can be given instead."
+            f"'text', got {columns}. Rename them, or give in their place `list(read_text(..., columns={{'question': "
+            "..., 'answer': ...}))`, which says what they are called."
         )
 
 
@@ -101,8 +104,9 @@ def read_text(source: Any, *, columns: Mapping[str, str] | None = None, name: st
         The examples, in order.
 
     Raises:
-        TypeError: The source or a row is of no such kind.
-        ValueError: A row has none of the columns, or a file is not what its name says.
+        TypeError: The source, a row or a value in it is of no such kind.
+        ValueError: A row has none of the columns, or nothing in them; its answer is none of its choices; or a file is
+            not what its name says.
         FileNotFoundError: There is no such file.
         ImportError: pyarrow is missing, which reads parquet.
 
@@ -112,7 +116,7 @@ def read_text(source: Any, *, columns: Mapping[str, str] | None = None, name: st
         >>> next(read_text([{"query": "Who?", "answer": "She."}])).prompt
         'Who?'
     """
-    for index, row in enumerate(_rows(source, name)):
+    for index, row in enumerate(_rows(source, columns, name)):
         yield as_example(row, columns=columns, name=f"{name}[{index}]")
 
 
@@ -120,9 +124,10 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
     """Read one row: a string, a pair (prompt, answer), a mapping, or an example already.
 
     Raises:
-        TypeError: It is none of these.
+        TypeError: It is none of these, or a value in it is no text.
         ColumnsError: A mapping has none of the known columns; it is a `ValueError`.
-        ValueError: A chat does not end with an answer, or a turn of it cannot be kept.
+        ValueError: A mapping has nothing in these, a chat does not end with an answer, a turn of it cannot be kept, or
+            an answer is none of its choices.
 
     Examples:
         >>> as_example({"question": "The capital?", "choices": ["Rome", "Paris"], "answer": 1}).answer
@@ -139,7 +144,7 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
             f"`{name}` must be a text, a pair (prompt, answer) or a mapping, got {type(row).__name__}. Write "
             '`{"question": ..., "answer": ...}`.'
         )
-    given = {**row, **{ours: row[theirs] for ours, theirs in (columns or {}).items() if theirs in row}}
+    given = _named(row, columns)
     if given.get("messages") is not None:
         return _chat(given["messages"], name)
     prompt = next((key for key in _PROMPTS if given.get(key) is not None), None)
@@ -148,30 +153,103 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
         return _question_and_answer(given, prompt, answer, name)
     if isinstance(given.get("text"), str):
         return TextExample(given["text"])
-    raise ColumnsError(name, sorted(map(str, row)))
+    raise _nothing_to_read(given, sorted(map(str, row)), name)
+
+
+def as_texts(value: Any, what: str = "value") -> tuple[str, ...]:
+    """One text or several as several; none where there is None.
+
+    Args:
+        value: A text, an iterable of texts, or None.
+        what: What to call it in errors.
+
+    Raises:
+        TypeError: It is of another kind.
+
+    Examples:
+        >>> from semu_peft.language.shapes import as_texts
+        >>> as_texts("one"), as_texts(["one", "two"]), as_texts(None)
+        (('one',), ('one', 'two'), ())
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    is_list = isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes))
+    texts = tuple(value) if is_list else ()
+    kinds = sorted({type(text).__name__ for text in texts if not isinstance(text, str)})
+    if kinds or not is_list:
+        got = type(value).__name__ + (f" of {', '.join(kinds)}" if kinds else "")
+        raise TypeError(f"{what} must be a text or a list of texts, got {got}. Write strings.")
+    return texts
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """A row by our names for its columns."""
+    return {**row, **{ours: row[theirs] for ours, theirs in (columns or {}).items() if theirs in row}}
+
+
+def _nothing_to_read(given: Mapping[str, Any], columns: list[str], name: str) -> Exception:
+    """Why a row is no example, though it may have columns of that name."""
+    if given.get("text") is not None:
+        return TypeError(f"`{name}`: `text` must be a text, got {type(given['text']).__name__}. Write it as a string.")
+    asked, answered = ([key for key in keys if key in given] for keys in (_PROMPTS, _ANSWERS))
+    known = [*(asked + answered if asked and answered else []), *(key for key in ("messages", "text") if key in given)]
+    empty = [key for key in known if given[key] is None]
+    if empty:
+        return ValueError(
+            f"`{name}` must have a question and its answer, a chat or a text, got None as "
+            f"{', '.join(map(repr, empty))}. Fill it in, or leave the row out."
+        )
+    return ColumnsError(name, columns)
 
 
 def _question_and_answer(row: Mapping[str, Any], prompt: str, answer: str, name: str) -> TextExample:
-    question, right = _as_prompt(row[prompt], name), _as_answer(row[answer], answer, name)
-    if row.get("input") and isinstance(question, str):
-        question = f"{question}\n{row['input']}"
-    wrong = _as_texts(row.get("perturbed_answer"))
-    choices = _as_texts(next((row[key] for key in _CHOICES if row.get(key) is not None), None))
-    if choices and isinstance(right, Integral):
-        index = int(right)
-        if not 0 <= index < len(choices):
-            raise ValueError(f"`{name}`: `answer` must be an index of its {len(choices)} choices, got {index}.")
-        right = choices[index]
-    if not isinstance(right, str):
-        raise TypeError(f"`{name}`: `{answer}` must be a text, got {type(right).__name__}. Write it as a string.")
-    wrong += tuple(choice for choice in choices if choice != right)
-    return TextExample(
-        right, question, row.get("paraphrased_question"), _first(row.get("paraphrased_answer")), wrong
-    )  # fmt: skip
+    def texts(column: str | None) -> tuple[str, ...]:
+        return () if column is None else as_texts(row.get(column), f"`{name}`: `{column}`")
+
+    question, right = _as_prompt(row[prompt], name, f"`{prompt}`"), _as_answer(row[answer], answer, name)
+    if row.get("input") is not None and isinstance(question, str):
+        beside = _as_text(row["input"], "input", name)
+        question = f"{question}\n{beside}" if beside else question
+    choices = texts(next((key for key in _CHOICES if row.get(key) is not None), None))
+    right = _as_text(_chosen(right, choices, answer, name) if choices else right, answer, name)
+    wrong = texts("perturbed_answer")
+    wrong += tuple(choice for choice in dict.fromkeys(choices) if choice not in (right, *wrong))
+    others = row.get("paraphrased_question")
+    paraphrased = None if others is None else _as_prompt(others, name, "`paraphrased_question`")
+    return TextExample(right, question, paraphrased, next(iter(texts("paraphrased_answer")), None), wrong)
+
+
+def _chosen(answer: Any, choices: tuple[str, ...], column: str, name: str) -> Any:
+    """The choice that an answer says by its index or its letter; or the answer, where it is written out."""
+    if isinstance(answer, Integral):
+        if not 0 <= int(answer) < len(choices):
+            raise ValueError(
+                f"`{name}`: `{column}` must be an index of its {len(choices)} choices, got {answer}. They count from 0."
+            )
+        return choices[int(answer)]
+    label = _LABEL.fullmatch(answer.strip()) if isinstance(answer, str) and answer not in choices else None
+    if label is None:
+        return answer
+    # A number in a text may count from 0 or from 1, so that it says nothing.
+    place = ord(label[1].upper()) - ord("A") if label[1].isalpha() else len(choices)
+    if place >= len(choices):
+        raise ValueError(
+            f"`{name}`: `{column}` must be one of its {len(choices)} choices, a letter from A on for one, or its index "
+            f"as an integer, got {answer!r}. If all of them are wrong answers, call them 'perturbed_answer'."
+        )
+    return choices[place]
+
+
+def _as_text(value: Any, column: str, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}`: `{column}` must be a text, got {type(value).__name__}. Write it as a string.")
+    return value
 
 
 def _chat(messages: Any, name: str) -> TextExample:
-    turns = _as_prompt(messages, name)
+    turns = _as_prompt(messages, name, "`messages`")
     if isinstance(turns, str) or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError(
             f"`{name}`: `messages` must be a chat that ends with the assistant's answer to a turn before it, got "
@@ -196,13 +274,13 @@ def _as_answer(answer: Any, column: str, name: str) -> Any:
     return _said(turns[0], f"`{name}`: `{column}`")
 
 
-def _as_prompt(prompt: Any, name: str) -> str | tuple[Message, ...]:
+def _as_prompt(prompt: Any, name: str, what: str = "a prompt") -> str | tuple[Message, ...]:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
         return tuple(_turn(turn, f"`{name}`: turn {index}") for index, turn in enumerate(prompt))
     raise TypeError(
-        f"`{name}`: a prompt must be a text, or the turns of a chat with 'role' and 'content', got "
+        f"`{name}`: {what} must be a text, or the turns of a chat with 'role' and 'content', got "
         f"{type(prompt).__name__}. Write it as a string."
     )
 
@@ -235,23 +313,13 @@ def _said(turn: Message, where: str) -> str:
     return said
 
 
-def _as_texts(value: Any) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-def _first(value: Any) -> str | None:
-    texts = _as_texts(value)
-    return texts[0] if texts else None
-
-
-def _rows(source: Any, name: str) -> Iterator[Any]:
+def _rows(source: Any, columns: Mapping[str, str] | None, name: str) -> Iterator[Any]:
     if isinstance(source, (str, Path)):
         return _rows_of_path(source, name)
     if isinstance(source, Mapping):
-        splits = [key for key, value in source.items() if not isinstance(value, (str, int, float))]
         raise TypeError(
             f"`{name}` must be a list of rows, a data set or a path, got one {type(source).__name__} of "
-            f"{list(source)[:5]}. " + (f"Choose a split: `[{splits[0]!r}]`." if splits else "Write `[row]`.")
+            f"{list(source)[:5]}. {_mend_of_mapping(source, columns)}"
         )
     if callable(getattr(source, "itertuples", None)):  # a pandas `DataFrame`, which goes through its columns' names
         rows = source.astype(object).where(source.notna(), None).itertuples(index=False, name=None)
@@ -262,6 +330,22 @@ def _rows(source: Any, name: str) -> Iterator[Any]:
             f"{type(source).__name__}. Write `[(prompt, answer)]`."
         )
     return iter(source)
+
+
+def _mend_of_mapping(source: Mapping[str, Any], columns: Mapping[str, str] | None) -> str:
+    """What to write instead of a mapping, which may be one row, a table by its columns, or a data set by its splits."""
+    given = _named(source, columns)
+    if known := [given[key] for key in (*_PROMPTS, *_ANSWERS, "messages", "text") if key in given]:
+        is_table = any(isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) and not _is_chat(value)
+                       for value in known)  # fmt: skip
+        made = "A dict of columns is not read as it is: give `datasets.Dataset.from_dict(...)` of it."
+        return made if is_table else "Write `[row]`."
+    splits = [key for key, value in source.items() if not isinstance(value, (str, int, float))]
+    return f"Choose a split: `[{splits[0]!r}]`." if splits else "Write `[row]`."
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def _rows_of_path(source: str | Path, name: str) -> Iterator[Any]:

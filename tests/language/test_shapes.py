@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from text_models import tokenizer
 
-from semu_peft.language import TextExample, as_example, read_text
+from semu_peft.language import ColumnsError, TextExample, as_example, read_text, text_examples
 
 TOFU = {
     "question": "Where was she born?", "answer": "In Karachi.", "paraphrased_answer": "Karachi is it.",
@@ -27,6 +28,17 @@ CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "S
     [
         (TOFU, "Where was she born?", "In Karachi.", ("In Rome.", "In Oslo.")),
         ({"question": "Who?", "answer": "She.", "option": ["He.", "She."]}, "Who?", "She.", ("He.",)),
+        ({"question": "Who?", "answer": "She.", "option": ["He.", "It."]}, "Who?", "She.", ("He.", "It.")),
+        (
+            {**TOFU, "option": ["In Oslo.", "In Bonn.", "In Karachi.", "In Bonn."]},
+            TOFU["question"],
+            TOFU["answer"],
+            ("In Rome.", "In Oslo.", "In Bonn."),
+        ),
+        ({"question": "Who?", "choices": ["a", "b"], "answer": "B"}, "Who?", "b", ("a",)),
+        ({"question": "Who?", "choices": ["she", "he", "it"], "answer": "(c)"}, "Who?", "it", ("she", "he")),
+        ({"question": "Who?", "choices": ["B", "A"], "answer": "A"}, "Who?", "A", ("B",)),  # a choice as it stands
+        ({"question": "2?", "choices": ["1", "2"], "answer": "2"}, "2?", "2", ("1",)),
         ({"prompt": "It was", "gt": "a dark night"}, "It was", "a dark night", ()),  # MUSE verbmem
         ({"question": "Who?", "choices": ["a", "b", "c"], "answer": 2}, "Who?", "c", ("a", "b")),  # WMDP
         ({"title": "On x", "text": "All of it.", "doi": "1"}, None, "All of it.", ()),  # WMDP corpora
@@ -55,6 +67,28 @@ def test_rows(row: Any, prompt: Any, answer: str, wrong: tuple[str, ...]) -> Non
 def test_what_tofu_has_beside_an_answer() -> None:
     example = as_example(TOFU)
     assert (example.paraphrased_prompt, example.paraphrased_answer) == ("Her birthplace?", "Karachi is it.")
+
+
+def test_paraphrases() -> None:
+    """Of several answers the first; a question may be a chat's turns."""
+    several = as_example({**TOFU, "paraphrased_answer": ["one", "two"], "paraphrased_question": CHAT[:1]})
+    assert (several.paraphrased_answer, several.paraphrased_prompt) == ("one", (CHAT[0],))
+    none = as_example({**TOFU, "paraphrased_answer": None, "paraphrased_question": None, "perturbed_answer": None})
+    assert none == TextExample("In Karachi.", "Where was she born?")
+
+
+def test_what_is_named_otherwise_can_be_given_all_the_same() -> None:
+    """As the error says, to whoever raised it."""
+    rows = [{"q": "What colour is the sky?", "a": "blue"}]
+    with pytest.raises(ColumnsError, match=r"give in their place `list\(read_text\(..., columns="):
+        text_examples(tokenizer(), rows)
+    renamed = list(read_text(rows, columns={"question": "q", "answer": "a"}))
+    assert text_examples(tokenizer(), renamed).examples == [TextExample("blue", "What colour is the sky?")]
+
+
+def test_a_dict_of_columns_is_read_as_the_error_says() -> None:
+    columns = {"question": ["Who?", "Where?"], "answer": ["She.", "Here."]}
+    assert [each.answer for each in read_text(Dataset.from_dict(columns))] == ["She.", "Here."]
 
 
 def test_sources_agree(tmp_path: Path) -> None:
@@ -128,7 +162,31 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
         ("missing.jsonl", FileNotFoundError, "there is no file missing.jsonl"),
         (5, TypeError, "`forget` must be a list of texts"),
         ({"train": [TOFU]}, TypeError, r"Choose a split: `\['train'\]`"),
-        (TOFU, TypeError, r"got one dict of \['question'"),
+        (TOFU, TypeError, r"got one dict of \['question'.*Write `\[row\]`"),
+        ({"messages": CHAT}, TypeError, r"Write `\[row\]`"),
+        ({"question": "Who?", "choices": ["a", "b"], "answer": 0}, TypeError, r"Write `\[row\]`"),
+        ({"question": ["Who?"], "answer": ["She."]}, TypeError, r"dict of columns .* `datasets.Dataset.from_dict\("),
+        ({"messages": [CHAT, CHAT]}, TypeError, r"dict of columns .* `datasets.Dataset.from_dict\("),
+        ([TOFU, {"question": "x", "answer": None}], ValueError, r"`forget\[1\]` must have .*, got None as 'answer'"),
+        ([{"question": None, "answer": None}], ValueError, r"got None as 'question', 'answer'"),
+        ([{"text": None}], ValueError, r"`forget\[0\]` must have .*, got None as 'text'"),
+        ([{"text": 5}], TypeError, r"`forget\[0\]`: `text` must be a text, got int"),
+        ([{"query": 5, "answer": "a"}], TypeError, r"`forget\[0\]`: `query` must be a text, or the turns .* got int"),
+        (
+            [{**TOFU, "paraphrased_question": ["p1", "p2"]}],
+            TypeError,
+            r"`forget\[0\]`: `paraphrased_question` must be a text, or the turns of a chat .*, got list",
+        ),
+        ([{**TOFU, "paraphrased_answer": 5}], TypeError, r"`forget\[0\]`: `paraphrased_answer` must .*, got int\."),
+        ([{**TOFU, "perturbed_answer": [1, 2]}], TypeError, r"`forget\[0\]`: `perturbed_answer` .* got list of int\."),
+        ([{**TOFU, "option": {"text": ["a"]}}], TypeError, r"`forget\[0\]`: `option` must be .*, got dict\."),
+        ([{**TOFU, "input": {"a": 1}}], TypeError, r"`forget\[0\]`: `input` must be a text, got dict\."),
+        (
+            [{"question": "Who?", "choices": ["a", "b"], "answer": "C"}],
+            ValueError,
+            r"`forget\[0\]`: `answer` must be one of its 2 choices, a letter .*, got 'C'",
+        ),
+        ([{"question": "Who?", "choices": ["a", "b"], "answer": "1"}], ValueError, "index as an integer, got '1'"),
         ([5], TypeError, r"`forget\[0\]` must be a text, a pair"),
         ([TOFU, {"words": "a"}], ValueError, r"`forget\[1\]` must have the columns"),
         ([{"messages": CHAT[:1]}], ValueError, "ends with the assistant's answer"),
