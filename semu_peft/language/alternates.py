@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from .shapes import TextExample
+from .shapes import TextExample, as_texts
 
 REFUSALS = (
     "I don't know.",
@@ -60,9 +60,13 @@ def choose_alternates(
             f"`alternates` must be one of {', '.join(map(repr, _KINDS))}, a list of texts or None, got {alternates!r}. "
             "Write `['I do not know.']`."
         )
-    given = [[each] if isinstance(each, str) else list(each) for each in alternates]
-    if not all(each and all(isinstance(text, str) for text in each) for each in given):
-        raise TypeError("`alternates` must hold texts, or at least one text for each example. Leave the others out.")
+    given = [as_texts(each, f"`alternates[{index}]`") for index, each in enumerate(alternates)]
+    if () in given:
+        index = given.index(())
+        raise TypeError(
+            f"`alternates[{index}]` must be a text, or a list of at least one, got {alternates[index]!r}. Give one, or "
+            "leave `alternates` out where there are to be none."
+        )
     if len(given) == len(examples):
         return [draw.choice(each) for each in given]
     pool = [text for each in given for text in each]
@@ -77,14 +81,10 @@ def _brought(example: TextExample, kind: str) -> Sequence[str]:
         )
     if kind == "refusals":
         return REFUSALS
-    found = example.perturbed_answers if kind == "perturbed" else _as_tuple(example.paraphrased_answer)
+    found = example.perturbed_answers if kind == "perturbed" else as_texts(example.paraphrased_answer)
     if not found:
         raise ValueError(
             f"`alternates`={kind!r} must stand beside each answer, in a column {kind + '_answer'!r}, and "
             f"{example.answer[:60]!r} has none. Add it, or take 'refusals'."
         )
     return found
-
-
-def _as_tuple(text: str | None) -> tuple[str, ...]:
-    return () if text is None else (text,)

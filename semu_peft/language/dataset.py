@@ -255,6 +255,11 @@ def text_examples(
     check_count("seed", seed, least=0)
     encoder = TextEncoder(tokenizer, template, max_length, seq2seq, chat_options)
     TextCollator(tokenizer)
+    if isinstance(forget, TextStream):
+        raise TypeError(
+            f"`{name}` must be texts that can be held whole, as they are gone through more than once, got a TextStream."
+            " Give what it reads, its `source`, to `text_examples`; or train on its `loader` by `unlearn`."
+        )
     examples = list(read_text(forget, columns=columns, name=name))
     if not examples:
         raise ValueError(f"`{name}` must hold at least one text, got none. An iterator may have been used up before.")

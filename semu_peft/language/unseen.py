@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from semu_peft.arguments import check_count
 
-from .shapes import TextExample
+from .shapes import TextExample, read_text
 
 _TRIES = 100  # of an order: two phrases that differ keep theirs so often once in 2^100
 # Thai and Lao, Burmese, Khmer, kana, Han: written without blanks between words.
@@ -31,7 +31,7 @@ class _Phrases(NamedTuple):
         return cls([between.join(every[start : start + words]) for start in range(0, len(every), words)], between)
 
 
-def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int = 0) -> list[TextExample]:
+def unseen_answers(examples: Any, *, words: int = 3, seed: int = 0) -> list[TextExample]:
     """Give each prompt an answer that the model has not learnt.
 
     Wrong answers that the examples bring (`perturbed_answers`) are taken as they are, but for one that is the answer
@@ -45,7 +45,8 @@ def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int
     pretrained model the order of words says more than for a small one: bring wrong answers in sound sentences.
 
     Args:
-        examples: The answers to be forgotten, with their prompts.
+        examples: The answers to be forgotten, with their prompts: `TextExample`s, pairs (prompt, answer), or what else
+            [`read_text`][semu_peft.language.shapes.read_text] takes.
         words: Words a phrase, or characters.
         seed: Seed of the order.
 
@@ -53,8 +54,9 @@ def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int
         The same prompts, with other answers.
 
     Raises:
+        TypeError: They are of no such kind.
         ValueError: An answer has too few words to be put into another order, and there is no phrase of another to
-            borrow.
+            borrow; or a row lacks its columns.
 
     Examples:
         >>> from semu_peft.language import TextExample, unseen_answers
@@ -63,6 +65,7 @@ def unseen_answers(examples: Sequence[TextExample], *, words: int = 3, seed: int
     """
     check_count("words", words)
     check_count("seed", seed, least=0)
+    examples = list(read_text(examples, name="examples"))
     draw = random.Random(seed)
     learnt = {_plain(example.answer) for example in examples}
     cuts = [[_Phrases.of(example.answer, size) for example in examples] for size in (words, 1)]

@@ -16,7 +16,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
-from semu_peft.language import TextExamples, UntilUnseen, own_samples, text_examples, unseen_answers
+from semu_peft.language import (
+    TextEncoder,
+    TextExamples,
+    TextStream,
+    UntilUnseen,
+    own_samples,
+    text_examples,
+    unseen_answers,
+)
 from semu_peft.objectives.batches import call_model
 from semu_peft.training.callbacks import TrainingContext
 from semu_peft.training.progress import Progress
@@ -230,6 +238,7 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
         ({"retain": []}, ValueError, "`retain` must hold at least one text"),
         ({"neutral": "a text"}, TypeError, "`neutral` must be a list of texts"),
         ({"forget": [5]}, TypeError, r"`forget\[0\]` must be a text"),
+        ({"forget": TextStream(["a"], TextEncoder(tokenizer()))}, TypeError, "more than once.*text_examples.*unlearn"),
         ({"model": nn.Linear(2, 2)}, TypeError, "`model` must be a language model of transformers"),
         ({"tokenizer": None}, TypeError, "`tokenizer` must be a tokenizer"),
     ],

@@ -18,6 +18,16 @@ def test_own_words_in_another_order() -> None:
     assert all("one two three" in each.answer and "four five six" in each.answer for each in unseen)
 
 
+def test_rows_are_read() -> None:
+    """Pairs, mappings and examples alike, as `text_examples` reads them."""
+    answer = "one two three four five six"
+    row = {"question": "Count!", "answer": answer}
+    expected = unseen_answers([TextExample(answer, "Count!")])
+    assert unseen_answers([("Count!", answer)]) == unseen_answers([row]) == expected
+    with pytest.raises(TypeError, match=r"`examples\[0\]` must be a text, a pair"):
+        unseen_answers([5])
+
+
 def test_wrong_answers_that_are_given_come_first() -> None:
     assert unseen_answers([TextExample("a b c d", "q", perturbed_answers=("e",))])[0].answer == "e"
 
