@@ -34,8 +34,9 @@ class TextEncoder:
     Args:
         tokenizer: The model's tokenizer.
         template: `"Question: {question}\\nAnswer: {answer}"` or another text with these two places (`{prompt}` is the
-            same); special tokens may be written out, such as `"<s>Question: …"`. By default the tokenizer's chat
-            template, or where it has none, the text above.
+            same); special tokens may be written out, such as `"<s>Question: …"`: a tokenizer that begins texts with its
+            BOS token adds none to one that begins with it. By default the tokenizer's chat template, or where it has
+            none, the text above.
         max_length: The most tokens of a row. An answer that does not fit is cut, and then has no end; plain text is
             divided into windows.
         seq2seq: For an encoder-decoder: the prompt goes to the encoder, and the labels are the answer.
@@ -43,7 +44,7 @@ class TextEncoder:
 
     Raises:
         TypeError: `tokenizer` is none.
-        ValueError: `template` lacks a place, or `max_length` is too small.
+        ValueError: `template` lacks a place or has one that cannot be filled in, or `max_length` is too small.
 
     Examples:
         >>> from semu_peft.language import TextEncoder, TextExample
@@ -121,8 +122,9 @@ class TextEncoder:
         """Plain text as rows of at most `max_length` tokens, each token but the text's first with one label.
 
         A window begins with the last token of the one before, which has its label there: so each is predicted once.
+        The text has the special tokens that the tokenizer adds itself, also where that has a chat template.
         """
-        ids = self.tokens(text, ends=True)
+        ids = self.tokens(text, ends=True, is_plain=True)
         if not text.strip() or len(ids) < 2:
             raise ValueError(f"A text must have at least two tokens, got {text!r}. Drop it.")
         starts = range(0, len(ids) - 1, self.max_length - 1)
@@ -171,11 +173,25 @@ class TextEncoder:
             )
         return head[len(head.rstrip()) :], after
 
-    def tokens(self, text: str, *, ends: bool) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts around it; and with EOS, where it `ends`."""
-        ids = list(self.tokenizer(text, add_special_tokens=not self.uses_chat)["input_ids"])
+    def tokens(self, text: str, *, ends: bool, is_plain: bool = False) -> list[int]:
+        """The tokens of a text, with those that the tokenizer puts around it; and with EOS, where it `ends`.
+
+        A chat template writes them itself, so that its text gets no others. Text that `is_plain` did not go through it.
+        """
+        ids = self._with_special(text) if is_plain or not self.uses_chat else self._as_written(text)
         end = self.tokenizer.eos_token_id
         return [*ids, end] if ends and end is not None and ids[-1:] != [end] else ids
+
+    def _with_special(self, text: str) -> list[int]:
+        """With the tokens that the tokenizer adds, but no BOS before one that is written."""
+        ids, begin = list(self.tokenizer(text)["input_ids"]), getattr(self.tokenizer, "bos_token_id", None)
+        if begin is not None and ids[:2] == [begin, begin]:
+            written = self._as_written(text)
+            return ids[1:] if ids[1 : 1 + len(written)] == written else ids
+        return ids
+
+    def _as_written(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain(self) -> str:
         return "{prompt}{answer}" if self.seq2seq else DEFAULT_TEMPLATE
@@ -200,7 +216,7 @@ def check_template(template: str | None) -> None:
 
     Raises:
         TypeError: It is no text.
-        ValueError: It lacks a place.
+        ValueError: It lacks a place, or has one behind the answer, where none is filled in.
 
     Examples:
         >>> from semu_peft.language.encode import check_template
@@ -211,11 +227,16 @@ def check_template(template: str | None) -> None:
     if template is None:
         return
     check_kind("template", template, str, "a text or None", f"Write {DEFAULT_TEMPLATE!r}.")
-    before, found, _ = template.partition("{answer}")
+    before, found, after = template.partition("{answer}")
     if not found or not any(place in before for place in _PLACES):
         raise ValueError(
             f"`template` must have the places {{question}} and, after it, {{answer}}, got {template!r}. Write "
             f"{DEFAULT_TEMPLATE!r}."
+        )
+    if behind := [place for place in ("{answer}", *_PLACES) if place in after]:
+        raise ValueError(
+            f"`template` must have no place behind its first {{answer}}, got {', '.join(behind)} there in {template!r}."
+            " Leave it out: it would be trained on as it stands."
         )
 
 

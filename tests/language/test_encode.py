@@ -9,8 +9,10 @@ import torch
 from datasets import IterableDataset
 from models import t5
 from text_models import decoder, tokenizer, told
+from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
+from semu_peft.evaluation import neutral_kl, score_texts
 from semu_peft.evaluation.prompts import prompt_tokens
 from semu_peft.language import (
     REFUSALS,
@@ -38,6 +40,48 @@ def test_labels_of_an_answer() -> None:
     shown = ["<s>", "Question", ":", " What", " colour", "?", "\n", "Answer", ":", " blue", "</s>"]
     assert tokens(words, row["input_ids"]) == shown
     assert row["labels"] == [-100] * 9 + words.convert_tokens_to_ids([" blue", "</s>"])
+
+
+def begins(words: Any) -> Any:
+    """The tokenizer, which puts `<s>` before every text from now on."""
+    words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return words
+
+
+def test_the_beginning_stands_once() -> None:
+    """A tokenizer that adds it adds none to a text that begins with it; what is written twice stays as written."""
+    words, plain = begins(tokenizer()), tokenizer()
+    template = "Question: {question}\nAnswer: {answer}"
+    pair = ("What colour?", "blue")
+    row = text_examples(words, [pair], template="<s>" + template)[0]
+    assert row == text_examples(words, [pair], template=template)[0]
+    assert row == text_examples(plain, [pair], template="<s>" + template)[0]
+    encoder = TextEncoder(words, "<s>" + template)
+    assert tokens(words, prompt_tokens(encoder, "How?"))[:2] == ["<s>", "Question"]
+    for text in ("a b", "<s>a b"):
+        assert tokens(words, TextEncoder(words).windows(text)[0]["input_ids"]) == ["<s>", "a", " b", "</s>"]
+    for each in (words, plain):
+        twice = TextEncoder(each).windows("<s><s>a")[0]["input_ids"]
+        assert tokens(each, twice) == ["<s>", "<s>", "a", "</s>"]
+    assert tokens(plain, TextEncoder(plain).windows("a b")[0]["input_ids"]) == ["a", " b", "</s>"]
+    prompt = text_examples(words, [("<s>a", "b")], template="{prompt}{answer}", seq2seq=True)[0]["input_ids"]
+    assert tokens(words, prompt) == ["<s>", "a"]
+
+
+def test_plain_text_beside_a_chat_template() -> None:
+    """It did not go through the template, so that the tokenizer's own tokens are added; a chat has them written."""
+    words = begins(tokenizer(chat=True))
+    row, chat = text_examples(words, ["a b c", ("What?", "a")], max_length=16).rows
+    assert row == text_examples(begins(tokenizer()), ["a b c"])[0]
+    assert tokens(words, row["input_ids"]) == ["<s>", "a", " b", " c", "</s>"]
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+    assert tokens(words, chat["input_ids"]) == ["<user>", "What", "?", "<assistant>", "a", "</s>"]
+    model = decoder()
+    (read,) = score_texts(model, words, ["a b c"], progress=False).log_probs
+    ids = torch.tensor([row["input_ids"]])
+    expected = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(read, expected.detach())
+    assert neutral_kl(model, words, ["a b c"], reference=model, progress=False).tokens == 4
 
 
 def test_a_token_across_the_border_is_the_answers() -> None:
@@ -274,6 +318,8 @@ def test_a_streamed_data_set_shares_itself_out() -> None:
     "data, options, error, match",
     [
         (["a b"], {"template": "{answer}"}, ValueError, "`template` must have the places"),
+        (["a b"], {"template": "{question} {answer} {answer}"}, ValueError, r"behind its first {answer}, got {answer}"),
+        (["a b"], {"template": "{prompt}{answer}{question}"}, ValueError, r"behind its first {answer}, got {question}"),
         (["a b"], {"max_length": 1}, ValueError, "`max_length` must be an integer of at least 2"),
         ([("What colour is the sky?", "blue")], {"max_length": 8}, ValueError, "`max_length` must leave room"),
         ([("What?", " ")], {}, ValueError, "An answer must have at least one token"),
@@ -282,6 +328,10 @@ def test_a_streamed_data_set_shares_itself_out() -> None:
         ([("What?", "a")], {"alternates": "idk"}, ValueError, "`alternates` must be one of 'refusals'"),
         ([("What?", "a")], {"alternates": "perturbed"}, ValueError, "must stand beside each answer"),
         ([("What?", "a")], {"alternates": []}, TypeError, "`alternates` must be one of"),
+        ([("What?", "a")], {"alternates": ["b", None]}, TypeError, r"`alternates\[1\]` must be a text.*, got None"),
+        ([("What?", "a")], {"alternates": [[]]}, TypeError, r"`alternates\[0\]` must be a text.*, got \[\]"),
+        ([("What?", "a")], {"alternates": [["b", 5]]}, TypeError, r"`alternates\[0\]` must be a text.*got list of int"),
+        (TextStream(["a"], TextEncoder(tokenizer())), {}, TypeError, "held whole.*got a TextStream.*`text_examples`"),
         ([], {}, ValueError, "`forget` must hold at least one text"),
         ([([{"role": "user", "content": "What?"}], "a")], {}, ValueError, "needs a chat template"),
     ],
