@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from semu_peft.objectives.packing import transformer_of
+from semu_peft.objectives.positions import has_rotary_positions
 
 _STARTS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
-_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base")
 
 
 def plain_settings(model: nn.Module, tokenizer: Any, **drawn: Any) -> GenerationConfig:
@@ -100,7 +100,7 @@ def most_positions(model: nn.Module) -> int | None:
     inner = transformer_of(model)
     config = None if inner is None else inner.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or any(getattr(config, name, None) is not None for name in _ROTARY):
+    if not isinstance(positions, int) or has_rotary_positions(config):
         return None
     return positions if positions > 0 else None
 

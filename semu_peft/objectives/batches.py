@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter_parts import adapter_configs
 from .packing import is_packed, masked_apart, transformer_of
+from .positions import counted_from_first
 
 IGNORED = -100  # the label of a token that does not count
 ALTERNATE = "alternate_"  # how the keys of a second answer to the same prompts begin
@@ -240,7 +241,8 @@ def read_tokens(model: nn.Module, batch: Any, *, shift_labels: bool | None = Non
 def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[str, Any], Tensor]:
     """Run the model on the inputs in a batch: not on second answers nor masks that are there for objectives.
 
-    An encoder-decoder without inputs for its decoder makes them of the labels, which it is given for that.
+    An encoder-decoder without inputs for its decoder makes them of the labels, which it is given for that. A decoder
+    with absolute positions is told them where a row is padded on the left, see `positions`.
 
     Args:
         model: The model.
@@ -262,8 +264,8 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     if labels.dim() == 2 and is_encoder_decoder(model):
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             inputs["labels"] = labels
-    elif is_packed(inputs):
-        inputs = masked_apart(model, inputs)
+    else:
+        inputs = masked_apart(model, inputs) if is_packed(inputs) else counted_from_first(model, inputs)
     return model(*args, **inputs, **options), inputs, labels
 
 

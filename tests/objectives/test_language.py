@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from language_batches import LENGTHS, PROMPT, ROWS, Rows, both, forms, packed, padded, uniform
-from models import llama, t5
+from models import gpt2, llama, t5
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -113,9 +113,13 @@ def test_a_row_without_an_answer_is_no_sequence() -> None:
 
 
 @every_objective
-def test_padding_and_packing_change_nothing(name: str) -> None:
-    """Neither the side nor the amount of padding, nor labels that stand at it, nor rows packed into one."""
-    model, objective = adapted(), OBJECTIVES[name]
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_padding_and_packing_change_nothing(name: str, make: Any) -> None:
+    """Neither the side nor the amount of padding, nor labels that stand at it, nor rows packed into one.
+
+    With rotary positions and with absolute ones.
+    """
+    model, objective = adapted(make), OBJECTIVES[name]
     losses = {form: copy.deepcopy(objective)(model, batch).item() for form, batch in forms().items()}
     assert losses == pytest.approx(dict.fromkeys(losses, losses["right"]), rel=2e-5, abs=1e-7)
 

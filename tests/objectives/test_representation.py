@@ -36,6 +36,7 @@ def test_the_layer_is_that_of_the_models_own_hidden_states(make: Any, layer: int
     """At the tokens whose label counts, in place, inside PEFT's wrapper as outside."""
     model, batch = adapted(make), padded("left")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)  # as `generate` counts
     states = model(**inputs, output_hidden_states=True).hidden_states[1][batch["labels"] != -100]
     torch.testing.assert_close(read_hidden_states(model, batch, layer), states)
     hooks = [len(module._forward_hooks) for module in model.modules()]
