@@ -153,7 +153,7 @@ ON_WEIGHTS = (
     "npo_sam", "cir", "wagle", "pdu", "neg_grad_plus", "fine_tune",
 )  # fmt: skip
 LEFT_OUT = {
-    "k_fade": "it takes curvature of all layers, and an embedding has none to take",
+    "k_fade": "an embedding has no such curvature, so that it moves the other layers alone",
     "acu": "it needs a ridge head", "rocr": "it redirects one subject, by keys and values", "seuf": "no experts here",
     "needle, tars": "they take out one concept, whose column or word has to be known",
     "siu, safe_eraser": "new answers about images, or harmless ones beside them", "repair": "it comes behind another",

@@ -90,6 +90,39 @@ def find_sources(
     return sources, aliases
 
 
+def layers_with_inputs(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The layers whose inputs and output gradients can be seen, as a pattern for `targets`: all but embeddings.
+
+    Weights that are differentiated as parameters have none: embeddings, those that several layers share, grouped
+    convolutions and experts in one tensor; nor do batches of matrices. Layers in which an adapter was left with rank 0
+    are no part of it.
+
+    Args:
+        model: See [`gather`][semu_peft.gradients.gather.gather].
+        adapter_name: The SEMU adapter whose layers are meant; by default all layers of the model.
+
+    Raises:
+        ValueError: No layer has any.
+
+    Examples:
+        >>> import re
+        >>> pattern = layers_with_inputs(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)))
+        >>> bool(re.fullmatch(pattern, "0")), bool(re.fullmatch(pattern, "1"))
+        (False, True)
+    """
+    sources, _ = find_sources(model, None, adapter_name)
+    names = [name for name, source in sources.items() if source.weight is None and len(source.shape) == 2]
+    if adapter_name is not None:
+        layers = semu_layers(model, adapter_name)
+        names = [n for n in names if layers[n].r[adapter_name] or not layers[n].is_initialized(adapter_name)]
+    if not names:
+        raise ValueError(
+            "`model` must have a layer with inputs and output gradients, such as a linear one, got "
+            f"{list(sources)[:3]} ({len(sources)} in all), which have none. Take another method."
+        )
+    return "|".join(map(re.escape, names))
+
+
 def _may_go_by_weight(layer: Any, weight: Any, by_weight: bool | None) -> bool:
     """Whether autograd's gradient of the stored weight is that of the layer's calls, and may be taken.
 

@@ -31,6 +31,7 @@ from semu_peft.edits import (
 from semu_peft.gradients import CoreCovariance, GradientSum, InputMoment
 from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.parameters import AbsoluteSum, gather_parameters
+from semu_peft.gradients.targets import layers_with_inputs
 from semu_peft.localize import pareto
 from semu_peft.objectives import CrossEntropy, SquaredLogits
 from semu_peft.objectives.base import LossFunction
@@ -246,6 +247,8 @@ def k_fade(
 ) -> Edit:
     """K-FADE: a Newton step uphill on the forget data in the curvature of the retain data, `ΔW = η B⁻¹ G A⁻¹`.
 
+    Layers that have no such curvature stay: embeddings, and heads that share their weight.
+
     Source: arXiv 2602.10568, from its abstract as there is no code. Steps of a run instead of one: the rule
     [`Precondition`][semu_peft.training.rules.precondition.Precondition].
 
@@ -267,8 +270,9 @@ def k_fade(
         'newton_step'
     """
     check_score(score, optional=True)
-    gradients = gather(model, forget, CrossEntropy(), progress=progress)
-    factors = gather(model, retain, CrossEntropy(), statistic=CoreCovariance.of_weight, progress=progress)
+    where: dict[str, Any] = {"targets": layers_with_inputs(model), "progress": progress}
+    gradients = gather(model, forget, CrossEntropy(), **where)
+    factors = gather(model, retain, CrossEntropy(), statistic=CoreCovariance.of_weight, **where)
     step = newton_step(gradients, factors, damping=damping, step_size=step_size)
     return step if score is None else search_step(model, step, score)
 

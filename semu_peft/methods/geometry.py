@@ -37,7 +37,7 @@ from semu_peft.training.rules import (
 )
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 
-from .sentence import RetainData, find_bases, keep, minimise
+from .sentence import RetainData, covariance_targets, find_bases, keep, minimise
 
 
 def repselect(
@@ -266,7 +266,9 @@ def cir(
         layers: Those whose outputs are broken, such as `["layers.6.mlp"]`.
         inputs: Components of the inputs to take out.
         outputs: Components of the output gradients to take out.
-        targets: The layers, where the model is bare.
+        targets: The layers; by default those of the SEMU adapter, of a bare model all that read inputs (its embedding
+            stays out of this). The statistics of a layer are as large as its width squared: of a bare model with a
+            large vocabulary, name all but the head.
         progress: Show progress bars.
         adapter_name: The adapter that is trained, if there are several.
         training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
@@ -283,9 +285,8 @@ def cir(
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     loss = objective or (BreakActivations(layers) if layers else GradientAscent())
     find_bases(model, forget, loss, progress=progress, adapter_name=adapter_name)
-    shared = gather(
-        model, forget, loss, targets=targets, statistic=LayerCovariance, progress=progress, adapter_name=adapter_name
-    )
+    where = {"targets": targets, "adapter_name": adapter_name} if targets else covariance_targets(model, adapter_name)
+    shared = gather(model, forget, loss, **where, statistic=LayerCovariance, progress=progress)
     rule = RemoveDirections.shared(shared, inputs=inputs, outputs=outputs)
     return minimise(model, forget, loss, keep(retain, CrossEntropy()), rules=rule, **said)
 

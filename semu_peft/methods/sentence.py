@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from semu_peft.gradients.targets import layers_with_inputs
+from semu_peft.objectives.adapter_parts import all_parts
 from semu_peft.objectives.base import LossFunction
 from semu_peft.objectives.retain import Retain
 from semu_peft.subspace.initialize import initialize_semu_weights
@@ -97,6 +99,29 @@ def find_bases(
         return False
     initialize_semu_weights(model, forget, objective, start=start, progress=progress, adapter_name=name)
     return True
+
+
+def covariance_targets(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """Where `gather` takes second moments of inputs and output gradients: its `targets` and `adapter_name`.
+
+    Args:
+        model: The model, with a SEMU adapter, whose layers are then meant, or without, where all are.
+        adapter_name: The adapter's name; by default that of the one that is trained.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.methods.sentence import covariance_targets
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> covariance_targets(model)
+        {'targets': '1|2', 'adapter_name': None}
+        >>> covariance_targets(get_peft_model(model, SemuConfig(target_modules=["2"])))
+        {'targets': '2', 'adapter_name': 'default'}
+    """
+    parts = [part for part in all_parts(model) if isinstance(part.layer, SemuLayer) and not part.beside]
+    trained = [part.adapter_name for part in parts if part.is_trained]
+    name = adapter_name or next(iter(trained or [part.adapter_name for part in parts]), None)
+    return {"targets": layers_with_inputs(model, name), "adapter_name": name}
 
 
 def keep(retain: Any, objective: LossFunction, weight: float = 1.0) -> Any:

@@ -8,19 +8,22 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Mlp, vector_batches
-from peft import LoraConfig, get_peft_model
+from language_batches import padded
+from models import Mlp, gpt2, llama, vector_batches
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import semu_peft
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, unlearn
 from semu_peft.methods import METHODS, table
-from semu_peft.methods.sentence import keep
+from semu_peft.methods.sentence import covariance_targets, keep
 from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel, adversarial_examples
 
 ROOM = Path(methods.__path__[0])
@@ -106,6 +109,46 @@ def test_the_carrier_is_the_models(name: str, kind: str) -> None:
     assert result.steps == 2
     after = dict(model.named_parameters())
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def decoders(kind: str) -> Any:
+    """Tiny decoders, whose embedding has no inputs to take moments of; gpt2's head shares its weight."""
+    torch.manual_seed(0)
+    model = gpt2() if kind == "tied" else llama()
+    configs = {
+        "linear layers": SemuConfig(target_modules="all-linear"),
+        "one of rank 0": SemuConfig(target_modules="all-linear", rank_pattern={"q_proj": 0}),
+    }
+    return get_peft_model(model, configs[kind], adapter_name="other") if kind in configs else model
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("bare", {"model.embed_tokens"}),
+        ("tied", {"transformer.wte", "transformer.wpe", "lm_head"}),
+        ("linear layers", {"model.embed_tokens", "lm_head"}),
+        ("one of rank 0", {"model.embed_tokens", "lm_head", *(f"model.layers.{n}.self_attn.q_proj" for n in (0, 1))}),
+    ],
+)
+def test_cir_finds_the_layers_of_a_decoder(kind: str, left_out: set[str]) -> None:
+    """All that read inputs, of a bare model, or the adapter's."""
+    model = decoders(kind)
+    name = "other" if isinstance(model, PeftModel) else None
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    every = {layer for layer, module in decoders("tied" if kind == "tied" else "bare").named_modules()
+             if isinstance(module, kinds)}  # fmt: skip
+    options: dict[str, Any] = {"max_steps": 2, "inputs": 1, "outputs": 1, "adapter_name": name, "progress": False}
+    assert methods.cir(model, [padded()], [padded(seed=9)], **options).steps == 2
+    where = covariance_targets(model, name)
+    assert where["adapter_name"] == name
+    assert {layer for layer in every if re.fullmatch(where["targets"], layer)} == every - left_out
+
+
+def test_k_fade_of_a_decoder_moves_all_but_the_embedding() -> None:
+    model = decoders("bare")
+    edit = methods.k_fade(model, [padded()], [padded(seed=9)], progress=False)
+    assert edit.deltas.keys() == {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def test_the_benchmark_runs_every_method_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
