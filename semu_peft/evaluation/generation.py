@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 from semu_peft.arguments import check_count, check_model, check_number
 from semu_peft.language.decoding import (
     check_fits,
+    most_positions,
     only_settings,
     padded_prompts,
     padding_of,
@@ -112,8 +114,8 @@ def generate_answers(
         tokenizer: Its tokenizer.
         questions: What is asked: texts, or chats of several turns.
         template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
-        max_new_tokens: Longest answer; TOFU 200, MUSE verbatim 128 and knowledge 32, RWKU 30. Less where the model's
-            positions end.
+        max_new_tokens: Longest answer; TOFU 200, MUSE verbatim 128 and knowledge 32, RWKU 30. Less where the positions
+            of the model end (GPT-2); rotary ones do not.
         samples: Draw this many answers to each question; by default one, greedily.
         temperature: Of the draws.
         start: What each answer is made to begin with, such as `"Sure, here is the answer:"`; it is not returned.
@@ -128,7 +130,7 @@ def generate_answers(
 
     Raises:
         TypeError: The model cannot generate.
-        ValueError: There are no questions, or one is longer than the model has positions.
+        ValueError: There are no questions, or one leaves no position to write into.
 
     Examples:
         >>> from semu_peft.evaluation import generate_answers
@@ -149,7 +151,7 @@ def generate_answers(
     prompts = [prompt_tokens(encoder, question, start) for question in questions]
     if not prompts:
         raise ValueError(f"`{name}` must hold at least one question, got none. Check the file it was read from.")
-    check_fits(model, [{"input_ids": prompt} for prompt in prompts], name)
+    check_fits(model, [{"input_ids": prompt} for prompt in prompts], name, room=0 if encoder.seq2seq else 1)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": samples}
     settings = plain_settings(model, tokenizer, **({} if samples is None else drawn))
     texts = _generate(model, tokenizer, prompts, settings, max_new_tokens, max(1, batch_size // (samples or 1)),
@@ -162,24 +164,20 @@ def _generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: GenerationConfig, longest: int, batch_size: int,
     seed: int, progress: bool, name: str,
 ) -> list[list[str]]:  # fmt: skip
-    device, positions = device_of(model), getattr(model.config, "max_position_embeddings", None)
-    skip = not is_encoder_decoder(model)  # a decoder's output begins with the prompt
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
-    starts: Iterable[int] = range(0, len(order), batch_size)
+    device, skip = device_of(model), not is_encoder_decoder(model)  # a decoder's output begins with the prompt
+    batches: Iterable[tuple[int, list[int]]] = _alike(prompts, longest, most_positions(model), skip, batch_size)
     if progress:
         from tqdm.auto import tqdm
 
-        starts = tqdm(starts, desc=name, unit="batch", leave=False)
+        batches = tqdm(batches, desc=name, unit="batch", leave=False)
     texts: list[list[str]] = [[] for _ in prompts]
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), eval_mode(model), torch.random.fork_rng(devices=devices), only_settings(settings, model):
         torch.manual_seed(seed)
-        for start in starts:
-            places = order[start : start + batch_size]
+        for room, places in batches:
             batch = padded_prompts([prompts[place] for place in places], padding_of(tokenizer), on_the_left=skip)
             length = batch["input_ids"].shape[1]
-            room = longest if positions is None else positions - skip * length
-            settings.max_new_tokens = min(longest, room) if room > 0 else longest  # rotary positions have no end
+            settings.max_new_tokens = room
             inputs = {key: tensor.to(device) for key, tensor in batch.items()}
             written = model.generate(**inputs, generation_config=settings)[:, skip * length :]
             decoded = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -187,6 +185,23 @@ def _generate(
             for number, place in enumerate(places):
                 texts[place] = decoded[number * each : (number + 1) * each]
     return texts
+
+
+def _alike(
+    prompts: Sequence[list[int]], longest: int, positions: int | None, skip: bool, batch_size: int
+) -> list[tuple[int, list[int]]]:
+    """How much may be written, and after which prompts: the longest first, and together only those with equal room."""
+
+    def room(place: int) -> int:
+        return longest if positions is None else min(longest, positions - skip * len(prompts[place]))
+
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    groups = ((size, list(group)) for size, group in groupby(order, room))
+    return [
+        (size, group[start : start + batch_size])
+        for size, group in groups
+        for start in range(0, len(group), batch_size)
+    ]
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

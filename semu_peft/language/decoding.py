@@ -117,13 +117,14 @@ def most_tokens(model: nn.Module, max_length: int) -> int:
     return max_length if positions is None else min(max_length, positions)
 
 
-def check_fits(model: nn.Module, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+def check_fits(model: nn.Module, rows: Sequence[Mapping[str, Any]], name: str, *, room: int = 0) -> None:
     """Check that the model has a position for each token.
 
     Args:
         model: The model.
         rows: `input_ids` each, and perhaps `labels`.
         name: The argument that they are of.
+        room: How many positions to leave for what is to be written after them.
 
     Raises:
         ValueError: A row is too long.
@@ -141,8 +142,9 @@ def check_fits(model: nn.Module, rows: Sequence[Mapping[str, Any]], name: str) -
         return
     for number, row in enumerate(rows):
         length = max(len(row["input_ids"]), len(row.get("labels", ())))
-        if length > positions:
+        if length + room > positions:
+            left = f" with {room} left to write into" if room else ""
             raise ValueError(
-                f"`{name}` must fit into the model's {positions} positions, got {length} tokens in row {number}. Give "
-                "a shorter text there, or, to text_examples, a `max_length` of no more than that."
+                f"`{name}` must fit into the model's {positions} positions{left}, got {length} tokens in row {number}. "
+                "Give a shorter text there, or, to text_examples, a `max_length` of no more than that."
             )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from answer_models import WORDS, decoder, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from semu_peft.evaluation import generate_answers, rouge_l
 from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
@@ -64,12 +72,55 @@ def test_draws_are_repeatable_and_leave_the_generators_alone() -> None:
     assert [len(group) for group in first] == [4] * 4
 
 
-def test_answers_end_before_a_stop_and_within_the_positions() -> None:
+def of_words(number: int) -> str:
+    """A question that is so many tokens with what is written around it."""
+    around = len(prompt_tokens(encoder_for(decoder(), word_tokenizer()), ""))
+    return " ".join(["what"] * (number - around))
+
+
+def lengths(model: Any, tokenizer: Any, questions: list[str], **options: Any) -> list[int]:
+    """How many tokens a model writes to each question, if nothing says that it has ended."""
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    decode = tokenizer.batch_decode
+    tokenizer.batch_decode = lambda rows, **how: [f"{len(row)}" for row in rows]
+    try:
+        return [int(text) for text in generate_answers(model, tokenizer, questions, progress=False, **options)]
+    finally:
+        tokenizer.batch_decode = decode
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A decoder of 64 absolute positions."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(WORDS), "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def test_rotary_positions_have_no_end() -> None:
+    """Whatever length the model was made for: an answer is as long near it as far from it."""
     model, tokenizer = decoder(), word_tokenizer()
-    whole = generate_answers(model, tokenizer, ["what"], max_new_tokens=500, progress=False)[0]
-    assert 0 < len(whole.split()) <= 64
+    questions = [of_words(number) for number in (10, 60, 63, 64, 80)]
+    written = lengths(model, tokenizer, questions, max_new_tokens=20)
+    assert written == [20] * 5
+
+
+def test_absolute_positions_end_and_leave_room_for_a_token() -> None:
+    """As much of an answer as there is room for, whatever is asked in the same batch; none is refused."""
+    model, tokenizer = gpt2(), word_tokenizer()
+    questions = [of_words(number) for number in (10, 60, 63)]
+    assert lengths(model, tokenizer, questions, max_new_tokens=20) == [20, 4, 1]
+    with pytest.raises(
+        ValueError, match="`questions` must fit into the model's 64 positions with 1 left to write into"
+    ):
+        generate_answers(model, tokenizer, [of_words(64)], progress=False)
+
+
+def test_answers_end_before_a_stop() -> None:
+    model, tokenizer = decoder(), word_tokenizer()
+    whole = generate_answers(model, tokenizer, ["what"], max_new_tokens=50, progress=False)[0]
+    assert 0 < len(whole.split()) <= 50
     last = whole.split()[-1]
-    cut = generate_answers(model, tokenizer, ["what"], max_new_tokens=500, stop=[last], progress=False)[0]
+    cut = generate_answers(model, tokenizer, ["what"], max_new_tokens=50, stop=[last], progress=False)[0]
     assert last not in cut and whole.startswith(cut)
 
 
