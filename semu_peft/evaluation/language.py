@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semu_peft.arguments import check_count, check_model
+from semu_peft.arguments import check_count, check_kind, check_model
 from semu_peft.language.shapes import TextExample
 
 from .auc import mean_interval
@@ -166,7 +166,7 @@ def evaluate_language(
             all three measures of each. In sets with wrong answers and without `paraphrased_answer`, the probability is
             that among the options. Sets without wrong answers have no truth ratio, and then there is no model utility.
         neutral: Plain texts for the KL to the original model.
-        holdout: Questions with answers like the forgotten ones that no model was trained on, for membership.
+        holdout: Questions with answers, or texts, like those to forget that no model was trained on, for membership.
         gold: Metrics of the model that never saw the forget set, for the forget quality and the privacy leakage.
         reference: The model before unlearning, for the KL; by default the same model without its adapter.
         metrics: Names of [`LanguageMetrics`][semu_peft.evaluation.language.LanguageMetrics] to compute; by default all
@@ -179,8 +179,9 @@ def evaluate_language(
 
     Raises:
         ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
-        TypeError: Rows have an unknown form.
-        ValueError: A metric is unknown, or lacks the data it is made from; a set to keep is called "forget"; or the
+        TypeError: Rows have an unknown form, `gold` is a model, or `utility` has no names.
+        ValueError: A metric is unknown, or lacks the data it is made from; of `holdout` and `forget` one is texts and
+            the other questions; a set to keep is called "forget"; or the
             folder is another model's.
 
     Examples:
@@ -191,6 +192,11 @@ def evaluate_language(
     """
     check_model(model)
     check_count("batch_size", batch_size)
+    if gold is not None:
+        of_gold = "Measure that one first: `gold=evaluate_language(gold_model, tokenizer, forget, ...)`."
+        check_kind("gold", gold, LanguageMetrics, "the `LanguageMetrics` of the model that never saw `forget`", of_gold)
+    if utility is not None:
+        check_kind("utility", utility, Mapping, "a mapping of sets by name", 'Write `{"retain": rows}`.')
     if "forget" in (utility or {}):
         raise ValueError(
             "`utility` must name its sets otherwise than what is to be forgotten, got a set named 'forget'. Rename it."
@@ -343,7 +349,7 @@ class _Suite:
 
         def measure() -> dict[str, Any]:
             found = text_membership(
-                self.model, self.tokenizer, self._pairs("forget"), others, template=self.template,
+                self.model, self.tokenizer, self.sets["forget"], holdout, template=self.template,
                 batch_size=self.batch_size, resamples=_REDRAWS, progress=self.progress,
             )  # fmt: skip
             return {attack: {"auc": each.auc, "interval": list(each.interval)} for attack, each in found.items()}

@@ -17,8 +17,8 @@ from semu_peft.objectives.attackers import weights_of
 from semu_peft.objectives.batches import call_model
 
 from .auc import auc_with_interval
-from .prompts import encoder_for, read_questions
-from .token_scores import TokenScores, score_answers, score_batches, text_batches
+from .prompts import are_plain, encoder_for, read_questions, read_texts
+from .token_scores import TokenScores, score_answers, score_batches, score_texts, text_batches
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def text_membership(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Separation]:
-    """Membership attacks on answers: loss, zlib, Min-K%, Min-K%++, and against a reference or by gradient norms.
+    """Membership attacks on answers, or plain texts: loss, zlib, Min-K%, Min-K%++, a reference, gradient norms.
 
     Each AUC means something beside that of a model which never saw the forget set: held-out answers are never quite
     like the forgotten ones.
@@ -182,10 +182,10 @@ def text_membership(
     Args:
         model: The unlearned model.
         tokenizer: Its tokenizer.
-        forget: Questions with the answers that were to be forgotten.
-        holdout: Questions with answers alike that no model was trained on.
+        forget: Questions with the answers that were to be forgotten, or plain texts.
+        holdout: Questions with answers alike that no model was trained on, or texts.
         reference: Another model of the same tokenizer, for the difference of the losses.
-        gradients: Also by gradient norms, one backward pass an answer.
+        gradients: Also by gradient norms, one backward pass an answer; of questions alone.
         template: See [`TextEncoder`][semu_peft.language.encode.TextEncoder].
         batch_size: Answers at a time.
         resamples: Draws for the interval.
@@ -204,14 +204,22 @@ def text_membership(
     """
     check_count("resamples", resamples)
     options: dict[str, Any] = {"template": template, "progress": progress}
+    sets = {"forget": read_texts(forget, "forget"), "holdout": read_texts(holdout, "holdout")}
+    if gradients or not all(map(are_plain, sets.values())):
+        sets = {name: read_questions(examples, name) for name, examples in sets.items()}
     found: list[Mapping[str, Tensor]] = []
-    for name, source in (("forget", forget), ("holdout", holdout)):
-        examples = read_questions(source, name)
-        scores = score_answers(model, tokenizer, examples, batch_size=batch_size, name=name, **options)
+
+    def read(by: nn.Module, name: str) -> TokenScores:
+        shown: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "name": name}
+        if are_plain(sets[name]):
+            return score_texts(by, tokenizer, [example.answer for example in sets[name]], **shown)
+        return score_answers(by, tokenizer, sets[name], template=template, **shown)
+
+    for name, examples in sets.items():
+        scores = read(model, name)
         values = _read_by_all(scores, [example.answer for example in examples])
         if reference is not None:
-            other = score_answers(reference, tokenizer, examples, batch_size=batch_size, name=name, **options)
-            values["reference"] = scores.nll - other.nll
+            values["reference"] = scores.nll - read(reference, name).nll
         if gradients:
             values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
         found.append(values)

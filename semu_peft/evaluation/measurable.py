@@ -43,7 +43,7 @@ def metrics_to_measure(
         gold: Metrics of a model that never saw the forget set; None where there are none.
 
     Raises:
-        ValueError: There is no such metric, or its data are missing.
+        ValueError: There is no such metric, or its data are missing, or of texts and of questions.
 
     Examples:
         >>> from semu_peft.evaluation.measurable import metrics_to_measure
@@ -51,12 +51,13 @@ def metrics_to_measure(
         >>> metrics_to_measure(None, {"forget": list(read_text(["the sky is blue"]))})
         ['probability', 'extraction_strength', 'exact_memorisation']
     """
+    unlike = holdout is not None and are_plain(holdout) is not are_plain(sets["forget"])
     without = [name for name, rows in sets.items() if not all(row.perturbed_answers for row in rows)]
     there = {
         "truth": "forget" not in without,
         "utility": len(sets) > 1,
         "neutral": neutral is not None,
-        "holdout": holdout is not None and not are_plain(holdout) and not are_plain(sets["forget"]),
+        "holdout": holdout is not None and not unlike,
         "rouge": not are_plain(sets["forget"]),
     }
     lacking = {
@@ -64,12 +65,19 @@ def metrics_to_measure(
         "rouge": "questions in `forget`",
         **{need: f"`{need}`" for need in ("utility", "neutral", "holdout")},
     }
+    if unlike and (metrics is None or {"membership", "privacy_leakage"} & {*_listed(metrics)}):
+        kinds = ("plain texts", "answers to questions")
+        is_plain = are_plain(sets["forget"])
+        raise ValueError(
+            f"`holdout` must be what `forget` is, {kinds[not is_plain]}, got {kinds[is_plain]}. Give such, or leave it "
+            "out: membership tells the two apart."
+        )
     if metrics is None:
         return [name for name, need in _NEEDS.items() if there.get(need, True)]
     if poor := [name for name in without if name != "forget"]:  # part of the utility is to be had, but no mean of it
         there["utility"], lacking["utility"] = False, f"`perturbed_answer` in the rows of `{poor[0]}`"
     names: list[str] = []
-    for name in [metrics] if isinstance(metrics, str) else metrics:
+    for name in _listed(metrics):
         part, of_gold = BESIDE_GOLD.get(name, (name, None))
         if part not in _NEEDS:
             raise ValueError(f"`metrics` must be among {[*_NEEDS, *BESIDE_GOLD]}, got {name!r}. Correct the name.")
@@ -80,3 +88,7 @@ def metrics_to_measure(
             raise ValueError(f"`metrics` has {name!r}, which needs {lacks}. Give it, or leave that out.")
         names.append(part)
     return [name for name in _NEEDS if name in names]
+
+
+def _listed(metrics: Sequence[str]) -> Sequence[str]:
+    return [metrics] if isinstance(metrics, str) else metrics

@@ -23,6 +23,7 @@ from semu_peft.evaluation import (
     rouge_l,
     score_answers,
     score_texts,
+    separation,
     text_membership,
     truth_ratio,
 )
@@ -285,11 +286,37 @@ def test_a_diverged_model_is_told_whole() -> None:
         ({"neutral": [("who", "Ada")]}, "`neutral` must hold at least one text, and plain texts alone"),
         ({"forget": [("who", "Ada")], "metrics": ["truth_ratio"]}, "needs `perturbed_answer`"),
         ({"forget": []}, "`forget` must hold at least one question"),
+        ({"holdout": ["a text"]}, "`holdout` must be what `forget` is, answers to questions, got plain texts"),
+        ({"forget": ["a text"], "holdout": FACTS}, "`holdout` must be what `forget` is, plain texts, got answers to"),
+        ({"holdout": ["a text"], "metrics": ["membership"]}, "`holdout` must be what `forget` is"),
     ],
 )
 def test_mistakes_of_the_call(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         evaluate_language(decoder(), word_tokenizer(), **{"forget": FORGET, **QUIET, **options})
+
+
+def test_mistakes_of_the_call_are_said_before_anything_is_measured(tmp_path: Path) -> None:
+    options = {"output_dir": tmp_path / "measured", **QUIET}
+    with pytest.raises(TypeError, match=r"`gold` must be the `LanguageMetrics` .* `gold=evaluate_language\(gold_model"):
+        evaluate_language(decoder(), word_tokenizer(), FORGET, gold=decoder(seed=1), **options)
+    with pytest.raises(TypeError, match=r"`utility` must be a mapping of sets by name, got .* `{\"retain\": rows}`"):
+        evaluate_language(decoder(), word_tokenizer(), FORGET, utility=[FORGET], **options)
+    assert not options["output_dir"].exists()
+
+
+def test_membership_of_plain_texts_is_that_of_what_is_read() -> None:
+    """Every token of a text counts, by the same attacks as of answers; where it is not asked for nothing is refused."""
+    model, tokenizer = decoder(), word_tokenizer()
+    texts, others = ["Ada lives in Rome", "the Paris of Eve"], ["Eve lives in Paris", "Rome of Ada"]
+    found = evaluate_language(model, tokenizer, texts, holdout=others, **QUIET)
+    losses = [score_texts(model, tokenizer, part, progress=False).nll for part in (texts, others)]
+    assert found.membership["loss"] == separation(*losses).auc
+    assert list(found.membership) == ["loss", "zlib", "min_k", "min_k_plus_plus"]
+    alone = evaluate_language(model, tokenizer, texts, holdout=FACTS, metrics=["probability"], **QUIET)
+    assert alone.probability == found.probability
+    with pytest.raises(ValueError, match="`holdout` must have a question to each answer"):
+        text_membership(model, tokenizer, FORGET, others, progress=False)
 
 
 def test_pairs_are_enough_for_what_needs_no_wrong_answers() -> None:
@@ -313,7 +340,7 @@ def test_what_is_kept_may_come_without_wrong_answers() -> None:
 
 def test_plain_texts_are_read_where_no_question_can_be_asked() -> None:
     model, tokenizer, texts = decoder(), word_tokenizer(), ["Ada lives in Rome", "the Paris of Eve"]
-    found = evaluate_language(model, tokenizer, texts, utility={"kept": texts[:1]}, holdout=FACTS, **QUIET)
+    found = evaluate_language(model, tokenizer, texts, utility={"kept": texts[:1]}, **QUIET)
     scores = score_texts(model, tokenizer, texts, progress=False)
     assert found.probability == pytest.approx(scores.probability.mean().item())
     assert found.exact_memorisation is not None and found.rouge is None and found.fluency is None
