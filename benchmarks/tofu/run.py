@@ -43,8 +43,9 @@ from subjects import Subject, load, read_subject
 COLUMNS = {
     "forget_quality": "forget quality", "model_utility": "utility", "probability": "P(answer)",
     "paraphrased_probability": "paraphrased", "truth_ratio": "truth ratio", "extraction_strength": "extraction",
-    "privacy_leakage": "PrivLeak %", "neutral_kl": "neutral KL", "relearnt_others": "relearnt, others",
-    "relearnt_all": "relearnt, all", "relearnt_over_gold": "over gold", "probability_4bit": "P at 4 bits",
+    "privacy_leakage": "PrivLeak %", "membership min_k": "Min-K% AUC", "membership loss": "loss AUC",
+    "neutral_kl": "neutral KL", "relearnt_others": "relearnt, others", "relearnt_all": "relearnt, all",
+    "relearnt_over_gold": "over gold", "probability_4bit": "P at 4 bits",
     "steps": "steps", "trained_share": "trained", "seconds": "seconds",
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
@@ -107,7 +108,7 @@ def _rows(judge: Judge, cell: Cell, done: Unlearned, args: argparse.Namespace) -
         cost = {"steps": step, "seconds": round(done.seconds, 1)}
         row = {**seen[step], **cost, "trained_share": done.trainable_parameters / size}
         found[f"{cell.name} | {moment}"] = row
-        print(f"{cell.name} | {moment}", {key: row.get(key) for key in COLUMNS}, flush=True)
+        print(f"{cell.name} | {moment}", {column: _value(row, column) for column in COLUMNS}, flush=True)
     found[f"{cell.name} | path"] = {"path": done.path}
     return found
 
@@ -210,9 +211,15 @@ def lines(table: dict[str, dict[str, Any]]) -> list[str]:
     names.sort(key=lambda name: (name not in REFERENCES, -(table[name].get("forget_quality") or 0.0)))
     found = [f"| | {' | '.join(COLUMNS.values())} |", f"| --- |{' --- |' * len(COLUMNS)}"]
     for name in names:
-        cells = [_cell(table[name].get(column)) for column in COLUMNS]
+        cells = [_cell(_value(table[name], column)) for column in COLUMNS]
         found.append(f"| {name.replace(' | ', ', ')} | {' | '.join(cells)} |")
     return found
+
+
+def _value(row: dict[str, Any], column: str) -> Any:
+    """What a row has in a column; of two words, what the first holds under the second."""
+    kind, _, part = column.partition(" ")
+    return row.get(kind, {}).get(part) if part else row.get(kind)
 
 
 def _cell(value: Any) -> str:

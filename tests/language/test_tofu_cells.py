@@ -90,3 +90,12 @@ def test_equal_damage_counts_looks_within_the_budget_alone(monkeypatch: pytest.M
     ]
     assert equal_damage.least_likely(path, 0.01) == 2.0
     assert equal_damage.least_likely(path, 1e-3) is None
+
+
+def test_a_table_shows_the_aucs_of_membership(benchmark: ModuleType) -> None:
+    """Each under its own head; a row that was made without them shows none."""
+    lines = importlib.import_module("run").lines
+    table = {"gold": {"membership": {"loss": 0.7306, "zlib": 0.5633, "min_k": 0.7019}}, "WGA | end": {"steps": 3}}
+    heads, _, gold, other = ([cell.strip() for cell in line.split("|")] for line in lines(table))
+    assert (gold[heads.index("Min-K% AUC")], gold[heads.index("loss AUC")]) == ("0.702", "0.731")
+    assert (other[heads.index("Min-K% AUC")], other[heads.index("steps")]) == ("–", "3")
