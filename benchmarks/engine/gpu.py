@@ -5,8 +5,8 @@
 Time is by events, memory the peak of what the allocator gave out. The figures that matter most come first: extractions
 from few batches of the first two subjects, then those from many batches and steps, then compiled steps. Each figure is
 written when it is there, nothing is begun that has no time left, and a call that finds figures in the result file
-measures only those that are missing: the same command again completes the table. `--subjects llama-tiny unet-tiny`
-tries all of it on a CPU, where memory is not measured.
+measures only those that are missing: the same command again completes the table. `--subjects llama-tiny unet-tiny
+flux-tiny` tries all of it on a CPU, where memory is not measured.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ from run import (
 )
 from torch import nn
 
-LARGE = ("sd15-unet", "llama-8b", "sdxl-unet")
+LARGE = ("sd15-unet", "llama-8b", "sdxl-unet", "flux")
 # By its name, how an extraction sums gradients, and the rank at the most. Random weights and tokens have gradients of
 # nearly full rank: at γ alone a layer of 4096 inputs gets some 1,800 directions, which no adapter would have.
 EXTRACTIONS = {"exact, r=64": ("exact", 64), "sketch": ("sketch", None), "exact": ("exact", None)}
 # At γ alone decompositions of such sides take half a minute, from however many batches the gradients are.
-ONCE = {("llama-8b", "exact")}
+ONCE = {("llama-8b", "exact"), ("flux", "exact")}
 LONG = 8.0  # seconds; a turn over few batches that takes longer is not repeated
 # Compiled one by one: the blocks of a model are alike, so that this takes seconds where the whole takes minutes.
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "LlamaDecoderLayer", "ViTLayer")
+BLOCKS = (
+    "BasicTransformerBlock", "ResnetBlock2D", "LlamaDecoderLayer", "ViTLayer", "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ def published_extraction(model: nn.Module, subject: Subject, batches: list[Any],
 
 def floor_step(model: nn.Module, subject: Subject, batches: list[Any], arguments: argparse.Namespace) -> None:
     """One forward and one input-gradient backward: no adapter on frozen weights can do with less."""
-    first = next(module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Embedding)))
+    firsts = (module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Embedding)))
+    first = next(firsts, None) or model.get_submodule("x_embedder")  # Flux's is a linear layer
     handle = first.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     try:
         subject.loss(model, batches[0]).backward()

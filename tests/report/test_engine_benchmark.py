@@ -38,3 +38,11 @@ def test_a_table_is_made_and_completed(tmp_path: Path) -> None:
     again = run(output)["unet-tiny"]
     assert "semu step, rank 64, eager" in again
     assert again["floor pass, 1 batches"] == first["floor pass, 1 batches"], "measured once"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a table of tiny models says nothing on a GPU")
+def test_a_transformer_like_flux_is_measured_as_the_others(tmp_path: Path) -> None:
+    measured = run(tmp_path / "engine_gpu.json", "--subjects", "flux-tiny", "--no-compile")["flux-tiny"]
+    figures = {name: figure for name, figure in measured.items() if name != "table"}
+    assert len(figures) == 4 + 4 and all("seconds" in figure for figure in figures.values())
