@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from semu_peft.arguments import check_kind
 from semu_peft.linalg.core import LowRank, eckart_young
+from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
@@ -41,8 +43,9 @@ def layers_to_fill(
             f"The cores of the adapter {adapter_name!r} are sharded, and the initialisation gives them other shapes. "
             "Shard the base model first and add the adapter then, or initialise before sharding."
         )
-    trained = [name for name, layer in layers.items() if _is_trained(layer, adapter_name)]
-    if trained and not overwrite:
+    looked_at = {} if overwrite else layers
+    are_trained = _are_trained([(layer, adapter_name) for layer in looked_at.values()])
+    if trained := list(compress(looked_at, are_trained)):
         raise ValueError(
             f"The adapter {adapter_name!r} has been trained: its cores are not at their start at {trained[:3]} "
             f"({len(trained)} of {len(layers)} layers). To start again would bring back what it has forgotten: add "
@@ -54,14 +57,13 @@ def layers_to_fill(
 
 def _warn_of_inactive(layers: Mapping[str, SemuLayer], adapter_name: str, apart_from: Collection[str]) -> None:
     """Say when another adapter is switched off, so that what it has forgotten is there again."""
-    off = {
-        name
+    inactive = [
+        (layer, name)
         for layer in layers.values()
         for name in layer.semu_core
         if name not in (adapter_name, *apart_from, *layer.active_adapters, *layer.merged_adapters)
-        and _is_trained(layer, name)
-    }
-    if off:
+    ]
+    if off := {name for _, name in compress(inactive, _are_trained(inactive))}:
         active = [*sorted(off), adapter_name]
         warnings.warn(
             f"The trained adapters {sorted(off)} are not active, so that what they have forgotten is there again. To "
@@ -159,9 +161,17 @@ def _check_shapes(begin: LayerStart, shapes: Mapping[str, tuple[int, ...]], name
             )
 
 
-def _is_trained(layer: SemuLayer, adapter_name: str) -> bool:
-    core = layer.semu_core[adapter_name]
-    if core.is_meta:
-        return False
-    start = layer.semu_offset[adapter_name] if adapter_name in layer.semu_offset else torch.zeros_like(core)
-    return not torch.equal(core, start)
+def _are_trained(cores: Sequence[tuple[SemuLayer, str]]) -> list[bool]:
+    """Whether each layer's core of that adapter is no longer at its start; the host waits once for all of them."""
+    moved = []
+    for layer, name in cores:
+        core = layer.semu_core[name]
+        if core.is_meta or not core.numel():
+            moved.append(torch.zeros(0))
+            continue
+        start = layer.semu_offset[name] if name in layer.semu_offset else torch.zeros_like(core)
+        is_moved = (core != start).any()
+        if hasattr(is_moved, "full_tensor"):  # another adapter's core may be sharded
+            is_moved = is_moved.full_tensor()
+        moved.append(is_moved.float())
+    return [largest > 0 for largest in largest_magnitudes(moved)]

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from semu_peft import SemuConfig
+from semu_peft import SemuConfig, gather, initialize_semu_weights
 from semu_peft.gradients import DenseGradient, GradientSum, Sketch, sketch
 from semu_peft.linalg.factorize import SingularFactors, leading_factors, leading_factors_of_each
 from semu_peft.linalg.gram import where_quick
@@ -22,7 +22,7 @@ from semu_peft.subspace.retain import RetainRule
 from semu_peft.tuner.adapted import semu_layers
 
 DECOMPOSITIONS = ("linalg_svd", "linalg_qr", "linalg_eigh", "linalg_eigvalsh", "linalg_cholesky_ex", "linalg_lstsq")
-WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero")
+WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
 
 
 def counts(call: Callable[[], object]) -> dict[str, int]:
@@ -150,6 +150,26 @@ def test_steps_do_not_grow_with_the_number_of_layers(kind: str, orthogonal: bool
             assert min(ranks.values()) > 0 and sum(plan_ranks(found, layers, budget=RankBudget(9)).values()) == 9
 
         return counts(plan)
+
+    assert run(3) == run(12)
+
+
+def test_a_look_at_cores_before_they_start_afresh_does_not_grow_with_the_number_of_layers() -> None:
+    def run(number: int) -> dict[str, int]:
+        config = SemuConfig(target_modules="all-linear", min_parameters=0)
+        model = get_peft_model(nn.Sequential(*(nn.Linear(8, 8) for _ in range(number))), config)
+        sums = gather(
+            model,
+            [torch.randn(16, 8)],
+            lambda model, batch: model(batch).square().mean(),
+            progress=False,
+            adapter_name="default",
+        )
+        initialize_semu_weights(model, sums, progress=False)
+        model.add_adapter("other", config)
+        model.set_adapter("other")  # the first is off then, so it is looked at too
+        initialize_semu_weights(model, sums, adapter_name="other", progress=False)
+        return counts(partial(initialize_semu_weights, model, sums, adapter_name="other", progress=False))
 
     assert run(3) == run(12)
 
