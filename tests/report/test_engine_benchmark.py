@@ -46,3 +46,21 @@ def test_a_transformer_like_flux_is_measured_as_the_others(tmp_path: Path) -> No
     measured = run(tmp_path / "engine_gpu.json", "--subjects", "flux-tiny", "--no-compile")["flux-tiny"]
     figures = {name: figure for name, figure in measured.items() if name != "table"}
     assert len(figures) == 4 + 4 and all("seconds" in figure for figure in figures.values())
+
+
+@pytest.mark.slow
+def test_operations_grow_with_the_layers_and_waits_do_not(tmp_path: Path) -> None:
+    output = tmp_path / "operations.json"
+    script = SCRIPT.with_name("operations.py")
+    subprocess.run(
+        [sys.executable, str(script), "--layers", "1", "3", "--output", str(output)], check=True, capture_output=True,
+        timeout=200,
+    )  # fmt: skip
+    document = json.loads(output.read_text())
+    for kind, (one, three, _) in ((kind, each.values()) for kind, each in document["counts"].items()):
+        assert 0 < one["operations"] < three["operations"], kind
+        if "layers of 96" in kind or "sketches" in kind:  # on the larger ones another block may be needed
+            assert one["waits"] == three["waits"] and one["decompositions"] == three["decompositions"] > 0
+        if "step" in kind:
+            assert one["waits"] == three["waits"] == one["decompositions"] == 0
+    assert len(document["table"]) == 2 + len(document["counts"])
