@@ -2,9 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/engine/operations.py
 
-Counted with the profiler on a CPU, where there is no GPU to time. *Operations* launch at least one kernel each; views
-and allocations are none. *Waits* are numbers that the host asks for. What a library does within an operation is not
-seen, such as a decomposition of many matrices that a GPU works off one by one.
+Counted with the profiler on a CPU, where there is no GPU to time. *Operations* launch a kernel or more each; views and
+allocations are none. *Waits* are numbers that the host asks for. What is within an operation is not seen.
 """
 
 from __future__ import annotations
