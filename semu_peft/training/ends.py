@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 
@@ -61,7 +62,7 @@ class Ends:
         return min(reversed(within), key=self._loss)
 
     def chosen(self, choose: Choose, path: Sequence[Tensor], history: Sequence[Mapping[str, float]]) -> End:
-        """The place of the entry that is chosen.
+        """The place of the entry that is chosen, or the farthest one on the way to it that keeps to the budget.
 
         Raises:
             ValueError: `choose` returned no index of the history.
@@ -73,7 +74,15 @@ class Ends:
                 f"{index!r}. The cores are as the last step left them."
             )
         place = path[int(index)]
-        return place, self.values_at(place)
+        end = place, self.values_at(place)
+        if self._is_within_budget(end):
+            return end
+        warnings.warn(
+            f"`choose` took a point with a damage of {end[1]['damage']:.3g} on the batches that the run is compared "
+            f"on, above `max_retain_kl={self.limit}`: the farthest one on the way there that keeps to it is taken.",
+            stacklevel=7,
+        )
+        return ([(self.proximal.start, self.start_values)] + self._on_the_way_to(place))[-1]
 
     def _on_the_way_to(self, place: Tensor) -> list[End]:
         """The farthest end within the budget that halving finds between the start and a place, if there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -65,4 +66,30 @@ def check_data(at_start: dict[str, float], at: Position, number: int = 1) -> Non
         raise ValueError(
             f"The loss is {at_start['loss']} on {which} of epoch {at.epoch}, where the run began as well. "
             "Look for a number there, or in the retain data beside it, that is not finite."
+        )
+
+
+def check_shards(batches: int | None, mean_over_processes: Callable[[dict[str, float]], dict[str, float]]) -> None:
+    """Refuse forget data that some processes have more batches of, as each step is agreed on by all of them.
+
+    Args:
+        batches: How many this process has; None of a stream.
+        mean_over_processes: Agrees on numbers.
+
+    Raises:
+        ValueError: On each process, where they are not as many.
+
+    Examples:
+        >>> check_shards(3, lambda values: values)
+        >>> check_shards(3, lambda values: {"batches": 2.5, "squares": 6.5})
+        Traceback (most recent call last):
+        ValueError: `forget` must have as many batches on each process, got 3 on this one and 2.5 on average. Leave...
+    """
+    own = float(batches or 0)
+    told = mean_over_processes({"batches": own, "squares": own**2})
+    if told["squares"] - told["batches"] ** 2 > 1e-9 * told["squares"]:
+        raise ValueError(
+            f"`forget` must have as many batches on each process, got {own:g} on this one and {told['batches']:g} on "
+            "average. Leave Accelerate's `even_batches` on, drop the last batch, or give a `learning_rate`, by which "
+            "AdamW trains."
         )

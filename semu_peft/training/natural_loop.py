@@ -25,13 +25,14 @@ from .curvature import Probe, WholeMatrix
 from .curvature_choice import Refresh, curvature_and_control, is_whole_matrix, slots_of
 from .ends import Ends
 from .fingerprint import Fingerprint, describe
-from .first_look import check_data, check_first_look
+from .first_look import check_data, check_first_look, check_shards
 from .held_batches import ENOUGH_EXAMPLES
 from .looks import Looks
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
 from .parameters import put_into, whole
+from .pressure import Pressure
 from .proximal import Proximal
 from .rules.base import Step, StepData
 from .step_control import LevenbergMarquardt, Outcome
@@ -77,6 +78,7 @@ class NaturalLoop(Loop):
         self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
         self.looks = Looks(self.prepared, self.progress, self._seeds(), self.objectives, self.trials)
         self.refresh = Refresh()  # until a curvature is chosen
+        self.pressure = Pressure(natural.max_retain_kl)
         self.best = self._flat()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
@@ -106,6 +108,7 @@ class NaturalLoop(Loop):
     # ---- the run ----
 
     def train(self) -> None:
+        check_shards(batches_in(self.prepared.forget), self._mean_over_processes)
         with ExitStack() as stack:
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
             self.slots = slots_of(dict(zip(self.layers, self.cores, strict=True)), self.caught)
@@ -140,8 +143,11 @@ class NaturalLoop(Loop):
 
     def _look_at_start(self, start: Tried) -> None:
         check_first_look(start, self.objectives[0], self.natural.max_retain_kl)
-        self.start_values = start.values
-        self.stopping.begin(start.values)
+        before = self.trials.damage_weight
+        self.trials.weigh_damage(self.stopping.unit(start.values["forget_loss"]))
+        loss = start.values["loss"] + (self.trials.damage_weight - before) * start.damage
+        self.start_values = {**start.values, "loss": loss}
+        self.stopping.begin(self.start_values)
         kind, mean = self.natural.curvature, self._mean_over_processes
         self._choose_curvature(is_whole=is_whole_matrix(kind, self.slots, start, mean))
         batches, enough = batches_in(self.prepared.forget), self.stopping.tolerated(start.values["loss"])
@@ -159,8 +165,7 @@ class NaturalLoop(Loop):
         self.curvature, self.control = curvature_and_control(
             self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
         )
-        own = math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
-        epoch = round(self._mean_over_processes({"steps": own})["steps"])  # all take it at the same steps
+        epoch = math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
         self.refresh = Refresh.of(self.natural, epoch, is_whole=is_whole)
 
     def _train_step(self, batches: list[Any]) -> None:
@@ -173,9 +178,9 @@ class NaturalLoop(Loop):
             self.held = terms
             if self.start_values:  # resumed, in the middle of it
                 self.start_values = self._values_at(self.proximal.start)
-                here = self._evaluate(terms, self.progress.step)
             else:
                 self._look_at_start(here)
+            here = self._evaluate(terms, self.progress.step)
         remembered = self._follow(here, examples_in(batches) * self.accelerator.num_processes)
         if remembered is not None:
             self._hold(remembered)
@@ -275,7 +280,8 @@ class NaturalLoop(Loop):
         start = self._flat()
         is_due = self.refresh.is_due(self.progress.step)
         # FSDP's graph cannot be gone through twice.
-        gradient = self._mean(self._backward_to_cores(here.loss, retain_graph=is_due and not self.is_sharded))
+        loss = here.loss + self._pressed() * here.spent if self._pressed() else here.loss
+        gradient = self._mean(self._backward_to_cores(loss, retain_graph=is_due and not self.is_sharded))
         probes = self._probes(here) if is_due else []
         if not self._all_finite([gradient, *(probe.gradient for probe in probes)]):
             # Attention's gradient may overflow where its outputs do not.
@@ -301,7 +307,7 @@ class NaturalLoop(Loop):
         self, step: Step, here: Tried, terms: list[Term], start: Tensor, gradient: Tensor, *, keep_graph: bool
     ) -> tuple[Tried, float]:
         """Go to the first good place that is proposed, or stay; with how far the outputs moved."""
-        before = self.control.state_dict()
+        before, was_refused = self.control.state_dict(), False
         with self._back_if_interrupted(start):
             for _ in range(_MOST_TRIALS):
                 direction, predicted = self.control.propose(self.curvature, gradient)
@@ -314,9 +320,11 @@ class NaturalLoop(Loop):
                 outcome = self._outcome(here, tried, predicted, relief)
                 if self.control.is_good(outcome):
                     self.stopping.failures = 0
+                    self._follow_budget(tried.damage, was_refused)
                     return tried, outcome.kl
-                self.stopping.budget_was_hit |= outcome.is_over_budget
+                was_refused |= outcome.is_over_budget and not self.control.is_too_long(outcome)
         self._move_to(start)
+        self._follow_budget(here.damage, was_refused)
         self.stopping.failures += 1
         self.control.load_state_dict(before)
         # The graph of `here` has been gone through, so the next step from here needs one of its own.
@@ -341,10 +349,18 @@ class NaturalLoop(Loop):
 
     def _outcome(self, here: Tried, tried: Tried, predicted: float, relief: float) -> Outcome:
         limit = self.natural.max_retain_kl
-        fall = here.values["loss"] - tried.values["loss"] + relief
+        fall = here.values["loss"] - tried.values["loss"] + self._pressed() * (here.damage - tried.damage) + relief
         # A batch of its own may be above it where the step begins: that may be mended step by step.
         is_over_budget = limit is not None and tried.damage > limit and tried.damage >= here.damage
         return Outcome(fall, predicted, *self.trials.moved(here, tried), is_over_budget)
+
+    def _follow_budget(self, damage: float, was_refused: bool) -> None:
+        self.stopping.budget_was_hit |= was_refused
+        self.pressure.follow(damage, was_refused=was_refused)
+
+    def _pressed(self) -> float:
+        """What the damage weighs beyond its weight in the loss."""
+        return self.pressure.times * self.trials.damage_weight
 
     def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
         """The gradient of a loss of this process, as one vector `(P,)`; nothing is left in `.grad`."""
@@ -408,7 +424,7 @@ class NaturalLoop(Loop):
     def _seed(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
         assert distribution is not None
-        weight = abs(term.weight) + (self.trials.damage_weight if term.original else 0.0)
+        weight = abs(term.weight) + (self.trials.damage_weight + self._pressed() if term.original else 0.0)
         seeds = []
         for output in evaluation.outputs:
             before, after = rows_elsewhere(output.values, self.rank, self.processes)
@@ -473,6 +489,7 @@ class NaturalLoop(Loop):
             "start_values": self.start_values,
             "path": self.path,
             "remembered": self.remembered,
+            "pressure": self.pressure.times,
             **self.stopping.state_dict(),
         }
 
@@ -483,6 +500,8 @@ class NaturalLoop(Loop):
         self.proximal = Proximal(state["start"], state["pull"])
         self.path, self.start_values = list(state["path"]), dict(state["start_values"])
         self.remembered = list(state.get("remembered", []))  # of a version that looked at the first batches alone
+        self.pressure.times = state.get("pressure", 0.0)  # of a version that had none
         if self.start_values:
             self.stopping.begin(self.start_values)
+            self.trials.weigh_damage(self.stopping.unit(self.start_values["forget_loss"]))
         self.stopping.load_state_dict(state)

@@ -60,6 +60,14 @@ class StepControl(ABC):
     def propose(self, curvature: Curvature, gradient: Tensor) -> tuple[Tensor, float]:
         """A step `(P,)` against the gradient, and the fall of the loss that the curvature promises."""
 
+    def share_of_kl(self, outcome: Outcome) -> float:
+        """How much of what a step may move the outputs this one took; it grows with the square of the length."""
+        return outcome.kl / self.kl
+
+    def is_too_long(self, outcome: Outcome) -> bool:
+        """Whether it moved them too far, whatever else it did."""
+        return not outcome.is_finite or self.share_of_kl(outcome) > _OVERSHOOT
+
     @abstractmethod
     def is_good(self, outcome: Outcome) -> bool:
         """Judge a step that was proposed and tried, and set how far the next one goes."""
@@ -92,7 +100,7 @@ class LevenbergMarquardt(StepControl):
     def is_good(self, outcome: Outcome) -> bool:
         if not outcome.is_finite:
             self.damping *= 100.0
-        elif outcome.kl > _OVERSHOOT * self.kl:
+        elif self.is_too_long(outcome):
             self.damping *= min(max(2.0 * math.sqrt(outcome.kl / self.kl), 2.0), 1e3)
         elif outcome.is_over_budget or outcome.fall <= 0:
             self.damping *= 4.0
@@ -143,12 +151,14 @@ class TrustRegion(StepControl):
         self.radius, self.length = length * math.sqrt(bend), length / newton if newton else 0.0
         return length * direction, -(slope * length + 0.5 * bend * length**2)
 
+    def share_of_kl(self, outcome: Outcome) -> float:
+        return max(outcome.kl, outcome.retain_kl / _RETAIN_SHARE) / self.kl
+
     def is_good(self, outcome: Outcome) -> bool:
-        # The share of what a step may move that this one took; it grows with the square of the length.
-        spent = max(outcome.kl, outcome.retain_kl / _RETAIN_SHARE) / self.kl
+        spent = self.share_of_kl(outcome)
         if not outcome.is_finite:
             self.radius *= 0.1
-        elif spent > _OVERSHOOT:
+        elif self.is_too_long(outcome):
             self.radius *= min(max(0.8 / math.sqrt(spent), 0.1), 0.5)
         elif outcome.is_over_budget or outcome.fall <= 0:
             self.radius *= 0.3

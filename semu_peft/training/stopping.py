@@ -47,7 +47,7 @@ class Stopping:
         running: The running loss of each turn, the oldest first.
         forgotten_batches: Batches in a row that were forgotten.
         waiting: For how many batches the run goes on whatever they say.
-        budget_was_hit: Whether a step was taken back for the damage budget.
+        budget_was_hit: Whether a step was taken back for the damage budget since the running loss was at its lowest.
 
     Examples:
         >>> from semu_peft.objectives import CrossEntropy
@@ -86,7 +86,7 @@ class Stopping:
             return False  # until each has had its turn
         running = sum(self.running) / len(self.running)
         if math.isinf(self.lowest) or running < self.lowest - _FALL_THAT_COUNTS * self.enough(self.lowest):
-            self.lowest, self.stalled = running, 0
+            self.lowest, self.stalled, self.budget_was_hit = running, 0, False
             return True
         self.stalled += 1
         return False
@@ -141,9 +141,11 @@ class Stopping:
 
     def tolerated(self, scale: float) -> float:
         """The tolerance, in the unit of the loss; a squared error has none of its own, so it is a share of `scale`."""
-        if self.objective.distribution == "categorical" or not math.isfinite(scale):
-            return self.tolerance
-        return self.tolerance * abs(scale)
+        return self.tolerance * self.unit(scale)
+
+    def unit(self, scale: float) -> float:
+        """What a nat is to the objective: itself, or of a squared error the loss at the start, `scale`."""
+        return 1.0 if self.objective.distribution == "categorical" or not math.isfinite(scale) else abs(scale)
 
     def is_forgotten(self, values: Losses, enough: float) -> bool:
         """Whether the objective is at its end, or what knows no end has left no answer."""

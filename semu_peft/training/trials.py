@@ -16,6 +16,9 @@ from semu_peft.objectives.original import original
 
 from .held_batches import Pair, share_of_enough
 
+# Nats of forgetting that a whole budget is worth: without any, steps drift, and with ten times as much it is not spent.
+_COST_OF_THE_BUDGET = 0.1
+
 Mean = Callable[[dict[str, float]], dict[str, float]]
 """The mean of numbers over all processes."""
 
@@ -46,13 +49,14 @@ class Tried:
     """What the model does with the cores at one place.
 
     Attributes:
-        loss: With its graph where that was asked for.
+        loss: With its graph where that was asked for; so is `spent`, the damage of this process.
         values: Losses, damage and answer probability, as means over all processes.
         terms: The terms with their evaluations.
         damage: What is spent of the budget.
     """
 
     loss: Tensor
+    spent: Tensor
     values: dict[str, float]
     terms: list[tuple[Term, Evaluation]]
     damage: float
@@ -66,7 +70,7 @@ class Trials:
         objectives: The forget objective, and those of the retain data.
         weights: The weights of the latter.
         adapter_name: The adapter that is trained.
-        limit: The damage budget, whose inverse is the damage's weight in the loss; None for no budget.
+        limit: The damage budget, all of which weighs a tenth of a nat in the loss; None for no budget.
         measures_damage: Whether the original is asked for it; else there is the damage that objectives tell by
             themselves, and no budget.
         mean_over_processes: Agrees on numbers.
@@ -85,8 +89,14 @@ class Trials:
     ) -> None:
         self.model, self.objectives, self.weights = model, objectives, weights
         self.adapter_name, self.measures_damage = adapter_name, measures_damage
-        self.damage_weight = 0.0 if limit is None else 1.0 / limit
+        self.limit, self.damage_weight = limit, 0.0
+        self.weigh_damage(1.0)
         self.mean_over_processes = mean_over_processes
+
+    def weigh_damage(self, unit: float) -> None:
+        """Take this for a nat, where the loss is in another unit."""
+        if self.limit is not None:
+            self.damage_weight = _COST_OF_THE_BUDGET * unit / self.limit
 
     def terms(self, batch: Any, retained: Sequence[Any]) -> list[Term]:
         """Prepare the objectives' batches of one forget batch: what is drawn, and what the original says."""
@@ -102,13 +112,14 @@ class Trials:
         """
         terms: list[Term] = []
         taken = 0.0
-        for pair in pairs:
-            if taken >= 1:
-                break
+        for number, pair in enumerate(pairs, start=1):
             found = self.terms(*pair)
             terms += found
             own = share_of_enough(pair, [[term.prepared, term.original] for term in found])
-            taken += self.mean_over_processes({"taken": own})["taken"]  # so that all look at as many
+            told = self.mean_over_processes({"taken": own, "go on": float(number < len(pairs))})
+            taken += told["taken"]
+            if taken >= 1 or told["go on"] < 1:  # so that all look at as many, and none at more than it has
+                break
         return terms
 
     def _term(self, objective: Objective, batch: Any, weight: float, *, is_forget: bool) -> Term:
@@ -164,7 +175,7 @@ class Trials:
         if not damages:
             del values["damage"]
         told = self.mean_over_processes(dict(zip(values, _numbers(list(values.values())), strict=True)))
-        return Tried(loss, told, evaluations, told.get("damage", 0.0))
+        return Tried(loss, damage, told, evaluations, told.get("damage", 0.0))
 
     @torch.no_grad()
     def of_forget_batch(self, batch: Any) -> dict[str, float]:

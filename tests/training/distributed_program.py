@@ -38,7 +38,7 @@ accelerator = Accelerator(
     deepspeed_plugin=zero,
     gradient_accumulation_steps=int(accumulation),
     mixed_precision=precision,
-    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, even_batches=optimizer != "uneven"),
 )
 if mode == "fsdp2":  # which Accelerate itself knows on accelerators only
     mesh = init_device_mesh("cpu", (accelerator.num_processes,))
@@ -51,13 +51,21 @@ shares = 1 if mode == "single" or zero else 2
 assert accelerator.num_processes == shares, accelerator.distributed_type
 assert mode == "single" or torch.distributed.get_world_size() == 2
 examples = [{"input_ids": row, "labels": row} for row in tokens]
-loader = DataLoader(examples, batch_size=8 // shares, shuffle=False)
+number = 12 if optimizer == "uneven" else 32  # of which one process gets two batches and the other one
+loader = DataLoader(examples[:number], batch_size=8 // shares, shuffle=False)
 common = {
     "epochs": 2,
     "max_grad_norm": float(clip) or None,
     "accelerator": accelerator,
     "progress": False,
 }
+if optimizer == "uneven":
+    try:
+        unlearn(model, loader, DecoupledDistillation(), **common)
+    except ValueError as refused:
+        save_file({"refused": torch.tensor("as many batches" in str(refused))}, f"{folder}/{accelerator.process_index}")
+    accelerator.end_training()
+    sys.exit()
 if optimizer == "natural":
     result = unlearn(model, loader, DecoupledDistillation(), optimizer=NaturalGradient(tolerance=1e-4), **common)
 else:

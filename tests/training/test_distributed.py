@@ -31,8 +31,8 @@ def free_port() -> str:
         return str(connection.getsockname()[1])
 
 
-def train(folder: Path, mode: str, *options: str) -> dict[str, torch.Tensor]:
-    """Run the program on two processes, or with `"single"` in this one, and return losses and cores."""
+def run(folder: Path, mode: str, *options: str) -> None:
+    """Run the program on two processes, or with `"single"` in this one."""
     arguments = [str(folder), mode, *options]
     if mode == "single":
         with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,21 @@ def train(folder: Path, mode: str, *options: str) -> dict[str, torch.Tensor]:
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, str(PROGRAM), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def train(folder: Path, mode: str, *options: str) -> dict[str, torch.Tensor]:
+    """Run the program, and return losses and cores."""
+    run(folder, mode, *options)
     return load_file(folder / f"{mode}-{options[0]}-{options[1]}.safetensors")
+
+
+def save_adapter(folder: Path) -> None:
+    """What the program begins with."""
+    torch.manual_seed(0)
+    base = llama()
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, SemuConfig(target_modules="all-linear", r=3, init_weights=False))
+    adapted.save_pretrained(folder / "adapter")
 
 
 @pytest.mark.slow
@@ -76,11 +90,7 @@ def test_two_processes_are_one(
     """`accelerate launch` on two processes: losses and cores of the single process, within float tolerance."""
     if mode.startswith("zero") and not is_deepspeed_available():
         pytest.skip("needs DeepSpeed")
-    torch.manual_seed(0)
-    base = llama()
-    torch.manual_seed(1)
-    adapted = get_peft_model(base, SemuConfig(target_modules="all-linear", r=3, init_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
+    save_adapter(tmp_path)
     single = train(tmp_path, "single", accumulation, precision, clip, optimizer)
     several = train(tmp_path, mode, accumulation, precision, clip, optimizer)
     start = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -90,6 +100,14 @@ def test_two_processes_are_one(
         if name != "losses":
             moved = (wanted - start[f"base_model.model.{name}.semu_core.semu_core"]).abs().max()
             assert moved > 5 * tolerance
+
+
+@pytest.mark.slow
+def test_batches_that_one_process_has_more_of_are_refused_by_both(tmp_path: Path) -> None:
+    """Where each step is agreed on; else one would wait for the other for ever."""
+    save_adapter(tmp_path)
+    run(tmp_path, "ddp", "1", "no", "0", "uneven")
+    assert all(load_file(tmp_path / rank)["refused"] for rank in ("0", "1"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -33,6 +33,28 @@ def of_class(label: int, size: int = 4, times: int = 1) -> list[Any]:
     return list(zip(inputs.split(size), labels.split(size), strict=True)) * times
 
 
+class MoveAway(Objective):
+    """A squared error as a denoiser has it, in a unit of its own: the outputs are to be zero."""
+
+    distribution, minimum = "gaussian", 0.0
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.outputs(model, batch).square().mean()
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.scale * model(batch[0])
+
+
+class Kept(MoveAway):
+    """No change of the outputs is asked for; the budget alone holds them."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return 0.0 * self.outputs(model, batch).square().mean()
+
+
 # ---- data in an order ----
 
 
@@ -173,6 +195,68 @@ def test_a_run_that_begins_above_its_budget_says_so_and_comes_back() -> None:
     with pytest.warns(UserWarning, match=r"begins above `max_retain_kl`=0.001: the model is .* from the original"):
         result = unlearn(model, FORGET, DecoupledDistillation(), retain=keep, max_retain_kl=0.001, **QUIET)
     assert result.history[-1]["damage"] < 0.5 * result.history[0]["damage"]
+
+
+def within(limit: float, curvature: Any, retain: Retain | None) -> tuple[float, Any]:
+    """What is left of the answers, and the run."""
+    model = adapted(DecoupledDistillation())
+    dials = NaturalGradient(max_retain_kl=limit, curvature=curvature)
+    result = unlearn(model, FORGET, DecoupledDistillation(), retain=retain, optimizer=dials, **QUIET)
+    assert result.history[-1]["damage"] <= limit
+    return probability(model, FORGET), result
+
+
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+@pytest.mark.parametrize(("retain", "times"), [(None, 50), (Retain(KEEP, CrossEntropy()), 3)])
+def test_a_budget_that_is_not_spent_hardly_changes_a_run(curvature: Any, retain: Retain | None, times: float) -> None:
+    """It is a bound, and no reason to forget less, nor is it said to be what ended the run."""
+    free, result = within(1e4, curvature, retain)
+    left, result = within(times * result.history[-1]["damage"], curvature, retain)
+    assert free < 0.02 and left < free + 0.06
+    assert result.stop_reason in ("the forget data are forgotten", "the loss no longer falls")
+
+
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+def test_a_run_goes_along_the_edge_of_its_budget(curvature: Any) -> None:
+    """Without a bound it would do a hundred times the damage on its way; what stood still there kept 0.95 and more."""
+    free, result = within(1e4, curvature, None)
+    end = result.history[-1]["damage"]
+    assert max(entry["damage"] for entry in result.history) > 50 * end
+    left, result = within(3 * end, curvature, None)
+    assert left < 0.5 and max(entry["damage"] for entry in result.history) <= 3 * end * (1 + 1e-6)
+
+
+def test_a_budget_that_is_spent_is_said_to_be() -> None:
+    assert within(1e-4, "whole", Retain(KEEP, CrossEntropy()))[1].stop_reason == "the damage budget is spent"
+
+
+def test_a_budget_of_a_denoiser_is_weighed_in_the_unit_of_its_loss() -> None:
+    """Its squared error may be far from a nat: what a budget costs is a share of where the run began."""
+    errors = {}
+    for scale in (1.0, 1e-3):
+        model = adapted(DecoupledDistillation())
+        away = MoveAway(scale)
+        start = away(model, FORGET[0]).item()
+        limit = 0.1 * scale**2
+        unlearn(model, FORGET, away, retain=Retain(KEEP, Kept(scale)), max_retain_kl=limit, **QUIET)
+        errors[scale] = away(model, FORGET[0]).item() / start
+    assert errors[1.0] < 0.5 and errors[1e-3] == pytest.approx(errors[1.0], rel=0.05)
+
+
+def test_a_choice_keeps_to_the_budget() -> None:
+    """The history may have points above it, which small batches did not show when the step was taken."""
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    inputs, labels = KEEP[0]
+    keep = Retain(list(zip(inputs[order].split(4), labels[order].split(4), strict=True)), CrossEntropy())
+
+    def worst(history: Any) -> int:
+        return max(range(len(history)), key=lambda index: history[index].get("damage", 0.0))
+
+    model = adapted(GradientAscent())
+    with pytest.warns(UserWarning, match="`choose` took a point with a damage of .* above `max_retain_kl=0.01`"):
+        result = unlearn(model, FORGET, GradientAscent(), retain=keep, max_retain_kl=0.01, choose=worst, **QUIET)
+    assert max(entry["damage"] for entry in result.history[:-1]) > 0.01
+    assert 0.005 < result.history[-1]["damage"] <= 0.01
 
 
 # ---- a choice, and callbacks ----
