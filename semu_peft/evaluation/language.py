@@ -181,8 +181,7 @@ def evaluate_language(
         ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
         TypeError: Rows have an unknown form, `gold` is a model, or `utility` has no names.
         ValueError: A metric is unknown, or lacks the data it is made from; of `holdout` and `forget` one is texts and
-            the other questions; a set to keep is called "forget"; or the
-            folder is another model's.
+            the other questions; a set to keep is called "forget"; or the folder is another model's.
 
     Examples:
         >>> from semu_peft.evaluation import evaluate_language

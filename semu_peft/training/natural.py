@@ -39,9 +39,9 @@ class NaturalGradient:
             move the outputs on the retain batch by a tenth of it.
         max_retain_kl: The damage that may be done: `KL(original ‖ now)` on retain batches or, without any, on the other
             answers to the forget inputs, never exceeded by a step, which where its batch begins above it must come
-            down, nor by what is left, on the first 512 examples. The same divergence is added to
-            what is minimised, with a weight by which a spent budget costs a tenth of a nat (for a denoiser of the loss
-            at the start): a budget is there to be spent. None sets no bound.
+            down, nor by what is left, on the first 512 examples. The same divergence is added to what is minimised,
+            with a weight by which a spent budget costs a tenth of a nat (for a denoiser of the loss at the start): a
+            budget is there to be spent. None sets no bound.
         tolerance: How forgotten is enough: the distance of the loss from its minimum, in nats (for a denoiser as a
             share of the loss at the start); where an objective has no minimum, the mean probability of the forgotten
             answers. By default 0.01, or with retain data a fiftieth of the distance at the start where that is less: a
