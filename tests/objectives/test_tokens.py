@@ -87,16 +87,19 @@ def made(make: Any) -> Any:
 def test_cross_entropy_of_a_causal_model_is_transformers_own(make: Any, side: str, prompt: int) -> None:
     """To rounding, padded on either side, with −100 labels, bare, in a PEFT model and in its replica.
 
-    But for a first token after padding, which transformers has predicted from the padding.
+    But for a first token after padding, which transformers has predicted from the padding, and for absolute positions,
+    which it counts from the first token in `generate` alone.
     """
     model, given = made(make), padded(side, prompt=prompt)
     first = given["attention_mask"].cumsum(1).eq(1) & given["attention_mask"].bool()
     batch = {**given, "labels": given["labels"].masked_fill(first, -100)}
-    expected = model(**batch).loss
+    counted = {"position_ids": given["attention_mask"].cumsum(1).sub(1).clamp_min(0)} if make is gpt2 else {}
+    expected = model(**batch, **counted).loss
     torch.testing.assert_close(CrossEntropy()(model, given), expected, rtol=1e-6, atol=1e-6)
     adapted = get_peft_model(copy.deepcopy(model), SemuConfig(target_modules="all-linear", r=2, init_weights=False))
     torch.testing.assert_close(CrossEntropy()(model, batch), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(CrossEntropy()(adapted.eval(), batch), adapted(**batch).loss, rtol=1e-6, atol=1e-6)
+    own = adapted.eval()(**batch, **counted).loss
+    torch.testing.assert_close(CrossEntropy()(adapted, batch), own, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(CrossEntropy()(without_adapter(adapted), batch), expected, rtol=1e-6, atol=1e-6)
 
 
