@@ -89,10 +89,10 @@ class NaturalLoop(Loop):
         self._restored: Mapping[str, Any] | None = None
 
     def _length(self) -> tuple[float, int]:
-        epochs, most, batches = self.settings.epochs, self.settings.max_steps, batches_in(self.prepared.forget)
-        if epochs is None or batches is None:
+        epochs, most = self.settings.epochs, self.settings.max_steps
+        if epochs is None or batches_in(self.prepared.forget) is None:
             return epochs or math.inf, most or _MOST_STEPS
-        return epochs, most or epochs * math.ceil(batches / self.accumulation) * LevenbergMarquardt.updates_a_batch
+        return epochs, most or epochs * self._steps_of_epoch() * LevenbergMarquardt.updates_a_batch
 
     def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: Optimizer) -> None:
         self.first_draws = [objective.state_dict() for objective in self.objectives]
@@ -165,8 +165,11 @@ class NaturalLoop(Loop):
         self.curvature, self.control = curvature_and_control(
             self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
         )
-        epoch = math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
-        self.refresh = Refresh.of(self.natural, epoch, is_whole=is_whole)
+        self.refresh = Refresh.of(self.natural, self._steps_of_epoch(), is_whole=is_whole)
+
+    def _steps_of_epoch(self) -> int:
+        """How many groups of batches the forget data give in one pass; 0 of a stream."""
+        return math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
 
     def _train_step(self, batches: list[Any]) -> None:
         terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
@@ -244,7 +247,7 @@ class NaturalLoop(Loop):
         with self._at(self.proximal.start):
             self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
         self.start_values = self._values_at(self.proximal.start)
-        self.stopping.wait(math.ceil((batches_in(self.prepared.forget) or 1) / self.accumulation))
+        self.stopping.wait(self._steps_of_epoch())
 
     def _give_up(self) -> None:
         self._move_to(self.best)
