@@ -32,11 +32,13 @@ class Cell:
             each.
         learning_rate: Of AdamW; by default the objective's or the carrier's.
         steps: At most; by default the carrier's.
+        batch_size: Answers to forget, a step; by default `methods.BATCH_SIZE`.
         kept_at_once: Rows of each that is held, a step; by default `methods.RETAIN_BATCH_SIZE`.
         attackers: How many are simulated, in turn (`methods.ATTACKERS`); the run then ends when the answers are
             unlikely after an attack.
         skip: Leading directions that the subspace leaves out.
         without_shared: Whether no step goes along what all answers share, by CIR.
+        equal_damage: Whether the run ends where its damage meets the last of `BUDGETS`, found between two looks.
         repair: Steps of `methods.repair` after it.
         repair_retain: What these are on, of `methods.RETAIN`; by default `retain`.
         repair_rate: Learning rate of their AdamW; by default as it was trained before.
@@ -53,10 +55,12 @@ class Cell:
     kl: tuple[float, ...] = ()
     learning_rate: float | None = None
     steps: int | None = None
+    batch_size: int | None = None
     kept_at_once: int | None = None
     attackers: int = 0
     skip: int = 0
     without_shared: bool = False
+    equal_damage: bool = False
     repair: int = 0
     repair_retain: str | None = None
     repair_rate: float | None = None
@@ -73,10 +77,12 @@ class Cell:
             f"steps of {dials}": self.kl,
             f"rate {self.learning_rate}": self.learning_rate,
             f"at most {self.steps}": self.steps,
+            f"batches of {self.batch_size}": self.batch_size,
             f"{self.kept_at_once} at once": self.kept_at_once,
             f"{self.attackers} attackers": self.attackers or None,
             f"first {self.skip} skipped": self.skip or None,
             "CIR": self.without_shared or None,
+            "at equal damage": self.equal_damage or None,
             f"repair of {self.repair}": None if self.repair in (0, REPAIR) else self.repair,
             f"repair on {self.repair_retain}": self.repair_retain,
             f"repair at {self.repair_rate}": self.repair_rate,
@@ -94,6 +100,8 @@ class Cell:
     @property
     def last(self) -> str:
         """The moment that a run ends with."""
+        if self.equal_damage:
+            return f"KL {BUDGETS[-1]}"
         return "repaired" if self.repair else "end"
 
 
@@ -169,6 +177,20 @@ def grid(seed: int = 0) -> list[Cell]:
 
     every = itertools.product(RETAIN, CARRIERS, OBJECTIVES)
     return [Cell(objective, carrier, retain, seed) for retain, carrier, objective in every]
+
+
+def equal(seed: int = 0) -> list[Cell]:
+    """Every objective in every carrier, each followed to where its damage meets the budgets."""
+    from sentences import OBJECTIVES
+
+    carriers = ((NATURAL, ALL), (LORA_8, ADAMW), (LORA_13,))
+    every = itertools.product(("both", "own and neutral"), carriers, OBJECTIVES)
+    small = Cell("", "", seed=seed, steps=40, batch_size=20, kept_at_once=20, equal_damage=True)
+    return [
+        replace(small, objective=objective, carrier=carrier, retain=retain, kl=(0.5,) if carrier == NATURAL else ())
+        for retain, alike, objective in every
+        for carrier in alike
+    ]
 
 
 def _natural() -> tuple[list[Cell], list[Cell]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import ADAMW, ADAMW_99, ALL, BUDGETS, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
+from cells import ADAMW, ADAMW_99, ALL, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
 from machine import clock
 from measure import ATTACKER, one_batch, others_of
 from own import answers_about_others
@@ -17,8 +17,9 @@ from sentences import OBJECTIVES, Given
 from subjects import Subject, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
+from watch import Watch, WatchToBudgets, put, trained
 
-from semu_peft import Callback, Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
+from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
 from semu_peft.gradients.covariance import LayerCovariance
 from semu_peft.gradients.gather import gather
 from semu_peft.language import TextExamples, unseen_answers
@@ -30,7 +31,6 @@ from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.rules import RemoveDirections, Rule
 
 BATCH_SIZE, RETAIN_BATCH_SIZE = 40, 60
-EVERY = 5  # steps between two looks at the damage
 LINEAR = r".*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -97,66 +97,15 @@ class Unlearned:
 
     model: nn.Module
     moments: dict[str, list[Tensor]]
-    steps: dict[str, int]
+    steps: dict[str, float]
     trainable_parameters: int
     seconds: float
     path: list[dict[str, float]] = field(default_factory=list)
 
-    @torch.no_grad()
     def go_to(self, moment: str) -> nn.Module:
         """Put the values of a moment into the model."""
-        for parameter, value in zip(trained(self.model), self.moments[moment], strict=True):
-            parameter.copy_(value)
+        put(self.model, self.moments[moment])
         return self.model
-
-
-@dataclass
-class Watch(Callback):
-    """Look at the damage on neutral text and at the forget answers, and keep the values at the moments that count.
-
-    It stops the run once the mean answer is as unlikely as answers that the model never learnt: no gold is needed.
-    """
-
-    damage: Callable[[nn.Module], float]
-    answers: Callable[[nn.Module], float]
-    unseen: float
-    moments: dict[str, list[Tensor]] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
-    looks: dict[int, dict[str, float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    before: int = 0  # steps of runs before this one
-
-    @property
-    def is_unseen(self) -> bool:
-        """Whether the answers were as unlikely as unseen ones when they were last looked at."""
-        return bool(self.looks) and list(self.looks.values())[-1]["answer_nll"] >= self.unseen
-
-    def on_step_end(self, context: Any) -> None:
-        if context.progress.step % EVERY:
-            return
-        self.look(context.model, self.before + context.progress.step)
-        if self.is_unseen:
-            context.control.stop("the answers are as unlikely as unseen ones")
-
-    def look(self, model: nn.Module, step: int) -> None:
-        """Measure the model as it is now; its values are the end of the run until the next look."""
-        began = clock()
-        damage, nll = self.damage(model), self.answers(model)
-        self.looks[step] = {"step": step, "neutral_kl": damage, "answer_nll": nll}
-        for budget in BUDGETS:
-            if damage <= budget:
-                self.keep(f"KL {budget}", model, step)
-        self.keep("end", model, step)
-        self.seconds += clock() - began
-
-    def keep(self, moment: str, model: nn.Module, step: int) -> None:
-        self.moments[moment] = [parameter.detach().clone() for parameter in trained(model)]
-        self.steps[moment] = step
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained, in a fixed order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def repaired(subject: Subject, cell: Cell, done: Unlearned) -> Unlearned:
@@ -186,7 +135,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
     unseen = subject.nll(model, [(each.prompt, each.answer) for each in wrong]).float()
     reference = _reference(subject, how)
     given = Given(subject, model, reference, wrong, unseen)
-    answers, loss = said.examples(given), said.make(given)
+    answers, loss, size = said.examples(given), said.make(given), cell.batch_size or BATCH_SIZE
     kept = held(subject, cell.retain, cell, reference, said.keeps(given) if said.keeps else None)
     watch = _watch(subject, cell, damage, model, wrong, unseen)
     began = clock()
@@ -207,7 +156,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
         dials = tuple({"optimizer": NaturalGradient(kl=kl, **patience)} for kl in cell.kl)
     for dial in dials:
         result = unlearn(
-            model, answers.loader(BATCH_SIZE, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
+            model, answers.loader(size, seed=cell.seed), loss, retain=kept, callbacks=[watch], progress=False,
             rules=rules, max_steps=steps // len(dials), epochs=steps, seed=cell.seed, **dial,
         )  # fmt: skip
         watch.before += result.steps
@@ -229,7 +178,8 @@ def _watch(
 ) -> Watch:
     """Look for the moment when the answers are as unlikely as unseen ones; under attackers, when both are attacked."""
     if not cell.attackers:
-        return Watch(damage, lambda now: float(subject.nll(now, subject.told).mean()), float(nll.mean()))
+        kind, told = (WatchToBudgets, subject.told[::4]) if cell.equal_damage else (Watch, subject.told)
+        return kind(damage, lambda now: float(subject.nll(now, told).mean()), float(nll.mean()))
     unseen = [{"question": each.prompt, "answer": each.answer} for each in wrong]
     level = _nll_when_attacked(subject, original, unseen)
     return Watch(damage, lambda now: _nll_when_attacked(subject, now, subject.forget), level)

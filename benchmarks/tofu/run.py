@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, goals, grid, longer, together
+from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, equal, goals, grid, longer, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, RETAIN, Unlearned, forget, repaired
@@ -50,7 +50,7 @@ COLUMNS = {
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
 OWN = Path("runs/tofu")  # models that are trained here
-LISTS = {"ahead": ahead, "closer": closer, "goals": goals, "grid": grid, "longer": longer}
+LISTS = {"ahead": ahead, "closer": closer, "equal": equal, "goals": goals, "grid": grid, "longer": longer}
 
 
 def main() -> None:
@@ -148,6 +148,7 @@ def _smoke() -> list[Cell]:
         Cell("WGA", NATURAL_99, "own and neutral", hold="KL", weight=1.0, kl=(0.5,), **few),
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), attackers=2, kept_at_once=7, **few),
         Cell("unseen answers", ALL, "both", steps=2, attackers=1),
+        *(Cell("WGA", carrier, "both", batch_size=4, steps=3, equal_damage=True) for carrier in (NATURAL, ALL)),
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), skip=2, without_shared=True, steps=2),
         *(Cell(objective, carrier, "both", steps=1) for objective in OBJECTIVES for carrier in (ADAMW_99, ALL)),
         *(Cell(objective, NATURAL, "neutral", steps=1) for objective in OBJECTIVES),
