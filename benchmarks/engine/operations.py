@@ -22,10 +22,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from semu_peft import SemuConfig, gather, initialize_semu_weights
+from semu_peft import Retain, SemuConfig, gather, initialize_semu_weights
 from semu_peft.gradients import GradientSum, Sketch, sketch
 from semu_peft.linalg import gram
-from semu_peft.subspace import directions
+from semu_peft.subspace import directions, initialize
 
 DECOMPOSITIONS = {"svd", "qr", "eigh", "eigvalsh", "cholesky_ex", "lstsq"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
@@ -91,16 +91,27 @@ def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return (model(batch[0]) * batch[1]).mean()
 
 
-def initialization(sizes: Sequence[int], statistic: Any) -> dict[str, int]:
-    """From gathered gradients to an adapter, as an accelerator does it: it leaves small decompositions to the host."""
+def initialization(
+    sizes: Sequence[int], statistic: Any, rule: str | None = None, *, again: bool = False
+) -> dict[str, int]:
+    """From gathered gradients to an adapter, as an accelerator does it: it leaves small decompositions to the host.
+
+    With a `rule` there are retain gradients too; `again` counts a profile that is used once more, at a lower γ.
+    """
     model = get_peft_model(stack(sizes), SemuConfig(target_modules="all-linear"))
-    sums = gather(model, [batch_of(sizes)], loss, statistic=statistic, adapter_name="default", progress=False)
+    settings: Any = {"statistic": statistic, "adapter_name": "default", "progress": False}
+    sums, kept = (gather(model, [batch_of(sizes)], loss, **settings) for _ in range(2))
+    retain: Any = {"retain": Retain([batch_of(sizes)], loss), "retain_rule": rule} if rule else {}
     with (
+        mock.patch.object(initialize, "_retain_sums", lambda *_: dict(kept.items())),  # gathered already, as the others
         mock.patch.object(gram, "where_quick", partial(gram.where_quick, cores=1)),
         mock.patch.object(sketch, "orthonormal", partial(sketch.orthonormal, by_products=True)),
         mock.patch.object(directions, "_NUMBERS_ON_CPU", directions._NUMBERS_AT_ONCE),
     ):
-        return counted(partial(initialize_semu_weights, model, sums, progress=False))
+        if again:
+            known = initialize_semu_weights(model, sums, keep_explained_variance=0.99, progress=False)
+            return counted(partial(known.initialize, model, explained_variance=0.95))
+        return counted(partial(initialize_semu_weights, model, sums, progress=False, **retain))
 
 
 def step(sizes: Sequence[int], config: Any) -> dict[str, int]:
@@ -122,6 +133,9 @@ KINDS: dict[str, tuple[Callable[[Sequence[int]], dict[str, int]], int]] = {
     "exact sums, layers of 96": (partial(initialization, statistic=GradientSum), 96),
     "exact sums, layers of 320": (partial(initialization, statistic=GradientSum), 320),
     "sketches of 48, layers of 320": (partial(initialization, statistic=Sketch.of_size(48)), 320),
+    "a part projected off, layers of 96": (partial(initialization, statistic=GradientSum, rule="project"), 96),
+    "the best ratios, layers of 96": (partial(initialization, statistic=GradientSum, rule="ratio"), 96),
+    "a profile again, layers of 96": (partial(initialization, statistic=GradientSum, again=True), 96),
     "a step of SEMU": (partial(step, config=partial(SemuConfig, init_weights=False)), 96),
     "a step of LoRA": (partial(step, config=LoraConfig), 96),
 }

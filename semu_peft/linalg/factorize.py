@@ -51,9 +51,7 @@ class SingularFactors:
     @property
     def explained_variance(self) -> float:
         """The share of the energy that these directions hold (of the worst matrix in a batch)."""
-        kept = self.singular_values[..., : self.rank].double().square().sum(-1)
-        shares = torch.where(self.energy > 0, kept / self.energy.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
-        return min(float(shares.min()), 1.0) if shares.numel() else 1.0
+        return explained_variances([self])[0]
 
     def leading(self, rank: int) -> SingularFactors:
         """The first `rank` directions of these."""
@@ -86,6 +84,28 @@ class SingularFactors:
         """As many directions as explain the share of the energy, `max_rank` at the most; none for a matrix of zeros."""
         rank = rank_for_energy(self.singular_values, explained_variance, self.energy)
         return self.leading(rank if max_rank is None else min(rank, max_rank))
+
+
+def explained_variances(each: Sequence[SingularFactors]) -> list[float]:
+    """The share of the energy that the directions hold, of each (of the worst matrix in a batch).
+
+    The host waits once, where all are on one device.
+
+    Examples:
+        >>> import torch
+        >>> both = [leading_factors(torch.diag(torch.tensor([2.0, 1.0])), share) for share in (0.5, 1.0)]
+        >>> explained_variances(both)
+        [0.8, 1.0]
+    """
+    if not each:
+        return []
+    worst = []
+    for factors in each:
+        kept = factors.singular_values[..., : factors.rank].double().square().sum(-1)
+        tiny = torch.finfo(torch.float64).tiny
+        shares = torch.where(factors.energy > 0, kept / factors.energy.clamp_min(tiny), 1.0)
+        worst.append(shares.min() if shares.numel() else shares.new_ones(()))
+    return [min(share, 1.0) for share in torch.stack([share.to(worst[0].device) for share in worst]).tolist()]
 
 
 def leading_factors(matrix: Tensor, explained_variance: float, max_rank: int | None = None) -> SingularFactors:

@@ -60,7 +60,7 @@ def find_directions(
         for name in first.values()
     }
     found: dict[str, SingularFactors] = {}
-    overlaps: dict[str, Overlap | None] = {}
+    overlaps: dict[str, Overlap | None] = dict.fromkeys(extents)
     few = least_rank(layers, adapter_name)
     bar = tqdm(total=len(extents), desc="Factorising", disable=not progress, leave=False)
     for names in _portions(extents, sums, retained):
@@ -77,16 +77,17 @@ def find_directions(
             for index, factors in zip(short, longer, strict=True):
                 each[index] = factors
         kept_ones = [retained.pop(name) for name in names] if retained is not None else []
-        kept = (
-            type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance) if kept_ones else [None] * len(each)
-        )
-        del totals, kept_ones
-        for name, factors, avoided in zip(names, each, kept, strict=True):
-            overlaps[name] = None
-            if avoided is not None:
-                overlaps[name] = Overlap.between(factors, avoided)
-                factors = rule.apply(factors, avoided, gamma)
-            found[name] = _agreed(apart_from(factors, *taken[name]) if name in taken else factors)
+        del totals
+        if kept_ones:
+            avoided = type(kept_ones[0]).factorize_each(kept_ones, rule.explained_variance)
+            overlaps |= zip(names, Overlap.between_each(each, avoided), strict=True)
+            each = rule.apply_each(each, avoided, gamma)
+        del kept_ones
+        here = dict(zip(names, each, strict=True))
+        if crowded := [name for name in names if name in taken]:
+            apart = apart_from([here[name] for name in crowded], [taken[name] for name in crowded])
+            here |= zip(crowded, apart, strict=True)
+        found |= {name: _agreed(factors) for name, factors in here.items()}
         bar.update(len(names))
     bar.close()
     return {name: found[aliases[name]] for name in layers}, {name: overlaps[aliases[name]] for name in layers}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_share
 from semu_peft.files import load_tensors, save_tensors
-from semu_peft.linalg.factorize import SingularFactors
+from semu_peft.linalg.factorize import SingularFactors, explained_variances
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.loading import impossible_tensor
 
@@ -177,16 +177,19 @@ class SubspaceProfile:
         adapter_name: str,
     ) -> None:
         """Raise where γ asks for more directions of a layer than the profile keeps."""
-        for name, spectrum in self.layers.items():
-            config, known = layers[name].configs[adapter_name], spectrum.directions
-            gamma = explained_variance or explained_variance_of(config, name)
-            short = known.leading(ranks[name]).explained_variance < gamma - 1e-6
-            if ranks[name] < known.rank or ranks[name] == config.r or not short or spectrum.estimated or not known.rank:
+        whole = {
+            name: spectrum.directions
+            for name, spectrum in self.layers.items()
+            if ranks[name] == spectrum.directions.rank and ranks[name] not in (0, layers[name].configs[adapter_name].r)
+        }
+        for (name, known), share in zip(whole.items(), explained_variances(list(whole.values())), strict=True):
+            gamma = explained_variance or explained_variance_of(layers[name].configs[adapter_name], name)
+            if known.estimated or share >= gamma - 1e-6:
                 continue
             raise ValueError(
-                f"The profile keeps {known.rank} directions of layer {name!r}, which explain "
-                f"{known.explained_variance:.4f} of its energy: too few for `explained_variance={gamma}`. Initialise "
-                "from the data with `keep_explained_variance` at least as large, or pass a `rank_budget`."
+                f"The profile keeps {known.rank} directions of layer {name!r}, which explain {share:.4f} of its "
+                f"energy: too few for `explained_variance={gamma}`. Initialise from the data with "
+                "`keep_explained_variance` at least as large, or pass a `rank_budget`."
             )
 
     def save(self, path: str | Path) -> Path:

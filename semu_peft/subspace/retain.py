@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from semu_peft.linalg.core import LowRank, eckart_young, orthonormal
-from semu_peft.linalg.energy import check_explained_variance, rank_for_energy
+from semu_peft.linalg.energy import check_explained_variance, ranks_for_energy
 from semu_peft.linalg.factorize import SingularFactors
+
+T = TypeVar("T")
 
 # A direction this much smaller than the largest was removed whole, but for rounding.
 _REMOVED = 1e-6
+# Layers are taken side by side, with so many numbers of bases in float64.
+_NUMBERS_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,17 @@ class RetainRule:
             retain: The retain gradient's leading directions.
             explained_variance: γ; the ratio rule keeps the fewest directions that explain it, or all.
         """
-        if forget.rank == 0 or retain.rank == 0:
-            return forget
-        if self.kind == "project":
-            return _project(forget, retain, self.side)
-        return _best_ratios(forget, retain, explained_variance)
+        return self.apply_each([forget], [retain], explained_variance)[0]
+
+    def apply_each(
+        self, forget: Sequence[SingularFactors], retain: Sequence[SingularFactors], explained_variance: float
+    ) -> list[SingularFactors]:
+        """As [`apply`][semu_peft.subspace.retain.RetainRule.apply], for layers of one shape side by side."""
+        change: Callable[..., list[SingularFactors]]
+        change = (
+            partial(_project, side=self.side) if self.kind == "project" else partial(_best_ratios, explained_variance)
+        )
+        return _side_by_side(change, forget, retain, [each.rank for each in retain], forget)
 
 
 def as_rule(rule: RetainRule | str) -> RetainRule:
@@ -105,43 +118,94 @@ class Overlap:
 
     @classmethod
     def between(cls, forget: SingularFactors, retain: SingularFactors) -> Overlap:
-        return cls(_cosines(forget.right, retain.right), _cosines(forget.left, retain.left))
+        return cls.between_each([forget], [retain])[0]
+
+    @classmethod
+    def between_each(cls, forget: Sequence[SingularFactors], retain: Sequence[SingularFactors]) -> list[Overlap]:
+        """For layers of one shape side by side."""
+        none = [cls(*(torch.zeros(*own.left.shape[:-2], 0) for _ in range(2))) for own in forget]
+        return _side_by_side(_overlaps, forget, retain, [each.rank for each in retain], none)
 
 
-def _cosines(first: Tensor, second: Tensor) -> Tensor:
-    return torch.linalg.svdvals(first.double().mT @ second.double()).clamp_max(1.0).float().cpu()
+def _side_by_side(
+    call: Callable[[list[SingularFactors], list[Any]], list[T]],
+    factors: Sequence[SingularFactors],
+    others: Sequence[Any],
+    ranks: Sequence[int],
+    without: Sequence[T],
+) -> list[T]:
+    """What a function gives of layers of one shape, as many at a time as may be in memory together.
+
+    Layers that have no directions, or whose `others`, of these ranks, have none, are left `without` it.
+    """
+    places = [place for place, (own, rank) in enumerate(zip(factors, ranks, strict=True)) if own.rank and rank]
+    if not places:
+        return list(without)
+    widest = max(max(factors[place].rank, ranks[place]) for place in places)
+    first = factors[places[0]]
+    column = first.left[..., 0].numel() + first.right[..., 0].numel()
+    step = max(1, _NUMBERS_AT_ONCE // (widest * column))
+    found: dict[int, T] = {}
+    for start in range(0, len(places), step):
+        portion = places[start : start + step]
+        each = call([factors[place] for place in portion], [others[place] for place in portion])
+        found |= zip(portion, each, strict=True)
+    return [found.get(place, usual) for place, usual in enumerate(without)]
 
 
-def _project(forget: SingularFactors, retain: SingularFactors, side: str) -> SingularFactors:
-    left, right = forget.left.double(), forget.right.double()
-    values = forget.singular_values[..., : forget.rank].double()
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """In float64, with zeros behind those that have fewer columns."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    return torch.stack([pad(tensor.double(), (0, widest - tensor.shape[-1])) for tensor in tensors])
+
+
+def _values(factors: Sequence[SingularFactors]) -> Tensor:
+    return _stacked([each.singular_values[..., : each.rank] for each in factors])
+
+
+def _overlaps(forget: Sequence[SingularFactors], retain: Sequence[SingularFactors]) -> list[Overlap]:
+    inputs = _cosines([each.right for each in forget], [each.right for each in retain])
+    outputs = _cosines([each.left for each in forget], [each.left for each in retain])
+    return [Overlap(*pair) for pair in zip(inputs, outputs, strict=True)]
+
+
+def _cosines(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.linalg.svdvals(_stacked(first).mT @ _stacked(second)).clamp_max(1.0).float().cpu()
+    numbers = [min(own.shape[-1], other.shape[-1]) for own, other in zip(first, second, strict=True)]
+    return [cosines[..., :number].clone() for cosines, number in zip(found, numbers, strict=True)]
+
+
+def _project(forget: Sequence[SingularFactors], retain: Sequence[SingularFactors], side: str) -> list[SingularFactors]:
+    left, right = _stacked([each.left for each in forget]), _stacked([each.right for each in forget])
     if side in ("output", "both"):
-        left = _outside(left, retain.left.double())
+        left = _outside(left, _stacked([each.left for each in retain]))
     if side in ("input", "both"):
-        right = _outside(right, retain.right.double())
-    return _refactored(forget, left * values.unsqueeze(-2), right)
+        right = _outside(right, _stacked([each.right for each in retain]))
+    return _refactored(forget, left * _values(forget).unsqueeze(-2), right, [each.rank for each in forget])
 
 
-def apart_from(factors: SingularFactors, left: Tensor, right: Tensor) -> SingularFactors:
-    """The directions that are left of a gradient outside two subspaces, `(I − P Pᵀ) G (I − Q Qᵀ)`.
+def apart_from(factors: Sequence[SingularFactors], subspaces: Sequence[tuple[Tensor, Tensor]]) -> list[SingularFactors]:
+    """The directions that are left of gradients of one shape outside two subspaces, `(I − P Pᵀ) G (I − Q Qᵀ)`.
 
     Args:
-        factors: The gradient's leading directions.
-        left: `P`, `(m, p)`, orthonormal columns, or zeros.
-        right: `Q`, `(n, q)`.
+        factors: The leading directions of each gradient.
+        subspaces: Of each `P`, `(m, p)`, and `Q`, `(n, q)`: orthonormal columns, or zeros.
 
     Examples:
         >>> from semu_peft.linalg.factorize import leading_factors
         >>> factors = leading_factors(torch.diag(torch.tensor([3.0, 2.0])), 1.0)
-        >>> apart_from(factors, torch.eye(2)[:, :1], torch.eye(2)[:, :1]).singular_values
+        >>> apart_from([factors], [(torch.eye(2)[:, :1], torch.eye(2)[:, :1])])[0].singular_values
         tensor([2., 0.])
     """
-    if factors.rank == 0:
-        return factors
-    values = factors.singular_values[..., : factors.rank].double()
-    outputs = _outside(factors.left.double(), left.double())
-    inputs = _outside(factors.right.double(), right.double())
-    return _refactored(factors, outputs * values.unsqueeze(-2), inputs)
+    widths = [max(left.shape[-1], right.shape[-1]) for left, right in subspaces]
+    return _side_by_side(_apart, factors, subspaces, widths, factors)
+
+
+def _apart(factors: Sequence[SingularFactors], subspaces: Sequence[tuple[Tensor, Tensor]]) -> list[SingularFactors]:
+    left, right = (_stacked(bases) for bases in zip(*subspaces, strict=True))
+    left = _outside(_stacked([each.left for each in factors]), left)
+    right = _outside(_stacked([each.right for each in factors]), right)
+    return _refactored(factors, left * _values(factors).unsqueeze(-2), right, [each.rank for each in factors])
 
 
 def _outside(basis: Tensor, other: Tensor) -> Tensor:
@@ -151,31 +215,41 @@ def _outside(basis: Tensor, other: Tensor) -> Tensor:
     return basis
 
 
-def _refactored(origin: SingularFactors, left: Tensor, right: Tensor) -> SingularFactors:
-    """The singular value decomposition of `left rightᵀ`, `(m, q)` and `(n, q)`, as what is left of `origin`."""
+def _refactored(
+    origins: Sequence[SingularFactors], left: Tensor, right: Tensor, ranks: Sequence[int]
+) -> list[SingularFactors]:
+    """The singular value decompositions of `left rightᵀ`, `(…, m, q)` and `(…, n, q)`, as what is left of `origins`.
+
+    Of each its first directions, as many as its rank; columns of zeros make the others.
+    """
     identity = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
     found = eckart_young(orthonormal(LowRank(left, right, identity)))
-    noise = _REMOVED * origin.singular_values[..., :1].double()
-    values = torch.where(found.singular_values > noise, found.singular_values, 0.0)
-    known = origin.singular_values[..., : origin.rank].double().square().sum(-1)
-    energy = (origin.energy - known).clamp_min(0) + values.square().sum(-1)
-    dtype = origin.left.dtype
-    return replace(
-        origin,
-        left=found.left.to(dtype),
-        right=found.right.to(dtype),
-        singular_values=values.to(dtype),
-        energy=energy,
-    )
+    before = _values(origins)
+    values = torch.where(found.singular_values > _REMOVED * before[..., :1], found.singular_values, 0.0)
+    energies = torch.stack([each.energy for each in origins]) - before.square().sum(-1)
+    energies = energies.clamp_min(0) + values.square().sum(-1)
+    dtype = origins[0].left.dtype
+    return [
+        replace(
+            origin,
+            left=found.left[nth, ..., :rank].to(dtype).clone(memory_format=torch.contiguous_format),
+            right=found.right[nth, ..., :rank].to(dtype).clone(memory_format=torch.contiguous_format),
+            singular_values=values[nth, ..., :rank].to(dtype, copy=True),
+            energy=energies[nth],
+        )
+        for nth, (origin, rank) in enumerate(zip(origins, ranks, strict=True))
+    ]
 
 
-def _best_ratios(forget: SingularFactors, retain: SingularFactors, explained_variance: float) -> SingularFactors:
-    values = forget.singular_values[..., : forget.rank].double()
-    right = forget.right.double()
-    seen = (right.mT @ retain.right.double()) * retain.singular_values[..., : retain.rank].double().unsqueeze(-2)
-    size = right.shape[-2]
-    floor = (retain.energy / size).clamp_min(torch.finfo(torch.float64).tiny)
-    penalty = seen @ seen.mT + floor[..., None, None] * torch.eye(forget.rank, dtype=seen.dtype, device=seen.device)
+def _best_ratios(
+    explained_variance: float, forget: Sequence[SingularFactors], retain: Sequence[SingularFactors]
+) -> list[SingularFactors]:
+    values, right = _values(forget), _stacked([each.right for each in forget])
+    seen = (right.mT @ _stacked([each.right for each in retain])) * _values(retain).unsqueeze(-2)
+    size, rank = right.shape[-2:]
+    energies = torch.stack([each.energy for each in retain])
+    floor = (energies / size).clamp_min(torch.finfo(torch.float64).tiny)
+    penalty = seen @ seen.mT + floor[..., None, None] * torch.eye(rank, dtype=seen.dtype, device=seen.device)
     # max over x of (x' S² x) / (x' penalty x): whiten by the penalty, then an ordinary eigenproblem.
     lower = torch.linalg.cholesky(penalty)
     scaled = torch.linalg.solve_triangular(lower, torch.diag_embed(values), upper=False)
@@ -183,5 +257,8 @@ def _best_ratios(forget: SingularFactors, retain: SingularFactors, explained_var
     chosen = torch.linalg.qr(torch.linalg.solve_triangular(lower.mT, directions, upper=True))[0]
     weighted = values.unsqueeze(-1) * chosen  # G V = U S, along the chosen directions
     caught = weighted.square().sum(-2).sqrt()
-    rank = rank_for_energy(caught, explained_variance, forget.energy)
-    return _refactored(forget, forget.left.double() @ weighted[..., :rank], right @ chosen[..., :rank])
+    needed = ranks_for_energy(caught, explained_variance, torch.stack([each.energy for each in forget]))
+    needed = needed.flatten(1).amax(1) if needed.dim() > 1 else needed  # channels have one rank
+    is_kept = torch.arange(rank, device=needed.device) < needed.view(-1, *[1] * (weighted.dim() - 1))
+    left = _stacked([each.left for each in forget]) @ weighted
+    return _refactored(forget, left * is_kept, right @ chosen * is_kept, needed.tolist())

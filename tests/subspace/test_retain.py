@@ -14,6 +14,7 @@ from semu_peft import Retain, SemuConfig, initialize_semu_weights, objectives
 from semu_peft.gradients import GradientSum, Sketch
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.subspace import Overlap, RetainRule
+from semu_peft.subspace.retain import apart_from
 from semu_peft.tuner.adapted import semu_layers
 
 FORGET, RETAIN = objectives.GradientAscent(), objectives.CrossEntropy()
@@ -100,6 +101,45 @@ def test_overlap_is_the_principal_angles() -> None:
     overlap = Overlap.between(one, other)
     torch.testing.assert_close(overlap.outputs, torch.tensor([1.0, 0.6]))
     torch.testing.assert_close(overlap.inputs, torch.tensor([0.8, 0.0]))
+
+
+@pytest.mark.parametrize("at_once", [2**26, 400])
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (3, 8, 6)])
+@pytest.mark.parametrize("kind", ["project", "ratio"])
+def test_layers_side_by_side_are_as_one_by_one(
+    kind: Any, shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all ranks, and with nothing to forget or to keep, in one portion or several."""
+    monkeypatch.setattr("semu_peft.subspace.retain._NUMBERS_AT_ONCE", at_once)
+    gammas = [(1.0, 0.5), (0.4, 1.0), (0.9, 0.9), (0.7, 0.2)]
+    forget, retain = ([factors_of(torch.randn(shape), pair[side]) for pair in gammas] for side in (0, 1))
+    forget.insert(1, forget[0].leading(0))
+    retain.insert(1, retain[0])
+    forget.append(forget[0])
+    retain.append(retain[0].leading(0))
+    assert len({factors.rank for factors in forget}) > 3
+    rule = RetainRule(kind)
+    each = rule.apply_each(forget, retain, 0.8)
+    overlaps = Overlap.between_each(forget, retain)
+    for own, avoided, found, overlap in zip(forget, retain, each, overlaps, strict=True):
+        alone, alone_overlap = rule.apply(own, avoided, 0.8), Overlap.between(own, avoided)
+        assert found.rank == alone.rank
+        torch.testing.assert_close(found.singular_values, alone.singular_values, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.energy, alone.energy)
+        torch.testing.assert_close(product(found), product(alone), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(overlap.inputs, alone_overlap.inputs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(overlap.outputs, alone_overlap.outputs, atol=1e-6, rtol=0)
+        assert overlap.inputs.shape[-1] == min(own.rank, avoided.rank)
+
+
+def test_staying_apart_side_by_side_is_as_one_by_one() -> None:
+    gradients = [factors_of(torch.randn(12, 9), gamma) for gamma in (1.0, 0.3, 0.6)]
+    subspaces = [
+        (torch.linalg.qr(torch.randn(12, size))[0], torch.linalg.qr(torch.randn(9, size))[0]) for size in (1, 4, 2)
+    ]
+    for own, (left, right), found in zip(gradients, subspaces, apart_from(gradients, subspaces), strict=True):
+        expected = product(own) - left @ (left.mT @ product(own))
+        torch.testing.assert_close(product(found), expected - (expected @ right) @ right.mT, atol=1e-5, rtol=1e-4)
 
 
 class Wide(nn.Module):
