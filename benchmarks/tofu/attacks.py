@@ -1,0 +1,124 @@
+"""Every attack on a text that a model has forgotten, by three carriers of one objective, beside gold and the original.
+
+    python benchmarks/tofu/attacks.py --models MODELS --data TOFU --neutral TEXTS
+
+Each model forgets TOFU's forget05 by weighted ascent until the mean answer is as unlikely as unseen ones, and is then
+asked in other ways, trained again on 20 and on all 200 of the answers and on as many others, and rounded to 4 bits.
+Gold never saw the answers, and goes through the same: only what exceeds its column was still there. A column takes some
+six minutes of a CPU core, and as many for forgetting; run again, the command goes on with the columns that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from cells import ALL, LORA_8, NATURAL_99, Cell
+from machine import TOGETHER, about
+from measure import damage, write
+from methods import forget
+from subjects import TEMPLATE, Subject, load, read_subject
+from torch import nn
+
+from semu_peft.evaluation import prompt_attacks, relearn_text, rounded_weights
+from semu_peft.objectives import Attacker
+
+SHOTS, SAMPLES = 3, 8
+STEPS, AT_ONCE = 20, 20
+FEW, MANY = 20, 200  # answers that an attacker has
+REFERENCES = ("gold", "doing nothing")
+WGA = Cell("WGA", ALL, "both", steps=60, batch_size=20, kept_at_once=20)
+CELLS = {
+    "SEMU, γ 0.99": Cell(
+        "WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=60, batch_size=20, kept_at_once=20
+    ),
+    "LoRA, rank 8": Cell("WGA", LORA_8, "both", steps=60, batch_size=20, kept_at_once=20),
+    "all weights": WGA,
+}
+
+
+def attacked(subject: Subject, model: nn.Module, questions: int, steps: int = STEPS) -> dict[str, float]:
+    """What each attack finds: mean ROUGE-L recalls, and mean probabilities of an answer at the end of relearning."""
+    rows = subject.forget[:questions]
+    others = subject.retain[SHOTS : SHOTS + questions]
+    asked: Any = {"template": TEMPLATE, "batch_size": 8 * TOGETHER, "progress": False}
+    found = prompt_attacks(
+        model, subject.tokenizer, rows, shots=subject.retain[:SHOTS], samples=SAMPLES, max_new_tokens=60, **asked
+    ).found
+    few, many = (
+        Attacker("adam", 1e-4, steps=steps, forget_examples=number, batch_size=AT_ONCE) for number in (FEW, MANY)
+    )
+    trained = {
+        f"relearnt from {FEW} answers, the others": (rows, None, few),
+        "relearnt from all answers, these": (rows, None, many),
+        "relearnt from as many others": (others, rows, many),
+    }
+    curves = {
+        name: relearn_text(
+            model, subject.tokenizer, train, probes, attacker=attacker, steps=(steps,), seed=1_000, **asked
+        ).probability
+        for name, (train, probes, attacker) in trained.items()
+    }
+    told = subject.told[:questions]
+    with rounded_weights(model, bits=4):
+        rounded = float(subject.nll(model, told).neg().exp().mean())
+    probability = float(subject.nll(model, told).neg().exp().mean())
+    relearnt = {name: curve[-1] for name, curve in curves.items()}
+    return {**found, "probability": probability, "at 4 bits": rounded, **relearnt}
+
+
+def lines(table: dict[str, dict[str, float]]) -> list[str]:
+    """The table in Markdown, a column a model; of a probability how many times gold's it is, too."""
+    names = [name for name in (*REFERENCES, *CELLS) if name in table]
+    found = [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    for attack in table["gold"]:
+        cells = [_cell(attack, table[name].get(attack), table["gold"][attack]) for name in names]
+        found.append(f"| {attack} | {' | '.join(cells)} |")
+    return found
+
+
+def _cell(attack: str, value: float | None, gold: float) -> str:
+    if value is None:
+        return "–"
+    is_probability = attack.startswith(("probability", "at 4 bits", "relearnt"))
+    return f"{value:.3f}, {value / gold:.2g}×" if is_probability and value != gold else f"{value:.3f}"
+
+
+def main() -> None:
+    args = _arguments()
+    subject = read_subject(args.models, args.data, args.neutral)
+    table: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    command = shlex.join(["benchmarks/tofu/attacks.py", *sys.argv[1:]])
+    table["about"] = {**about(), "questions": args.questions, "command": command}
+    original = load(subject.original)
+    for name in (*REFERENCES, *CELLS):
+        if name in table:
+            continue
+        row: dict[str, Any] = {}
+        model = load(subject.gold) if name == "gold" else original
+        if name in CELLS:
+            done = forget(subject, CELLS[name], damage=lambda now: damage(subject, original, now))
+            model, row = done.go_to("end"), {"steps": done.steps["end"], "seconds": round(done.seconds, 1)}
+        found = attacked(subject, model, args.questions)
+        table[name] = {**found, **row, "neutral KL": round(damage(subject, original, model), 5)}
+        print(name, table[name], flush=True)
+        write(args.output, table)
+    print("\n".join(lines(table)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
+    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
+    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
+    parser.add_argument("--questions", type=int, default=200, help="so many of the 200 are attacked")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu_attacks.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
