@@ -5,7 +5,7 @@
 Each model forgets TOFU's forget05 by weighted ascent until the mean answer is as unlikely as unseen ones, and is then
 asked in other ways, trained again on 20 and on all 200 of the answers and on as many others, and rounded to 4 bits.
 Gold never saw the answers, and goes through the same: only what exceeds its column was still there. A column takes some
-six minutes of a CPU core, and as many for forgetting; run again, the command goes on with the columns that are missing.
+four minutes of a CPU core, and six for forgetting; run again, the command goes on with the columns that are missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cells import ALL, LORA_8, NATURAL_99, Cell
 from machine import TOGETHER, about
 from measure import damage, write
 from methods import forget
-from subjects import TEMPLATE, Subject, load, read_subject
+from subjects import TEMPLATE, Subject, evenly, load, read_subject
 from torch import nn
 
 from semu_peft.evaluation import prompt_attacks, relearn_text, rounded_weights
@@ -41,32 +41,31 @@ CELLS = {
 }
 
 
-def attacked(subject: Subject, model: nn.Module, questions: int, steps: int = STEPS) -> dict[str, float]:
+def attacked(subject: Subject, model: nn.Module, questions: int) -> dict[str, float]:
     """What each attack finds: mean ROUGE-L recalls, and mean probabilities of an answer at the end of relearning."""
-    rows = subject.forget[:questions]
-    others = subject.retain[SHOTS : SHOTS + questions]
+    others = subject.retain[SHOTS : SHOTS + MANY]
     asked: Any = {"template": TEMPLATE, "batch_size": 8 * TOGETHER, "progress": False}
     found = prompt_attacks(
-        model, subject.tokenizer, rows, shots=subject.retain[:SHOTS], samples=SAMPLES, max_new_tokens=60, **asked
-    ).found
+        model, subject.tokenizer, evenly(subject.forget, questions), shots=subject.retain[:SHOTS], samples=SAMPLES,
+        max_new_tokens=60, **asked,
+    ).found  # fmt: skip
     few, many = (
-        Attacker("adam", 1e-4, steps=steps, forget_examples=number, batch_size=AT_ONCE) for number in (FEW, MANY)
+        Attacker("adam", 1e-4, steps=STEPS, forget_examples=number, batch_size=AT_ONCE) for number in (FEW, MANY)
     )
     trained = {
-        f"relearnt from {FEW} answers, the others": (rows, None, few),
-        "relearnt from all answers, these": (rows, None, many),
-        "relearnt from as many others": (others, rows, many),
+        f"relearnt from {FEW} answers, the others": (subject.forget, None, few),
+        "relearnt from all answers, these": (subject.forget, None, many),
+        "relearnt from as many others": (others, subject.forget, many),
     }
     curves = {
         name: relearn_text(
-            model, subject.tokenizer, train, probes, attacker=attacker, steps=(steps,), seed=1_000, **asked
+            model, subject.tokenizer, train, probes, attacker=attacker, steps=(STEPS,), seed=1_000, **asked
         ).probability
         for name, (train, probes, attacker) in trained.items()
     }
-    told = subject.told[:questions]
     with rounded_weights(model, bits=4):
-        rounded = float(subject.nll(model, told).neg().exp().mean())
-    probability = float(subject.nll(model, told).neg().exp().mean())
+        rounded = float(subject.nll(model, subject.told).neg().exp().mean())
+    probability = float(subject.nll(model, subject.told).neg().exp().mean())
     relearnt = {name: curve[-1] for name, curve in curves.items()}
     return {**found, "probability": probability, "at 4 bits": rounded, **relearnt}
 
@@ -115,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
     parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
     parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
-    parser.add_argument("--questions", type=int, default=200, help="so many of the 200 are attacked")
+    parser.add_argument("--questions", type=int, default=60, help="so many of the 200 are asked in other ways")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu_attacks.json"))
     return parser.parse_args()
 

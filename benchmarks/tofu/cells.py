@@ -180,17 +180,25 @@ def grid(seed: int = 0) -> list[Cell]:
 
 
 def equal(seed: int = 0) -> list[Cell]:
-    """Every objective in every carrier, each followed to where its damage meets the budgets."""
+    """Every objective in every carrier, held alike, each followed to where its damage meets the budgets.
+
+    The KL to the original is held with a weight of 1, so that the budgets end a run and not the hold; two objectives
+    bring their own hold, which is a part of them.
+    """
     from sentences import OBJECTIVES
 
     carriers = ((NATURAL, ALL), (LORA_8, ADAMW), (LORA_13,))
     every = itertools.product(("both", "own and neutral"), carriers, OBJECTIVES)
-    small = Cell("", "", seed=seed, steps=40, batch_size=20, kept_at_once=20, equal_damage=True)
+    own = Cell("", "", seed=seed, steps=40, batch_size=20, kept_at_once=20, equal_damage=True)
+    alike = replace(own, hold="KL", weight=1.0)
     return [
-        replace(small, objective=objective, carrier=carrier, retain=retain, kl=(0.5,) if carrier == NATURAL else ())
-        for retain, alike, objective in every
-        for carrier in alike
-    ]
+        replace(
+            own if objective in ("Adaptive RMU", "PDU") else alike, objective=objective, carrier=carrier, retain=retain,
+            kl=(0.5,) if carrier == NATURAL else (),
+        )
+        for retain, together, objective in every
+        for carrier in together
+    ]  # fmt: skip
 
 
 def _natural() -> tuple[list[Cell], list[Cell]]:
