@@ -12,6 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from semu_peft.training.callbacks import TrainingContext
+from semu_peft.training.progress import Progress
 
 CELLS = Path(__file__).parents[2] / "benchmarks" / "tofu" / "cells.py"
 
@@ -74,6 +78,69 @@ def test_the_grid_is_every_objective_in_every_carrier(cells: ModuleType, benchma
     declared = [(cell.objective, cell.carrier, cell.retain) for cell in cells.grid()]
     assert len(declared) == len(set(declared))
     assert set(declared) == set(itertools.product(benchmark.OBJECTIVES, benchmark.CARRIERS, benchmark.RETAIN))
+
+
+def test_at_equal_damage_all_are_held_alike_but_what_brings_its_own_hold(
+    cells: ModuleType, benchmark: ModuleType
+) -> None:
+    declared = cells.equal()
+    assert len(declared) == len({(cell.name, cell.last) for cell in declared})
+    every = itertools.product(benchmark.OBJECTIVES, benchmark.CARRIERS, ("both", "own and neutral"))
+    wanted = {each for each in every if each[1] != cells.ADAMW_99}
+    assert {(cell.objective, cell.carrier, cell.retain) for cell in declared} == wanted
+    assert {cell.last for cell in declared} == {"KL 0.05"}
+    own = {cell.objective for cell in declared if cell.hold is None}
+    assert own == {"Adaptive RMU", "PDU"}
+    assert {cell.weight for cell in declared if cell.objective not in own} == {1.0}
+
+
+def test_a_run_is_followed_to_where_its_damage_meets_the_budgets(benchmark: ModuleType) -> None:
+    """Damage is the square of the one weight: 0.01 is met at 0.1, 0.05 at 0.2236, in steps of 0.04."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    watch = benchmark.WatchToBudgets(lambda now: now.weight.item() ** 2, lambda now: now.weight.item(), unseen=9.0)
+    context = TrainingContext(model, Progress(0), total_steps=20)
+    with torch.no_grad():
+        model.weight.zero_()
+        watch.on_train_begin(context)
+        for step in range(1, 21):
+            model.weight += 0.04
+            context.progress.step = step
+            watch.on_step_end(context)
+            if context.control.should_stop:
+                break
+    assert context.control.should_stop and step == 6
+    assert model.weight.item() == pytest.approx(0.24)  # training goes on from where it was
+    assert list(watch.looks) == [0, 3, 6]
+    for moment, met in (("KL 0.01", 0.1), ("KL 0.05", 0.05**0.5)):
+        value = watch.moments[moment][0].item()
+        assert met - 0.12 / 16 <= value <= met
+        assert watch.steps[moment] == pytest.approx(value / 0.04, abs=1e-3)
+    watch.look(model, 7)  # it is over
+    assert 7 not in watch.looks
+
+
+def test_a_run_is_not_followed_past_unseen_answers(benchmark: ModuleType) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    watch = benchmark.WatchToBudgets(lambda now: 0.0, lambda now: now.weight.item(), unseen=0.5)
+    with torch.no_grad():
+        for step, value in enumerate((0.0, 0.4, 0.8)):
+            model.weight.fill_(value)
+            watch.look(model, step)
+    assert {moment: values[0].item() for moment, values in watch.moments.items()} == pytest.approx(
+        {"KL 0.01": 0.5, "KL 0.05": 0.5}
+    )
+    assert watch.steps == {"KL 0.01": 1.25, "KL 0.05": 1.25}
+
+
+def test_a_table_of_attacks_tells_how_much_more_than_of_gold_comes_back(benchmark: ModuleType) -> None:
+    lines = importlib.import_module("attacks").lines
+    rows = {"doing nothing": {"plain": 0.99, "probability": 0.95}, "gold": {"plain": 0.25, "probability": 0.01}}
+    assert lines({"about": {}, **rows, "LoRA, rank 8": {"plain": 0.3}}) == [
+        "| | gold | doing nothing | LoRA, rank 8 |",
+        "| --- | --- | --- | --- |",
+        "| plain | 0.250 | 0.990 | 0.300 |",
+        "| probability | 0.010 | 0.950, 95× | – |",
+    ]
 
 
 def test_equal_damage_counts_looks_within_the_budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
