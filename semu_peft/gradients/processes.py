@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch.distributed
 from accelerate import PartialState
@@ -27,6 +28,14 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     total = _within_reach(tensor).clone()
     torch.distributed.all_reduce(total)
     return total.to(tensor.device)
+
+
+def mean_of_numbers(numbers: Mapping[str, float], processes: int, device: torch.device) -> dict[str, float]:
+    """The mean of each over so many processes, all of which bring numbers of the same names."""
+    if processes == 1:
+        return dict(numbers)
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    return dict(zip(numbers, (sum_over_processes(values) / processes).tolist(), strict=True))
 
 
 def from_main_process(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
-from semu_peft.gradients.processes import processes_of_torch, rows_elsewhere, sum_over_processes
+from semu_peft.gradients.processes import mean_of_numbers, processes_of_torch, rows_elsewhere, sum_over_processes
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
@@ -66,13 +67,14 @@ class NaturalLoop(Loop):
         self.is_sharded = any(hasattr(core, "device_mesh") for core in self.cores)
         self.layers = {name: layer for name, (layer, _) in cores.items()}
         self.generator = torch.Generator().manual_seed(self.settings.seed)
+        # Also where torch alone knows of the processes, in a wrapper that the caller has made.
+        self.processes = processes_of_torch() or self.accelerator.num_processes
         self.trials = Trials(
             self.runner, self.objectives, self.weights, self.adapter_name, limit=natural.max_retain_kl,
             measures_damage=natural.max_retain_kl is not None or choose is not None,
-            mean_over_processes=self._mean_over_processes,
+            # Not a method of this loop, which would then be freed by the next garbage collection only.
+            mean_over_processes=partial(mean_of_numbers, processes=self.processes, device=self.cores[0].device),
         )  # fmt: skip
-        # Also where torch alone knows of the processes, in a wrapper that the caller has made.
-        self.processes = processes_of_torch() or self.accelerator.num_processes
         self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
         turns = math.lcm(*(objective.turns for objective in self.objectives))
         self.stopping = Stopping(natural, self.objectives[0], has_retain_data=bool(self.weights), turns=turns)
@@ -436,10 +438,7 @@ class NaturalLoop(Loop):
         return torch.stack(seeds).sum()
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
-        if self.processes == 1:
-            return dict(losses)
-        values = torch.tensor(list(losses.values()), dtype=torch.float64, device=self.cores[0].device)
-        return dict(zip(losses, (sum_over_processes(values) / self.processes).tolist(), strict=True))
+        return mean_of_numbers(losses, self.processes, self.cores[0].device)
 
     # ---- the cores as one vector ----
 

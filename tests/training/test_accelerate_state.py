@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from training_runs import QUIET, assert_same_state, semu, train, trained_state
 
-from semu_peft import Retain
-from semu_peft.objectives import CrossEntropy
+from semu_peft import NaturalGradient, Retain, unlearn
+from semu_peft.objectives import CrossEntropy, DecoupledDistillation
 
 SHARED = (PartialState, AcceleratorState, GradientState)
 
@@ -45,6 +47,25 @@ def test_the_callers_accelerator_keeps_its_settings() -> None:
     train(model, vector_batches(), CrossEntropy(), mixed_precision="bf16", **QUIET)
     assert dtypes == {torch.bfloat16} and shared() == before
     assert accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 4
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [{"learning_rate": 1e-3}, {}, {"optimizer": NaturalGradient(max_retain_kl=0.1)}, {"mixed_precision": "bf16"}],
+    ids=str,
+)
+def test_a_model_is_freed_with_its_last_name(dials: dict[str, Any]) -> None:
+    """Nothing of a run refers to itself in a circle, which would keep the weights until a garbage collection."""
+    model = semu()
+    gc.collect()
+    gc.disable()
+    try:
+        unlearn(model, vector_batches(), DecoupledDistillation(), epochs=2, **dials, **QUIET)
+        there = weakref.ref(model)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 class Stream(IterableDataset[Any]):
