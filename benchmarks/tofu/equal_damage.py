@@ -5,6 +5,9 @@
 Every few steps a run looks at the forget answers and at neutral text, and its table keeps what it saw. Of these looks
 the one with the least likely answers counts among those within the budget; a run that was beyond it at its first look
 has none, and may have been within it before. Repairs come after the last look.
+
+Runs that were followed to where their damage meets the budgets (`run.py --cells equal`) are in a second table, with what
+was measured there; a run that ended within a budget has its end, and one that forgot within the least is the same in both.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 from cells import BUDGETS
 
-PATH, REPAIR = " | path", ", repair"
+PATH, REPAIR, EQUAL = " | path", ", repair", "at equal damage"
 
 
 def least_likely(path: Sequence[dict[str, float]], budget: float) -> float | None:
@@ -30,7 +33,7 @@ def runs(tables: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for table in tables:
         for name, row in table.items():
-            if name.endswith(PATH):
+            if name.endswith(PATH) and EQUAL not in name:
                 settings, seed = name.removesuffix(PATH).rsplit(" | ", 1)
                 found.setdefault(f"{settings.partition(REPAIR)[0]} | {seed}", row["path"])
     return found
@@ -48,11 +51,37 @@ def lines(tables: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
+def followed(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """What was measured at the budgets, in Markdown, what is least likely within the largest first."""
+    rows, utility = {}, 0.0
+    for table in tables:
+        found = {name: row for name, row in table.items() if EQUAL in name and not name.endswith(PATH)}
+        if found:
+            rows |= found
+            utility = table["doing nothing"]["model_utility"]
+    runs = {name.rsplit(" | ", 1)[0] for name in rows}
+    last = BUDGETS[-1]
+    heads = [f"{what} at {budget}" for budget in BUDGETS for what in ("neutral KL", "P(answer)", "utility", "quality")]
+    lines = [f"| run | {' | '.join(heads)} | relearnt over gold | steps |", f"| --- |{' --- |' * (len(heads) + 2)}"]
+    for run in sorted(runs, key=lambda run: rows[f"{run} | KL {last}"]["probability"]):
+        cells = []
+        for budget in BUDGETS:
+            row = rows[f"{run} | KL {budget}"]
+            cells += [f"{row['neutral_kl']:.3f}", f"{row['probability']:.3f}", f"{row['model_utility'] / utility:.3f}"]
+            cells.append(f"{row['forget_quality']:.2g}")
+        end = rows[f"{run} | KL {last}"]
+        objective, carrier, settings, seed = run.split(" | ")
+        told = ", ".join([objective, carrier, settings.partition(", ")[0], seed])
+        lines.append(f"| {told} | {' | '.join(cells)} | {end['relearnt_over_gold']:.1f} | {end['steps']:g} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+", help="files that `run.py` has written")
     args = parser.parse_args()
-    print("\n".join(lines([json.loads(path.read_text(encoding="utf-8")) for path in args.tables])))
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in args.tables]
+    print("\n".join([*lines(tables), "", *followed(tables)]))
 
 
 if __name__ == "__main__":

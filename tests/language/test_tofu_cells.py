@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,23 @@ def test_equal_damage_counts_looks_within_the_budget_alone(monkeypatch: pytest.M
     ]
     assert equal_damage.least_likely(path, 0.01) == 2.0
     assert equal_damage.least_likely(path, 1e-3) is None
+
+
+def test_runs_that_were_followed_to_their_budgets_have_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CELLS.parent)
+    equal_damage = importlib.import_module("equal_damage")
+    table: dict[str, Any] = {"doing nothing": {"model_utility": 0.8}}
+    for objective, probability in (("NPO", 0.5), ("WGA", 0.25)):
+        run = f"{objective} | all weights | both, at most 9, at equal damage | seed 0"
+        row = {"neutral_kl": 0.01, "probability": probability, "model_utility": 0.4, "forget_quality": 1e-3}
+        table |= {f"{run} | KL 0.01": row, f"{run} | KL 0.05": {**row, "relearnt_over_gold": 2.0, "steps": 1.25}}
+        table[f"{run} | path"] = {"path": [{"neutral_kl": 0.01, "answer_nll": 1.0}]}
+    same = "0.010 | {0} | 0.500 | 0.001 | 0.010 | {0} | 0.500 | 0.001 | 2.0 | 1.25 |"
+    assert equal_damage.followed([table])[2:] == [
+        f"| WGA, all weights, both, seed 0 | {same.format('0.250')}",
+        f"| NPO, all weights, both, seed 0 | {same.format('0.500')}",
+    ]
+    assert equal_damage.lines([table])[2:] == []  # they are in the other
 
 
 def test_a_table_shows_the_aucs_of_membership(benchmark: ModuleType) -> None:
