@@ -6,8 +6,8 @@ Every few steps a run looks at the forget answers and at neutral text, and its t
 the one with the least likely answers counts among those within the budget; a run that was beyond it at its first look
 has none, and may have been within it before. Repairs come after the last look.
 
-Runs that were followed to where their damage meets the budgets (`run.py --cells equal`) are in a second table, with what
-was measured there; a run that ended within a budget has its end, and one that forgot within the least is the same in both.
+Runs that were followed to where their damage meets the budgets (`run.py --cells equal`) are in a second table, with
+what was measured there. A run that ended within a budget has its end in it.
 """
 
 from __future__ import annotations
