@@ -17,7 +17,7 @@ from sentences import OBJECTIVES, Given
 from subjects import Subject, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
-from watch import Watch, WatchToBudgets, put, trained
+from watch import Values, Watch, WatchToBudgets, put, values_of
 
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
 from semu_peft.gradients.covariance import LayerCovariance
@@ -96,7 +96,7 @@ class Unlearned:
     """
 
     model: nn.Module
-    moments: dict[str, list[Tensor]]
+    moments: dict[str, Values]
     steps: dict[str, float]
     trainable_parameters: int
     seconds: float
@@ -116,7 +116,7 @@ def repaired(subject: Subject, cell: Cell, done: Unlearned) -> Unlearned:
     began = clock()
     made = _repair(subject, cell, model)
     seconds = done.seconds + clock() - began
-    moments = {**done.moments, "repaired": [parameter.detach().clone() for parameter in trained(model)]}
+    moments = {**done.moments, "repaired": values_of(model)}
     steps = {**done.steps, "repaired": done.steps["end"] + made}
     return replace(done, moments=moments, steps=steps, seconds=seconds)
 
@@ -164,7 +164,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
         if watch.is_unseen:
             break
     seconds = clock() - began - watch.seconds
-    count = sum(parameter.numel() for parameter in trained(model))
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Unlearned(model, watch.moments, watch.steps, count, seconds, list(watch.looks.values()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +18,20 @@ CLOSELY = 3  # and where a run is to end at its budgets
 HALVINGS = 4  # of the way between two looks
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained, in a fixed order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+Values = dict[str, Tensor]
+"""Values of what is trained, by name: what a run does not train, as a core of rank 0, need not be there."""
 
 
 @torch.no_grad()
-def put(model: nn.Module, values: Sequence[Tensor]) -> None:
-    """Put values into what is trained."""
-    for parameter, value in zip(trained(model), values, strict=True):
-        parameter.copy_(value)
+def put(model: nn.Module, values: Values) -> None:
+    """Put values into the model."""
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
 
 
-def _values(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in trained(model)]
+def values_of(model: nn.Module) -> Values:
+    """Copies of what is trained."""
+    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Watch(Callback):
     damage: Callable[[nn.Module], float]
     answers: Callable[[nn.Module], float]
     unseen: float
-    moments: dict[str, list[Tensor]] = field(default_factory=dict)
+    moments: dict[str, Values] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
     looks: dict[float, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -68,8 +68,8 @@ class Watch(Callback):
         damage, _ = self._seen(model, step)
         for budget in BUDGETS:
             if damage <= budget:
-                self._keep(f"KL {budget}", _values(model), step)
-        self._keep("end", _values(model), step)
+                self._keep(f"KL {budget}", values_of(model), step)
+        self._keep("end", values_of(model), step)
         self.seconds += clock() - began
 
     def _seen(self, model: nn.Module, step: float) -> tuple[float, float]:
@@ -77,7 +77,7 @@ class Watch(Callback):
         self.looks[step] = {"step": step, "neutral_kl": damage, "answer_nll": nll}
         return damage, nll
 
-    def _keep(self, moment: str, values: list[Tensor], step: float) -> None:
+    def _keep(self, moment: str, values: Values, step: float) -> None:
         self.moments[moment], self.steps[moment] = values, step
 
 
@@ -90,7 +90,7 @@ class WatchToBudgets(Watch):
     """
 
     met: set[float] = field(default_factory=set)
-    _last: tuple[list[Tensor], int] | None = None  # values at the last look, and its step
+    _last: tuple[Values, int] | None = None  # values at the last look, and its step
 
     def on_train_begin(self, context: Any) -> None:
         if self._last is None:
@@ -109,7 +109,7 @@ class WatchToBudgets(Watch):
             return
         began = clock()
         damage, nll = self._seen(model, step)
-        now = _values(model)
+        now = values_of(model)
         for budget in sorted(set(BUDGETS) - self.met):
             if damage <= budget and nll <= self.unseen:
                 self._keep(f"KL {budget}", now, step)
@@ -121,15 +121,15 @@ class WatchToBudgets(Watch):
         self.seconds += clock() - began
 
     def _last_within(
-        self, model: nn.Module, budget: float, now: list[Tensor], step: int, *, forgotten: bool
-    ) -> tuple[list[Tensor], float]:
+        self, model: nn.Module, budget: float, now: Values, step: int, *, forgotten: bool
+    ) -> tuple[Values, float]:
         """The values furthest on the way from the last look to now that are within the budget, and their step."""
         assert self._last is not None, "the first look is at the model before training, which is within every budget"
         before, first = self._last
         share, found = 0.0, before
         for halving in range(1, HALVINGS + 1):
             tried = share + 0.5**halving
-            values = [start.lerp(end, tried) for start, end in zip(before, now, strict=True)]
+            values = {name: before[name].lerp(end, tried) for name, end in now.items() if name in before}
             put(model, values)
             if self.damage(model) <= budget and not (forgotten and self.answers(model) > self.unseen):
                 share, found = tried, values

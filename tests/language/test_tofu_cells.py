@@ -113,7 +113,7 @@ def test_a_run_is_followed_to_where_its_damage_meets_the_budgets(benchmark: Modu
     assert model.weight.item() == pytest.approx(0.24)  # training goes on from where it was
     assert list(watch.looks) == [0, 3, 6]
     for moment, met in (("KL 0.01", 0.1), ("KL 0.05", 0.05**0.5)):
-        value = watch.moments[moment][0].item()
+        value = watch.moments[moment]["weight"].item()
         assert met - 0.12 / 16 <= value <= met
         assert watch.steps[moment] == pytest.approx(value / 0.04, abs=1e-3)
     watch.look(model, 7)  # it is over
@@ -127,10 +127,28 @@ def test_a_run_is_not_followed_past_unseen_answers(benchmark: ModuleType) -> Non
         for step, value in enumerate((0.0, 0.4, 0.8)):
             model.weight.fill_(value)
             watch.look(model, step)
-    assert {moment: values[0].item() for moment, values in watch.moments.items()} == pytest.approx(
+    assert {moment: values["weight"].item() for moment, values in watch.moments.items()} == pytest.approx(
         {"KL 0.01": 0.5, "KL 0.05": 0.5}
     )
     assert watch.steps == {"KL 0.01": 1.25, "KL 0.05": 1.25}
+
+
+def test_moments_are_kept_of_what_is_trained_then(benchmark: ModuleType) -> None:
+    """A run takes cores of rank 0 out of what is trained while it lasts, and gives them back."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+    watch = benchmark.WatchToBudgets(lambda now: now[0].weight.item() ** 2, lambda now: 0.0, unseen=9.0)
+    model[1].requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight.zero_()
+        watch.look(model, 0)
+        model[0].weight.fill_(0.2)
+        watch.look(model, 1)
+        model[1].requires_grad_(True)
+        model[0].weight.fill_(0.4)
+        watch.look(model, 2)
+    done = benchmark.Unlearned(model, watch.moments, watch.steps, 1, 0.0)
+    assert done.go_to("KL 0.01")[0].weight.item() == pytest.approx(0.1)
+    assert 0.2 < done.go_to("KL 0.05")[0].weight.item() < 0.05**0.5
 
 
 def test_a_table_of_attacks_tells_how_much_more_than_of_gold_comes_back(benchmark: ModuleType) -> None:
