@@ -147,7 +147,7 @@ def test_moments_are_kept_of_what_is_trained_then(benchmark: ModuleType) -> None
         model[0].weight.fill_(0.4)
         watch.look(model, 2)
     done = benchmark.Unlearned(model, watch.moments, watch.steps, 1, 0.0)
-    assert done.go_to("KL 0.01")[0].weight.item() == pytest.approx(0.1)
+    assert 0.08 < done.go_to("KL 0.01")[0].weight.item() < 0.1
     assert 0.2 < done.go_to("KL 0.05")[0].weight.item() < 0.05**0.5
 
 
