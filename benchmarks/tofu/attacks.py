@@ -4,6 +4,7 @@
 
 Each model forgets TOFU's forget05 by weighted ascent until the mean answer is as unlikely as unseen ones, and is then
 asked in other ways, trained again on 20 and on all 200 of the answers and on as many others, and rounded to 4 bits.
+SEMU holds retain answers by the KL to the original, the others by their cross entropy, as weighted ascent has it.
 Gold never saw the answers, and goes through the same: only what exceeds its column was still there. A column takes some
 four minutes of a CPU core, and six for forgetting; run again, the command goes on with the columns that are missing.
 """
@@ -14,17 +15,18 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cells import ALL, LORA_8, NATURAL_99, Cell
 from machine import TOGETHER, about
-from measure import damage, write
+from measure import damage, probability, rounded_probability, write
 from methods import forget
 from subjects import TEMPLATE, Subject, evenly, load, read_subject
 from torch import nn
 
-from semu_peft.evaluation import prompt_attacks, relearn_text, rounded_weights
+from semu_peft.evaluation import prompt_attacks, relearn_text
 from semu_peft.objectives import Attacker
 
 SHOTS, SAMPLES = 3, 8
@@ -33,10 +35,8 @@ FEW, MANY = 20, 200  # answers that an attacker has
 REFERENCES = ("gold", "doing nothing")
 WGA = Cell("WGA", ALL, "both", steps=60, batch_size=20, kept_at_once=20)
 CELLS = {
-    "SEMU, γ 0.99": Cell(
-        "WGA", NATURAL_99, "both", hold="KL", weight=1.0, kl=(0.5,), steps=60, batch_size=20, kept_at_once=20
-    ),
-    "LoRA, rank 8": Cell("WGA", LORA_8, "both", steps=60, batch_size=20, kept_at_once=20),
+    "SEMU, γ 0.99": replace(WGA, carrier=NATURAL_99, hold="KL", weight=1.0, kl=(0.5,)),
+    "LoRA, rank 8": replace(WGA, carrier=LORA_8),
     "all weights": WGA,
 }
 
@@ -63,11 +63,9 @@ def attacked(subject: Subject, model: nn.Module, questions: int) -> dict[str, fl
         ).probability
         for name, (train, probes, attacker) in trained.items()
     }
-    with rounded_weights(model, bits=4):
-        rounded = float(subject.nll(model, subject.told).neg().exp().mean())
-    probability = float(subject.nll(model, subject.told).neg().exp().mean())
     relearnt = {name: curve[-1] for name, curve in curves.items()}
-    return {**found, "probability": probability, "at 4 bits": rounded, **relearnt}
+    at = {"probability": probability(subject, model), "at 4 bits": rounded_probability(subject, model)}
+    return {**found, **at, **relearnt}
 
 
 def lines(table: dict[str, dict[str, float]]) -> list[str]:
@@ -91,6 +89,10 @@ def main() -> None:
     args = _arguments()
     subject = read_subject(args.models, args.data, args.neutral)
     table: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
+    if (known := table.get("about", {}).get("questions", args.questions)) != args.questions:
+        raise SystemExit(
+            f"{args.output} has {known} questions, got --questions {args.questions}. Give another `--output`."
+        )
     command = shlex.join(["benchmarks/tofu/attacks.py", *sys.argv[1:]])
     table["about"] = {**about(), "questions": args.questions, "command": command}
     original = load(subject.original)

@@ -79,6 +79,17 @@ def damage(subject: Subject, original: nn.Module, model: nn.Module) -> float:
     ).kl  # fmt: skip
 
 
+def probability(subject: Subject, model: nn.Module) -> float:
+    """Mean probability of an answer to forget."""
+    return float(subject.nll(model, subject.told).neg().exp().mean())
+
+
+def rounded_probability(subject: Subject, model: nn.Module) -> float:
+    """The same with the weights at 4 bits."""
+    with rounded_weights(model, bits=4):
+        return probability(subject, model)
+
+
 @dataclass(frozen=True)
 class Judge:
     """Measures models against the original and against gold, whose own measures are taken once and can be kept.
@@ -125,12 +136,8 @@ class Judge:
         if attacks:
             again = relearnt(self.subject, model, self.attacker)
             row["relearnt_others"], row["relearnt_all"] = again.others[-1], again.everything[-1]
-            row["probability_4bit"] = round(self._rounded_probability(model), 5)
+            row["probability_4bit"] = round(rounded_probability(self.subject, model), 5)
         return row
-
-    def _rounded_probability(self, model: nn.Module) -> float:
-        with rounded_weights(model, bits=4):
-            return float(self.subject.nll(model, self.subject.told).neg().exp().mean())
 
 
 def _rounded(value: float) -> float:

@@ -161,7 +161,7 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
         )  # fmt: skip
         watch.before += result.steps
         watch.look(model, watch.before)  # natural gradients end with the best cores, not with the last
-        if watch.is_unseen:
+        if watch.is_over:
             break
     seconds = clock() - began - watch.seconds
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

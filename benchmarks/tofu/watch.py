@@ -17,7 +17,6 @@ EVERY = 5  # steps between two looks
 CLOSELY = 3  # and where a run is to end at its budgets
 HALVINGS = 4  # of the way between two looks
 
-
 Values = dict[str, Tensor]
 """Values of what is trained, by name: what a run does not train, as a core of rank 0, need not be there."""
 
@@ -51,16 +50,21 @@ class Watch(Callback):
     before: int = 0  # steps of runs before this one
 
     @property
-    def is_unseen(self) -> bool:
+    def every(self) -> int:
+        """Steps between two looks."""
+        return EVERY
+
+    @property
+    def is_over(self) -> bool:
         """Whether the answers were as unlikely as unseen ones when they were last looked at."""
         return bool(self.looks) and list(self.looks.values())[-1]["answer_nll"] >= self.unseen
 
     def on_step_end(self, context: Any) -> None:
-        if context.progress.step % EVERY:
+        if context.progress.step % self.every:
             return
         self.look(context.model, self.before + context.progress.step)
-        if self.is_unseen:
-            context.control.stop("the answers are as unlikely as unseen ones")
+        if self.is_over:
+            context.control.stop("the answers are as unlikely as unseen ones, or the damage is beyond the budgets")
 
     def look(self, model: nn.Module, step: int) -> None:
         """Measure the model as it is now; its values are the end of the run until the next look."""
@@ -92,20 +96,22 @@ class WatchToBudgets(Watch):
     met: set[float] = field(default_factory=set)
     _last: tuple[Values, int] | None = None  # values at the last look, and its step
 
+    @property
+    def every(self) -> int:
+        return CLOSELY
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all budgets were met."""
+        return len(self.met) == len(BUDGETS)
+
     def on_train_begin(self, context: Any) -> None:
         if self._last is None:
             self.look(context.model, 0)
 
-    def on_step_end(self, context: Any) -> None:
-        if context.progress.step % CLOSELY:
-            return
-        self.look(context.model, self.before + context.progress.step)
-        if len(self.met) == len(BUDGETS):
-            context.control.stop("the damage is beyond the budgets, or the answers are as unlikely as unseen ones")
-
     def look(self, model: nn.Module, step: int) -> None:
         """Measure the model as it is now, and look back for the budgets that it is beyond."""
-        if len(self.met) == len(BUDGETS):
+        if self.is_over:
             return
         began = clock()
         damage, nll = self._seen(model, step)
