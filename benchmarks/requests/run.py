@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/requests/run.py
 
-Parts: `classes` (a class, at batches of 8, 32 and 64), `examples` (requests of one, five and ten examples) and `dials`
-(what the ways to set it do at worst). AdamW at a fixed rate stands beside the default.
+Parts: `classes` (a class, at batches of 8, 32 and 64), `choices` (the same with one setting other than the default),
+`examples` (requests of one, five and ten examples) and `dials` (what the ways to set it do at worst). AdamW at a fixed
+rate stands beside the default.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ from semu_peft.evaluation import ForgettingMetrics, evaluate_forgetting, predict
 from semu_peft.files import written_whole
 
 WAYS: dict[str, dict[str, Any]] = {"default": {}, "AdamW 3e-2, 2 epochs": {"learning_rate": 3e-2, "epochs": 2}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "`min_parameters=0`": {"min_parameters": 0},
+    "`proximal=0`": {"optimizer": NaturalGradient(proximal=0)},
+    "`proximal=0.03`": {"optimizer": NaturalGradient(proximal=0.03)},
+    "`damping=1`": {"optimizer": NaturalGradient(damping=1.0)},
+    "all batches in a step": {"gradient_accumulation_steps": 100},
+}
 BATCH_SIZES = (8, 32, 64)
 SEEDS = (0, 1, 2)
 REQUEST_SIZES = (1, 5, 10)
@@ -38,10 +47,11 @@ DRAWS = 5
 
 def forget(
     original: nn.Module, batches: Any, objective: objectives.Objective, targets: Any = "all-linear", gamma: float = 0.9,
-    **settings: Any,
+    min_parameters: int | None = None, **settings: Any,
 ) -> tuple[nn.Module, UnlearnResult]:  # fmt: skip
     """A copy of the model that has forgotten."""
-    config = SemuConfig(target_modules=targets, explained_variance=gamma)
+    fewest = {} if min_parameters is None else {"min_parameters": min_parameters}
+    config = SemuConfig(target_modules=targets, explained_variance=gamma, **fewest)
     model = get_peft_model(copy.deepcopy(original), config)
     initialize_semu_weights(model, batches, objective, progress=False)
     return model, unlearn(model, batches, objective, progress=False, **settings)
@@ -51,7 +61,7 @@ def accuracy(model: nn.Module, batches: Any) -> float:
     return predict(model, batches, progress=False).accuracy
 
 
-def classes(names: Sequence[str]) -> Iterable[dict[str, Any]]:
+def classes(names: Sequence[str], ways: dict[str, dict[str, Any]] = WAYS) -> Iterable[dict[str, Any]]:
     """One class, from its own examples alone."""
     for name in names:
         subject = SUBJECTS[name]
@@ -65,13 +75,14 @@ def classes(names: Sequence[str]) -> Iterable[dict[str, Any]]:
                 "RA before": accuracy(original, kept),
             }
             for batch_size in BATCH_SIZES:
-                for way, settings in WAYS.items():
+                for way, settings in ways.items():
                     batches = data.loader(forgotten, batch_size)
                     model, result = forget(original, batches, objectives.DecoupledDistillation(), **settings)
                     yield {
                         "subject": name, "batch size": batch_size, "way": way, "seed": seed, **before,
                         "UA": 100 - accuracy(model, batches), "RA": accuracy(model, kept), "steps": result.steps,
                         "seconds": result.seconds, "stop reason": result.stop_reason,
+                        "loss left": result.history[-1]["loss"],
                     }  # fmt: skip
 
 
@@ -98,6 +109,11 @@ def examples(names: Sequence[str]) -> Iterable[dict[str, Any]]:
                         "confidence": confidence(model, request), "target": target, "unseen": unseen.mean().item(),
                         "steps": result.steps, "seconds": result.seconds, "stop reason": result.stop_reason,
                     }  # fmt: skip
+
+
+def choices(names: Sequence[str]) -> Iterable[dict[str, Any]]:
+    """The same with one setting other than the default."""
+    return classes(names, CHOICES)
 
 
 def confidence(model: nn.Module, batches: Any) -> float:
@@ -186,6 +202,22 @@ def examples_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def choices_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| forgets a class | set | UA, worst | RA, change | worst fall | falls > 0.5 | loss left, worst | steps |",
+        "| --- " * 8 + "|",
+    ]
+    for (subject, way), group in rows_by(rows, "subject", "way").items():
+        falls = [row["RA before"] - row["RA"] for row in group]
+        change = round(-statistics.fmean(falls), 1) + 0.0  # never "-0.0"
+        lines.append(
+            f"| {subject} | {way} | {min(row['UA'] for row in group):.1f} | {change:+.1f} | "
+            f"{max(falls):.1f} | {sum(fall > 0.5 for fall in falls)} of {len(falls)} | "
+            f"{max(row['loss left'] for row in group):.3f} | {mean(group, 'steps'):.0f} |"
+        )
+    return lines
+
+
 def dials_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| layers | γ | kl | trained | UA | RA | TA | MIA | gap | steps |", "| --- " * 10 + "|"]
     for row in rows:
@@ -205,6 +237,7 @@ PARTS: dict[str, Part] = {
         classes, classes_table,
         ("digits, MLP", "wine, MLP", "breast cancer, MLP", "digits, ViT", "digits, the demo's ViT"),
     ),
+    "choices": (choices, choices_table, ("digits, MLP", "wine, MLP", "digits, ViT")),
     "examples": (
         examples, examples_table, ("digits, MLP", "digits, conv net", "digits, ViT", "digits, the demo's ViT"),
     ),
