@@ -192,7 +192,13 @@ def test_runs_that_were_followed_to_their_budgets_have_a_table(monkeypatch: pyte
         f"| WGA, all weights, both, seed 0 | {same.format('0.250')}",
         f"| NPO, all weights, both, seed 0 | {same.format('0.500')}",
     ]
-    assert equal_damage.lines([table])[2:] == []  # they are in the other
+    assert equal_damage.side_by_side([table]) == [
+        "| held: both, seed 0 | all weights |",
+        "| --- | --- |",
+        "| NPO | 0.50; 0.50, 0.50, 2 |",
+        "| WGA | 0.25; 0.25, 0.50, 2 |",
+    ]
+    assert equal_damage.lines([table])[2:] == []  # they are in the others
 
 
 def test_a_table_shows_the_aucs_of_membership(benchmark: ModuleType) -> None:
