@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from semu_peft.files import digest_of
 
 from .fingerprint import Fingerprint, differences
+from .sharded import trained_state, weights_file, whole_on_disk
 
 _STATE_FILE = "unlearn_state.pt"
 _RUN_FILE = "unlearn_run.json"  # written last: the fingerprint of the run and a digest of every other file
@@ -82,11 +83,12 @@ def save_checkpoint(
 
 def _save_trained(accelerator: Accelerator, folder: Path) -> None:
     def keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-        weights[:] = [_trained_state(accelerator.unwrap_model(model)) for model in models]
+        weights[:] = [trained_state(accelerator.unwrap_model(model)) for model in models]
 
     hook = accelerator.register_save_state_pre_hook(keep_trained)
     try:
-        accelerator.save_state(str(folder))
+        with whole_on_disk(accelerator):
+            accelerator.save_state(str(folder))
     finally:
         hook.remove()
 
@@ -318,12 +320,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Checkpoint, parts: Par
     """
     folder = checkpoint.folder
     for index, model in enumerate(accelerator._models):
-        _check_weights(accelerator.unwrap_model(model), folder / f"model{f'_{index}' if index else ''}.safetensors")
+        _check_weights(accelerator.unwrap_model(model), weights_file(folder, index))
     states = load_states(checkpoint)
     with _registered_hidden(accelerator) as registered:
         everything = _all(parts, registered)
         _check_parts(states, everything, folder)
-        accelerator.load_state(str(folder), strict=False)
+        with whole_on_disk(accelerator):
+            accelerator.load_state(str(folder), strict=False)
     for kind, members in everything.items():
         for member, state in zip(members, states[kind], strict=True):
             if hasattr(member, "load_state_dict"):
@@ -334,17 +337,13 @@ def _state_of(member: Any) -> dict[str, Any]:
     return member.state_dict() if hasattr(member, "state_dict") else {}
 
 
-def _trained_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _check_weights(model: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(_damaged(path)) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in _trained_state(model).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in trained_state(model).items()}
     if saved != expected:
         differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -17,18 +18,30 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from semu_peft import NaturalGradient, unlearn
-from semu_peft.objectives import DecoupledDistillation
+from semu_peft.objectives import CrossEntropy, DecoupledDistillation
 from semu_peft.tuner.adapted import semu_layers
 
+BUDGET = 1e-3  # just above the damage where the run begins, so that steps are refused for it
 folder, mode, accumulation, precision, clip, optimizer = sys.argv[1:]
+
+
+def adapted(accelerator: Accelerator) -> torch.nn.Module:
+    """The model with the adapter, in shards where the mode says so."""
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(llama(), f"{folder}/adapter", is_trainable=True)
+    if mode == "fsdp2":  # which Accelerate itself knows on accelerators only
+        mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+        for block in model.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model._is_accelerate_prepared = True  # or it would be wrapped for DDP
+    return model
 
 
 def next_token_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**batch).loss
 
 
-torch.manual_seed(0)
-model = PeftModel.from_pretrained(llama(), f"{folder}/adapter", is_trainable=True)
 tokens = torch.randint(32, (32, 6), generator=torch.Generator().manual_seed(1))
 zero = None
 if mode.startswith("zero"):
@@ -40,12 +53,7 @@ accelerator = Accelerator(
     mixed_precision=precision,
     dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, even_batches=optimizer != "uneven"),
 )
-if mode == "fsdp2":  # which Accelerate itself knows on accelerators only
-    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-    for block in model.base_model.model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model._is_accelerate_prepared = True  # or it would be wrapped for DDP
+model = adapted(accelerator)
 # DeepSpeed without an accelerator shards the parameters over both processes, and Accelerate gives both all of the data.
 shares = 1 if mode == "single" or zero else 2
 assert accelerator.num_processes == shares, accelerator.distributed_type
@@ -53,7 +61,7 @@ assert mode == "single" or torch.distributed.get_world_size() == 2
 examples = [{"input_ids": row, "labels": row} for row in tokens]
 number = 12 if optimizer == "uneven" else 32  # of which one process gets two batches and the other one
 loader = DataLoader(examples[:number], batch_size=8 // shares, shuffle=False)
-common = {
+common: dict[str, Any] = {
     "epochs": 2,
     "max_grad_norm": float(clip) or None,
     "accelerator": accelerator,
@@ -66,10 +74,22 @@ if optimizer == "uneven":
         save_file({"refused": torch.tensor("as many batches" in str(refused))}, f"{folder}/{accelerator.process_index}")
     accelerator.end_training()
     sys.exit()
-if optimizer == "natural":
-    result = unlearn(model, loader, DecoupledDistillation(), optimizer=NaturalGradient(tolerance=1e-4), **common)
+objective: Any = DecoupledDistillation()
+if optimizer.startswith("adamw"):
+    objective = next_token_loss
+    common["learning_rate"] = 3e-2
 else:
-    result = unlearn(model, loader, next_token_loss, learning_rate=3e-2, **common)
+    common["optimizer"] = NaturalGradient(tolerance=1e-4)
+if optimizer == "budget":
+    objective = -1.0 * CrossEntropy()
+    common["max_retain_kl"] = BUDGET
+if optimizer.endswith("resumed"):
+    output = f"{folder}/{mode}"
+    unlearn(model, loader, objective, output_dir=output, checkpointing_steps=3, **common)
+    accelerator.free_memory()  # which holds the model that it was given as prepared
+    model = adapted(accelerator)
+    common["resume_from_checkpoint"] = f"{output}/checkpoint-3"
+result = unlearn(model, loader, objective, **common)
 cores = {}
 for name, layer in semu_layers(model).items():
     core = layer.semu_core["default"]
