@@ -5,7 +5,7 @@ Accelerate does so for models that it has sharded itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,5 +100,5 @@ def _share_out(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "state": {index: shares(index, values) for index, values in state["state"].items()}}
 
 
-def _each(function: Any, values: dict[str, Any]) -> dict[str, Any]:
+def _each(function: Callable[[Tensor], Tensor], values: dict[str, Any]) -> dict[str, Any]:
     return {key: function(value) if isinstance(value, Tensor) else value for key, value in values.items()}
