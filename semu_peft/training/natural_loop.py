@@ -32,7 +32,7 @@ from .looks import Looks
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
-from .parameters import put_into, whole
+from .parameters import leave_shards_alone, put_into, whole
 from .pressure import Pressure
 from .proximal import Proximal
 from .rules.base import Step, StepData
@@ -450,6 +450,8 @@ class NaturalLoop(Loop):
     def _move_to(self, flat: Tensor) -> None:
         for slot, core in zip(self.slots, self.cores, strict=True):
             put_into(core, flat[slot.place].view(slot.shape))
+        if self.is_sharded:
+            leave_shards_alone(self.model)  # or the next forward pass may be by what was gathered before
 
     @contextmanager
     def _at(self, place: Tensor) -> Iterator[None]:

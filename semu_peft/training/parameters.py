@@ -176,6 +176,17 @@ def _parameters_of(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     return [parameter for part in adapter_parts(model, adapter_name) for parameter in part.parameters()]
 
 
+def leave_shards_alone(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered: its root keeps that of a forward pass until a backward pass, in the shards' places.
+
+    Examples:
+        >>> leave_shards_alone(nn.Linear(2, 2))  # nothing is sharded
+    """
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
+
+
 def whole(tensor: Any) -> Tensor:
     """A tensor, gathered from all processes where it is sharded over them.
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .parameters import put_into, shared_out, whole
+from .parameters import leave_shards_alone, put_into, shared_out, whole
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -77,6 +77,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _put_weights(models: list[nn.Module], folder: str) -> None:
     """Load the weights in Accelerate's place, which would copy whole tensors into shards."""
     for index, model in enumerate(models):
+        leave_shards_alone(model)
         weights = load_file(weights_file(Path(folder), index))
         for name, parameter in model.named_parameters():
             if name in weights:

@@ -26,7 +26,13 @@ from .loop import Loop
 from .natural import Choose, NaturalGradient, choose_natural, is_natural
 from .natural_loop import NaturalLoop
 from .optimizers import OptimizerFactory, SchedulerFactory, default_learning_rate, make_optimizer
-from .parameters import check_trainable, empty_ones_frozen, only_adapter_trains, trained_parameters
+from .parameters import (
+    check_trainable,
+    empty_ones_frozen,
+    leave_shards_alone,
+    only_adapter_trains,
+    trained_parameters,
+)
 from .rules import Rule, as_rules
 from .settings import Settings
 
@@ -193,6 +199,7 @@ def unlearn(
     loss, terms = as_objective(objective), as_retain(retain)
     rules, callbacks = as_rules(rules, max_grad_norm), as_callbacks(callbacks)
     objectives = [loss, *(as_objective(term.objective) for term in terms)]
+    leave_shards_alone(model)  # a forward pass before may have put what it gathered in their places
     with only_adapter_trains(model, adapter_name):
         check_trainable(model)
         parameters = trained_parameters(model)
@@ -216,6 +223,7 @@ def unlearn(
             loop.set_up(scheduler, bare_optimizer)
             with eval_mode(model), torch.enable_grad():  # also where a caller has switched gradients off
                 loop.train()
+    leave_shards_alone(model)
     return UnlearnResult(
         history=loop.progress.history,
         steps=loop.progress.step,

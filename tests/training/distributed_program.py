@@ -29,12 +29,15 @@ def adapted(accelerator: Accelerator) -> torch.nn.Module:
     """The model with the adapter, in shards where the mode says so."""
     torch.manual_seed(0)
     model = PeftModel.from_pretrained(llama(), f"{folder}/adapter", is_trainable=True)
-    if mode == "fsdp2":  # which Accelerate itself knows on accelerators only
+    if mode.startswith("fsdp2"):  # which Accelerate itself knows on accelerators only
         mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-        for block in model.base_model.model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        blocks = model.base_model.model.model.layers
+        apart = {"fsdp2": blocks, "fsdp2-layers": semu_layers(model).values(), "fsdp2-root": []}[mode]
+        for module in [*apart, model]:
+            fully_shard(module, mesh=mesh)
         model._is_accelerate_prepared = True  # or it would be wrapped for DDP
+        with torch.no_grad():
+            model(tokens[:4])  # after which a root keeps what it has gathered
     return model
 
 
@@ -93,7 +96,7 @@ result = unlearn(model, loader, objective, **common)
 cores = {}
 for name, layer in semu_layers(model).items():
     core = layer.semu_core["default"]
-    assert isinstance(core, DTensor) == (mode == "fsdp2")
+    assert isinstance(core, DTensor) == mode.startswith("fsdp2")
     if mode == "zero3":
         import deepspeed
 
