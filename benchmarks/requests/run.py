@@ -47,11 +47,10 @@ DRAWS = 5
 
 def forget(
     original: nn.Module, batches: Any, objective: objectives.Objective, targets: Any = "all-linear", gamma: float = 0.9,
-    min_parameters: int | None = None, **settings: Any,
+    min_parameters: int = SemuConfig.min_parameters, **settings: Any,
 ) -> tuple[nn.Module, UnlearnResult]:  # fmt: skip
     """A copy of the model that has forgotten."""
-    fewest = {} if min_parameters is None else {"min_parameters": min_parameters}
-    config = SemuConfig(target_modules=targets, explained_variance=gamma, **fewest)
+    config = SemuConfig(target_modules=targets, explained_variance=gamma, min_parameters=min_parameters)
     model = get_peft_model(copy.deepcopy(original), config)
     initialize_semu_weights(model, batches, objective, progress=False)
     return model, unlearn(model, batches, objective, progress=False, **settings)

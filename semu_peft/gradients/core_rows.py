@@ -23,6 +23,7 @@ from semu_peft.tuner.tied import TiedLayer
 from semu_peft.tuner.weight_use import WeightUse
 
 from .batch_gradient import ConvGradient
+from .processes import whole
 
 
 class Rows(NamedTuple):
@@ -139,9 +140,9 @@ def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows) ->
 
 def _input_rows(layer: SemuLayer, x: Tensor, adapter_name: str) -> Tensor:
     """What is known of the rows before the backward pass: `x V`, or the rows of `U` that tokens look up."""
-    right = _gathered(layer.semu_V[adapter_name])
+    right = whole(layer.semu_V[adapter_name])  # FSDP2 may have left the layer's shards alone by now
     if isinstance(layer, Embedding):
-        return _by_example(_gathered(layer.token_basis(adapter_name))[x])
+        return _by_example(whole(layer.token_basis(adapter_name))[x])
     if isinstance(layer, ConvNd):
         # Only the inputs are looked at here, so that the outputs' place is taken by what is of the right shape.
         hidden = ConvGradient.of(layer.conv, x, x).project_inputs(right)
@@ -150,7 +151,7 @@ def _input_rows(layer: SemuLayer, x: Tensor, adapter_name: str) -> Tensor:
 
 
 def _rows(layer: SemuLayer, known: Tensor, gradient: Tensor, adapter_name: str) -> Rows:
-    left, right = (_gathered(bases[adapter_name]) for bases in (layer.semu_U, layer.semu_V))
+    left, right = (whole(bases[adapter_name]) for bases in (layer.semu_U, layer.semu_V))
     scale = layer.scaling[adapter_name]
     if isinstance(layer, Embedding):
         embed_scale = layer._get_embed_scale()
@@ -159,11 +160,6 @@ def _rows(layer: SemuLayer, known: Tensor, gradient: Tensor, adapter_name: str) 
     if isinstance(layer, ConvNd):
         return Rows(gradient.flatten(2).mT.to(left.dtype) @ left * scale, known)
     return Rows(_by_example(torch.atleast_2d(gradient).to(left.dtype) @ left) * scale, known)
-
-
-def _gathered(basis: Tensor) -> Tensor:
-    """A basis, whole also where FSDP2 has left the layer's shards alone by now."""
-    return basis.full_tensor() if hasattr(basis, "full_tensor") else basis
 
 
 def _by_example(rows: Tensor) -> Tensor:

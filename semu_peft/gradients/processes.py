@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed
 from accelerate import PartialState
@@ -53,6 +54,27 @@ def processes_of_torch() -> int:
     """How many processes `torch.distributed` knows of; 0 where it has not been set up."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 0
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether each process holds a part of it alone (FSDP2's `DTensor`).
+
+    Examples:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered from all processes where it is sharded over them.
+
+    Examples:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
 
 
 def _within_reach(tensor: Tensor) -> Tensor:

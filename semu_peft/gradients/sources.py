@@ -15,6 +15,7 @@ from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.weight_use import WeightUse, read_weight, weight_use
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
+from .processes import whole
 
 Fold = Callable[[BatchGradient], None]
 
@@ -100,8 +101,7 @@ class WeightSource(GradientSource):
             if gradient is None:
                 return
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            fold(DenseGradient(self._as_matrix(gradient)))
+            fold(DenseGradient(self._as_matrix(whole(gradient))))
 
         return self.weight.register_post_accumulate_grad_hook(take)
 

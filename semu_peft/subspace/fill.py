@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from semu_peft.arguments import check_kind
+from semu_peft.gradients.processes import is_sharded, whole
 from semu_peft.linalg.core import LowRank, eckart_young
 from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.linalg.factorize import SingularFactors
@@ -38,7 +39,7 @@ def layers_to_fill(
     layers = semu_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged into the weights; call `unmerge_adapter` first.")
-    if any(hasattr(layer.semu_core[adapter_name], "full_tensor") for layer in layers.values()):
+    if any(is_sharded(layer.semu_core[adapter_name]) for layer in layers.values()):
         raise ValueError(
             f"The cores of the adapter {adapter_name!r} are sharded, and the initialisation gives them other shapes. "
             "Shard the base model first and add the adapter then, or initialise before sharding."
@@ -170,8 +171,5 @@ def _are_trained(cores: Sequence[tuple[SemuLayer, str]]) -> list[bool]:
             moved.append(torch.zeros(0))
             continue
         start = layer.semu_offset[name] if name in layer.semu_offset else torch.zeros_like(core)
-        is_moved = (core != start).any()
-        if hasattr(is_moved, "full_tensor"):  # another adapter's core may be sharded
-            is_moved = is_moved.full_tensor()
-        moved.append(is_moved.float())
+        moved.append(whole((core != start).any()).float())  # another adapter's core may be sharded
     return [largest > 0 for largest in largest_magnitudes(moved)]

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_number, check_switch
+from semu_peft.gradients.processes import whole
 
-from .parameters import put_into, trained_parameters, whole
+from .parameters import put_into, trained_parameters
 from .progress import Progress
 
 Event = Literal["on_train_begin", "on_step_end", "on_epoch_end", "on_train_end"]

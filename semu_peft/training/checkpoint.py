@@ -343,7 +343,7 @@ def _check_weights(model: nn.Module, path: Path) -> None:
             saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(_damaged(path)) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in trained_state(model).items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if saved != expected:
         differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise ValueError(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from semu_peft.gradients.processes import whole
+
 Fingerprint = dict[str, Any]
 """Plain values by what they are of, as JSON has them."""
 
@@ -68,8 +70,7 @@ def bytes_of(tensor: Tensor) -> bytes:
         >>> bytes_of(torch.tensor([1, 2], dtype=torch.uint8))
         b'\\x01\\x02'
     """
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    flat = whole.detach().to_dense().cpu().contiguous().reshape(-1)
+    flat = whole(tensor).detach().to_dense().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
-from semu_peft.gradients.processes import mean_of_numbers, processes_of_torch, rows_elsewhere, sum_over_processes
+from semu_peft.gradients.processes import (
+    is_sharded,
+    mean_of_numbers,
+    processes_of_torch,
+    rows_elsewhere,
+    sum_over_processes,
+    whole,
+)
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
@@ -32,7 +39,7 @@ from .looks import Looks
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
-from .parameters import leave_shards_alone, put_into, whole
+from .parameters import leave_shards_alone, put_into
 from .pressure import Pressure
 from .proximal import Proximal
 from .rules.base import Step, StepData
@@ -64,7 +71,7 @@ class NaturalLoop(Loop):
         self.adapter_name, cores = found
         self.runner = extract_model_from_parallel(self.prepared.model)
         self.cores = [core for _, core in cores.values()]
-        self.is_sharded = any(hasattr(core, "device_mesh") for core in self.cores)
+        self.is_sharded = any(map(is_sharded, self.cores))
         self.layers = {name: layer for name, (layer, _) in cores.items()}
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from semu_peft.gradients.processes import is_sharded
 from semu_peft.objectives.adapter_parts import adapter_configs, adapter_parts
 from semu_peft.objectives.split_weights import starts_elsewhere
 from semu_peft.tuner.layer import NotInitializedError, SemuLayer
@@ -187,18 +188,6 @@ def leave_shards_alone(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def whole(tensor: Any) -> Tensor:
-    """A tensor, gathered from all processes where it is sharded over them.
-
-    Examples:
-        >>> import torch
-        >>> whole(torch.ones(2))
-        tensor([1., 1.])
-    """
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
-
-
 def put_into(parameter: Any, value: Tensor) -> None:
     """Write a value into a parameter, each process its own part where the parameter is sharded and the value is not.
 
@@ -221,7 +210,7 @@ def shared_out(value: Tensor, parameter: Any) -> Tensor:
         tensor([1., 1.])
     """
     value = value.to(parameter.device)
-    if hasattr(parameter, "device_mesh") and not hasattr(value, "device_mesh"):
+    if is_sharded(parameter) and not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)

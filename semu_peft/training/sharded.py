@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .parameters import leave_shards_alone, put_into, shared_out, whole
+from semu_peft.gradients.processes import is_sharded, whole
+
+from .parameters import leave_shards_alone, put_into, shared_out
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -55,18 +57,14 @@ def whole_on_disk(accelerator: Accelerator) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            if any(_is_sharded(parameter) for model in accelerator._models for parameter in model.parameters()):
+            if any(is_sharded(parameter) for model in accelerator._models for parameter in model.parameters()):
                 stack.callback(accelerator.register_load_state_pre_hook(_put_weights).remove)
             for wrapped in accelerator._optimizers:
                 optimizer: Optimizer = wrapped.optimizer
-                if any(map(_is_sharded, _parameters(optimizer))):
+                if any(map(is_sharded, _parameters(optimizer))):
                     stack.callback(optimizer.register_state_dict_post_hook(_gather).remove)
                     stack.callback(optimizer.register_load_state_dict_pre_hook(_share_out).remove)
         yield
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "device_mesh")
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

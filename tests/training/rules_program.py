@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from training_runs import QUIET, semu, trained_state
 
 from semu_peft import Retain, RetainSafe, Rule, unlearn
+from semu_peft.gradients.processes import whole
 from semu_peft.objectives import CrossEntropy, UniformDistribution
-from semu_peft.training.parameters import whole
 from semu_peft.training.rules import (
     NormCap,
     PrivateGradient,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from semu_peft.gradients.processes import is_sharded, whole
 from semu_peft.objectives.base import finite_number
 
 
@@ -175,8 +176,7 @@ def norm_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         >>> norm_of(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    norm = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(torch.linalg.vector_norm(tensor, dtype=dtype))
 
 
 def check_sharded(rules: Iterable[Rule], parameters: Mapping[str, Tensor]) -> None:
@@ -188,7 +188,7 @@ def check_sharded(rules: Iterable[Rule], parameters: Mapping[str, Tensor]) -> No
     Examples:
         >>> check_sharded([Rule()], {"weight": torch.zeros(2)})
     """
-    parts = [name for name, parameter in parameters.items() if hasattr(parameter, "device_mesh")]
+    parts = [name for name, parameter in parameters.items() if is_sharded(parameter)]
     for rule in rules if parts else ():
         if rule.needs_whole_parameters:
             raise ValueError(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semu_peft.gradients.processes import whole
 from semu_peft.objectives.base import finite_number
-from semu_peft.training.parameters import shared_out, whole
+from semu_peft.training.parameters import shared_out
 from semu_peft.tuner.layer import SemuLayer
 
 from .base import Rule, Step, norm_of
