@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from semu_peft.gradients.processes import processes_of_torch
 
+from .parameters import leave_shards_alone
 from .settings import Settings
 
 
@@ -121,6 +122,7 @@ def _taken_apart(
     try:
         yield made
     finally:
+        leave_shards_alone(model)
         (made[1] if made else optimizer).zero_grad()
         if not was_prepared:
             _unwrap(accelerator, model, made[0] if made else model, bare_forward)

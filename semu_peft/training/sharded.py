@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def whole_on_disk(accelerator: Accelerator) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            if any(is_sharded(parameter) for model in accelerator._models for parameter in model.parameters()):
-                stack.callback(accelerator.register_load_state_pre_hook(_put_weights).remove)
+            put_weights = partial(_put_weights, accelerator)
+            stack.callback(accelerator.register_load_state_pre_hook(put_weights).remove)
             for wrapped in accelerator._optimizers:
                 optimizer: Optimizer = wrapped.optimizer
                 if any(map(is_sharded, _parameters(optimizer))):
@@ -72,12 +73,16 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _put_weights(models: list[nn.Module], folder: str) -> None:
-    """Load the weights in Accelerate's place, which would copy whole tensors into shards."""
+def _put_weights(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
+    """Load the weights in Accelerate's place.
+
+    It would copy whole tensors into shards, and find no name in a model that its owner has put into
+    DistributedDataParallel.
+    """
     for index, model in enumerate(models):
         leave_shards_alone(model)
         weights = load_file(weights_file(Path(folder), index))
-        for name, parameter in model.named_parameters():
+        for name, parameter in accelerator.unwrap_model(model).named_parameters():
             if name in weights:
                 put_into(parameter, weights[name])
     models.clear()

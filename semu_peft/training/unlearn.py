@@ -223,7 +223,6 @@ def unlearn(
             loop.set_up(scheduler, bare_optimizer)
             with eval_mode(model), torch.enable_grad():  # also where a caller has switched gradients off
                 loop.train()
-    leave_shards_alone(model)
     return UnlearnResult(
         history=loop.progress.history,
         steps=loop.progress.step,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from semu_peft import NaturalGradient, unlearn
@@ -38,6 +39,10 @@ def adapted(accelerator: Accelerator) -> torch.nn.Module:
         model._is_accelerate_prepared = True  # or it would be wrapped for DDP
         with torch.no_grad():
             model(tokens[:4])  # after which a root keeps what it has gathered
+    if mode == "wrapped":  # by its owner
+        model = accelerator.prepare(model)
+        assert isinstance(model, DistributedDataParallel)
+        accelerator._models[:] = [model]
     return model
 
 
@@ -75,6 +80,19 @@ if optimizer == "uneven":
         unlearn(model, loader, DecoupledDistillation(), **common)
     except ValueError as refused:
         save_file({"refused": torch.tensor("as many batches" in str(refused))}, f"{folder}/{accelerator.process_index}")
+    accelerator.end_training()
+    sys.exit()
+if optimizer == "fails":
+
+    def failing(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        model(**batch)
+        raise RuntimeError("of the objective")
+
+    try:
+        unlearn(model, loader, failing, **common)
+    except RuntimeError as failed:
+        parts = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+        save_file({"whole": torch.tensor("of the objective" in str(failed) and all(parts))}, f"{folder}/fails")
     accelerator.end_training()
     sys.exit()
 objective: Any = DecoupledDistillation()

@@ -84,6 +84,8 @@ def save_adapter(folder: Path) -> None:
         ("fsdp2-layers", "2", "no", "0", "natural", 1e-5),
         ("fsdp2", "2", "no", "0", "budget", 1e-5),
         ("ddp", "2", "no", "0", "resumed", 1e-5),
+        ("ddp", "2", "no", "0", "adamw-resumed", 1e-6),
+        ("wrapped", "2", "no", "0", "adamw-resumed", 1e-6),
         ("fsdp2", "2", "no", "0", "resumed", 1e-5),
         ("fsdp2-root", "2", "no", "0", "adamw-resumed", 1e-6),
         ("zero2", "1", "no", "0", "adamw", 1e-6),
@@ -106,6 +108,14 @@ def test_two_processes_are_one(
         if name != "losses":
             moved = (wanted - start[f"base_model.model.{name}.semu_core.semu_core"]).abs().max()
             assert moved > 5 * tolerance
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_shards_in_their_places(tmp_path: Path) -> None:
+    """FSDP2's root would keep what it gathered, and hide the shards from whoever asks for the parameters."""
+    save_adapter(tmp_path)
+    run(tmp_path, "fsdp2-root", "1", "no", "0", "fails")
+    assert load_file(tmp_path / "fails")["whole"]
 
 
 @pytest.mark.slow
