@@ -261,4 +261,6 @@ def _best_ratios(
     needed = needed.flatten(1).amax(1) if needed.dim() > 1 else needed  # channels have one rank
     is_kept = torch.arange(rank, device=needed.device) < needed.view(-1, *[1] * (weighted.dim() - 1))
     left = _stacked([each.left for each in forget]) @ weighted
-    return _refactored(forget, left * is_kept, right @ chosen * is_kept, needed.tolist())
+    kept = _refactored(forget, left * is_kept, right @ chosen * is_kept, needed.tolist())
+    # What is not chosen is still a part of the gradient.
+    return [replace(each, energy=own.energy) for each, own in zip(kept, forget, strict=True)]

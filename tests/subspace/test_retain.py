@@ -92,6 +92,18 @@ def test_ratio_is_the_generalised_singular_value_problem(shape: tuple[int, ...])
     assert (ratio(nearby) <= best * (1 + 1e-4)).all()
 
 
+@pytest.mark.parametrize("shape", [(12, 9), (3, 8, 6)])
+def test_ratio_explains_gamma_of_the_whole_forget_gradient(shape: tuple[int, ...]) -> None:
+    """As few directions as that takes: what was not chosen is a part of the gradient that is not explained."""
+    forget, retain = torch.randn(shape), torch.randn(shape)
+    result = RetainRule("ratio", explained_variance=1.0).apply(factors_of(forget), factors_of(retain), 0.7)
+    energy = forget.square().sum((-2, -1))
+    torch.testing.assert_close(result.energy.float(), energy)
+    held = (forget @ result.right).square().sum((-2, -1)) / energy
+    assert 1 < result.rank < min(shape[-2:]) and 0.7 <= held.min() == pytest.approx(result.explained_variance, rel=1e-5)
+    assert result.reaching(0.7).rank == result.rank
+
+
 def test_overlap_is_the_principal_angles() -> None:
     """1 for a shared direction, 0 for an orthogonal one, cos φ in between."""
     e = torch.eye(4)
