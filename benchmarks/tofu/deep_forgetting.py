@@ -2,10 +2,10 @@
 
     python benchmarks/tofu/deep_forgetting.py --models MODELS --data TOFU --neutral TEXTS --workers 4
 
-Two parts. `depth`: NPO and unseen-answer matching at the weights alone, and under simulated relearning with several
+Three parts. `depth`: NPO and unseen-answer matching at the weights alone, and under simulated relearning with several
 weights of the retain KL; and weights that were partly set anew and distilled on what is kept. `directions`: SEMU's
 leading directions against what RepSelect and CIR say of them (the leading ones skipped, made small or taken out of each
-step), each stopped at the same forgetting.
+step), each stopped at the same forgetting. `together`: simulated relearning with what CIR says left out of each step.
 
 A run stops once the mean answer is as unlikely as answers that the model never learnt; *until relearnt* goes on until
 it is so after an attack too. No attacker has a seed of the simulation; three are of a kind that was not simulated: SGD,
@@ -184,7 +184,15 @@ DIRECTIONS = {
     "SEMU, leading made small (soft)": replace(LEADING, rule="soft"),
     "all weights, leading made small (soft)": replace(WEIGHTS, rule="soft"),
 }
-PARTS = {"depth": DEPTH, "directions": DIRECTIONS}
+TOGETHER = {
+    "unseen answers, two attackers, CIR, KL × 10 on retain answers and neutral text, γ 0.99": replace(
+        both_held(SIMULATED, 10.0), rule="cir"
+    ),
+    "all weights, unseen answers, two attackers, CIR, KL × 10 on retain answers and neutral text, AdamW 3e-4": replace(
+        both_held(SIMULATED, 10.0), rule="cir", gamma=None, rate=3e-4
+    ),
+}
+PARTS = {"depth": DEPTH, "directions": DIRECTIONS, "together": TOGETHER}
 ENDS = ("retrained (gold)", "original (do nothing)")
 
 
