@@ -129,6 +129,7 @@ class TokenGradient(BatchGradient):
     Attributes:
         outputs: `(N, m)`, or `(N, tokens, m)` for examples of several tokens.
         inputs: `(N, n)` or `(N, tokens, n)`.
+        counts: `(N, tokens)`, bool: which tokens are no padding, whose gradient is zero; None where nobody said so.
 
     Examples:
         >>> import torch
@@ -140,6 +141,7 @@ class TokenGradient(BatchGradient):
 
     outputs: Tensor
     inputs: Tensor
+    counts: Tensor | None = None
 
     @property
     def examples(self) -> int:
@@ -149,7 +151,7 @@ class TokenGradient(BatchGradient):
         return self.outputs
 
     def rescaled(self, factor: float) -> TokenGradient:
-        return TokenGradient(_wide(self.outputs) * factor, _wide(self.inputs))
+        return TokenGradient(_wide(self.outputs) * factor, _wide(self.inputs), self.counts)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -183,7 +185,9 @@ class TokenGradient(BatchGradient):
         if len(outputs) <= _ROWS_AT_ONCE:
             yield self
             return
-        for part in zip(outputs.split(_ROWS_AT_ONCE), inputs.split(_ROWS_AT_ONCE), strict=True):
+        sides = outputs.split(_ROWS_AT_ONCE), inputs.split(_ROWS_AT_ONCE)
+        counts = [None] * len(sides[0]) if self.counts is None else self.counts.flatten().split(_ROWS_AT_ONCE)
+        for part in zip(*sides, counts, strict=True):
             yield TokenGradient(*part)
 
     def per_example(self, start: int, stop: int) -> Tensor:

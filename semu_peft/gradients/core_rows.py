@@ -8,7 +8,7 @@ itself, and tell the examples of a batch apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from semu_peft.tuner.tied import TiedLayer
 from semu_peft.tuner.weight_use import WeightUse
 
 from .batch_gradient import ConvGradient
+from .padding import SeenMask, watch_mask
 from .processes import whole
 
 
@@ -32,10 +33,12 @@ class Rows(NamedTuple):
     Attributes:
         left: `(N, places, r)`, the core's rows; in the dtype of the bases.
         right: `(N, places, r)`, the core's columns.
+        counts: `(N, places)`, bool: which of them are no padding; None where all are or nobody said so.
     """
 
     left: Tensor
     right: Tensor
+    counts: Tensor | None = None
 
 
 class CaughtRows:
@@ -91,7 +94,7 @@ def catch_core_rows(
         >>> with catch_core_rows(model, layers) as caught:
         ...     caught.catching = True
         ...     model(torch.ones(5, 4)).sum().backward()
-        >>> ((left, right),) = caught.take()["0"]
+        >>> ((left, right, _),) = caught.take()["0"]
         >>> gradient = torch.einsum("nsi,nsj->ij", left, right)
         >>> torch.allclose(gradient, layers["0"].semu_core["default"].grad, atol=1e-5)
         True
@@ -101,12 +104,10 @@ def catch_core_rows(
     names = {id(layer): name for name, layer in sources.items()}
     tied = [module for module in model.modules() if isinstance(module, TiedLayer) and id(module.source) in names]
     called = [*sources.items(), *((names[id(module.source)], module) for module in tied)]
-    handles = [_hook(layer, name, adapter_name, caught) for name, layer in called]
-    try:
+    with watch_mask(model) as mask, ExitStack() as handles:
+        for name, layer in called:
+            handles.callback(_hook(layer, name, adapter_name, caught, mask).remove)
         yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _has_rows(layer: SemuLayer, adapter_name: str) -> bool:
@@ -117,7 +118,7 @@ def _has_rows(layer: SemuLayer, adapter_name: str) -> bool:
     return isinstance(layer, (Linear, Embedding))
 
 
-def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows) -> Any:
+def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows, mask: SeenMask) -> Any:
     def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not caught.watching or not torch.is_grad_enabled() or not output.requires_grad or is_aside():
             return None
@@ -126,11 +127,12 @@ def _hook(layer: SemuLayer, name: str, adapter_name: str, caught: CaughtRows) ->
         x = (args or tuple(kwargs.values()))[0]
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             known = _input_rows(layer, x, adapter_name)
+            counts = mask.of(known)
 
         def on_gradient(gradient: Tensor) -> None:
             if caught.catching:
                 with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                    caught.add(name, _rows(layer, known, gradient, adapter_name))
+                    caught.add(name, _rows(layer, known, gradient, adapter_name)._replace(counts=counts))
 
         (output if changed is None else changed).register_hook(on_gradient)
         return changed

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.examples import check_not_empty, count_examples
 
+from .batch_gradient import TokenGradient
 from .loss_scale import LossScale
+from .padding import SeenMask, watch_mask
 from .processes import sum_over_processes
 from .sources import GradientSource
 from .statistics import GradientSum, Statistic, StatisticFactory
@@ -216,7 +218,10 @@ def stream_gradients(
     check_batches(batches)
     received = dict.fromkeys(sources, 0)
     weights = [source.weight for source in sources.values() if source.weight is not None]
-    with _only_differentiable(model, weights), torch.enable_grad(), _caught(sources, statistics, received) as scale:
+    with (
+        _only_differentiable(model, weights), torch.enable_grad(), watch_mask(model) as mask,
+        _caught(sources, statistics, received, mask) as scale,
+    ):  # fmt: skip
         shown = tqdm(batches, desc=description, disable=not progress, leave=False)
         seen = _run(model, statistics, shown, objective, scale)
     all_seen = sum_over_processes(torch.tensor([*seen, *received.values()], device=device_of(model)))
@@ -237,7 +242,10 @@ def stream_gradients(
 
 @contextmanager
 def _caught(
-    sources: Mapping[str, GradientSource], statistics: Mapping[str, Statistic], received: dict[str, int]
+    sources: Mapping[str, GradientSource],
+    statistics: Mapping[str, Statistic],
+    received: dict[str, int],
+    mask: SeenMask,
 ) -> Iterator[LossScale]:
     """Fold gradients into statistics while the context lasts, counting them, in passes that are scaled as it gives."""
     scale = LossScale()
@@ -250,6 +258,8 @@ def _caught(
             if gradient is None:
                 return
             received[name] += 1
+            if isinstance(gradient, TokenGradient):
+                gradient = replace(gradient, counts=mask.of(gradient.inputs))
             with named:
                 if torch.is_autocast_enabled(kind):
                     with torch.autocast(kind, enabled=False):

@@ -149,7 +149,7 @@ class WholeMatrix(Curvature):
         result = torch.zeros(probe.examples, self.size, device=self.total.device)
         for slot in self.slots:
             for rows in probe.rows.get(slot.name, ()):
-                left, right = (_in_groups(side, probe.examples).to(result) for side in rows)
+                left, right = (_in_groups(side, probe.examples).to(result) for side in rows[:2])
                 if slot.is_diagonal:
                     part = (left * right).sum(1)
                 else:
@@ -297,12 +297,18 @@ class _Stack:
     def add(self, probes: Sequence[Probe], left_over: float, weight: Tensor) -> None:
         """Add the rows of one step's probes to what is left of the sums; `weight` is that of all sums together."""
         new, counts = torch.zeros_like(self.totals), [0] * len(self.names)
+        unpadded = self.totals.new_zeros(len(self.names))
         waiting: dict[torch.Size, list[tuple[int, Tensor, Tensor]]] = {}
         for probe in probes:
             for index, name in enumerate(self.names):
                 for rows in probe.rows.get(name, ()):
-                    left, right = (side.flatten(0, 1).to(new) for side in rows)
-                    counts[index] += len(right)
+                    left, right = (side.flatten(0, 1).to(new) for side in rows[:2])
+                    if rows.counts is None:
+                        counts[index] += len(right)
+                    else:
+                        is_token = rows.counts.reshape(-1, 1)
+                        left, right = left * is_token, right * is_token
+                        unpadded[index] += is_token.sum()
                     if left.numel() <= _SMALL and left.shape == right.shape:
                         waiting.setdefault(left.shape, []).append((index, left, right))
                     else:
@@ -315,7 +321,8 @@ class _Stack:
             of = F.one_hot(torch.tensor(indices, device=new.device), len(self.names)).to(new)
             new += torch.einsum("gn,sgij->snij", of, sides.mT @ sides)
         new = sum_over_processes(new)
-        new[1] /= sum_over_processes(torch.tensor(counts, device=new.device)).clamp_min(1).view(-1, 1, 1)
+        number = sum_over_processes(torch.tensor(counts, device=new.device) + unpadded)
+        new[1] /= number.clamp_min(1).view(-1, 1, 1)
         self.totals = self.totals * left_over + new
         self._take_means(weight)
 

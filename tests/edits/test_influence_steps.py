@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import Mlp, vector_batches
+from language_batches import LENGTHS, padded
+from models import Mlp, llama, vector_batches
 from torch import Tensor, nn
 
 from semu_peft import CoreCovariance, SquaredSum, gather
@@ -83,6 +84,24 @@ def test_an_examples_curvature_is_that_of_all_its_rows() -> None:
     factors = gather(model, retain, half, statistic=CoreCovariance.of_weight, progress=False)
     newton_step(downhill, factors, damping=0.0, outputs="identity").apply(model)
     assert (model.layer.weight - fitted(x[10:].flatten(0, 1), t[10:].flatten(0, 1))).abs().max() < 1e-10
+
+
+def test_padding_has_no_say_in_the_curvature() -> None:
+    """It is not among the moments, nor counted."""
+    model, targets, steps = llama().eval(), ["model.layers.0.mlp.down_proj"], []
+    for side, more in (("right", 0), ("right", 9), ("left", 9)):
+        data = [{name: value for name, value in padded(side, more=more).items() if name != "token_mask"}]
+        options: dict[str, Any] = {"targets": targets, "progress": False}
+        downhill = gather(model, data, CrossEntropy(), **options)
+        factors = gather(model, data, CrossEntropy(), statistic=CoreCovariance.of_weight, **options)
+        assert factors[targets[0]].rows == sum(LENGTHS)  # type: ignore[attr-defined]
+        weight = model.model.layers[0].mlp.down_proj.weight
+        before = weight.detach().clone()
+        edit = newton_step(downhill, factors, damping=0.01).apply(model)
+        steps.append((weight - before).detach())
+        edit.undo()
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], rtol=1e-3, atol=1e-3 * float(steps[0].abs().max()))
 
 
 def test_a_layer_that_no_retained_example_reached_stays() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from semu_peft import SemuConfig
-from semu_peft.gradients.core_rows import catch_core_rows
+from semu_peft.gradients.core_rows import Rows, catch_core_rows
 from semu_peft.tuner.adapted import semu_layers
 
 
@@ -67,8 +67,8 @@ def test_rows_make_up_the_gradient_of_every_example(case: str) -> None:
         assert torch.allclose(examples[index], core.grad, rtol=1e-3, atol=1e-4)
 
 
-def _gradients(rows: tuple[Tensor, Tensor], core: Tensor) -> Tensor:
-    whole = torch.einsum("nsi,nsj->nij", *rows)
+def _gradients(rows: Rows, core: Tensor) -> Tensor:
+    whole = torch.einsum("nsi,nsj->nij", *rows[:2])
     return whole.diagonal(dim1=1, dim2=2) if core.dim() == 1 else whole
 
 

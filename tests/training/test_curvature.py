@@ -32,9 +32,9 @@ def dense(curvature: Curvature) -> torch.Tensor:
 
 def example_gradients(probe: Probe) -> torch.Tensor:
     result = torch.zeros(probe.examples, SIZE)
-    for left, right in probe.rows["square"]:
+    for left, right, _ in probe.rows["square"]:
         result[:, :9] += torch.einsum("nsi,nsj->nij", left, right).flatten(1)
-    for left, right in probe.rows["diagonal"]:
+    for left, right, _ in probe.rows["diagonal"]:
         result[:, 9:11] += (left * right).sum(1)
     return result
 
@@ -56,7 +56,7 @@ def test_the_whole_matrix_is_the_sum_of_squares_of_examples() -> None:
 def test_kronecker_factors_are_second_moments_of_either_side() -> None:
     curvature, only = KroneckerFactors(SLOTS, 0.8, torch.device("cpu")), probe()
     curvature.observe([only])
-    left, right = (side.flatten(0, 1) for side in only.rows["square"][0])
+    left, right = (side.flatten(0, 1) for side in only.rows["square"][0][:2])
     square = torch.kron(left.T @ left, right.T @ right / len(right))
     lefts, rights = (torch.cat([rows[side].flatten(0, 1) for rows in only.rows["diagonal"]]) for side in (0, 1))
     diagonal = (lefts.T @ lefts) * (rights.T @ rights / len(rights))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from language_batches import padded
 from models import Cnn, image_batches, llama, unet_condition
 from natural_runs import FORGET, INPUTS, KEEP, LABELS, NET, accuracy, adapted, classifier, probability
 from peft import LoraConfig, get_peft_model
@@ -20,6 +21,7 @@ from training_runs import QUIET, Interrupted, Schedule, assert_same_state, semu,
 
 from semu_peft import Callback, NaturalGradient, Retain, Rule, unlearn
 from semu_peft.objectives import (
+    NPO,
     ConditionMatching,
     CrossEntropy,
     DecoupledDistillation,
@@ -369,6 +371,26 @@ def test_language_models_forget_by_tokens() -> None:
     model = adapted(objective, [batch], net.eval(), target_modules=["q_proj", "v_proj", "down_proj", "embed_tokens"])
     result = unlearn(model, [batch], objective, **QUIET)
     assert result.history[0]["answer_probability"] > 0.5 and result.history[-1]["answer_probability"] < 0.2
+
+
+def test_padding_has_no_say_in_a_step() -> None:
+    """Factors are of the tokens alone, on whichever side of them there is how much padding."""
+    objective, found = NPO(), []
+    for side, more in (("right", 0), ("right", 6), ("left", 24)):
+        torch.manual_seed(0)
+        net = llama().eval()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(8 if parameter.dim() > 1 else 1)
+        batches = [padded(side, more=more, seed=seed) for seed in (3, 4)]
+        batches = [{name: value for name, value in batch.items() if name != "token_mask"} for batch in batches]
+        model = adapted(objective, batches, net, target_modules=["q_proj", "down_proj", "embed_tokens"], r=4)
+        optimizer = NaturalGradient(curvature="kronecker")
+        unlearn(model, batches, objective, optimizer=optimizer, max_steps=1, **QUIET)
+        found.append(torch.cat([layer.semu_core["default"].flatten() for layer in semu_layers(model).values()]))
+    for cores in found[1:]:
+        assert torch.cosine_similarity(cores, found[0], dim=0) > 0.9999
+        assert float(cores.detach().norm()) == pytest.approx(float(found[0].detach().norm()), rel=1e-2)
 
 
 def test_a_denoiser_needs_no_rate() -> None:
