@@ -211,6 +211,9 @@ def corrections_of(model: nn.Module) -> dict[int, Callable[[], Tensor]]:
 class Relearner:
     """One attacker at work on one model, step by step.
 
+    Weights in half precision are trained as mixed precision does: in float32, of which each pass sees the rounded ones.
+    In themselves most small steps would be rounded away.
+
     Args:
         model: The model, which stays as it is.
         attacker: Who attacks.
@@ -270,7 +273,11 @@ class Relearner:
                 "others. Raise `forget_examples`, or give `retain`."
             )
         self._ready = None if attacker.batch_size else self._batches()
-        self._optimizer = attacker.make_optimizer(self.values)
+        self._precise = [
+            nn.Parameter(value.detach().float()) if torch.finfo(value.dtype).bits < 32 else value
+            for value in self.values
+        ]
+        self._optimizer = attacker.make_optimizer(self._precise)
 
     @torch.no_grad()
     def displaced(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -301,11 +308,13 @@ class Relearner:
                 losses.append(self.learn(self.model, varied) * (count_examples(batch) or 1))
             loss = torch.stack(losses).sum() / examples_in(batches)
             gradients = torch.autograd.grad(loss, self.values, allow_unused=True)
-        for value, gradient in zip(self.values, gradients, strict=True):
-            value.grad = gradient
+        for precise, gradient in zip(self._precise, gradients, strict=True):
+            precise.grad = None if gradient is None else gradient.to(precise.dtype)
         self._optimizer.step()
-        for value in self.values:
-            value.grad = None
+        for value, precise in zip(self.values, self._precise, strict=True):
+            precise.grad = None
+            if precise is not value:
+                value.data.copy_(precise)
 
     def curve(self, at: Collection[int], read: Callable[[nn.Module], Read], name: str | None = None) -> list[Read]:
         """Train up to the last of these steps, and read something of the model after each of them.

@@ -95,6 +95,22 @@ def test_the_displacement_is_that_of_fine_tuning_the_merged_model() -> None:
     assert [len(output.values) for output in evaluation.outputs] == [8, 8] and inner.minimum == objective.minimum
 
 
+def test_half_precision_is_attacked_by_steps_that_add_up() -> None:
+    """As in mixed precision: each step is far below what bfloat16 tells apart, their sum is not."""
+    torch.manual_seed(0)
+    plain, data = nn.Linear(8, 4), [(torch.randn(16, 8), torch.arange(16) % 4)]
+    learnt = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, pool = copy.deepcopy(plain).to(dtype), Examples([(data[0][0].to(dtype), data[0][1])])
+        attacker = Attacker("adam", 1e-4, steps=200, forget_examples=16)
+        relearner = Relearner(model, attacker, pool, None, CrossEntropy(), torch.Generator().manual_seed(0))
+        for _ in range(attacker.steps):
+            relearner.step()
+        assert relearner.model.weight.dtype == dtype
+        learnt.append(relearner.model.weight.float() - model.weight.float())
+    assert (learnt[1] - learnt[0]).norm() < 0.1 * learnt[0].norm()
+
+
 @pytest.mark.parametrize("conv_mode", ["flatten", "per_channel"])
 def test_convolutions_are_attacked_merged(conv_mode: Any) -> None:
     """With the correction in the weight, and all examples in one pass: as by an attacker who has the merged model."""
