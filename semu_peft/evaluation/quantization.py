@@ -130,6 +130,37 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None = None) -
     return ((rows / step).round().clamp(-levels, levels) * step).view(weight.shape).to(weight.dtype)
 
 
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight that rounding reaches, and what its rows are, of which each leads to one output.
+
+    Attributes:
+        weight: `(m, n)`, a convolution's `(m, n, …)`, or fused experts, `(experts, m, n)`.
+        by_input: Whether its matrices are stored as `(n, m)`, as `Conv1D` and some experts are.
+        is_stack: Whether it holds one matrix after the other.
+
+    Examples:
+        >>> experts = RoundedWeight(nn.Parameter(torch.zeros(4, 3, 2)), by_input=True, is_stack=True)
+        >>> experts.rows(experts.weight).shape, experts.of_rows(torch.zeros(8, 3)).shape
+        (torch.Size([8, 3]), torch.Size([4, 3, 2]))
+    """
+
+    weight: nn.Parameter
+    by_input: bool = False
+    is_stack: bool = False
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values of the weight's shape, a row for each output."""
+        values = values.mT if self.by_input else values
+        return values.flatten(0, 1) if self.is_stack else values.flatten(1)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Rows in the weight's shape."""
+        values = self.weight.mT if self.by_input else self.weight
+        rows = rows.reshape(values.shape)
+        return rows.mT.contiguous() if self.by_input else rows
+
+
 def _as_rows(weight: Tensor) -> Tensor:
     weight = weight.detach().float()
     return weight.flatten(1) if weight.dim() > 1 else weight.view(1, -1)
@@ -201,7 +232,7 @@ def quantization(
     return QuantizationAttack(bits, group_size, pairs[0], pairs[1], beside, tuple(layers))
 
 
-def weights_to_round(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
+def weights_to_round(model: nn.Module) -> dict[str, RoundedWeight]:
     """The weights that rounding for deployment reaches: linear layers, convolutions and fused experts, by name.
 
     As bitsandbytes, GPTQ and AWQ do, it leaves embeddings and a language model's head as they are, and vectors. The
@@ -209,9 +240,6 @@ def weights_to_round(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
 
     Args:
         model: A model, with its adapter or without; an adapter's own weights are not among them.
-
-    Returns:
-        Each weight, and whether its rows lead from an input (`Conv1D`) and not to an output.
 
     Raises:
         ValueError: There is none of floating-point numbers.
@@ -227,9 +255,11 @@ def weights_to_round(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
     for name, weight in weights_of(model).items():
         module, own = owners[id(weight)]
         is_matrix = isinstance(module, _MATRICES) and own in ("weight", "in_proj_weight")
-        is_experts = weight.dim() == 3 and weight.shape[0] > 1  # one matrix after the other in a bare parameter
+        is_experts = not is_matrix and weight.dim() == 3 and weight.shape[0] > 1  # in a bare parameter
         if weight is not head and weight.dim() > 1 and (is_matrix or is_experts):
-            found[name] = (weight, isinstance(module, Conv1D))
+            # Fused experts say so where they are stored as Conv1D is (GPT-OSS).
+            by_input = bool(getattr(module, "is_transposed", False)) if is_experts else isinstance(module, Conv1D)
+            found[name] = RoundedWeight(weight, by_input, is_experts)
     if not found:
         raise ValueError("`model` must have linear layers with floating-point weights, got none. Load it unquantised.")
     return found
@@ -253,15 +283,15 @@ def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Mo
             if delta is not None:
                 values[id(weight)] = merged
             continue
-        before, (_, by_input) = weight.detach(), to_round[name]
-        if by_input:
-            before, merged, delta = before.T, merged.T, None if delta is None else delta.T
+        each = to_round[name]
+        merged = each.rows(merged)
         rounded = round_to_nearest(merged, bits, group_size)
-        values[id(weight)] = rounded.T.contiguous() if by_input else rounded
+        values[id(weight)] = each.of_rows(rounded)
         if delta is not None:
             layer = without_wrappers(name).removesuffix(".weight").removeprefix("base_model.model.")
-            step = _steps(_as_rows(merged), bits, group_size).view(merged.shape)
-            layers.append(_left(layer, round_to_nearest(before, bits, group_size), rounded, delta, step))
+            before = round_to_nearest(each.rows(weight.detach()), bits, group_size)
+            step = _steps(_as_rows(merged), bits, group_size)
+            layers.append(_left(layer, before, rounded, each.rows(delta), step))
     if corrections:
         raise ValueError(
             f"`model`: the corrections of {len(corrections)} layers are not those of floating-point weights in memory, "

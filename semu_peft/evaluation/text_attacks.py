@@ -302,9 +302,8 @@ def rounded_weights(model: nn.Module, *, bits: int = 4, group_size: int | None =
         for layer in apart:
             layer.merge()
         with torch.no_grad():
-            for weight, transposed in weights:
-                rows = weight.T if transposed else weight
-                rows.copy_(round_to_nearest(rows, bits, group_size))
+            for each in weights:
+                each.weight.copy_(each.of_rows(round_to_nearest(each.rows(each.weight), bits, group_size)))
         yield model
     finally:
         for layer in apart:

@@ -84,12 +84,37 @@ def test_rows_of_conv1d_are_its_outputs() -> None:
     assert torch.equal(seen[0], weight) and torch.equal(seen[1], round_to_nearest(weight.T, 3, 4).T)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_rows_of_fused_experts_are_the_outputs_of_each(is_transposed: bool) -> None:
+    """Each expert's outputs have levels of their own, as the linear layers had that were fused."""
+    torch.manual_seed(0)
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.randn(3, 6, 4) * torch.logspace(-2, 0, 6)[:, None])
+    if is_transposed:
+        experts.weight, experts.is_transposed = nn.Parameter(experts.weight.detach().mT.contiguous()), True
+    weight = experts.weight.detach().clone()
+    each = weight.mT if is_transposed else weight
+    expected = torch.stack([round_to_nearest(expert, 4) for expert in each])
+    seen: list[torch.Tensor] = []
+
+    def measure(rounded: Any, batches: Any) -> float:
+        seen.append(rounded[0].weight.detach().clone())
+        return 0.0
+
+    model = nn.Sequential(experts)
+    quantization(model, [1], bits=4, measure=measure)
+    assert torch.equal(seen[0], weight)
+    assert torch.equal(seen[1], expected.mT if is_transposed else expected)
+    with rounded_weights(model, bits=4):
+        assert torch.equal(experts.weight, seen[1])
+
+
 def test_both_ways_to_round_reach_the_same_weights_and_leave_head_and_embeddings() -> None:
     model = get_peft_model(llama(), SemuConfig(target_modules=["q_proj", "lm_head"], r=2, init_weights=False))
     seen: list[dict[str, torch.Tensor]] = []
 
     def measure(rounded: nn.Module, batches: Any) -> float:
-        seen.append({name: weight.detach().clone() for name, (weight, _) in weights_to_round(rounded).items()})
+        seen.append({name: each.weight.detach().clone() for name, each in weights_to_round(rounded).items()})
         return 0.0
 
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
