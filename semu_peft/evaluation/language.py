@@ -26,6 +26,7 @@ from .generation import generate_answers, rouge_l
 from .language_membership import privacy_leakage, text_membership
 from .measurable import metrics_to_measure
 from .memorisation import (
+    OPEN_UNLEARNING_EPSILON,
     exact_memorisation,
     extraction_strength,
     forget_quality,
@@ -153,9 +154,10 @@ def evaluate_language(
 ) -> LanguageMetrics:
     """Measure what a language model still knows of the forget set, and what it kept.
 
-    TOFU's protocol as OpenUnlearning (arXiv 2506.12618) computes it. Where a model has diverged a metric is NaN, and so
-    is what is made of it. With `output_dir`, every measurement is written to a JSON file as soon as it is made, and
-    read from there the next time; files of another model are refused.
+    TOFU's protocol as OpenUnlearning (arXiv 2506.12618) computes it, with the 1e-10 that it adds to denominators: a
+    destroyed model, to which all answers are alike impossible, has no good forget quality. Where a model has diverged a
+    metric is NaN, and so is what is made of it. With `output_dir`, every measurement is written to a JSON file as soon
+    as it is made, and read from there the next time; files of another model are refused.
 
     Args:
         model: A causal language model of transformers, with any adapter or none.
@@ -268,10 +270,9 @@ class _Suite:
                     parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
                 continue
             truth = self.truth(name)
+            among = probability_with_options(truth["correct"], truth["wrong"], epsilon=OPEN_UNLEARNING_EPSILON)
             parts[f"{name} probability"] = (
-                _mean_probability(self.answers(name)["nll"])
-                if truth["paraphrased"]
-                else float(probability_with_options(truth["correct"], truth["wrong"]).mean())
+                _mean_probability(self.answers(name)["nll"]) if truth["paraphrased"] else float(among.mean())
             )
             parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
             parts[f"{name} truth_ratio"] = retain_truth_ratio(self.ratios(name))
@@ -279,7 +280,7 @@ class _Suite:
 
     def ratios(self, name: str) -> Tensor:
         truth = self.truth(name)
-        return truth_ratio(truth["correct"], truth["wrong"])
+        return truth_ratio(truth["correct"], truth["wrong"], epsilon=OPEN_UNLEARNING_EPSILON)
 
     def answers(self, name: str) -> Any:
         """Of a set's own answers: mean negative log likelihood, and what of them is known by heart."""

@@ -8,16 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semu_peft.arguments import check_number
+
 from .token_scores import TokenScores
 
 Numbers = Tensor | Sequence[float]
 
+OPEN_UNLEARNING_EPSILON = 1e-10
+"""What OpenUnlearning adds to denominators: the figures of its board are with it."""
 
-def truth_ratio(correct_nll: Numbers, wrong_nll: Any, *, mean: str = "geometric", inverted: bool = False) -> Tensor:
+
+def truth_ratio(
+    correct_nll: Numbers, wrong_nll: Any, *, mean: str = "geometric", inverted: bool = False, epsilon: float = 0.0
+) -> Tensor:
     """How likely wrong answers are beside the right one, TOFU's `R` (Maini et al. 2024, arXiv 2401.06121).
 
     `R = exp(−mean_j n(ŷ_j)) / exp(−n(ỹ))`, with n the mean negative log likelihood per token, ŷ_j the wrong answers and
     ỹ the paraphrased right one. It is near 0 where the model knows the answer, and about 1 where it cannot tell.
+
+    A model that was destroyed finds all answers impossible, and their ratio may be that of gold. OpenUnlearning (arXiv
+    2506.12618) adds 1e-10 to the denominator: below that a right answer counts as gone for bad, and R is near 0 again.
 
     Args:
         correct_nll: `n(ỹ)`, `(N,)`, see [`TokenScores.nll`][semu_peft.evaluation.token_scores.TokenScores].
@@ -25,12 +35,13 @@ def truth_ratio(correct_nll: Numbers, wrong_nll: Any, *, mean: str = "geometric"
         mean: Over the wrong answers' probabilities: `"geometric"` as in TOFU's forget quality and in OpenUnlearning, or
             `"arithmetic"` as in the original model utility.
         inverted: Give `1 / R`, which FIUBench (arXiv 2411.03554) calls the truth ratio.
+        epsilon: Added to the right answer's probability.
 
     Returns:
         `(N,)`, float64.
 
     Raises:
-        ValueError: The two do not fit, or `mean` is another word.
+        ValueError: The two do not fit, `mean` is another word, or `epsilon` is negative.
 
     Examples:
         >>> from semu_peft.evaluation import truth_ratio
@@ -41,6 +52,7 @@ def truth_ratio(correct_nll: Numbers, wrong_nll: Any, *, mean: str = "geometric"
         raise ValueError(
             f"`mean` must be 'geometric' or 'arithmetic', got {mean!r}. TOFU's forget quality takes the first."
         )
+    check_number("epsilon", epsilon, low=0.0)
     correct = _vector(correct_nll)
     wrong = [_vector(row) for row in wrong_nll]
     if len(wrong) != len(correct) or any(not len(row) for row in wrong):
@@ -49,7 +61,7 @@ def truth_ratio(correct_nll: Numbers, wrong_nll: Any, *, mean: str = "geometric"
             f"{[len(row) for row in wrong][:5]} …. Leave rows without wrong answers out of both."
         )
     log_wrong = torch.stack([-row.mean() if mean == "geometric" else (-row).exp().mean().log() for row in wrong])
-    log_ratio = log_wrong + correct
+    log_ratio = log_wrong - torch.logaddexp(-correct, torch.tensor(epsilon).double().log())
     return (-log_ratio if inverted else log_ratio).exp()
 
 
@@ -123,8 +135,13 @@ def forget_quality(ratios: Numbers, gold: Numbers) -> float:
     return float(ks_2samp(sides["ratios"].numpy(), sides["gold"].numpy()).pvalue)
 
 
-def probability_with_options(correct_nll: Numbers, wrong_nll: Any) -> Tensor:
+def probability_with_options(correct_nll: Numbers, wrong_nll: Any, *, epsilon: float = 0.0) -> Tensor:
     """`p(y) / (p(y) + Σ_j p(ŷ_j))` of length-normalised probabilities, TOFU's for real authors and world facts.
+
+    Args:
+        correct_nll: `n(y)`, `(N,)`.
+        wrong_nll: `n(ŷ_j)`, N vectors of any lengths.
+        epsilon: Added to the denominator, see [`truth_ratio`][semu_peft.evaluation.memorisation.truth_ratio].
 
     Returns:
         `(N,)`, float64.
@@ -134,8 +151,9 @@ def probability_with_options(correct_nll: Numbers, wrong_nll: Any) -> Tensor:
         >>> probability_with_options([1.0], [[1.0, 1.0, 1.0]]).item()
         0.25
     """
-    correct = _vector(correct_nll)
-    every = [torch.cat([value.view(1), _vector(row)]) for value, row in zip(correct, wrong_nll, strict=True)]
+    check_number("epsilon", epsilon, low=0.0)
+    correct, added = _vector(correct_nll), -torch.tensor([epsilon]).double().log()
+    every = [torch.cat([value.view(1), _vector(row), added]) for value, row in zip(correct, wrong_nll, strict=True)]
     return torch.stack([(-row).softmax(0)[0] for row in every])
 
 

@@ -46,6 +46,24 @@ def test_truth_ratio_takes_rows_of_different_length_and_does_not_underflow() -> 
     assert ratio.tolist() == pytest.approx([1.0, 1.0])
 
 
+def test_a_destroyed_model_has_no_forget_quality_with_openunlearnings_epsilon() -> None:
+    """Its ratios are those of its formulas; a plain ratio of impossible answers looks like gold's."""
+    draw = torch.Generator().manual_seed(0)
+    gold = 3.0 + torch.rand(400, generator=draw).double()
+    beyond = 0.4 + torch.rand(400, 5, generator=draw).double()
+    kept = {epsilon: truth_ratio(gold, gold[:, None] + beyond, epsilon=epsilon) for epsilon in (0.0, 1e-10)}
+    for level, is_alike in ((0.0, True), (60.0, False)):
+        correct, wrong = gold + level, gold[:, None] + level + beyond
+        found = truth_ratio(correct, wrong, epsilon=1e-10)
+        released = (-wrong.mean(1)).exp() / ((-correct).exp() + 1e-10)
+        torch.testing.assert_close(found, released, rtol=1e-6, atol=0)
+        assert (forget_quality(found, kept[1e-10]) > 0.05) == is_alike
+        assert forget_quality(truth_ratio(correct, wrong), kept[0.0]) > 0.05
+        options = probability_with_options(correct, wrong, epsilon=1e-10)
+        by_hand = (-correct).exp() / ((-correct).exp() + (-wrong).exp().sum(1) + 1e-10)
+        torch.testing.assert_close(options, by_hand, rtol=1e-6, atol=0)
+
+
 def test_aggregates_of_the_truth_ratio() -> None:
     assert forget_truth_ratio([0.25, 4.0, 1.0]) == pytest.approx((0.25 + 0.25 + 1) / 3)
     assert retain_truth_ratio([0.25, 4.0, 1.0]) == pytest.approx(0.25)
