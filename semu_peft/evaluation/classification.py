@@ -251,7 +251,7 @@ def evaluate_forgetting(
         return source
 
     on_forget, on_retain, on_test = predicted("forget", forget), predicted("retain", retain), predicted("test", test)
-    attack = _attack(on_retain, on_test, on_forget, seed=seed, max_examples=max_attack_examples)
+    attack = attack_predictions(on_retain, on_test, on_forget, seed=seed, max_examples=max_attack_examples)
     trainable_now, total_parameters = _count_parameters(model)
     on_forgotten = None if forgotten_test is None else predicted("forgotten_test", forgotten_test)
     low, high = _accuracy_interval(on_forget)
@@ -279,7 +279,25 @@ def _accuracy_interval(said: Predictions) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
-def _attack(member: Predictions, non_member: Predictions, forget: Predictions, **settings: Any) -> MembershipInference:
+def attack_predictions(
+    member: Predictions, non_member: Predictions, forget: Predictions, **settings: Any
+) -> MembershipInference:
+    """The membership attack on predictions, whose threshold sees log-odds where they are known.
+
+    Args:
+        member: Of retained training examples.
+        non_member: Of examples that no model was trained on.
+        forget: Of the forget set.
+        settings: Further arguments of [`attack_membership`][semu_peft.evaluation.membership.attack_membership].
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.evaluation.classification import Predictions, attack_predictions
+        >>> seen, odds = (torch.zeros(20), torch.zeros(20), torch.ones(20), 2), torch.linspace(30.0, 31.0, 20)
+        >>> sure, unsure = Predictions(*seen, odds), Predictions(*seen, odds - 8)
+        >>> attack_predictions(sure, unsure, unsure).threshold_share  # their confidences all round to 1
+        100.0
+    """
     odds = (member.log_odds, non_member.log_odds, forget.log_odds)
     known = odds[0] is not None and odds[1] is not None and odds[2] is not None
     return attack_membership(

@@ -323,7 +323,7 @@ def batch_membership(
         found = []
         for side in sides:
             scores, tokens = score_batches(attacked, side)
-            scores = replace(scores, has_eos=all(int(part[-1]) in ends for part in tokens))
+            scores = replace(scores, has_eos=[int(part[-1]) in ends for part in tokens])
             texts = None if tokenizer is None else [tokenizer.decode(part, skip_special_tokens=True) for part in tokens]
             found.append((scores, texts))
         return found

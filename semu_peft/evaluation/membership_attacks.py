@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .attack_report import Compared
-from .classification import Predictions, predict
+from .classification import Predictions, attack_predictions, predict
 from .knowledge import Task
 from .language_membership import batch_membership
-from .membership import attack_membership
 from .shadow_membership import ShadowMembership, lira_scores, rmia_scores, score_attack
 
 Run = Callable[[nn.Module | None], Any]
@@ -81,9 +80,8 @@ class MembershipAttacks:
 
     def _confidence(self, reference: nn.Module | None) -> Compared:
         def of(model: nn.Module) -> Any:
-            sides = [predict(model, each or [], progress=False) for each in (self.retain, self.test)]
-            forget = predict(model, self.forget, progress=False)
-            return attack_membership(sides[0].confidence, sides[1].confidence, forget.confidence, seed=self.seed)
+            member, other = (predict(model, each or [], progress=False) for each in (self.retain, self.test))
+            return attack_predictions(member, other, predict(model, self.forget, progress=False), seed=self.seed)
 
         name = "membership: confidence and threshold, taken for never trained on"
         return Compared(name, of(self.model), None if reference is None else of(reference))

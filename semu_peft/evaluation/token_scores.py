@@ -32,7 +32,7 @@ class TokenScores:
         log_probs: `log p(y_t | x, y_<t)` of each answer's tokens, N vectors `(n_i,)`, float32.
         correct: Whether the true token has the largest logit, N vectors `(n_i,)`, bool.
         standardized: `(log p(y_t) − μ_t) / σ_t`, with mean and deviation of log p over the vocabulary, for Min-K++.
-        has_eos: Whether the last token of each is the end of the sequence.
+        has_eos: Whether the last token is the end of the sequence: of all, or of each.
 
     Examples:
         >>> import torch
@@ -48,7 +48,7 @@ class TokenScores:
     log_probs: Sequence[Tensor]
     correct: Sequence[Tensor]
     standardized: Sequence[Tensor]
-    has_eos: bool = False
+    has_eos: bool | Sequence[bool] = False
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -69,10 +69,10 @@ class TokenScores:
 
     def without_eos(self) -> TokenScores:
         """The same without each answer's last token where that is the end of the sequence."""
-        if not self.has_eos:
-            return self
+        ends = [self.has_eos] * len(self) if isinstance(self.has_eos, bool) else self.has_eos
         log_probs, correct, standardized = (
-            [part[:-1] for part in kind] for kind in (self.log_probs, self.correct, self.standardized)
+            [part[: len(part) - end] for part, end in zip(kind, ends, strict=True)]
+            for kind in (self.log_probs, self.correct, self.standardized)
         )
         return TokenScores(log_probs, correct, standardized)
 

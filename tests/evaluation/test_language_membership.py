@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from answer_models import FACTS, FORGET, WORDS, decoder, word_tokenizer
-from models import Snapshot
+from models import Snapshot, llama
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -27,7 +27,7 @@ from semu_peft.evaluation import (
     verbatim_memorisation,
     zlib_score,
 )
-from semu_peft.evaluation.language_membership import gradient_norm
+from semu_peft.evaluation.language_membership import batch_membership, gradient_norm
 from semu_peft.evaluation.prompting import few_shot
 
 QUIET = {"progress": False}
@@ -44,6 +44,30 @@ def test_scores_by_hand() -> None:
     assert min_k(scores, standardized=True).item() == 8.0
     assert min_k(scores_of(-2.0)).item() == 2.0  # at least one
     assert zlib_score(scores, ["a text"]).item() == pytest.approx(18.75 / 6 / len(zlib.compress(b"a text")))
+
+
+def test_the_end_of_each_sequence_is_its_own() -> None:
+    """A text that was cut has no end to leave out, and leaves that of the others alone."""
+    part = [torch.tensor([-1.0, -5.0, -3.0, -0.5, -0.25, -9.0]), torch.tensor([-1.0, -5.0, -3.0])]
+    both = TokenScores(part, part, part, has_eos=[True, False])
+    assert min_k(both).tolist() == [4.0, 5.0] and [len(each) for each in both.without_eos().log_probs] == [5, 3]
+
+
+def test_one_cut_text_leaves_the_others_scores() -> None:
+    """Two draws of one kind are told apart by nothing, whether one of them was cut or not."""
+    model, draw = llama().eval(), torch.Generator().manual_seed(0)
+    end = model.config.eos_token_id
+    sides = []
+    for _ in range(2):
+        tokens = torch.randint(3, 32, (30, 8), generator=draw)
+        tokens[:, -1] = end
+        sides.append([{"input_ids": tokens, "labels": tokens}])
+    whole = batch_membership(model, *sides, resamples=1).found
+    cut = sides[1][0]["input_ids"].clone()
+    cut[0, -1] = 5
+    found = batch_membership(model, sides[0], [{"input_ids": cut, "labels": cut}], resamples=1).found
+    for attack in ("min_k", "min_k_plus_plus"):
+        assert abs(found[attack].auc - whole[attack].auc) < 0.05
 
 
 def test_separation_is_the_area_under_the_curve_with_held_out_texts_high() -> None:
