@@ -82,7 +82,8 @@ def dampen(
         check_number("threshold", threshold, low=0.0)
     settings = {"threshold": threshold, **({} if share is None else {"share": share}), "lower": lower}
     bound = _largest_ratio(forget, everything)
-    if bound is not None and threshold >= bound:  # above it lies what rounding has left
+    # Above it lies what rounding has left, but for means over tokens, whose examples depend on their batch.
+    if bound is not None and threshold >= bound and _highest_ratio(means) <= bound * (1 + 1e-3):
         warnings.warn(
             f"`threshold`: {threshold:g} selects nothing, as no importance per example is more than n_D / n_F = "
             f"{bound:g} times that of all data. Give a smaller one, such as {max(1.0, bound / 4):g}, or `share`.",
@@ -170,6 +171,10 @@ def _largest_ratio(forget: Gathered, everything: Gathered) -> float | None:
         return None
     assert forget.examples is not None and everything.examples is not None
     return everything.examples / forget.examples
+
+
+def _highest_ratio(means: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    return max(float(_ratios(*each).max()) for each in means.values())
 
 
 def _threshold_for(means: Mapping[str, tuple[Tensor, Tensor]], share: float) -> float:

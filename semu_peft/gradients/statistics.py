@@ -216,7 +216,8 @@ class SquaredSum(Statistic):
       gradients of a batch cancel: its mean falls with the batch size, and ratios of two such means grow with it.
 
     For an objective that is a mean over tokens, `g_i` is `N` times the example's part of that mean: a long example
-    counts as it does in the loss. For a sum over examples it is `N` times too large, so use batches of one.
+    counts as it does in the loss of its batch, and what is said of splits and subsets holds for examples of one length,
+    or in batches of one, alone. For a sum over examples it is `N` times too large, so use batches of one.
 
     Gradients of single examples come from a layer's inputs and output gradients, whose first dimension must be the
     examples; they are formed a few at a time, or not at all where an example is one row. A weight that is
@@ -341,7 +342,7 @@ class CoreCovariance(Statistic):
     With `h = x V`, `(r,)`, and `g = N dY U`, `(r,)`, of each row (token, or window of a convolution) of a layer with
     the correction `U R Vᵀ`, they are `A = E[h hᵀ]` and `B = E[g gᵀ]`: the Fisher information of the core is about
     `B ⊗ A`, its natural gradient `B⁻¹ ∇R A⁻¹`. `N` is the number of examples of the batch, over which the objective
-    is a mean: `B` does not depend on how the examples are split into batches.
+    is a mean: `B` does not depend on how the examples are split into batches. Padding is left out.
 
     Source: Martens and Grosse 2015, arXiv 1503.05671, section 3; for windows Grosse and Martens 2016, arXiv 1602.01407.
 
@@ -395,7 +396,7 @@ class CoreCovariance(Statistic):
 
     @property
     def rows(self) -> float:
-        """How many rows were seen: each example has one, or as many as tokens, or as windows of a convolution."""
+        """How many rows were seen: each example has one, or as many as tokens without padding, or as windows."""
         return float(self._rows)
 
     @property
@@ -417,8 +418,10 @@ class CoreCovariance(Statistic):
         for part in gradient.parts():
             outputs, inputs = part.project(self.left, self.right)
             self._batch_outputs.add_(outputs.mT @ outputs)
-            self._inputs.add_(inputs.mT @ inputs)
-            self._rows += len(inputs)
+            counts = getattr(part, "counts", None)
+            counted = inputs if counts is None else inputs * counts.reshape(-1, 1)
+            self._inputs.add_(counted.mT @ counted)
+            self._rows += len(inputs) if counts is None else counts.sum()
 
     def end_batch(self, examples: int | None) -> None:
         if examples is None:

@@ -6,7 +6,7 @@ carried as an adapter; the others put an adapter into the model that is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -130,8 +130,8 @@ def ssd(
         Edit(dampen(threshold=..., share=0.2, lower=1): 3 numbers of ... parameters)
     """
     _check_choice(threshold, share, score)
-    loss, everything = CrossEntropy(), chain(forget, retain)
-    seen = [gather_parameters(model, data, loss, targets=targets, progress=progress) for data in (forget, everything)]
+    options: dict[str, Any] = {"targets": targets, "progress": progress}
+    seen = [gather_parameters(model, data, CrossEntropy(), **options) for data in _part_and_all(forget, retain)]
     return _dampened(model, seen, score, threshold=threshold, share=share, lower=lower)
 
 
@@ -171,8 +171,14 @@ def lfssd(
     """
     _check_choice(threshold, share, score)
     options: dict[str, Any] = {"statistic": AbsoluteSum, "targets": targets, "progress": progress}
-    seen = [gather_parameters(model, data, SquaredLogits(), **options) for data in (forget, chain(forget, retain))]
+    seen = [gather_parameters(model, data, SquaredLogits(), **options) for data in _part_and_all(forget, retain)]
     return _dampened(model, seen, score, threshold=threshold, share=share, lower=lower)
+
+
+def _part_and_all(forget: Iterable[Any], retain: Iterable[Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    """The data to forget, and all data, these included; what gives its batches once alone is kept for both."""
+    forget = list(forget) if isinstance(forget, Iterator) else forget
+    return forget, chain(forget, retain)
 
 
 def _dampened(

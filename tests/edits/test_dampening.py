@@ -49,6 +49,28 @@ def test_no_threshold_above_the_ratio_of_examples_selects_anything() -> None:
     assert dampen(forget, everything, threshold=2.0).deltas
 
 
+def test_a_mean_over_tokens_has_no_such_bound() -> None:
+    """A short text counts less beside long ones than by itself, so that ratios above it are there to be selected."""
+    model, draw = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 20)), torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, (4, 12), generator=draw)
+    labels = tokens.clone()
+    labels[0, 2:] = -100
+    loss = CrossEntropy(shift_labels=False)
+    short, mixed = ({"input": tokens[:number], "labels": labels[:number]} for number in (1, 4))
+    options: dict[str, Any] = {"targets": ["1"], "statistic": SquaredSum, "progress": False}
+    of_it, of_all = (gather(model, [batch], loss, **options) for batch in (short, mixed))
+    assert (of_it["1"].mean > 4 * of_all["1"].mean).any()  # type: ignore[attr-defined]
+    assert dampen(of_it, of_all, threshold=4.0).deltas
+
+
+@pytest.mark.parametrize("method", [methods.ssd, methods.lfssd])
+def test_data_that_can_be_gone_through_once_count_among_all(method: Any) -> None:
+    model, forget, retain = Mlp(), vector_batches(1), vector_batches(3, seed=2)
+    expected = method(model, forget, retain, threshold=1.2, progress=False)
+    found = method(model, iter(forget), iter(retain), threshold=1.2, progress=False)
+    assert expected.deltas and repr(found) == repr(expected)
+
+
 def test_a_common_factor_changes_nothing_bit_for_bit() -> None:
     forget, everything = [1.3, 4.7, 20.1, 1e-3], [1.1, 0.9, 3.3, 1e-4]
     one = dampen(importance(forget), importance(everything, 10**6), threshold=2.0)
