@@ -44,8 +44,8 @@ def neg_grad_plus(
 ) -> UnlearnResult:
     """NegGrad+: descend on the retain data and ascend on the forget data, `β CE(R) − (1 − β) CE(F)`.
 
-    Without retain data it is gradient ascent (NegGrad, GA), which is unbounded: stop it by `max_steps`. Of a language
-    model it is gradient difference (GradDiff).
+    Without retain data it is gradient ascent (NegGrad, GA), which is unbounded: stop it by `max_steps`. With
+    `beta=0.5` it is, but for the learning rate, the gradient difference (GradDiff) of language models.
 
     Source: Kurmanji et al., NeurIPS 2023, arXiv 2302.09880, section 5; GA: Thudi et al. 2022, arXiv 2109.13398.
 

@@ -87,7 +87,8 @@ def simnpo(
 ) -> UnlearnResult:
     """SimNPO: NPO without a reference, on the mean over an answer's tokens, `−2/β log σ(β (n − δ))`.
 
-    Source: Fan et al. 2024, arXiv 2410.07163; β 2.5 to 4.5 and retain data for TOFU.
+    Source: Fan et al. 2024, arXiv 2410.07163; for TOFU β 2.5 to 4.5 and a forget term that weighs an eighth of the
+    retain data's: `retain_weight=8`.
 
     Args:
         model: The model, changed in place.
@@ -369,7 +370,8 @@ def satimp(
 ) -> UnlearnResult:
     """SatImp: ascent with the weight `p^β (1 − p)^β₂`, by saturation and importance.
 
-    Source: Yang et al. 2025, arXiv 2505.11953.
+    Source: Yang et al. 2025, arXiv 2505.11953; OpenUnlearning's settings for TOFU let the forget term weigh a tenth of
+    the retain data's: `retain_weight=10`.
 
     Args:
         model: The model, changed in place.

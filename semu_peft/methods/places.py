@@ -87,9 +87,9 @@ def lora_sb(
     adapter_name: str | None = None,
     **training: Any,
 ) -> UnlearnResult:
-    """LoRA-SB: start with the step that full fine-tuning would take first, `−η G`, in the rank there is.
+    """LoRA-SB: start with the step that Adam would take first in all weights, `−η sign(G)`, in the rank there is.
 
-    Source: arXiv 2411.19557; its signs: [`FirstStep`][semu_peft.subspace.starts.gradient.FirstStep].
+    Source: arXiv 2411.19557; without the signs: [`FirstStep`][semu_peft.subspace.starts.gradient.FirstStep].
 
     Args:
         model: The model with a SEMU adapter that has no bases yet.
@@ -111,7 +111,7 @@ def lora_sb(
         2
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
-    loss, start = objective or NPO(), FirstStep(first_step)
+    loss, start = objective or NPO(), FirstStep(first_step, transform="sign")
     return minimise(model, forget, loss, keep(retain, CrossEntropy()), start=start, **said)
 
 
@@ -167,13 +167,16 @@ def pdu(
     *,
     limit: float,
     rate: float = 1.0,
+    multiplier: float = 1.0,
+    warmup: int = 0,
     progress: bool = True,
     adapter_name: str | None = None,
     **training: Any,
 ) -> UnlearnResult:
     """PDU: flatten the logits on forget data, `(max z − mean z)²`, under a limit of the retain loss.
 
-    Source: arXiv 2506.05314.
+    Source: arXiv 2506.05314. OpenUnlearning's settings: a multiplier of 100, a rate of 5 and a limit of 0.3 for TOFU,
+    of 50, 1 and 1.5 (News) or 0.1 (Books) for MUSE, after 3 to 5 epochs or steps without it.
 
     Args:
         model: The model, changed in place.
@@ -181,6 +184,8 @@ def pdu(
         retain: Retain batches, whose cross entropy stays under the limit.
         limit: What the retain loss may be, in nats: say, a little above what it is.
         rate: Of the multiplier.
+        multiplier: What it starts at: how much the retain loss weighs.
+        warmup: Steps before it moves.
         progress: Show progress bars.
         adapter_name: The adapter that is trained, if there are several.
         training: Further arguments of [`unlearn`][semu_peft.training.unlearn.unlearn].
@@ -195,7 +200,8 @@ def pdu(
         2
     """
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
-    return minimise(model, forget, FlatLogits(), keep(retain, PrimalDual(CrossEntropy(), limit, rate)), **said)
+    bounded = PrimalDual(CrossEntropy(), limit, rate, multiplier, warmup)
+    return minimise(model, forget, FlatLogits(), keep(retain, bounded), **said)
 
 
 def sha256(
