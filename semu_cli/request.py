@@ -178,7 +178,7 @@ def _record(job: Job, flags: Mapping[str, Any], outcome: Outcome) -> dict[str, A
             "steps": training.steps, "examples_seen": training.examples_seen, "seconds": training.seconds,
             "trainable_parameters": training.trainable_parameters,
             "stopped_early": training.stopped_early, "stop_reason": training.stop_reason,
-            "history": training.history,
+            "history": training.history, "damage_on": training.damage_on,
         },
         "versions": {
             "semu_peft": semu_peft.__version__, "torch": torch.__version__, "python": platform.python_version()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -47,6 +47,7 @@ _METHODS: dict[str, Callable[[], Objective]] = {
     "gradient-ascent": objectives.GradientAscent,
 }
 _UNSEEN = "unseen-answers"
+_OWN = "what the model says of its own accord"
 _ALTERNATES = {"dpo": "refusals", "idk": "refusals", "flat": "refusals", "altpo": "perturbed"}
 
 
@@ -204,9 +205,18 @@ def forget_text(
         weight = 0.0 if max_retain_kl is not None else usual.retain_weight if kept else usual.weight_of_samples
     if usual.kl is not None and training.get("learning_rate") is None:
         training = {"optimizer": NaturalGradient(kl=usual.kl)} | training
-    if not kept:
-        own = own_samples(model, tokenizer, number=4 * batch_size, batch_size=batch_size, without=examples, seed=seed)
-        kept = [own]
+    is_own = not kept
+    if is_own:
+        warnings.warn(
+            f"Nothing is held but {_OWN}, which says little of answers of the same kind: others may be lost with those "
+            "to be forgotten. Give `retain`, or the model's own answers about others (`own_samples` with `prompts`), "
+            "and measure what is left of them.",
+            stacklevel=2,
+        )
+        said = own_samples(
+            model, tokenizer, number=4 * batch_size, batch_size=batch_size, without=examples, seed=seed
+        )  # fmt: skip
+        kept = [said]
     terms = [
         Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
     ]
@@ -232,6 +242,8 @@ def forget_text(
             adapted, examples.loader(size), objective, retain=terms, max_retain_kl=max_retain_kl, max_steps=max_steps,
             callbacks=[*stop, *callbacks], seed=seed, progress=progress, adapter_name=adapter_name, **training,
         )  # fmt: skip
+    if retain is None:
+        result = replace(result, damage_on=_OWN if is_own else "neutral texts")
     return TextResult(adapted, adapter_name, profile, result, examples)
 
 

@@ -46,7 +46,8 @@ def own_samples(
         max_new_tokens: The most tokens of one; less where the model's positions end.
         batch_size: Texts at a time.
         without: What is to be forgotten. Texts that say six tokens in a row of one of its answers, or all of a shorter
-            one, are left out: held, they would keep it. There may then be fewer than `number`.
+            one, are left out: held, they would keep it. So are empty ones, but as answers to `prompts`. There may then
+            be fewer than `number`.
         prompts: What the texts begin with instead, in turn, written as the model was trained, with the beginning token.
         temperature: Of the samples; below 1 a model says what it is surer of.
         seed: Seed of the samples. The global random state stays as it is.
@@ -95,7 +96,10 @@ def own_samples(
             batch = {name: each.to(device) for name, each in read.items()}
             start = 1 if decodes else batch["input_ids"].shape[1]
             for begin, text in zip(begun, generate(**batch, generation_config=settings).tolist(), strict=True):
-                said = _until_end(text[start:], settings.eos_token_id or ())
+                ends = settings.eos_token_id or ()
+                said = _until_end(text[start:], ends)
+                if not prompts and said[0] in ends:  # of a text that says nothing there is nothing to hold
+                    continue
                 if not banned.isdisjoint(run for length in lengths for run in token_runs(said, length)):
                     continue
                 row = {"input_ids": begin, "labels": said}

@@ -52,6 +52,7 @@ class AdversarialUnlearning(ClassificationObjective):
     """
 
     minimum = 0.0
+    forgets = False
 
     def evaluate(self, model: nn.Module, batch: Any, prepared: Any) -> Evaluation:
         given, adversarial = _as_pair(batch)

@@ -81,6 +81,7 @@ class Objective(ABC):
             None where it is neither or unknown. With [`outputs`][semu_peft.objectives.base.Objective.outputs] it is
             what natural gradients and bounds on the damage need to know of an objective.
         minimum: The value that the loss cannot fall below and reaches when all is forgotten; None where there is none.
+        forgets: Whether that minimum says that the data are forgotten: not of one that teaches answers.
         is_steady: Whether its values at different steps can be compared, so that a rise over the run means something.
         is_random: Whether it draws at random, so that the same batch is worth looking at more than once.
         is_costly: Whether `prepare` takes many passes of the model, so that few batches are worth being looked at.
@@ -99,6 +100,7 @@ class Objective(ABC):
 
     distribution: Distribution | None = None
     minimum: float | None = None
+    forgets: bool = True
     is_steady: bool = True
     is_random: bool = False
     is_costly: bool = False
@@ -257,6 +259,7 @@ class WeightedSum(Objective):
     terms: tuple[tuple[float, Objective], ...]
     distribution: Distribution | None = field(init=False, repr=False, compare=False, default=None)
     minimum: float | None = field(init=False, repr=False, compare=False, default=None)
+    forgets: bool = field(init=False, repr=False, compare=False, default=True)
     is_steady: bool = field(init=False, repr=False, compare=False, default=True)
     is_random: bool = field(init=False, repr=False, compare=False, default=False)
     is_costly: bool = field(init=False, repr=False, compare=False, default=False)
@@ -269,6 +272,7 @@ class WeightedSum(Objective):
         agreed = {objective.distribution for _, objective in terms}
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
+        object.__setattr__(self, "forgets", any(objective.forgets for _, objective in terms))
         object.__setattr__(self, "is_steady", all(objective.is_steady for _, objective in terms))
         object.__setattr__(self, "is_random", any(objective.is_random for _, objective in terms))
         object.__setattr__(self, "is_costly", any(objective.is_costly for _, objective in terms))

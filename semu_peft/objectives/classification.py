@@ -171,6 +171,7 @@ class CrossEntropy(ClassificationObjective):
     """
 
     minimum = 0.0
+    forgets = False
 
     def loss(self, logits: Tensor, labels: Tensor, prepared: Any) -> Tensor:
         return F.cross_entropy(logits, labels)

@@ -149,6 +149,7 @@ class DenoisingLoss(DiffusionObjective):
     """
 
     minimum = 0.0
+    forgets = False
 
 
 @dataclass

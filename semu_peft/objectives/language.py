@@ -92,6 +92,7 @@ class KLToOriginal(ClassificationObjective):
     reference: nn.Module | None = field(default=None, repr=False)
     without: Sequence[int] = field(default=(), kw_only=True)
     minimum = 0.0
+    forgets = False
 
     def __post_init__(self) -> None:
         check_kind("without", self.without, (list, tuple), "a list of numbers of classes", "Write [17, 42].")

@@ -61,6 +61,7 @@ class PerturbedLatents(PreparedObjective):
         self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
         self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
         self.is_steady, self.minimum = self._inner.is_steady, self._inner.minimum
+        self.forgets = self._inner.forgets
 
     def prepare(self, model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
         given = self._inner.prepare(model, batch)

@@ -39,6 +39,7 @@ class BPR(Objective):
     """
 
     minimum = 0.0
+    forgets = False
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         users, chosen, other = _pairs(batch)

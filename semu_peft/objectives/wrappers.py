@@ -54,6 +54,7 @@ class TokenSelective(Objective):
         check_switch("selected", self.selected)
         self._inner = as_objective(self.objective)
         self.distribution, self.minimum = self._inner.distribution, self._inner.minimum
+        self.forgets = self._inner.forgets
         self.is_steady, self.is_random = self._inner.is_steady, self._inner.is_random
         self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
 

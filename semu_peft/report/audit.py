@@ -291,7 +291,9 @@ def _runs(training: Any) -> dict[str, UnlearnResult]:
 
 def _with_damage(runs: Mapping[str, UnlearnResult]) -> bool:
     return any(
-        is_of_retain_data(result.history) and any("damage" in entry for entry in result.history)
+        is_of_retain_data(result.history)
+        and result.damage_on is None
+        and any("damage" in entry for entry in result.history)
         for result in runs.values()
     )
 

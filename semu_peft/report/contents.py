@@ -111,6 +111,7 @@ def training_contents(training: Mapping[str, UnlearnResult]) -> list[dict[str, A
         {
             "run": name,
             "stop_reason": result.stop_reason,
+            **({} if result.damage_on is None else {"damage_on": result.damage_on}),
             "steps": result.steps,
             "seconds": result.seconds,
             "examples_seen": result.examples_seen,

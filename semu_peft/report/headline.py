@@ -162,10 +162,11 @@ def _cost(models: _Models, kept: str | None, training: Sequence[Mapping[str, Any
     if len(training) == 1 and damage:
         in_nats = is_in_nats(history)
         cost = f"a damage of {shown(damage[-1])}{' nats' if in_nats else ''}"
-        if is_of_retain_data(history):
+        other = training[0].get("damage_on")
+        if is_of_retain_data(history) and other is None:
             return f"its cost: {cost} on what was to be kept, as the run recorded"
-        on = f"on the other {'answers to' if in_nats else 'conditions of'} what was forgotten"
-        return f"its cost: {cost} {on}, as the run recorded; what it cost of other data was not measured"
+        other = other or f"the other {'answers to' if in_nats else 'conditions of'} what was forgotten"
+        return f"its cost: {cost} on {other}, as the run recorded; what it cost of other data was not measured"
     return "what it cost of what was to be kept was not measured"
 
 

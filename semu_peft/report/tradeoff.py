@@ -178,11 +178,10 @@ def _by_name(results: Any) -> dict[str, UnlearnResult]:
 
 
 def _words_of_damage(results: Sequence[UnlearnResult]) -> str:
-    of_retain_data = {is_of_retain_data(result.history) for result in results}
     in_nats = all(is_in_nats(result.history) for result in results)
     others = "the other answers to" if in_nats else "the other conditions of"
-    places = {False: f"{others} the forget data", True: "retain data"}
-    on = [place for is_retained, place in places.items() if is_retained in of_retain_data]
+    usual = {False: f"{others} the forget data", True: "retain data"}
+    on = dict.fromkeys(result.damage_on or usual[is_of_retain_data(result.history)] for result in results)
     what = "KL(original ‖ now)" if in_nats else "distance from the original"
     return f"damage: {what} on {' or '.join(on)}{', nats' if in_nats else ''}"
 

@@ -45,7 +45,15 @@ from .proximal import Proximal
 from .rules.base import Step, StepData
 from .step_control import LevenbergMarquardt, Outcome
 from .step_data import gradients_of_terms
-from .stopping import ALREADY_FORGOTTEN, FORGOTTEN, LAST_FORGOTTEN, NO_LONGER_IMPROVES, NOT_FINITE, Stopping
+from .stopping import (
+    ALREADY_FORGOTTEN,
+    AT_MINIMUM,
+    FORGOTTEN,
+    LAST_FORGOTTEN,
+    NO_LONGER_IMPROVES,
+    NOT_FINITE,
+    Stopping,
+)
 from .trials import Term, Trials, Tried
 
 _MOST_STEPS = 200  # a run ends by itself long before; this bounds one that crawls
@@ -137,7 +145,8 @@ class NaturalLoop(Loop):
         if not self.held:
             return
         self._leave_the_best()
-        tried = self.progress.step and self.context.control.reason != ALREADY_FORGOTTEN
+        done_already = (ALREADY_FORGOTTEN, AT_MINIMUM[ALREADY_FORGOTTEN])
+        tried = self.progress.step and self.context.control.reason not in done_already
         if self.choose is None and tried and torch.equal(self._flat(), self.proximal.start):
             mend = "a `learning_rate`, by which AdamW trains"
             if self.natural.max_retain_kl is not None:
@@ -265,6 +274,8 @@ class NaturalLoop(Loop):
     def _stop(self, reason: str) -> None:
         if reason == FORGOTTEN and torch.equal(self._flat(), self.proximal.start):
             reason = ALREADY_FORGOTTEN
+        if not self.objectives[0].forgets:
+            reason = AT_MINIMUM.get(reason, reason)
         self.context.control.stop(reason)
 
     def _leave_the_best(self) -> None:

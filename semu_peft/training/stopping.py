@@ -14,6 +14,8 @@ from .natural import NaturalGradient
 FORGOTTEN = "the forget data are forgotten"
 LAST_FORGOTTEN = "the last batches are forgotten, and others are not"
 ALREADY_FORGOTTEN = "the forget data were forgotten already"
+AT_MINIMUM = {FORGOTTEN: "the loss is at its minimum", ALREADY_FORGOTTEN: "the loss was at its minimum already"}
+"""What is said in their place of an objective whose minimum does not mean that anything is forgotten."""
 BUDGET_SPENT = "the damage budget is spent"
 NO_LONGER_IMPROVES = "the loss no longer falls"
 NOT_FINITE = "the loss was not finite any more, or its gradient, so the best cores before were put back"

@@ -56,6 +56,7 @@ class UnlearnResult:
         seconds: Wall time of this call.
         stopped_early: Whether the run ended before its last step.
         stop_reason: Why it ended, in words.
+        damage_on: What `damage` was looked at on, where that is neither of the two above.
 
     Examples:
         >>> import torch
@@ -76,6 +77,7 @@ class UnlearnResult:
     seconds: float
     stopped_early: bool = field(repr=False)
     stop_reason: str
+    damage_on: str | None = field(default=None, repr=False)
 
 
 def unlearn(

@@ -270,6 +270,29 @@ def test_own_samples() -> None:
         assert 2 <= len(row["input_ids"]) <= 8 and 2 not in row["input_ids"][:-1]
 
 
+def test_with_nothing_to_keep_the_run_says_what_its_damage_is_of() -> None:
+    model, few = decoder(), {"until_unseen": False, **FEW}
+    with pytest.warns(UserWarning, match="Nothing is held but what the model says of its own accord"):
+        alone = forget_text(model, tokenizer(), FORGET, **few)
+    assert alone.training.damage_on == "what the model says of its own accord"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        neutral = forget_text(decoder(), tokenizer(), FORGET, neutral=["b d"], **few)
+        held = forget_text(decoder(), tokenizer(), FORGET, retain=RETAIN, **few)
+    assert neutral.training.damage_on == "neutral texts" and held.training.damage_on is None
+
+
+def test_own_samples_say_something() -> None:
+    """A model that mostly ends at once, as one that has seen answers alone: there is nothing to hold in that."""
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+        hidden = model.model(torch.tensor([[1]])).last_hidden_state[0, 0]
+        model.lm_head.weight[2] += 3.0 * hidden / hidden.square().sum()
+    samples = own_samples(model, tokenizer(), number=8, max_new_tokens=4)
+    assert len(samples) == 8 and all(row["labels"][1] != 2 for row in samples.rows)
+
+
 def test_own_samples_answer_prompts() -> None:
     """Each prompt in turn, its tokens without labels; a longer one beside it changes nothing of what is said."""
     model, prompts = decoder(), ["a", "b c d"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,13 @@ def test_nothing_is_said_that_was_not_measured() -> None:
     )
     run = UnlearnResult([{**step, "retain_loss": 0.5} for step in steps], 1, 8, 4, 0.1, True, "done")
     assert told(training=run).endswith("; its cost: a damage of 0.012 nats on what was to be kept, as the run recorded")
+    of_itself = replace(run, damage_on="what the model says of its own accord")
+    assert told(training=of_itself).endswith(
+        "0.012 nats on what the model says of its own accord, as the run recorded; what it cost of other data was not "
+        "measured"
+    )
+    kept = [each["test"] for each in audit(training=of_itself).contents["not_tested"]]
+    assert "what the model keeps" in kept
     denoiser = UnlearnResult([{"loss": 1.0, "retain_loss": 0.3, "damage": 0.012}], 1, 8, 4, 0.1, True, "done")
     assert told(training=denoiser).endswith("a damage of 0.012 on what was to be kept, as the run recorded")
     assert "damage" not in told(training={"first": run, "second": run}), "which of both is the model's is not said"

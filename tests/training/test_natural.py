@@ -144,6 +144,19 @@ def test_what_is_forgotten_already_takes_no_step() -> None:
     assert_same_state(trained_state(model), before)
 
 
+def test_an_objective_that_teaches_answers_does_not_end_as_forgotten() -> None:
+    """Cross entropy at its minimum is the opposite."""
+    objective = CrossEntropy()
+    assert (objective + 0.5 * DecoupledDistillation()).forgets and not (2 * objective + CrossEntropy()).forgets
+    net = copy.deepcopy(NET)
+    with torch.no_grad():
+        net[4].bias[1] -= 3.0
+    result = unlearn(adapted(objective, net=net), FORGET, objective, **QUIET)
+    assert result.steps and result.stop_reason == "the loss is at its minimum"
+    known = unlearn(adapted(objective), FORGET, objective, optimizer=NaturalGradient(tolerance=0.5), **QUIET)
+    assert known.steps == 0 and known.stop_reason == "the loss was at its minimum already"
+
+
 def test_a_start_next_to_the_end_still_goes_to_the_end() -> None:
     """With retain data a share of a short way is left by default; a tolerance that is given is kept to."""
     objective = DecoupledDistillation()
