@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import Tokens, read_tokens, split_batch
+from semu_peft.objectives.batches import Tokens, read_tokens, run_batch
+from semu_peft.objectives.examples import examples_in
 from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
 
@@ -261,10 +262,10 @@ def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], mos
     try:
         with eval_mode(model):
             for batch in batches:
-                args, kwargs, _ = split_batch(send_to_device(batch, device_of(model)))
-                mask = kwargs.get("attention_mask")
-                model(*args, **kwargs)
-                count += len(args[0] if args else next(iter(kwargs.values())))
+                batch = send_to_device(batch, device_of(model))
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                run_batch(model, batch)
+                count += examples_in([batch])
                 if count >= most:
                     break
     finally:
@@ -394,9 +395,8 @@ def _hidden_states(model: nn.Module, root: nn.Module, batch: Any) -> tuple[Seque
 
     handles = [module.register_forward_hook(note) for module in root.modules() if "Norm" in type(module).__name__]
     try:
-        args, kwargs, _ = split_batch(batch)
-        inputs: Mapping[str, Any] = {**kwargs, "output_hidden_states": True, "return_dict": True}
-        states = model(*args, **inputs).hidden_states
+        output, _, _ = run_batch(model, batch, output_hidden_states=True, return_dict=True)
+        states = output.hidden_states
     finally:
         for handle in handles:
             handle.remove()

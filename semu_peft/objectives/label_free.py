@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Objective
-from .batches import logits_of, split_batch
+from .batches import logits_of, placed_inputs, split_batch
 
 
 @dataclass
@@ -34,7 +34,7 @@ class SquaredLogits(Objective):
 
 
 def run_without_labels(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch whose labels, if it has any, are left out.
+    """The model's output for a batch whose labels, if it has any, are left out; read as `run_batch` does otherwise.
 
     Examples:
         >>> import torch
@@ -45,8 +45,8 @@ def run_without_labels(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):
-        return model(**batch)
+        return model(**placed_inputs(model, batch))
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         return model(batch[0])
     inputs, named, _ = split_batch(batch)
-    return model(*inputs, **named)
+    return model(*inputs, **placed_inputs(model, named))
