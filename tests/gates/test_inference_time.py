@@ -76,6 +76,19 @@ def test_unflagged_prompts_are_left_alone_and_other_hooks_survive() -> None:
     assert not model.model.embed_tokens._forward_hooks
 
 
+@pytest.mark.parametrize("place", [(4, 0), (0, 4), (3, 1)])
+def test_padding_does_not_change_how_a_prompt_is_corrupted(place: tuple[int, int]) -> None:
+    model, ids = sharp(), prompts()
+    mask = torch.ones_like(ids)
+    gate = lambda model, input_ids, **others: {"request": (input_ids == 7).any(1).float()}  # noqa: E731
+    corrupted = EmbeddingCorruption(model, gate, strength=5.0, positions=lambda ids, real: real)
+    plain = run(corrupted, input_ids=ids, attention_mask=mask)
+    padded, real = nn.functional.pad(ids, place), nn.functional.pad(mask, place)
+    found = run(corrupted, input_ids=padded, attention_mask=real)
+    torch.testing.assert_close(found[real.bool()].view_as(plain), plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain[0], run(model, ids)[0], atol=0.1)
+
+
 def test_zeros_go_to_the_largest_entries() -> None:
     model, ids = sharp(), prompts()
     seen: list[Tensor] = []
