@@ -321,6 +321,19 @@ def test_each_neuron_of_each_token_has_its_own_draw() -> None:
     assert not torch.equal(moved[0], moved[1]) and 0 < int(moved[0].sum()) < count
 
 
+def test_layers_of_one_width_draw_apart() -> None:
+    """Acceptance: at equal densities they agree where two coins do, and the same seed draws the same again."""
+    ones = torch.ones(2000)
+    forget, retain = ({name: Moments(mean * ones, ones, 9) for name in ("a", "b")} for mean in (2.0, 1.0))
+    x = torch.full((1, 2000), 1.6)
+    (first, second), (again, _) = (
+        [adjust(x) != x for adjust in adjust_neurons(forget, retain, 1.0, seed=3).values()] for _ in range(2)
+    )
+    assert abs(float((first == second).float().mean()) - 0.5) < 0.05
+    assert torch.equal(first, again)
+    assert all(adjust.seed is None for adjust in adjust_neurons(forget, retain, 1.0, seed=None).values())
+
+
 def test_moments_are_of_answers_alone() -> None:
     """Neither prompts nor padding count, however the data are split into batches."""
     model = llama()
