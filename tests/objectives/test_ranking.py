@@ -55,6 +55,16 @@ def test_reverse_bpr_by_hand(difference: float, value: float, gradient: float) -
     assert ReverseBPR()(model, dict(zip(("users", "items", "negatives"), pair(0, 1), strict=True))) == loss
 
 
+@pytest.mark.parametrize("objective", [BPR(), ReverseBPR()])
+def test_half_precision_is_lifted_in_either_form(objective: BPR) -> None:
+    users, items, negatives = torch.zeros(4).long(), torch.tensor([3, 3, 3, 3]), torch.tensor([3, 2, 1, 0])
+    flat, column = (
+        objective(lambda users, items, shape=shape: (items / 300).bfloat16().view(shape), (users, items, negatives))
+        for shape in ((-1,), (-1, 1))
+    )
+    assert flat.dtype == torch.float32 and flat == column
+
+
 def test_negatives_are_items_without_an_interaction() -> None:
     draw = torch.Generator().manual_seed(0)
     users, items = torch.randint(5, (60,), generator=draw), torch.randint(20, (60,), generator=draw)
