@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -149,9 +150,25 @@ def test_ranking_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4]])
     found = evaluate_ranking(scores, torch.tensor([[0, 1], [1, 3], [1, 0]]), k=2)
     assert found.auc == pytest.approx(((1 + 0.5) / 3 + 1 + 0) / 3)
-    assert found.recall == pytest.approx((1 + 0.5) / 2)
+    assert found.recall == pytest.approx((0.5 + 0.5) / 2)
     log3 = 1 / torch.tensor(3.0).log2().item()
-    assert found.ndcg == pytest.approx((log3 + 1 / (1 + log3)) / 2)
+    assert found.ndcg == pytest.approx((0.5 * log3 + 1 / (1 + log3)) / 2)
+
+
+def test_ties_count_as_if_their_order_were_drawn() -> None:
+    """Acceptance: constant scores find any item by chance; the mean over all orders, without known items."""
+    for item in (0, 49):
+        found = evaluate_ranking(torch.zeros(1, 50), torch.tensor([[0, item]]), k=5)
+        assert found.recall == pytest.approx(5 / 50) and found.auc == 0.5
+    scores, wanted, known = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 9.0, 2.0]]), [1, 3, 4], torch.tensor([[0, 5]])
+    orders = [[0, *tied, 4] for tied in itertools.permutations([1, 2, 3, 6])]
+    discount = 1 / torch.arange(2, 10).double().log2()
+    for k in (1, 2, 3, 4, 6, 20):
+        hits = torch.tensor([[item in wanted for item in order[:k]] for order in orders]).double()
+        best, length = min(3, k), hits.shape[1]
+        found = evaluate_ranking(scores, torch.tensor([[0, item] for item in wanted]), known=known, k=k)
+        assert found.recall == pytest.approx(float(hits.sum(1).mean()) / best)
+        assert found.ndcg == pytest.approx(float((hits @ discount[:length]).mean() / discount[:best].sum()))
 
 
 @pytest.mark.parametrize(
