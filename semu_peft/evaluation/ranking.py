@@ -49,7 +49,7 @@ def evaluate_ranking(
 
     Raises:
         TypeError: An argument is no tensor.
-        ValueError: The shapes do not fit, there is no pair, or a user has nothing but interactions.
+        ValueError: The shapes do not fit, there is no pair, a user has nothing but interactions, or a score is NaN.
 
     Examples:
         >>> scores = torch.tensor([[0.9, 0.5, 0.1, 0.7]])
@@ -61,6 +61,11 @@ def evaluate_ranking(
     check_kind("scores", scores, Tensor, "a tensor (users, items)", "Score all pairs first.")
     check_count("k", k)
     wanted = _marked("interactions", interactions, scores)
+    if scores.isnan().any():  # which compares as nothing, and is sorted to the front
+        raise ValueError(
+            f"`scores` must be numbers without NaN, got {int(scores.isnan().sum())} of {scores.numel()}. A model that "
+            "gives NaN has diverged: lower the learning rate."
+        )
     hidden = torch.zeros_like(wanted) if known is None else _marked("known", known, scores) & ~wanted
     if not bool(wanted.any()):
         raise ValueError("`interactions` must hold a pair at least, got none. Give what is to be looked for.")
