@@ -161,7 +161,8 @@ def evaluate_language(
         model: A causal language model of transformers, with any adapter or none.
         tokenizer: Its tokenizer.
         forget: Rows to forget, with `question` and `answer`; the truth ratio also takes `perturbed_answer`, a list, and
-            `paraphrased_answer`. Or plain texts, which no question can be asked for: then what needs one is left out.
+            `paraphrased_answer`, of all rows or of none: then it takes `answer`, and there is no paraphrased
+            probability. Or plain texts, which no question can be asked for: then what needs one is left out.
         utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
             all three measures of each. In sets with wrong answers and without `paraphrased_answer`, the probability is
             that among the options. Sets without wrong answers have no truth ratio, and then there is no model utility.
@@ -180,8 +181,9 @@ def evaluate_language(
     Raises:
         ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
         TypeError: Rows have an unknown form, `gold` is a model, or `utility` has no names.
-        ValueError: A metric is unknown, or lacks the data it is made from; of `holdout` and `forget` one is texts and
-            the other questions; a set to keep is called "forget"; or the folder is another model's.
+        ValueError: A metric is unknown, or lacks the data it is made from; some rows of a set have
+            `paraphrased_answer` and others not; of `holdout` and `forget` one is texts and the other questions; a set
+            to keep is called "forget"; or the folder is another model's.
 
     Examples:
         >>> from semu_peft.evaluation import evaluate_language
@@ -297,7 +299,7 @@ class _Suite:
         return self._once(f"{name}_answers", {"pairs": self._pairs(name)}, measure)
 
     def truth(self, name: str) -> Any:
-        """Of a set's right answers (paraphrased, where all rows have that) and wrong ones: mean NLL per token."""
+        """Of a set's right answers (paraphrased, where the rows have that) and wrong ones: mean NLL per token."""
         rows = self.sets[name]
         paraphrased = all(row.paraphrased_answer for row in rows)
         groups = [_options(row, paraphrased) for row in rows]
