@@ -224,7 +224,7 @@ def evaluate_language(
             is_whole = len(found["utility"]) == 3 * len(utility or {})
             found[metric] = _of_finite(model_utility, found["utility"].values()) if is_whole else None
         elif metric == "fluency":
-            found[metric] = fluency(suite.rouge("forget")["written"])
+            found[metric] = math.nan if suite.diverged("forget") else fluency(suite.rouge("forget")["written"])
         else:
             by_row = suite.forget(metric)
             found[metric] = float(by_row.mean())
@@ -257,6 +257,8 @@ class _Suite:
             return _probabilities(self.truth("forget")["correct"])
         if metric == "probability":
             return _probabilities(self.answers("forget")["nll"])
+        if self.diverged("forget"):
+            return _vector([math.nan])
         values = _vector(self.rouge("forget")["recall"] if metric == "rouge" else self.answers("forget")[metric])
         return values[~values.isnan()]  # an answer without words or tokens has none
 
@@ -267,7 +269,7 @@ class _Suite:
             if not all(row.perturbed_answers for row in self.sets[name]):
                 parts[f"{name} probability"] = _mean_probability(self.answers(name)["nll"])
                 if not are_plain(self.sets[name]):
-                    parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+                    parts[f"{name} rouge"] = self.recall(name)
                 continue
             truth = self.truth(name)
             parts[f"{name} probability"] = (
@@ -275,9 +277,16 @@ class _Suite:
                 if truth["paraphrased"]
                 else float(probability_with_options(truth["correct"], truth["wrong"]).mean())
             )
-            parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+            parts[f"{name} rouge"] = self.recall(name)
             parts[f"{name} truth_ratio"] = retain_truth_ratio(self.ratios(name))
         return parts
+
+    def recall(self, name: str) -> float:
+        return math.nan if self.diverged(name) else float(_vector(self.rouge(name)["recall"]).nanmean())
+
+    def diverged(self, name: str) -> bool:
+        """Whether the model gives NaN for a set's own answers: what it writes is then made of nothing."""
+        return bool(_vector(self.answers(name)["nll"]).isnan().any())
 
     def ratios(self, name: str) -> Tensor:
         truth = self.truth(name)
@@ -402,10 +411,6 @@ def _vector(values: Sequence[float]) -> Tensor:
 
 def _probabilities(nll: Sequence[float]) -> Tensor:
     return _vector(nll).neg().exp()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(_vector(values).nanmean())
 
 
 def _mean_probability(nll: Sequence[float]) -> float:
