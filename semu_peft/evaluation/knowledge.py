@@ -80,6 +80,9 @@ class LossOfOriginal:
 def mean_loss(model: nn.Module, batches: Sequence[Any], loss: LossFunction) -> float:
     """The mean of a loss over the examples, always with the same random draws.
 
+    Each batch counts by its examples. A loss that is a mean over something else, such as the tokens of answers, depends
+    on which examples are in one batch: compare models on the same batches.
+
     Examples:
         >>> import torch
         >>> from semu_peft.evaluation.knowledge import mean_loss

@@ -163,7 +163,8 @@ def evaluate_language(
         model: A causal language model of transformers, with any adapter or none.
         tokenizer: Its tokenizer.
         forget: Rows to forget, with `question` and `answer`; the truth ratio also takes `perturbed_answer`, a list, and
-            `paraphrased_answer`. Or plain texts, which no question can be asked for: then what needs one is left out.
+            `paraphrased_answer`, of all rows or of none: then it takes `answer`, and there is no paraphrased
+            probability. Or plain texts, which no question can be asked for: then what needs one is left out.
         utility: Sets to keep by name, `{"retain": ..., "real_authors": ..., "world_facts": ...}`; model utility is over
             all three measures of each. In sets with wrong answers and without `paraphrased_answer`, the probability is
             that among the options. Sets without wrong answers have no truth ratio, and then there is no model utility.
@@ -182,8 +183,9 @@ def evaluate_language(
     Raises:
         ImportError: ROUGE or the forget quality is asked for and the extra `evaluation` is not installed.
         TypeError: Rows have an unknown form, `gold` is a model, or `utility` has no names.
-        ValueError: A metric is unknown, or lacks the data it is made from; of `holdout` and `forget` one is texts and
-            the other questions; a set to keep is called "forget"; or the folder is another model's.
+        ValueError: A metric is unknown, or lacks the data it is made from; some rows of a set have
+            `paraphrased_answer` and others not; of `holdout` and `forget` one is texts and the other questions; a set
+            to keep is called "forget"; or the folder is another model's.
 
     Examples:
         >>> from semu_peft.evaluation import evaluate_language
@@ -224,7 +226,7 @@ def evaluate_language(
             is_whole = len(found["utility"]) == 3 * len(utility or {})
             found[metric] = _of_finite(model_utility, found["utility"].values()) if is_whole else None
         elif metric == "fluency":
-            found[metric] = fluency(suite.rouge("forget")["written"])
+            found[metric] = math.nan if suite.diverged("forget") else fluency(suite.rouge("forget")["written"])
         else:
             by_row = suite.forget(metric)
             found[metric] = float(by_row.mean())
@@ -257,6 +259,8 @@ class _Suite:
             return _probabilities(self.truth("forget")["correct"])
         if metric == "probability":
             return _probabilities(self.answers("forget")["nll"])
+        if self.diverged("forget"):
+            return _vector([math.nan])
         values = _vector(self.rouge("forget")["recall"] if metric == "rouge" else self.answers("forget")[metric])
         return values[~values.isnan()]  # an answer without words or tokens has none
 
@@ -267,16 +271,23 @@ class _Suite:
             if not all(row.perturbed_answers for row in self.sets[name]):
                 parts[f"{name} probability"] = _mean_probability(self.answers(name)["nll"])
                 if not are_plain(self.sets[name]):
-                    parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+                    parts[f"{name} rouge"] = self.recall(name)
                 continue
             truth = self.truth(name)
             among = probability_with_options(truth["correct"], truth["wrong"], epsilon=OPEN_UNLEARNING_EPSILON)
             parts[f"{name} probability"] = (
                 _mean_probability(self.answers(name)["nll"]) if truth["paraphrased"] else float(among.mean())
             )
-            parts[f"{name} rouge"] = _mean(self.rouge(name)["recall"])
+            parts[f"{name} rouge"] = self.recall(name)
             parts[f"{name} truth_ratio"] = retain_truth_ratio(self.ratios(name))
         return parts
+
+    def recall(self, name: str) -> float:
+        return math.nan if self.diverged(name) else float(_vector(self.rouge(name)["recall"]).nanmean())
+
+    def diverged(self, name: str) -> bool:
+        """Whether the model gives NaN for a set's own answers: what it writes is then made of nothing."""
+        return bool(_vector(self.answers(name)["nll"]).isnan().any())
 
     def ratios(self, name: str) -> Tensor:
         truth = self.truth(name)
@@ -298,7 +309,7 @@ class _Suite:
         return self._once(f"{name}_answers", {"pairs": self._pairs(name)}, measure)
 
     def truth(self, name: str) -> Any:
-        """Of a set's right answers (paraphrased, where all rows have that) and wrong ones: mean NLL per token."""
+        """Of a set's right answers (paraphrased, where the rows have that) and wrong ones: mean NLL per token."""
         rows = self.sets[name]
         paraphrased = all(row.paraphrased_answer for row in rows)
         groups = [_options(row, paraphrased) for row in rows]
@@ -401,10 +412,6 @@ def _vector(values: Sequence[float]) -> Tensor:
 
 def _probabilities(nll: Sequence[float]) -> Tensor:
     return _vector(nll).neg().exp()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(_vector(values).nanmean())
 
 
 def _mean_probability(nll: Sequence[float]) -> float:

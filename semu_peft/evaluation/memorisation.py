@@ -184,7 +184,7 @@ def extraction_strength(scores: TokenScores) -> Tensor:
     OpenUnlearning (arXiv 2506.12618) has it. The end of the sequence does not count.
 
     Returns:
-        `(N,)`, float64; NaN for an answer without tokens.
+        `(N,)`, float64; NaN for an answer without tokens, and where a log probability is NaN.
 
     Examples:
         >>> import torch
@@ -193,7 +193,7 @@ def extraction_strength(scores: TokenScores) -> Tensor:
         >>> extraction_strength(TokenScores([any_values], [right], [any_values])).tolist()
         [0.5]
     """
-    return torch.tensor([_strength(correct) for correct in scores.without_eos().correct], dtype=torch.float64)
+    return torch.tensor([_strength(correct) for correct in _told(scores)], dtype=torch.float64)
 
 
 def _strength(correct: Tensor) -> float:
@@ -210,7 +210,7 @@ def exact_memorisation(scores: TokenScores) -> Tensor:
     The end of the sequence does not count, as in OpenUnlearning (arXiv 2506.12618).
 
     Returns:
-        `(N,)`, float64; NaN for an answer without tokens.
+        `(N,)`, float64; NaN for an answer without tokens, and where a log probability is NaN.
 
     Examples:
         >>> import torch
@@ -219,7 +219,15 @@ def exact_memorisation(scores: TokenScores) -> Tensor:
         >>> exact_memorisation(TokenScores([any_values], [right], [any_values])).tolist()
         [0.75]
     """
-    return torch.stack([correct.double().mean() for correct in scores.without_eos().correct])
+    return torch.stack([correct.double().mean() for correct in _told(scores)])
+
+
+def _told(scores: TokenScores) -> list[Tensor]:
+    """Of each answer whether its tokens are right; none of one at which the model has diverged, which says nothing."""
+    diverged = scores.nll.isnan().tolist()
+    return [
+        correct[:0] if bad else correct for correct, bad in zip(scores.without_eos().correct, diverged, strict=True)
+    ]
 
 
 def _vector(values: Any) -> Tensor:

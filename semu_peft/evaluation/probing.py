@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import Tokens, read_tokens, split_batch
+from semu_peft.objectives.batches import Tokens, read_tokens, run_batch
+from semu_peft.objectives.examples import examples_in
 from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
 
@@ -183,7 +184,8 @@ def lens_attack(
     An attacker reads each layer through the last norm and the head (*lens*); what a layer adds (*rise*: the difference
     of two layers' probabilities) or turns back (*turn*: that of two rises) shows an answer that is suppressed later on.
     It succeeds where the first token of the answer is among the first or last `budget` at any layer; a token that
-    shares its place with others has the last of their places. What the last layer gives is normalised already.
+    shares its place with others has the last of their places. What the last layer gives is normalised already. Of a
+    model that has diverged, so that a layer gives NaN, the shares are NaN.
 
     Source: UnLOK-VQA, TMLR 2024, and Patil et al. 2023, arXiv 2309.17410: 4 tokens, the upper layers.
 
@@ -261,10 +263,10 @@ def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], mos
     try:
         with eval_mode(model):
             for batch in batches:
-                args, kwargs, _ = split_batch(send_to_device(batch, device_of(model)))
-                mask = kwargs.get("attention_mask")
-                model(*args, **kwargs)
-                count += len(args[0] if args else next(iter(kwargs.values())))
+                batch = send_to_device(batch, device_of(model))
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                run_batch(model, batch)
+                count += examples_in([batch])
                 if count >= most:
                     break
     finally:
@@ -359,7 +361,7 @@ def _tried(model: nn.Module, batches: Sequence[Any], budget: int) -> dict[str, f
             ranked = ranked.diff(dim=0)
     if not found["lens"]:
         raise ValueError("`batches` must hold an answer at least, got none. Check that it has not been used up.")
-    return {kind: 100 * float(torch.cat(hits).double().mean()) for kind, hits in found.items() if hits}
+    return {kind: 100 * float(torch.cat(hits).mean()) for kind, hits in found.items() if hits}
 
 
 def _told(found: Mapping[str, float]) -> str:
@@ -367,10 +369,11 @@ def _told(found: Mapping[str, float]) -> str:
 
 
 def _among_few(ranked: Tensor, labels: Tensor, budget: int) -> Tensor:
-    """Whether each label is among the first or last few at any layer, `(N,)`."""
+    """1 for each label that is among the first or last few at any layer, else 0; NaN where a layer has it, `(N,)`."""
     own = ranked.gather(2, labels.expand(len(ranked), -1).unsqueeze(2))
     places = torch.minimum((ranked >= own).sum(2), (ranked <= own).sum(2))
-    return (places <= budget).any(0)
+    hits = (places <= budget).any(0).double()
+    return hits.masked_fill(ranked.isnan().any(2).any(0), torch.nan)  # which is above and below nothing
 
 
 class _Says(nn.Module):
@@ -394,9 +397,8 @@ def _hidden_states(model: nn.Module, root: nn.Module, batch: Any) -> tuple[Seque
 
     handles = [module.register_forward_hook(note) for module in root.modules() if "Norm" in type(module).__name__]
     try:
-        args, kwargs, _ = split_batch(batch)
-        inputs: Mapping[str, Any] = {**kwargs, "output_hidden_states": True, "return_dict": True}
-        states = model(*args, **inputs).hidden_states
+        output, _, _ = run_batch(model, batch, output_hidden_states=True, return_dict=True)
+        states = output.hidden_states
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,8 @@ class RankingMetrics:
     Attributes:
         auc: The share of other items that an interaction is scored above, the mean over interactions; chance is 0.5.
             Forgotten interactions are to be where a model has them that never saw them.
-        recall: The share of a user's interactions among the first `k`, of the first `k` that there can be.
+        recall: The share of a user's interactions among the first `k`, of the first `k` that there can be. Of items
+            with one score it is the mean over all orders of these, as of the gain.
         ndcg: The same discounted by rank, `Σ 1 / log2(rank + 1)` over its best value.
         k: How many items are shown.
 
@@ -48,7 +49,7 @@ def evaluate_ranking(
 
     Raises:
         TypeError: An argument is no tensor.
-        ValueError: The shapes do not fit, there is no pair, or a user has nothing but interactions.
+        ValueError: The shapes do not fit, there is no pair, a user has nothing but interactions, or a score is NaN.
 
     Examples:
         >>> scores = torch.tensor([[0.9, 0.5, 0.1, 0.7]])
@@ -60,6 +61,11 @@ def evaluate_ranking(
     check_kind("scores", scores, Tensor, "a tensor (users, items)", "Score all pairs first.")
     check_count("k", k)
     wanted = _marked("interactions", interactions, scores)
+    if scores.isnan().any():  # which compares as nothing, and is sorted to the front
+        raise ValueError(
+            f"`scores` must be numbers without NaN, got {int(scores.isnan().sum())} of {scores.numel()}. A model that "
+            "gives NaN has diverged: lower the learning rate."
+        )
     hidden = torch.zeros_like(wanted) if known is None else _marked("known", known, scores) & ~wanted
     if not bool(wanted.any()):
         raise ValueError("`interactions` must hold a pair at least, got none. Give what is to be looked for.")
@@ -67,16 +73,23 @@ def evaluate_ranking(
     users = wanted.any(1).nonzero().squeeze(1)
     if not bool(others[users].any(1).all()):
         raise ValueError("`interactions` must leave each user an item without, got one who has all. Leave it out.")
-    places = wanted.nonzero()
-    own, rest = scores[places[:, 0], places[:, 1]].double(), scores.double()
-    below = ((rest[places[:, 0]] < own[:, None]) + 0.5 * (rest[places[:, 0]] == own[:, None])) * others[places[:, 0]]
-    auc = below.sum(1) / others[places[:, 0]].sum(1)
-    order = rest.masked_fill(hidden, -torch.inf)[users].argsort(dim=1, descending=True, stable=True)[:, :k]
-    found = wanted[users].gather(1, order).double()
-    discount = 1 / torch.arange(2, found.shape[1] + 2, device=found.device).double().log2()
-    most = wanted[users].sum(1).clamp(max=found.shape[1])
-    best = discount.cumsum(0)[most - 1]
-    recall, ndcg = found.sum(1) / most, (found * discount).sum(1) / best
+    user, item = wanted.nonzero().unbind(1)
+    own, rest = scores[user, item].double()[:, None], scores[user].double()
+    below = ((rest < own) + 0.5 * (rest == own)) * others[user]
+    auc = below.sum(1) / others[user].sum(1)
+    shown = min(k, scores.shape[1])
+    # An item has each of the ranks of those with its score equally often: after `first` others, up to `last`.
+    first, tied = ((place & ~hidden[user]).sum(1) for place in (rest > own, rest == own))
+    last = (first + tied).clamp(max=shown)
+    first = first.clamp(max=shown)
+    gains = 1 / torch.arange(2, shown + 2, device=scores.device).double().log2()
+    until = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    found, gained = (
+        until.new_zeros(len(scores)).index_add(0, user, each / tied)[users]
+        for each in ((last - first).double(), until[last] - until[first])
+    )
+    most = wanted[users].sum(1).clamp(max=shown)
+    recall, ndcg = found / most, gained / until[most]
     return RankingMetrics(float(auc.mean()), float(recall.mean()), float(ndcg.mean()), k)
 
 

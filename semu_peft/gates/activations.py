@@ -221,7 +221,7 @@ def adjust_neurons(
         forget: Moments on forget data.
         retain: On retain data.
         share: Which share of all neurons; there .005 for languages and .03 for code and mathematics.
-        seed: Of the draws.
+        seed: Of the draws, which are other ones in each layer; None for none.
 
     Raises:
         ValueError: The layers are not the same.
@@ -239,9 +239,14 @@ def adjust_neurons(
     every = torch.cat(list(rises.values()))
     order = every.argsort(descending=True)[: max(1, round(share * len(every)))]
     chosen = torch.zeros(len(every), dtype=torch.bool).index_fill(0, order, True)
-    parts = zip(rises, chosen.split([len(each) for each in rises.values()]), strict=True)
+    parts = chosen.split([len(each) for each in rises.values()])
+    seeds: list[Any] = [None] * len(rises)
+    if seed is not None:
+        seeds = torch.randint(2**62, (len(rises),), generator=torch.Generator().manual_seed(seed)).tolist()
     return {
-        name: NeuronAdjust(part.nonzero()[:, 0], forget[name], retain[name], seed) for name, part in parts if part.any()
+        name: NeuronAdjust(part.nonzero()[:, 0], forget[name], retain[name], own)
+        for name, part, own in zip(rises, parts, seeds, strict=True)
+        if part.any()
     }
 
 

@@ -15,6 +15,8 @@ from semu_peft.tuner.adapted import base_model
 
 from .intervention import Gate, Intervention, Weights, any_open, weights_of_rows
 
+_TAIL = 16  # numbers that torch draws together
+
 Positions = Callable[[Tensor, Tensor], Tensor]
 """Which tokens are meant, `(N, L)`: of `input_ids` and of which of these are no padding, `(N, L)` both."""
 
@@ -105,7 +107,8 @@ class EntityTokens:
 class EmbeddingCorruption(Intervention):
     """A model that reads corrupted embeddings of the prompts on which a gate opens: `e + w σ ε`, or `e` with zeros.
 
-    Only prompts are corrupted, not what is generated after them, and the same for every example.
+    Only prompts are corrupted, not what is generated after them, and the same for every example, whose tokens are
+    counted from the first that is no padding.
 
     Source: ECO, arXiv 2406.07933. Its release overwrites positions that were not selected, and takes every hook of the
     model off with its own; here all else stays.
@@ -164,14 +167,14 @@ class EmbeddingCorruption(Intervention):
             if "chosen" not in state:  # the prompt
                 real = state["real"] if "real" in state else torch.ones(output.shape[:2], dtype=torch.bool)
                 state["chosen"] = self._chosen(args[0], real).to(output.device)
-                state["noise"] = self._noise(output)
-            chosen = state["chosen"]
+                state["noise"] = self._noise(output, real)
+            chosen, noise = state["chosen"], state["noise"]
             if output.shape[1] < chosen.shape[1]:  # a token that follows
                 return output
             rows = weights_of_rows(any_open(weights), output)
-            chosen = chosen.repeat_interleave(len(rows) // len(chosen), 0)
+            chosen, noise = (each.repeat_interleave(len(rows) // len(each), 0) for each in (chosen, noise))
             chosen = nn.functional.pad(chosen, (0, output.shape[1] - chosen.shape[1]))
-            return self._corrupted(output, chosen, rows, state["noise"])
+            return self._corrupted(output, chosen, rows, noise)
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
@@ -190,17 +193,20 @@ class EmbeddingCorruption(Intervention):
             )
         return chosen.bool()
 
-    def _noise(self, output: Tensor) -> Tensor:
+    def _noise(self, output: Tensor, real: Tensor) -> Tensor:
+        """`ε`, `(N, L, D)`: that of a token depends on how many real ones are before it alone."""
+        length, size = output.shape[1:]
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(output.shape[1:], generator=generator)
+        # The last numbers that torch draws depend on how many there are.
+        noise = torch.randn(length + _TAIL, size, generator=generator)[:length]
         if self.dimensions is not None:
             noise[:, self.dimensions :] = 0
-        return noise.to(output)
+        return noise[(real.cpu().long().cumsum(1) - 1).clamp_min(0)].to(output)
 
     def _corrupted(self, output: Tensor, chosen: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
         weight = self.strength * rows.to(output.dtype).view(-1, 1, 1)
         if self.kind == "noise":
-            changed = output + weight * nn.functional.pad(noise, (0, 0, 0, output.shape[1] - len(noise)))
+            changed = output + weight * nn.functional.pad(noise, (0, 0, 0, output.shape[1] - noise.shape[1]))
         else:
             size = output.shape[-1] if self.dimensions is None else min(self.dimensions, output.shape[-1])
             largest = torch.zeros_like(output).scatter(-1, output.abs().topk(size).indices, 1.0)

@@ -259,14 +259,30 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
         (tensor([[0., 0.]]), {}, tensor([1]))
     """
     args, kwargs, labels = split_batch(batch)
-    inputs = {name: value for name, value in kwargs.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
     labels = as_labels(labels)
     if labels.dim() == 2 and is_encoder_decoder(model):
+        inputs = _of_model(kwargs)
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             inputs["labels"] = labels
     else:
-        inputs = masked_apart(model, inputs) if is_packed(inputs) else counted_from_first(model, inputs)
+        inputs = placed_inputs(model, kwargs)
     return model(*args, **inputs, **options), inputs, labels
+
+
+def placed_inputs(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a batch as the model takes them: packed sequences apart, and padding on the left not counted.
+
+    Examples:
+        >>> from semu_peft.objectives.batches import placed_inputs
+        >>> placed_inputs(torch.nn.Identity(), {"input_ids": 1, "alternate_input_ids": 2})
+        {'input_ids': 1}
+    """
+    inputs = _of_model(named)
+    return masked_apart(model, inputs) if is_packed(inputs) else counted_from_first(model, inputs)
+
+
+def _of_model(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if not name.startswith((ALTERNATE, TOKEN_MASK))}
 
 
 def alternate_batch(batch: Any) -> dict[str, Any]:

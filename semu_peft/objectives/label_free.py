@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import Objective
-from .batches import logits_of, split_batch
+from .batches import logits_of, placed_inputs, split_batch
 
 
 @dataclass
 class SquaredLogits(Objective):
     """`mean ‖logits‖²`: how strongly a model answers, which says what its weights matter for without any label.
+
+    Of tokens it is the mean over those that are no padding, prompts as well as answers.
 
     Source: LFSSD, Foster et al. 2024, arXiv 2402.19308: the importance of a weight is the absolute value of this
     gradient, [`AbsoluteSum`][semu_peft.gradients.parameters.AbsoluteSum].
@@ -29,12 +31,15 @@ class SquaredLogits(Objective):
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         logits = logits_of(run_without_labels(model, batch))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.square().sum(-1).mean()
+        squares = logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum(-1)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and mask.shape == squares.shape:
+            squares = squares[mask.to(squares.device).bool()]
+        return squares.mean()
 
 
 def run_without_labels(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch whose labels, if it has any, are left out.
+    """The model's output for a batch whose labels, if it has any, are left out; read as `run_batch` does otherwise.
 
     Examples:
         >>> import torch
@@ -45,8 +50,8 @@ def run_without_labels(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):
-        return model(**batch)
+        return model(**placed_inputs(model, batch))
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         return model(batch[0])
     inputs, named, _ = split_batch(batch)
-    return model(*inputs, **named)
+    return model(*inputs, **placed_inputs(model, named))

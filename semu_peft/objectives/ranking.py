@@ -120,7 +120,8 @@ def _pairs(batch: Any) -> tuple[Any, Any, Any]:
 
 def _scores(model: nn.Module, users: Any, items: Any) -> Tensor:
     scores: Tensor = model(users, items)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).squeeze(-1) if scores.dim() > 1 else scores
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.squeeze(-1) if scores.dim() > 1 else scores
     if scores.shape != users.shape:
         raise ValueError(
             f"`model(users, items)` must return one score a pair, {tuple(users.shape)}, got {tuple(scores.shape)}. "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +15,8 @@ from semu_peft.arguments import check_count, check_number, check_switch
 
 from .base import Evaluation, LossFunction, Objective, as_objective
 from .batches import ALTERNATE, IGNORED, TOKEN_MASK, as_labels
+
+_WAITING: ContextVar[list[PrimalDual] | None] = ContextVar("semu_step", default=None)  # for the end of a step
 
 
 @dataclass
@@ -106,6 +110,8 @@ class PrimalDual(Objective):
     After each step `λ ← max(0, λ + η (L − ε))`, the dual ascent of "minimise the forget loss subject to `L ≤ ε`" (PDU,
     arXiv 2506.05314). It is made for retain data: `Retain(batches, PrimalDual(CrossEntropy(), limit=0.3))`. A weight
     need not be found, the limit says what is meant. The multiplier is saved with the run; each process has its own.
+    Where gradients accumulate, `L` is the mean over the batches of a step; in a loop of your own each call is a step,
+    but within [`one_step`][semu_peft.objectives.wrappers.one_step].
 
     Args:
         objective: The loss `L` that is to stay under the limit.
@@ -141,6 +147,7 @@ class PrimalDual(Objective):
         self._inner = as_objective(self.objective)
         self.distribution, self.is_random = self._inner.distribution, self._inner.is_random
         self.is_costly, self.turns = self._inner.is_costly, self._inner.turns
+        self._seen: list[float] = []  # the losses of a step that has not ended
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         multiplier, loss = self.multiplier, self._inner(model, batch)
@@ -161,17 +168,58 @@ class PrimalDual(Objective):
         return replace(evaluation, loss=multiplier * (evaluation.loss - self.limit), outputs=tuple(outputs))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"multiplier": self.multiplier, "steps": self.steps, "objective": self._inner.state_dict()}
+        state = {"multiplier": self.multiplier, "steps": self.steps, "seen": list(self._seen)}
+        return {**state, "objective": self._inner.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.multiplier, self.steps = state["multiplier"], state["steps"]
+        self._seen = list(state.get("seen", []))  # of a version that took each batch for a step
         self._inner.load_state_dict(state["objective"])
 
     def _ascend(self, loss: Tensor) -> None:
-        """Move the multiplier by what the loss is over its limit at the beginning of this step."""
-        if self.steps >= self.warmup:
-            self.multiplier = max(0.0, self.multiplier + self.rate * (loss.item() - self.limit))
-        self.steps += 1
+        """Move the multiplier by what the loss is over its limit at the beginning of this step, when that ends."""
+        self._seen.append(loss.item())
+        waiting = _WAITING.get()
+        if waiting is None:
+            self._end_step()
+        elif not any(each is self for each in waiting):
+            waiting.append(self)
+
+    def _end_step(self) -> None:
+        if self._seen and self.steps >= self.warmup:
+            loss = sum(self._seen) / len(self._seen)
+            self.multiplier = max(0.0, self.multiplier + self.rate * (loss - self.limit))
+        self.steps += bool(self._seen)
+        self._seen = []
+
+
+@contextmanager
+def one_step() -> Iterator[None]:
+    """What objectives are called with in here are the batches of one optimiser step, over which gradients accumulate.
+
+    A step that fails has not been.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives import CrossEntropy, PrimalDual
+        >>> model, batch = torch.nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))
+        >>> bounded = PrimalDual(CrossEntropy(), limit=0.5, rate=10.0)
+        >>> with one_step():
+        ...     [round(bounded(model, batch).item(), 3) for _ in range(3)]
+        [0.193, 0.193, 0.193]
+        >>> bounded.steps, round(bounded.multiplier, 2)
+        (1, 2.93)
+    """
+    waiting: list[PrimalDual] = []
+    token = _WAITING.set(waiting)
+    try:
+        yield
+        for objective in waiting:
+            objective._end_step()
+    finally:
+        _WAITING.reset(token)
+        for objective in waiting:
+            objective._seen = []
 
 
 @dataclass

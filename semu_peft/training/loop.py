@@ -19,6 +19,7 @@ from semu_peft.objectives.distributions import answer_probability
 from semu_peft.objectives.examples import examples_in
 from semu_peft.objectives.original import remember_start
 from semu_peft.objectives.retain import Retain
+from semu_peft.objectives.wrappers import one_step
 
 from .accelerate_state import Prepared
 from .batches import batches_in, cycle, first_batches, in_steps, rest_of_epoch, retain_seed
@@ -235,9 +236,12 @@ class Loop:
     def _train_step(self, batches: list[Any]) -> None:
         together = [(batch, [next(stream) for stream in self.retained]) for batch in batches]
         step = self._start_step(self._data_of(together))
-        losses = self._update_again_and_again(step, together) if self.evaluates_again else self._update(step, together)
+        update = self._update_again_and_again if self.evaluates_again else self._update
+        with one_step():
+            losses = update(step, together)
+            if not self.optimizer.step_was_skipped:
+                self._apply(step, "update")
         if not self.optimizer.step_was_skipped:
-            self._apply(step, "update")
             self._check_weights(step)
             self.schedule.step()
         self.optimizer.zero_grad()

@@ -27,6 +27,7 @@ from semu_peft.gradients.processes import (
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
+from semu_peft.objectives.wrappers import one_step
 
 from .batches import batches_in
 from .curvature import Probe, WholeMatrix
@@ -190,7 +191,9 @@ class NaturalLoop(Loop):
         return math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
 
     def _train_step(self, batches: list[Any]) -> None:
-        terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
+        together = [(batch, [next(each) for each in self.retained]) for batch in batches]
+        with one_step():
+            terms = [term for pair in together for term in self.trials.terms(*pair)]
         here = self._evaluate(terms, self.progress.step)
         if not math.isfinite(here.values["loss"]):
             check_data(self._values_at(self.proximal.start, terms), self.progress.forget, len(batches))

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from semu_peft.model_state import eval_mode
 from semu_peft.objectives.base import Objective, as_objective
 from semu_peft.objectives.retain import Retain
+from semu_peft.objectives.wrappers import one_step
 
 from .batches import as_loader, cycle, retain_seed
 from .checkpoint import write_states
@@ -53,6 +54,7 @@ class StepsOfTrainer(TrainerCallback):
         self._batches: list[tuple[Any, list[Any]]] = []  # those of the step that is being taken
         self._drawn: list[Any] = []
         self._step: Step | None = None
+        self._as_one = ExitStack()  # open from the beginning of a step to its end
 
     def begin(self, stack: ExitStack) -> None:
         """Open the retain data, until the stack is closed.
@@ -65,6 +67,7 @@ class StepsOfTrainer(TrainerCallback):
                 f"`rules` must be none under DeepSpeed, got {[type(rule).__name__ for rule in self.rules]}: it takes "
                 "the step inside the backward pass. Train by FSDP, by one process, or by `unlearn`."
             )
+        stack.enter_context(self._as_one)  # so that it is closed where a step fails
         seed = self.trainer.args.data_seed or self.trainer.args.seed
         self._batches.clear()
         loaders = [self.trainer.accelerator.prepare(as_loader(term.batches, "retain")) for term in self.retain]
@@ -90,6 +93,10 @@ class StepsOfTrainer(TrainerCallback):
 
     # ---- rules around a step ----
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._as_one.close()
+        self._as_one.enter_context(one_step())
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.rules:
             return
@@ -114,6 +121,7 @@ class StepsOfTrainer(TrainerCallback):
             self._apply("update")
         self._step = None
         self._batches.clear()
+        self._as_one.close()
 
     def _apply(self, method: str) -> None:
         with torch.no_grad(), eval_mode(self.trainer.model):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import Mlp, vector_batches
+from language_batches import padded
+from models import Mlp, gpt2, vector_batches
 from torch import Tensor, nn
 
 from semu_peft import SquaredSum, gather, methods
@@ -185,6 +186,16 @@ class TestParameters:
             assert torch.equal(labels[0][name].mean, labels[1][name].mean)  # type: ignore[attr-defined]
         assert SquaredLogits()(model.eval(), x) == SquaredLogits()(model, (x, y))
         dampen(*labels, share=0.05).apply(model)
+
+    @pytest.mark.parametrize(("side", "more"), [("right", 9), ("left", 0), ("left", 9)])
+    def test_padding_has_no_part_in_what_is_label_free(self, side: str, more: int) -> None:
+        torch.manual_seed(0)
+        model = gpt2()
+        expected, found = (gather_parameters(model, [padded(*form)], SquaredLogits(), progress=False)
+                           for form in (("right",), (side, more)))  # fmt: skip
+        for name, statistic in expected.items():
+            mean, other = statistic.mean, found[name].mean  # type: ignore[attr-defined]
+            torch.testing.assert_close(other, mean, rtol=1e-4, atol=1e-5 * float(mean.max()))
 
     def test_mistakes(self) -> None:
         batch = vector_batches(count=1)

@@ -257,15 +257,18 @@ def test_a_diverged_model_is_told_whole() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     found = evaluate_language(model, word_tokenizer(), FORGET, gold=gold, **options)
-    for name in ("probability", "truth_ratio", "forget_quality", "model_utility", "neutral_kl", "privacy_leakage"):
+    names = ("probability", "truth_ratio", "forget_quality", "model_utility", "neutral_kl", "privacy_leakage", "rouge",
+             "fluency", "exact_memorisation", "extraction_strength", "paraphrased_probability")  # fmt: skip
+    for name in names:
         assert math.isnan(getattr(found, name)), name
+    assert len(found.utility) == 6 and all(map(math.isnan, found.utility.values()))
+    assert found.rouge_interval is None and found.exact_memorisation_interval is None
     assert all(map(math.isnan, found.membership.values())) and {*found.membership} == {*gold.membership}
     assert found.membership_interval == {} and math.isnan(gold.against(found).forget_quality)
-    assert math.isfinite(found.rouge) and math.isfinite(found.fluency) and math.isfinite(found.exact_memorisation)
     assert found.row()["model utility"] == found.row()["forget quality"] == "nan"
     json.dumps(plain(found), allow_nan=False)
     shown = read_metrics({"unlearned": found})["rows"][0]["values"]
-    assert shown["rouge"]["value"] == found.rouge
+    assert shown["rouge"]["value"] == plain(found.rouge) == "nan"
 
 
 @pytest.mark.parametrize(
@@ -285,6 +288,7 @@ def test_a_diverged_model_is_told_whole() -> None:
         ({"utility": {"forget": FACTS}}, "`utility` must name its sets otherwise .* got a set named 'forget'"),
         ({"neutral": [("who", "Ada")]}, "`neutral` must hold at least one text, and plain texts alone"),
         ({"forget": [("who", "Ada")], "metrics": ["truth_ratio"]}, "needs `perturbed_answer`"),
+        ({"forget": FACTS, "metrics": ["paraphrased_probability"]}, "needs `paraphrased_answer` and"),
         ({"forget": []}, "`forget` must hold at least one question"),
         ({"holdout": ["a text"]}, "`holdout` must be what `forget` is, answers to questions, got plain texts"),
         ({"forget": ["a text"], "holdout": FACTS}, "`holdout` must be what `forget` is, plain texts, got answers to"),
@@ -324,6 +328,28 @@ def test_pairs_are_enough_for_what_needs_no_wrong_answers() -> None:
     found = evaluate_language(decoder(), word_tokenizer(), pairs, **QUIET)
     assert found.probability is not None and found.truth_ratio is None
     assert truth_ratio([0.0], [[0.0]]).item() == 1.0
+
+
+def test_a_paraphrase_is_of_all_rows_or_of_none() -> None:
+    """Of none, the truth ratio is that of the plain answers; one that is missing is named."""
+    plain = [{name: value for name, value in row.items() if name != "paraphrased_answer"} for row in FORGET]
+    found = evaluate_language(decoder(), word_tokenizer(), plain, **QUIET)
+    assert found.paraphrased_probability is None and found.truth_ratio is not None
+    same = [{**row, "paraphrased_answer": row["answer"]} for row in FORGET]
+    expected = evaluate_language(decoder(), word_tokenizer(), same, **QUIET)
+    assert found.truth_ratios == pytest.approx(expected.truth_ratios)
+    assert expected.paraphrased_probability == pytest.approx(found.probability)
+    some = [FORGET[0], plain[1], FORGET[2]]
+    words = r"`{}\[1\]` must have `paraphrased_answer`, as 2 of the 3 rows of `{}` do, got none"
+    for metrics in (None, ["forget_quality"], ["paraphrased_probability"]):
+        with pytest.raises(ValueError, match=words.format("forget", "forget")):
+            evaluate_language(decoder(), word_tokenizer(), some, metrics=metrics, **QUIET)
+    with pytest.raises(ValueError, match=words.format("retain", "retain")):
+        evaluate_language(
+            decoder(), word_tokenizer(), FORGET, utility={"retain": some}, metrics="model_utility", **QUIET
+        )
+    probability = evaluate_language(decoder(), word_tokenizer(), some, metrics=["probability"], **QUIET).probability
+    assert probability == pytest.approx(found.probability)  # which asks for none
 
 
 def test_what_is_kept_may_come_without_wrong_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_ties_are_no_success_and_the_whole_vocabulary_is() -> None:
     flat = Said([0.0] * TOKENS, [0.0] * TOKENS, [0.0] * TOKENS)
     assert set(lens_attack(flat, [batch()], budget=TOKENS - 1).found.values()) == {0.0}
     assert set(lens_attack(flat, [batch()], budget=TOKENS).found.values()) == {100.0}
+
+
+def test_a_model_that_has_diverged_gives_nothing_away() -> None:
+    """Acceptance: NaN for all that is ranked, and not that every token is the first."""
+    for layers in ([[torch.nan] * TOKENS] * 3, [EVEN, EVEN, [*EVEN[:-1], torch.nan]]):
+        found = lens_attack(Said(*layers), [batch()], budget=1).found
+        assert {*found} == {"lens", "rise", "turn"} and all(map(math.isnan, found.values()))
 
 
 def test_the_reference_is_attacked_alike() -> None:

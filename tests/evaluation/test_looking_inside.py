@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from language_batches import packed, padded
 from models import CLASSES, Cnn, Mlp, gpt2, image_batches, llama, vector_batches
 from peft import get_peft_model
 from torch import nn
@@ -209,6 +210,34 @@ def test_the_lens_ends_with_what_the_model_says(build: Any) -> None:
     assert found.found[1] == pytest.approx(100 * middle, rel=1e-5)
     with pytest.raises(ValueError, match="model"):
         logit_lens(Mlp(), [batch])
+
+
+@pytest.mark.parametrize("batch", [padded("left", more=2), packed()], ids=["left", "packed"])
+def test_the_lens_reads_rows_of_any_form_as_the_model_is_read(batch: Any) -> None:
+    """Padding on the left is not counted, and packed sequences do not see each other."""
+    torch.manual_seed(0)
+    model = gpt2()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    batch.pop("token_mask")
+    assert logit_lens(model, [batch]).found == pytest.approx(logit_lens(model, [padded("right")]).found, rel=1e-4)
+
+
+def test_probes_do_not_count_padding() -> None:
+    torch.manual_seed(0)
+    model, seen = gpt2(), []
+    model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def states(side: str) -> torch.Tensor:
+        batches = [padded(side, more=2, seed=seed, prompt=0) for seed in (3, 4)]
+        linear_probes(model, batches, batches, layers=["transformer.h.1"])
+        masks = [batch["attention_mask"].bool() for batch in (*batches, *batches)]
+        found = torch.cat([each[mask] for each, mask in zip(seen, masks, strict=True)])
+        seen.clear()
+        return found
+
+    torch.testing.assert_close(states("left"), states("right"), rtol=1e-5, atol=1e-5)
 
 
 # ---- membership with shadow models ----

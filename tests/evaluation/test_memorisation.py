@@ -111,6 +111,14 @@ def test_extraction_strength_and_exact_memorisation(tokens: tuple[int, ...], str
     assert exact_memorisation(right(*tokens)).tolist() == [exact]
 
 
+def test_what_a_model_that_has_diverged_says_is_no_number() -> None:
+    """Nothing is the largest of NaN: no token would be known, as of a model that has forgotten."""
+    correct, log_probs = torch.tensor([False, True]), [torch.tensor([torch.nan, -1.0]), torch.tensor([-2.0, -1.0])]
+    scores = TokenScores(log_probs, [correct, correct], log_probs)
+    for measure in (extraction_strength, exact_memorisation):
+        assert measure(scores).isnan().tolist() == [True, False] and measure(scores)[1] == 0.5
+
+
 def test_an_answer_of_nothing_but_its_end_is_no_number() -> None:
     assert extraction_strength(right(1)).isnan().all() and exact_memorisation(right(1)).isnan().all()
 

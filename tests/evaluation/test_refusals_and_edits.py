@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -23,7 +25,10 @@ def test_sarr_by_hand() -> None:
     assert found.sarr == 40.0
     odd = count_refusals([*SAID, "?"], judge=lambda answer: "unclear" if answer == "?" else judge_by_words(answer))
     assert odd.sarr == 40.0 and odd.unparsable == 1
-    assert count_refusals([]).sarr == 0.0
+    unclear = count_refusals(["?"], judge=lambda answer: "unclear")
+    assert math.isnan(unclear.sarr) and "1 not judged" in repr(unclear)
+    with pytest.raises(ValueError, match="`answers` must hold one answer at least, got none"):
+        count_refusals([])
     with pytest.raises(TypeError, match="`answers` must be a list of texts"):
         count_refusals("no")
 

@@ -76,6 +76,19 @@ def test_unflagged_prompts_are_left_alone_and_other_hooks_survive() -> None:
     assert not model.model.embed_tokens._forward_hooks
 
 
+@pytest.mark.parametrize("place", [(4, 0), (0, 4), (3, 1)])
+def test_padding_does_not_change_how_a_prompt_is_corrupted(place: tuple[int, int]) -> None:
+    model, ids = sharp(), prompts()
+    mask = torch.ones_like(ids)
+    gate = lambda model, input_ids, **others: {"request": (input_ids == 7).any(1).float()}  # noqa: E731
+    corrupted = EmbeddingCorruption(model, gate, strength=5.0, positions=lambda ids, real: real)
+    plain = run(corrupted, input_ids=ids, attention_mask=mask)
+    padded, real = nn.functional.pad(ids, place), nn.functional.pad(mask, place)
+    found = run(corrupted, input_ids=padded, attention_mask=real)
+    torch.testing.assert_close(found[real.bool()].view_as(plain), plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain[0], run(model, ids)[0], atol=0.1)
+
+
 def test_zeros_go_to_the_largest_entries() -> None:
     model, ids = sharp(), prompts()
     seen: list[Tensor] = []
@@ -306,6 +319,19 @@ def test_each_neuron_of_each_token_has_its_own_draw() -> None:
     expected = 1 / (1 + torch.exp(torch.tensor(-1.0)))  # 1 − N_r / (N_r + N_f)
     assert abs(float(moved.float().mean()) - float(expected)) < 0.05
     assert not torch.equal(moved[0], moved[1]) and 0 < int(moved[0].sum()) < count
+
+
+def test_layers_of_one_width_draw_apart() -> None:
+    """Acceptance: at equal densities they agree where two coins do, and the same seed draws the same again."""
+    ones = torch.ones(2000)
+    forget, retain = ({name: Moments(mean * ones, ones, 9) for name in ("a", "b")} for mean in (2.0, 1.0))
+    x = torch.full((1, 2000), 1.6)
+    (first, second), (again, _) = (
+        [adjust(x) != x for adjust in adjust_neurons(forget, retain, 1.0, seed=3).values()] for _ in range(2)
+    )
+    assert abs(float((first == second).float().mean()) - 0.5) < 0.05
+    assert torch.equal(first, again)
+    assert all(adjust.seed is None for adjust in adjust_neurons(forget, retain, 1.0, seed=None).values())
 
 
 def test_moments_are_of_answers_alone() -> None:

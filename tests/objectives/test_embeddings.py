@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import vit
+from language_batches import padded
+from models import gpt2, vit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ def test_a_code_is_the_principal_components_of_all_batches() -> None:
 
 def test_what_is_an_embedding() -> None:
     """The mean over tokens that are no padding; over places of an image; and a transformer's by its name."""
-    padded = {"x": torch.tensor([[[1.0], [3.0], [9.0]]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    three = {"x": torch.tensor([[[1.0], [3.0], [9.0]]]), "attention_mask": torch.tensor([[1, 1, 0]])}
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -96,10 +97,20 @@ def test_what_is_an_embedding() -> None:
         def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             return self.embed(x)
 
-    assert read_embeddings(Tokens(), padded, "embed").tolist() == [[2.0]]
+    assert read_embeddings(Tokens(), three, "embed").tolist() == [[2.0]]
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 8, 8)
     assert read_embeddings(vit(), {"pixel_values": pixels, "labels": torch.tensor([0, 1])}, 0).shape == (2, 16)
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_embeddings_do_not_depend_on_padding(has_labels: bool) -> None:
+    torch.manual_seed(0)
+    model = gpt2()
+    names = ("input_ids", "attention_mask", *(["labels", "token_mask"] if has_labels else []))
+    left, right = ({name: padded(side, more=2)[name] for name in names} for side in ("left", "right"))
+    found, expected = (read_embeddings(model, batch, "transformer.h.1") for batch in (left, right))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def clusters(labels: list[int], seed: int) -> tuple[Tensor, Tensor]:

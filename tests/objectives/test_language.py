@@ -42,6 +42,7 @@ from semu_peft.objectives import (
     sequence_nll,
 )
 from semu_peft.objectives.batches import read_tokens
+from semu_peft.objectives.wrappers import one_step
 
 OBJECTIVES: dict[str, Objective] = {
     "npo": NPO(),
@@ -410,6 +411,32 @@ def test_primal_dual_in_a_run() -> None:
     retain = Retain([padded(seed=9)], keep)
     unlearn(model, [padded()], FlatLogits(), retain=retain, max_steps=4, learning_rate=1e-3, progress=False)
     assert keep.multiplier > 1 and keep.steps == 4
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e-6}, {}], ids=["AdamW", "natural"])
+def test_primal_dual_takes_a_step_with_the_optimiser(options: dict[str, Any]) -> None:
+    """Acceptance: one for all batches that gradients accumulate over, by the mean of their losses."""
+    model, kept = adapted(), [padded(seed=seed) for seed in range(3)]
+    before = [CrossEntropy()(model, batch).item() for batch in kept]
+    keep = PrimalDual(CrossEntropy(), limit=0.0, rate=1.0, multiplier=0.0)
+    several = {"gradient_accumulation_steps": 3, "max_steps": 1, "progress": False, **options}
+    unlearn(model, [padded()] * 3, NPO(), retain=Retain(kept, keep), **several)
+    assert keep.steps == 1 and keep.multiplier == pytest.approx(sum(before) / 3, rel=1e-5)
+
+
+def test_a_step_of_several_batches_that_fails_has_not_been() -> None:
+    """Its losses are not counted with those of the next; and within it a state that is put back takes them along."""
+    keep, model, batch = PrimalDual(CrossEntropy(), limit=0.5), nn.Identity(), (torch.zeros(1, 2), torch.tensor([0]))
+    with pytest.raises(RuntimeError), one_step():
+        keep(model, batch)
+        raise RuntimeError
+    assert keep.steps == 0 and keep.state_dict() == PrimalDual(CrossEntropy(), limit=0.5).state_dict()
+    with one_step():
+        keep(model, batch)
+        now = keep.state_dict()
+        keep(model, (torch.tensor([[50.0, 0.0]]), torch.tensor([0])))  # as a rule that looks at the step again
+        keep.load_state_dict(now)
+    assert keep.steps == 1 and keep.multiplier == pytest.approx(1 + LOG2 - 0.5)
 
 
 def test_what_has_a_state_but_does_not_draw_is_looked_at_once() -> None:

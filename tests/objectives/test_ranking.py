@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -53,6 +54,16 @@ def test_reverse_bpr_by_hand(difference: float, value: float, gradient: float) -
     assert loss == BPR()(model, pair(1, 0))
     assert loss.item() - BPR()(model, pair(0, 1)).item() == pytest.approx(difference, abs=1e-6)
     assert ReverseBPR()(model, dict(zip(("users", "items", "negatives"), pair(0, 1), strict=True))) == loss
+
+
+@pytest.mark.parametrize("objective", [BPR(), ReverseBPR()])
+def test_half_precision_is_lifted_in_either_form(objective: BPR) -> None:
+    users, items, negatives = torch.zeros(4).long(), torch.tensor([3, 3, 3, 3]), torch.tensor([3, 2, 1, 0])
+    flat, column = (
+        objective(lambda users, items, shape=shape: (items / 300).bfloat16().view(shape), (users, items, negatives))
+        for shape in ((-1,), (-1, 1))
+    )
+    assert flat.dtype == torch.float32 and flat == column
 
 
 def test_negatives_are_items_without_an_interaction() -> None:
@@ -139,9 +150,25 @@ def test_ranking_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4]])
     found = evaluate_ranking(scores, torch.tensor([[0, 1], [1, 3], [1, 0]]), k=2)
     assert found.auc == pytest.approx(((1 + 0.5) / 3 + 1 + 0) / 3)
-    assert found.recall == pytest.approx((1 + 0.5) / 2)
+    assert found.recall == pytest.approx((0.5 + 0.5) / 2)
     log3 = 1 / torch.tensor(3.0).log2().item()
-    assert found.ndcg == pytest.approx((log3 + 1 / (1 + log3)) / 2)
+    assert found.ndcg == pytest.approx((0.5 * log3 + 1 / (1 + log3)) / 2)
+
+
+def test_ties_count_as_if_their_order_were_drawn() -> None:
+    """Acceptance: constant scores find any item by chance; the mean over all orders, without known items."""
+    for item in (0, 49):
+        found = evaluate_ranking(torch.zeros(1, 50), torch.tensor([[0, item]]), k=5)
+        assert found.recall == pytest.approx(5 / 50) and found.auc == 0.5
+    scores, wanted, known = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0, 9.0, 2.0]]), [1, 3, 4], torch.tensor([[0, 5]])
+    orders = [[0, *tied, 4] for tied in itertools.permutations([1, 2, 3, 6])]
+    discount = 1 / torch.arange(2, 10).double().log2()
+    for k in (1, 2, 3, 4, 6, 20):
+        hits = torch.tensor([[item in wanted for item in order[:k]] for order in orders]).double()
+        best, length = min(3, k), hits.shape[1]
+        found = evaluate_ranking(scores, torch.tensor([[0, item] for item in wanted]), known=known, k=k)
+        assert found.recall == pytest.approx(float(hits.sum(1).mean()) / best)
+        assert found.ndcg == pytest.approx(float((hits @ discount[:length]).mean() / discount[:best].sum()))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +180,11 @@ def test_ranking_by_hand() -> None:
         (lambda: sample_negatives(torch.tensor([0]), torch.tensor([0]), 1), ValueError, "`users` must each"),
         (lambda: evaluate_ranking(torch.zeros(2, 2), torch.zeros(3)), ValueError, "`interactions` must be pairs"),
         (lambda: evaluate_ranking(torch.zeros(1, 1), torch.tensor([[0, 0]])), ValueError, "leave each user an item"),
+        (
+            lambda: evaluate_ranking(torch.tensor([[torch.nan, 0.0]]), torch.tensor([[0, 0]])),
+            ValueError,
+            "`scores` must be numbers without NaN, got 1 of 2",
+        ),
     ],
 )
 def test_mistakes(call: Any, error: type[Exception], told: str) -> None:

@@ -85,6 +85,24 @@ def test_it_ends_where_unlearn_does(accumulation: int, tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
+def test_what_takes_steps_of_its_own_takes_one_with_the_optimiser(tmp_path: Path) -> None:
+    """Of all batches that gradients accumulate over, of a last group that is cut short too; as in `unlearn`."""
+    found = []
+    batches, options = DataLoader(images(), batch_size=4), {"gradient_accumulation_steps": 3}
+    for model in (adapted(), adapted()):
+        keep = objectives.PrimalDual(objectives.CrossEntropy(), limit=0.5)
+        retain = Retain(DataLoader(images()[::-1], batch_size=4), keep)
+        if not found:
+            unlearn(model, batches, objectives.DecoupledDistillation(), retain=retain, epochs=2, learning_rate=1e-2,
+                    progress=False, **options)  # fmt: skip
+        else:
+            args = arguments(tmp_path, num_train_epochs=2, **options)
+            InOrder(model, args, train_dataset=images(), objective=objectives.DecoupledDistillation(),
+                    retain=retain).train()  # fmt: skip
+        found.append((keep.steps, keep.multiplier))
+    assert found[0][0] == found[1][0] == 4 and found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
     """Layers are computed twice, in eval mode, and the cores are those without it."""
