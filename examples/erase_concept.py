@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         choices=["condition-matching", "negative-guidance", "gradient-ascent"])  # fmt: skip
     add("--part", "layers to correct", default="cross-attention",
         choices=["cross-attention", "attention", "all-linear", "convolutions", "all"])  # fmt: skip
-    add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=0.9)
+    add("--explained-variance", "share of each layer's gradient energy to keep", type=float, default=1.0)
     add("--rank", "most directions a layer may have", type=int, default=32)
     add("--preserve", "weight of holding the --retain prompts", type=float, default=1.0)
     add("--max-steps", "optimiser steps", type=int, default=200)

@@ -83,6 +83,7 @@ class ConceptRequest:
         """Load the pipeline, sample latents of the prompts, and train on them."""
         from semu_peft import SemuConfig, unlearn_concept
         from semu_peft.concept import concept_examples
+        from semu_peft.concept.erase import USUAL_DIRECTIONS
         from semu_peft.export.diffusers import save_adapter
 
         pipe, denoiser, targets = self._read()
@@ -93,7 +94,9 @@ class ConceptRequest:
         )  # fmt: skip
         done = unlearn_concept(
             pipe, examples, objective=self.method, preserve=self.preserve,
-            config=SemuConfig(target_modules=targets, explained_variance=self.explained_variance),
+            config=SemuConfig(
+                **{**USUAL_DIRECTIONS, "target_modules": targets, "explained_variance": self.explained_variance}
+            ),
             max_steps=self.max_steps, batch_size=self.batch_size, seed=self.seed, progress=self.progress,
             adapter_name=self.adapter_name,
         )  # fmt: skip

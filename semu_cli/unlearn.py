@@ -111,7 +111,7 @@ def concept(
     num_inference_steps: Annotated[
         int, typer.Option("--num-inference-steps", metavar="N", help="Steps of sampling one of them.", min=1)
     ] = 25,
-    explained_variance: ExplainedVariance = 0.9,
+    explained_variance: ExplainedVariance = 1.0,
     seed: Seed = 0,
     adapter_name: AdapterName = "default",
     dry_run: DryRun = False,

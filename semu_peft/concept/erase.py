@@ -42,6 +42,8 @@ _METHODS: dict[str, type[DiffusionObjective]] = {
     "gradient-ascent": DenoisingAscent,
 }
 _STEPS, _LEARNING_RATE = 200, 1e-2  # of AdamW
+# A share of the energy leaves a prompt one direction a layer, in which there is no way from many concepts to another.
+USUAL_DIRECTIONS: dict[str, Any] = {"explained_variance": 1.0, "r": 16}
 _PARKED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "safety_checker")
 
 
@@ -117,7 +119,8 @@ def unlearn_concept(
         preserve: Weight of [`PreservePrediction`][semu_peft.objectives.diffusion.PreservePrediction] under the `retain`
             prompts and the anchors, at the forget examples' own noisy latents; and, for each prompt that an earlier
             erasure was made to forget, and its anchors, of holding that. 0 leaves both out.
-        config: The adapter; where it names no `target_modules`, keys and values of cross-attention.
+        config: The adapter, by default of up to 16 directions a layer; where it names no `target_modules`, keys and
+            values of cross-attention.
         max_steps: Optimiser steps. By default 200, and with natural gradients as many as it takes.
         batch_size: Examples a step.
         learning_rate: Of AdamW, falling linearly to zero. By default 1e-2, and none with natural gradients. These end
@@ -161,7 +164,7 @@ def unlearn_concept(
         names_prompts = examples is forget or retain is not None
         warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)
     forgetting, loss = _losses(pipe, objective, preserve, examples, seed)
-    config = SemuConfig() if config is None else copy.deepcopy(config)
+    config = SemuConfig(**USUAL_DIRECTIONS) if config is None else copy.deepcopy(config)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = set(denoiser_targets(denoiser))  # type: ignore[assignment]  # as PEFT keeps them
     if config.base_model_name_or_path is None and (name := getattr(pipe, "name_or_path", None)):
