@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 TENSORS = ("semu_U", "semu_V", "semu_offset", "semu_core")
 """The kinds of tensors that an adapter has in a layer."""
+
+_NOT_BY_ADAPTER = ("base_layer", "original_module")  # of what a layer of PEFT's has in it
 
 
 class AdapterTensor(nn.Module):
@@ -116,6 +121,69 @@ class HoldsTensors:
         """Of each kind that the adapter has here, the mapping."""
         every: list[AdapterTensors] = [getattr(self, kind) for kind in TENSORS]
         return [tensors for tensors in every if adapter_name in tensors]
+
+
+def places_of(model: nn.Module, adapter_names: Collection[str]) -> tuple[str, ...]:
+    """What the keys of some adapters' tensors begin with in a model, adapters of any of PEFT's methods.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.tensors import places_of
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), SemuConfig(target_modules=["0"]))
+        >>> places_of(model, ["default"])[0]
+        'base_model.model.0.semu_U.default.'
+    """
+    places: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kinds = [kind for kind, _ in module.named_children() if kind not in _NOT_BY_ADAPTER]
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            places += [f"{name}.{kind}.{adapter_name}." for kind in kinds for adapter_name in adapter_names]
+    return tuple(places)
+
+
+def left_out(model: nn.Module, state_dict: Mapping[str, Tensor], others: Collection[str]) -> dict[str, Tensor]:
+    """What PEFT has left out of a state dict for the name of another adapter in a key, but is no such adapter's.
+
+    That is where a layer, or a kind of tensors, has the name of an adapter: layer 1 of a model with an adapter `"1"`.
+
+    Args:
+        model: The model.
+        state_dict: What PEFT has left, by the model's keys.
+        others: The names of the other adapters.
+
+    Raises:
+        ValueError: Tensors left out are sharded, and those in the state dict were gathered.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.tuner.tensors import left_out
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), SemuConfig(target_modules=["0"]))
+        >>> list(left_out(model, {}, ["base_layer"]))
+        ['base_model.model.0.base_layer.weight', 'base_model.model.0.base_layer.bias']
+    """
+    named, theirs = [f".{name}." for name in others], places_of(model, others)
+
+    def lacks(key: str) -> bool:
+        return any(name in f"{key}." for name in named) and key not in state_dict and not f"{key}.".startswith(theirs)
+
+    if not any(lacks(key) for key, _ in model.named_parameters(remove_duplicate=False)):
+        return {}
+    found = {key: tensor for key, tensor in model.state_dict().items() if lacks(key)}
+    if any(map(_is_sharded, found.values())) and not any(map(_is_sharded, state_dict.values())):
+        raise ValueError(
+            f"The name of an adapter must not be in that of a sharded tensor, got {next(iter(found))!r} beside the "
+            f"adapters {sorted(others)}: PEFT has left it out of what was gathered to be saved. Save in one process, "
+            "or give that adapter another name."
+        )
+    return found
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local")
 
 
 def with_values(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
