@@ -26,15 +26,25 @@ class AdapterTensor(nn.Module):
     Examples:
         >>> import torch
         >>> from semu_peft.tuner.tensors import AdapterTensor
-        >>> held = AdapterTensor("semu_U", torch.eye(2), requires_grad=False)
+        >>> held = AdapterTensor("semu_U", torch.eye(2))
         >>> held() is held.semu_U
         True
     """
 
-    def __init__(self, kind: str, tensor: Tensor, requires_grad: bool) -> None:
+    def __init__(self, kind: str, tensor: Tensor, requires_grad: bool = False, *, trainable: bool = False) -> None:
         super().__init__()
         self.kind = kind
+        self.trainable = trainable
         self.register_parameter(kind, nn.Parameter(tensor, requires_grad=requires_grad))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, frozen unless this one is trainable.
+
+        Transformers puts trainable ones in their place when it loads, and DDP would wait for gradients of them.
+        """
+        if param is not None and not self.trainable:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
 
     @property
     def stored(self) -> nn.Parameter:
@@ -88,7 +98,7 @@ class AdapterTensors(nn.ModuleDict):
         held = self._held(adapter_name) if adapter_name in self else None
         if held is None or held.is_brought or held.stored.is_meta != data.is_meta:
             requires_grad = self.trainable if held is None else held.stored.requires_grad
-            self.add_module(adapter_name, AdapterTensor(self.kind, data, requires_grad))
+            self.add_module(adapter_name, AdapterTensor(self.kind, data, requires_grad, trainable=self.trainable))
         else:
             held.stored.grad = None
             held.stored.data = data

@@ -313,6 +313,20 @@ def test_a_layer_of_rank_zero_in_ddp() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
+def test_an_adapter_that_transformers_has_loaded_in_ddp(tmp_path: Path) -> None:
+    """Transformers makes every tensor that it loads trainable, of which the bases never get a gradient."""
+    model = adapted(seeded())
+    model.save_pretrained(tmp_path)
+    loaded = seeded()
+    loaded.load_adapter(tmp_path, is_trainable=True)
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.endswith("semu_core") for name in trained)
+    wrapped, ids = DistributedDataParallel(loaded), torch.tensor([[3, 4, 5]])
+    for _ in range(2):
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.usefixtures("one_process")
 def test_initialising_inside_ddp() -> None:
     """DDP keeps to the shapes that it has seen, and the initialisation gives cores theirs; wrapped anew, they train."""
     model = get_peft_model(Mlp(), SemuConfig(target_modules="all-linear"))
