@@ -126,7 +126,10 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         raise NotImplementedError
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
-        """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all."""
+        """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all.
+
+        While the model is compiled or exported the answer does not depend on the sizes of `x`.
+        """
         return False
 
     # ---- life of an adapter ----
