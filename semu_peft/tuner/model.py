@@ -28,7 +28,14 @@ from .all_layers import layers_that_pass, name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .fused_experts import name_fused_experts
-from .keys import renamed_as_saved, without_adapter_name, without_compilation, without_wrappers
+from .keys import (
+    layer_of,
+    renamed_as_saved,
+    without_adapter_name,
+    without_compilation,
+    without_prefix,
+    without_wrappers,
+)
 from .layer import SemuLayer
 from .loading import check_uncompiled, fitted, impossible_tensor, keep_room_to_load, refuse, unless_refused
 from .mixed_batch import adapter_per_example
@@ -106,7 +113,7 @@ class SemuModel(BaseTuner):
                 warnings.filterwarnings("ignore", message="The following rank_pattern keys")
                 if config.ranks and from_file:
                     check_uncompiled(model, config.modules_to_save)
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                super().inject_adapter(model, adapter_name, *args, **_named_by_layer(kwargs))
         finally:
             remember_wish(config, wish)
         if (handle := keep_room_to_load(model)) is not None:
@@ -395,6 +402,18 @@ class SemuModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         config._kept_weights = None
         return fitted(model, config, adapter_name, remapped)
+
+
+def _named_by_layer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with a state dict's keys cut down to what PEFT finds layers by.
+
+    It takes what stands before the last `.semu_`, and the names of this tuner's tensors have that twice.
+    """
+    state_dict = arguments.get("state_dict")
+    if state_dict is None:
+        return arguments
+    layers = {layer: tensor for key, tensor in state_dict.items() if (layer := layer_of(without_prefix(key)))}
+    return {**arguments, "state_dict": {f"{layer}.semu_core": tensor for layer, tensor in layers.items()}}
 
 
 def _name_as_uncompiled(config: SemuConfig) -> None:
