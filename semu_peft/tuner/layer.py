@@ -85,6 +85,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         self.follows_dtype: dict[str, bool] = {}  # whether the adapter is in the model's dtype, not in float32
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_scales: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, requested)
 
@@ -292,12 +293,21 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     # ---- scale, as diffusers and PEFT set it ----
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting."""
+        """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter in self.merged_adapters:
+            raise ValueError(f"The adapter {adapter!r} is merged into the weights; call `unmerge_adapter` first.")
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of all active adapters."""
+        """Multiply the scale of all active adapters; that of merged ones counts once they are unmerged.
+
+        Diffusers scales before a pass and back after it, whether the adapters are merged or not.
+        """
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -360,6 +370,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         for delta in deltas:
             self.set_base_weight(self._base_weight_plus(delta))
         self.merged_adapters.extend(names)
+        self._merged_scales.update({name: self.scaling[name] for name in names})
 
     def unmerge(self) -> None:
         """Take all merged corrections out of the base weight again."""
@@ -368,8 +379,13 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
+            merged_scale = self._merged_scales.pop(name)
             if name in self.semu_core and self.r[name] > 0:
-                self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
+                scale, self.scaling[name] = self.scaling[name], merged_scale
+                try:
+                    self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
+                finally:
+                    self.scaling[name] = scale
 
     def _base_weight_plus(self, delta: Tensor) -> Tensor:
         return sum_in_dtype_of(self.get_base_weight(), delta)

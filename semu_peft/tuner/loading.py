@@ -55,6 +55,11 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
         ValueError: They do not fit. An adapter that was there before stays as it was, one that was put in to be loaded
             is taken out again.
     """
+    if any(adapter_name in layer.merged_adapters for layer in _layers(model, adapter_name).values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the weights, which others could not be taken out of again; "
+            "call `unmerge_adapter` first. The model given is left as it was."
+        )
     # An offset that the model has no place for yet.
     state_dict = {_named_for_a_place(key, adapter_name): tensor for key, tensor in state_dict.items()}
     problem = mismatch(model, adapter_name, state_dict)
@@ -69,7 +74,13 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
     embeddings = embedding_parameters(model)
     foreign = _foreign_tensors(model, config, adapter_name, state_dict, embeddings)
     brought = {key: place for key, place in foreign.items() if not _same(place, state_dict[key])}
+    merged = [
+        layer.base_weight.data_ptr() for layer in model.modules() if isinstance(layer, SemuLayer) and layer.merged
+    ]
     for key, place in brought.items():
+        if place.data_ptr() in merged:
+            problem = f"The embedding {key!r} has an adapter merged into it; call `unmerge_adapter` first."
+            refuse(model, config, adapter_name, problem)
         if problem := _no_embedding(key, place, state_dict[key], embeddings):
             refuse(model, config, adapter_name, problem)
     make_room(model, adapter_name, state_dict)

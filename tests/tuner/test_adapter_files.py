@@ -300,6 +300,18 @@ def test_embeddings_that_do_not_fit_leave_the_model(case: str, tmp_path: Path) -
     assert_same(state(model), before)
 
 
+def test_an_embedding_that_an_adapter_is_merged_into_is_not_overwritten(tmp_path: Path) -> None:
+    with_embeddings(tmp_path)
+    config = SemuConfig(target_modules=["embed_tokens"], r=2, init_weights=False)
+    model = get_peft_model(resized(tmp_path / "base", 9), config)
+    model.load_adapter(tmp_path / "adapter", "second")
+    model.merge_adapter()
+    before = state(model)
+    with pytest.raises(ValueError, match="merged into it; call `unmerge_adapter` first.*left as it was"):
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter" / WEIGHTS), "second")
+    assert_same(state(model), before)
+
+
 IMPOSSIBLE: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "NaN": ("semu_core", lambda t: t * float("nan"), "finite"),
     "infinity": ("semu_U", lambda t: t / 0.0, "finite"),
