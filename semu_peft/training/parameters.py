@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +34,10 @@ def check_trainable(model: nn.Module) -> None:
 
     Raises:
         NotInitializedError: An adapter that is to be trained has not been initialised.
-        ValueError: Nothing requires gradients.
+        ValueError: Adapters are merged or disabled, or nothing requires gradients.
     """
     semu = [layer for layer in model.modules() if isinstance(layer, SemuLayer)]
+    _check_running(semu or [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)])
     for layer in semu:
         _check_initialized(layer)
     adapters = list(dict.fromkeys(name for layer in semu for name in layer.active_adapters if _trains(layer, name)))
@@ -52,6 +53,21 @@ def check_trainable(model: nn.Module) -> None:
             "`is_trainable=True`, activate it with `set_adapter`, or name it in `adapter_name`."
         )
     _warn_of_starts(model)
+
+
+def _check_running(layers: Sequence[Any]) -> None:
+    """Raise where layers that are to be trained take no part in a forward pass."""
+    for layer in layers:
+        if layer.merged and any(parameter.requires_grad for parameter in layer.parameters()):
+            raise ValueError(
+                f"`model`: the adapters {sorted(layer.merged_adapters)} are merged into the weights, so that no "
+                "gradient reaches what is to be trained; call `unmerge_adapter` first."
+            )
+    if layers and all(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "`model`: its adapters are disabled, so that no gradient reaches them; call "
+            "`model.base_model.enable_adapter_layers()` first (`enable_adapters()` in transformers and diffusers)."
+        )
 
 
 def _warn_of_starts(model: nn.Module) -> None:
