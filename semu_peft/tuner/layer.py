@@ -192,12 +192,10 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
             self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
             return
         *batch, m, n = self.matrix_shape(adapter_name)
-        self.set_basis(
-            adapter_name,
-            torch.linalg.qr(torch.randn(*batch, m, rank))[0],
-            torch.linalg.qr(torch.randn(*batch, n, rank))[0],
-            0.1 * torch.randn(self.tensor_shapes(adapter_name, rank)["semu_core"]),
-        )
+        # Not in torch's default dtype, which may be one that nothing is decomposed in.
+        left, right = (torch.linalg.qr(torch.randn(*batch, size, rank, dtype=torch.float32))[0] for size in (m, n))
+        core = 0.1 * torch.randn(self.tensor_shapes(adapter_name, rank)["semu_core"], dtype=torch.float32)
+        self.set_basis(adapter_name, left, right, core)
 
     def set_basis(
         self,
