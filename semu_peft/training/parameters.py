@@ -84,13 +84,13 @@ def _warn_of_starts(model: nn.Module) -> None:
 
 
 def _trains(layer: SemuLayer, adapter_name: str) -> bool:
-    core = layer.semu_core.stored(adapter_name) if adapter_name in layer.semu_core else None
+    core = layer.semu_core.stored_parameter(adapter_name) if adapter_name in layer.semu_core else None
     return core is not None and core.requires_grad and core.numel() > 0
 
 
 def _check_initialized(layer: SemuLayer) -> None:
     for adapter in layer.active_adapters:
-        trained = adapter in layer.semu_core and layer.semu_core.stored(adapter).requires_grad
+        trained = adapter in layer.semu_core and layer.semu_core.stored_parameter(adapter).requires_grad
         if trained and not layer.is_initialized(adapter):
             raise NotInitializedError(adapter)
 

@@ -159,7 +159,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         self.allocate(adapter_name, rank, offset=with_offset or self.layer_name in config.offsets)
         if not needs_data:
             config.ranks[self.layer_name] = rank
-            if not self.semu_core.stored(adapter_name).is_meta:
+            if not self.semu_core.stored_parameter(adapter_name).is_meta:
                 self._initialize_without_data(adapter_name, rank)
         self.awaits_file[adapter_name] = saved
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -175,7 +175,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
         """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
         factory: dict[str, Any] = {"dtype": self._dtype_of(adapter_name)}
-        if adapter_name in self.semu_core and self.semu_core.lacks(adapter_name):
+        if adapter_name in self.semu_core and self.semu_core.lacks_values(adapter_name):
             factory["device"] = "meta"
         parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
         if not offset:
@@ -270,7 +270,14 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     def follow_dtype(self, adapter_name: str) -> None:
         """Keep the adapter in the dtype of the base weight from now on, bases rounded to it too."""
         self.follows_dtype[adapter_name] = True
-        self._assign(adapter_name, {held.kind: held.stored(adapter_name) for held in self.tensors_of(adapter_name)})
+        self._assign(
+            adapter_name,
+            {
+                kind: getattr(self, kind).stored_parameter(adapter_name)
+                for kind in TENSORS
+                if adapter_name in getattr(self, kind)
+            },
+        )
 
     def is_initialized(self, adapter_name: str) -> bool:
         """Whether the adapter has its bases here, with rank 0 where the data named no direction."""
@@ -284,8 +291,8 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         if device.type == "meta":
             device = self.execution_device
         for tensors in self.tensors_of(adapter_name):
-            parameter = tensors.stored(adapter_name)
-            if device is not None and not parameter.is_meta and not tensors.is_brought(adapter_name):
+            parameter = tensors.stored_parameter(adapter_name)
+            if device is not None and not parameter.is_meta and not tensors.is_brought_by_library(adapter_name):
                 parameter.data = parameter.data.to(device)
 
     # ---- scale, as diffusers and PEFT set it ----
@@ -341,7 +348,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         ready = all(self.is_initialized(name) and not self.awaits_file[name] for name in names)
         if not ready or self._weight_use is not WeightUse.PLAIN or not self.base_is_bare(*_LINEAR_IN_WEIGHT):
             return False
-        weight, delta = self.base_layer.weight, self.semu_core.stored(names[0])
+        weight, delta = self.base_layer.weight, self.semu_core.stored_parameter(names[0])
         return weight.dtype == delta.dtype and weight.dtype.itemsize >= 4 and not weight.is_meta and not delta.is_meta
 
     def correction(self) -> Tensor:
@@ -468,8 +475,8 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         return output
 
     def _guard(self, output: Any, adapter_name: str) -> Any:
-        core = self.semu_core.stored(adapter_name)
-        error: Any = OffloadedError if core.is_meta and self.semu_core.is_brought(adapter_name) else None
+        core = self.semu_core.stored_parameter(adapter_name)
+        error: Any = OffloadedError if core.is_meta and self.semu_core.is_brought_by_library(adapter_name) else None
         error = error if self.is_initialized(adapter_name) else NotInitializedError
         needed = error is not None or self.r[adapter_name] == 0
         if needed and core.requires_grad and torch.is_grad_enabled() and isinstance(output, Tensor):

@@ -66,8 +66,9 @@ class AdapterTensor(nn.Module):
 class AdapterTensors(nn.ModuleDict):
     """A mapping from the names of a layer's adapters to one tensor of each.
 
-    `tensors[name]` is the tensor to compute with, wherever it was; `tensors.stored(name)` the parameter as it lies,
-    which may be on the meta device; `items()` and `values()` give modules, as PEFT expects of a `ModuleDict`.
+    `tensors[name]` is the tensor to compute with, wherever it was; `tensors.stored_parameter(name)` the parameter as it
+    lies, which may be on the meta device; `items()` and `values()` give modules, as PEFT expects of a `ModuleDict`. A
+    module takes no child by the name of one of its attributes: those here are called as no adapter will be.
 
     Args:
         kind: What the tensors are called, `"semu_core"` for example.
@@ -84,34 +85,34 @@ class AdapterTensors(nn.ModuleDict):
 
     def __init__(self, kind: str, *, trainable: bool = False) -> None:
         super().__init__()
-        self.kind = kind
-        self.trainable = trainable
+        self._kind = kind
+        self._trainable = trainable
 
     def __getitem__(self, adapter_name: str) -> Tensor:  # type: ignore[override]
         tensor: Tensor = self._held(adapter_name)()
-        return tensor if self.trainable or not tensor.requires_grad else tensor.detach()
+        return tensor if self._trainable or not tensor.requires_grad else tensor.detach()
 
     def __setitem__(self, adapter_name: str, tensor: Tensor) -> None:  # type: ignore[override]
         # The parameter stays the same object, so that an optimiser made before goes on with it; but what a library
         # would bring in its place is of another time, so a tensor that is brought makes way for one at hand.
-        data = tensor.detach().clone() if self.trainable else tensor.detach()
+        data = tensor.detach().clone() if self._trainable else tensor.detach()
         held = self._held(adapter_name) if adapter_name in self else None
         if held is None or held.is_brought or held.stored.is_meta != data.is_meta:
-            requires_grad = self.trainable if held is None else held.stored.requires_grad
-            self.add_module(adapter_name, AdapterTensor(self.kind, data, requires_grad, trainable=self.trainable))
+            requires_grad = self._trainable if held is None else held.stored.requires_grad
+            self.add_module(adapter_name, AdapterTensor(self._kind, data, requires_grad, trainable=self._trainable))
         else:
             held.stored.grad = None
             held.stored.data = data
 
-    def stored(self, adapter_name: str) -> nn.Parameter:
+    def stored_parameter(self, adapter_name: str) -> nn.Parameter:
         """The parameter as it lies, for what asks for its place, flags or gradient."""
         return self._held(adapter_name).stored
 
-    def is_brought(self, adapter_name: str) -> bool:
+    def is_brought_by_library(self, adapter_name: str) -> bool:
         """Whether a library brings the adapter's tensor when it is read."""
         return self._held(adapter_name).is_brought
 
-    def lacks(self, adapter_name: str) -> bool:
+    def lacks_values(self, adapter_name: str) -> bool:
         """Whether the adapter's tensor has no values, and nothing that would bring them."""
         held = self._held(adapter_name)
         return held.stored.is_meta and not held.is_brought
@@ -125,7 +126,7 @@ class HoldsTensors:
 
     def is_brought(self, adapter_name: str) -> bool:
         """Whether a library keeps the adapter elsewhere, and brings it when it is read."""
-        return any(tensors.is_brought(adapter_name) for tensors in self.tensors_of(adapter_name))
+        return any(tensors.is_brought_by_library(adapter_name) for tensors in self.tensors_of(adapter_name))
 
     def tensors_of(self, adapter_name: str) -> list[AdapterTensors]:
         """Of each kind that the adapter has here, the mapping."""

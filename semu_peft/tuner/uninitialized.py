@@ -91,7 +91,7 @@ def check_values(layer: Any, adapter_names: Sequence[str]) -> None:
         >>> check_values(model.base_model.model[0], ["default"])  # it has some
     """
     for name in adapter_names:
-        if any(tensors.lacks(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
+        if any(tensors.lacks_values(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
             raise RuntimeError(
                 f"Layer {layer.layer_name!r}: the adapter {name!r} lies on the meta device, without values, and the "
                 "layer is run with data. Load its weights first (`load_adapter`, or `set_peft_model_state_dict` with "

@@ -287,6 +287,16 @@ def _score(model: nn.Module, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return getattr(output, "logits", output).square().sum()
 
 
+@pytest.mark.parametrize("name", ["kind", "trainable", "stored", "lacks", "is_brought"])
+def test_an_adapter_may_be_called_as_we_call_things(name: str, tmp_path: Path) -> None:
+    """A `ModuleDict` takes no child by the name of an attribute of its own."""
+    model = get_peft_model(seeded(Mlp), SemuConfig(target_modules=["fc1"], r=2, init_weights=False), name)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 6)
+    loaded = PeftModel.from_pretrained(seeded(Mlp), tmp_path / name, name)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
