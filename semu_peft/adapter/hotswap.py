@@ -78,7 +78,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, *, adapter_name: 
         raise ValueError(f"The saved adapter is damaged: {problem} The model is left as it was.")
     found = restored_bases(saved, config.save_dtype)
     places = {
-        tensor_key(PREFIX + name, kind): getattr(layer, kind).stored(adapter_name)
+        tensor_key(PREFIX + name, kind): getattr(layer, kind).stored_parameter(adapter_name)
         for name, layer in layers.items()
         for kind in TENSORS
         if adapter_name in getattr(layer, kind)

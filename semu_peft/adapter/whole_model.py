@@ -40,7 +40,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "de
         >>> for name in ("first", "second"):
         ...     add_adapter(model, SemuConfig(target_modules=["0"], r=2, init_weights=False), adapter_name=name)
         >>> cores = model[0].semu_core
-        >>> model[0].active_adapters, [name for name in cores if cores.stored(name).requires_grad]
+        >>> model[0].active_adapters, [name for name in cores if cores.stored_parameter(name).requires_grad]
         (['first', 'second'], ['second'])
     """
     root: Any = base_model(model)

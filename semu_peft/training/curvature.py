@@ -124,7 +124,7 @@ class WholeMatrix(Curvature):
 
     def __init__(self, slots: Sequence[CoreSlot], decay: float, device: torch.device) -> None:
         super().__init__(slots, decay, device)
-        self.total = torch.zeros(self.size, self.size, device=device)
+        self.total = torch.zeros(self.size, self.size, dtype=torch.float32, device=device)
 
     @property
     def wanted_seeds(self) -> float:
@@ -146,7 +146,7 @@ class WholeMatrix(Curvature):
 
     def _by_example(self, probe: Probe) -> Tensor:
         """The gradients of single examples, `(N, P)`."""
-        result = torch.zeros(probe.examples, self.size, device=self.total.device)
+        result = self.total.new_zeros(probe.examples, self.size)
         for slot in self.slots:
             for rows in probe.rows.get(slot.name, ()):
                 left, right = (_in_groups(side, probe.examples).to(result) for side in rows[:2])
@@ -208,9 +208,11 @@ class KroneckerFactors(Curvature):
             if slot.has_rows:
                 alike.setdefault((slot.shape[-1], slot.is_diagonal), []).append(slot)
         self._stacks = [_Stack(each, device) for each in alike.values()]
-        self._squares = {slot.name: torch.zeros(slot.size, device=device) for slot in slots if not slot.has_rows}
+        self._squares = {
+            slot.name: torch.zeros(slot.size, dtype=torch.float32, device=device) for slot in slots if not slot.has_rows
+        }
         self._inverted_at: float | None = None  # the damping that the inverses are of
-        self._least = torch.zeros((), device=device)
+        self._least = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
     def wanted_seeds(self) -> float:
@@ -290,7 +292,8 @@ class _Stack:
         shape, self.rank = slots[0].shape, slots[0].shape[-1]
         self.places = torch.stack([torch.arange(slot.place.start, slot.place.stop).view(shape) for slot in slots])
         self.places = self.places.to(device)
-        self.totals = torch.zeros(2, len(slots), self.rank, self.rank, device=device)  # of the left and the right rows
+        # Of the left and the right rows.
+        self.totals = torch.zeros(2, len(slots), self.rank, self.rank, dtype=torch.float32, device=device)
         self.means = self.totals.clone()
         self.inverses = self.totals.clone()
 

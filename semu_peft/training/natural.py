@@ -217,7 +217,7 @@ def trained_cores(
         ('default', ['base_model.model.0.semu_core.default.semu_core'])
     """
     owners = {
-        id(layer.semu_core.stored(adapter_name)): (adapter_name, layer)
+        id(layer.semu_core.stored_parameter(adapter_name)): (adapter_name, layer)
         for layer in model.modules()
         if isinstance(layer, SemuLayer) and "semu_core" in layer._modules  # a tied layer has its source's
         for adapter_name in layer.semu_core

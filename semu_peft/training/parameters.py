@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +34,10 @@ def check_trainable(model: nn.Module) -> None:
 
     Raises:
         NotInitializedError: An adapter that is to be trained has not been initialised.
-        ValueError: Nothing requires gradients.
+        ValueError: Adapters are merged or disabled, or nothing requires gradients.
     """
     semu = [layer for layer in model.modules() if isinstance(layer, SemuLayer)]
+    _check_running(semu or [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)])
     for layer in semu:
         _check_initialized(layer)
     adapters = list(dict.fromkeys(name for layer in semu for name in layer.active_adapters if _trains(layer, name)))
@@ -54,6 +55,21 @@ def check_trainable(model: nn.Module) -> None:
     _warn_of_starts(model)
 
 
+def _check_running(layers: Sequence[Any]) -> None:
+    """Raise where layers that are to be trained take no part in a forward pass."""
+    for layer in layers:
+        if layer.merged and any(parameter.requires_grad for parameter in layer.parameters()):
+            raise ValueError(
+                f"`model`: the adapters {sorted(layer.merged_adapters)} are merged into the weights, so that no "
+                "gradient reaches what is to be trained; call `unmerge_adapter` first."
+            )
+    if layers and all(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            "`model`: its adapters are disabled, so that no gradient reaches them; call "
+            "`model.base_model.enable_adapter_layers()` first (`enable_adapters()` in transformers and diffusers)."
+        )
+
+
 def _warn_of_starts(model: nn.Module) -> None:
     """Say so where a method changes the model by being added, before anything is forgotten."""
     mends = {name: (config, starts_elsewhere(config)) for name, config in adapter_configs(model).items()}
@@ -68,13 +84,13 @@ def _warn_of_starts(model: nn.Module) -> None:
 
 
 def _trains(layer: SemuLayer, adapter_name: str) -> bool:
-    core = layer.semu_core.stored(adapter_name) if adapter_name in layer.semu_core else None
+    core = layer.semu_core.stored_parameter(adapter_name) if adapter_name in layer.semu_core else None
     return core is not None and core.requires_grad and core.numel() > 0
 
 
 def _check_initialized(layer: SemuLayer) -> None:
     for adapter in layer.active_adapters:
-        trained = adapter in layer.semu_core and layer.semu_core.stored(adapter).requires_grad
+        trained = adapter in layer.semu_core and layer.semu_core.stored_parameter(adapter).requires_grad
         if trained and not layer.is_initialized(adapter):
             raise NotInitializedError(adapter)
 

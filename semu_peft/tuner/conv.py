@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,11 +72,13 @@ class ConvNd(SemuLayer):
         return output + self.convolution(hidden, mixed, groups=groups).to(output.dtype)
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
-        base = self.conv
-        if not self.base_is_bare(nn.Conv1d, nn.Conv2d, nn.Conv3d) or not x.numel():
+        base, compiled = self.conv, torch.compiler.is_compiling()
+        if not self.base_is_bare(nn.Conv1d, nn.Conv2d, nn.Conv3d) or not (compiled or x.numel()):
             return False
         if any(self._per_channel(name) for name in adapter_names):
             return True
+        if compiled:  # as in `Linear`: no choice by the batch
+            return False
         m, n = base.out_channels, base.weight[0].numel()
         positions = x.numel() // base.in_channels // math.prod(base.stride)
         return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), positions)

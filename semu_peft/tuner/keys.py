@@ -59,7 +59,7 @@ def renamed_as_saved(name: str, key_mapping: Mapping[str, str]) -> str:
     return name
 
 
-_TENSOR = re.compile(r"(?P<layer>.+)\.(?P<kind>semu_(?:U|V|core|offset))(?:\.[^.]+)?\.(?P=kind)")
+_TENSOR = re.compile(r"(?P<layer>.+?)\.(?P<kind>semu_(?:U|V|core|offset))(?:\.[^.]+)?\.(?P=kind)")
 
 
 def layer_of(key: str) -> str | None:
@@ -72,6 +72,18 @@ def layer_of(key: str) -> str | None:
     """
     match = _TENSOR.fullmatch(key)
     return match["layer"] if match else None
+
+
+def without_adapter_name(key: str) -> str:
+    """The key in a file of an adapter's tensor, by its key in a model; other keys are as they are.
+
+    Examples:
+        >>> from semu_peft.tuner.keys import without_adapter_name
+        >>> without_adapter_name("layers.1.fc1.semu_core.1.semu_core"), without_adapter_name("layers.1.bias")
+        ('layers.1.fc1.semu_core.semu_core', 'layers.1.bias')
+    """
+    match = _TENSOR.fullmatch(key)
+    return tensor_key(match["layer"], match["kind"]) if match else key
 
 
 def tensor_key(layer: str, kind: str, adapter_name: str | None = None) -> str:

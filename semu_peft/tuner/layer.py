@@ -85,6 +85,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         self.follows_dtype: dict[str, bool] = {}  # whether the adapter is in the model's dtype, not in float32
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_scales: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, requested)
 
@@ -126,7 +127,10 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         raise NotImplementedError
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
-        """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all."""
+        """Whether these corrections are cheaper added to the weight than run beside it; where they can be at all.
+
+        While the model is compiled or exported the answer does not depend on the sizes of `x`.
+        """
         return False
 
     # ---- life of an adapter ----
@@ -155,7 +159,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         self.allocate(adapter_name, rank, offset=with_offset or self.layer_name in config.offsets)
         if not needs_data:
             config.ranks[self.layer_name] = rank
-            if not self.semu_core.stored(adapter_name).is_meta:
+            if not self.semu_core.stored_parameter(adapter_name).is_meta:
                 self._initialize_without_data(adapter_name, rank)
         self.awaits_file[adapter_name] = saved
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -171,7 +175,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     def allocate(self, adapter_name: str, rank: int, *, offset: bool = False) -> None:
         """Make room for an adapter of this rank, zeros for now, and for the offset of its core if it has one."""
         factory: dict[str, Any] = {"dtype": self._dtype_of(adapter_name)}
-        if adapter_name in self.semu_core and self.semu_core.lacks(adapter_name):
+        if adapter_name in self.semu_core and self.semu_core.lacks_values(adapter_name):
             factory["device"] = "meta"
         parts = {kind: torch.zeros(shape, **factory) for kind, shape in self.tensor_shapes(adapter_name, rank).items()}
         if not offset:
@@ -188,12 +192,10 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
             self.set_basis(adapter_name, left[..., :rank], right.mT[..., :rank])
             return
         *batch, m, n = self.matrix_shape(adapter_name)
-        self.set_basis(
-            adapter_name,
-            torch.linalg.qr(torch.randn(*batch, m, rank))[0],
-            torch.linalg.qr(torch.randn(*batch, n, rank))[0],
-            0.1 * torch.randn(self.tensor_shapes(adapter_name, rank)["semu_core"]),
-        )
+        # Not in torch's default dtype, which may be one that nothing is decomposed in.
+        left, right = (torch.linalg.qr(torch.randn(*batch, size, rank, dtype=torch.float32))[0] for size in (m, n))
+        core = 0.1 * torch.randn(self.tensor_shapes(adapter_name, rank)["semu_core"], dtype=torch.float32)
+        self.set_basis(adapter_name, left, right, core)
 
     def set_basis(
         self,
@@ -268,7 +270,14 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
     def follow_dtype(self, adapter_name: str) -> None:
         """Keep the adapter in the dtype of the base weight from now on, bases rounded to it too."""
         self.follows_dtype[adapter_name] = True
-        self._assign(adapter_name, {held.kind: held.stored(adapter_name) for held in self.tensors_of(adapter_name)})
+        self._assign(
+            adapter_name,
+            {
+                kind: getattr(self, kind).stored_parameter(adapter_name)
+                for kind in TENSORS
+                if adapter_name in getattr(self, kind)
+            },
+        )
 
     def is_initialized(self, adapter_name: str) -> bool:
         """Whether the adapter has its bases here, with rank 0 where the data named no direction."""
@@ -282,19 +291,28 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         if device.type == "meta":
             device = self.execution_device
         for tensors in self.tensors_of(adapter_name):
-            parameter = tensors.stored(adapter_name)
-            if device is not None and not parameter.is_meta and not tensors.is_brought(adapter_name):
+            parameter = tensors.stored_parameter(adapter_name)
+            if device is not None and not parameter.is_meta and not tensors.is_brought_by_library(adapter_name):
                 parameter.data = parameter.data.to(device)
 
     # ---- scale, as diffusers and PEFT set it ----
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting."""
+        """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting.
+
+        Raises:
+            ValueError: The adapter is merged.
+        """
+        if adapter in self.merged_adapters:
+            raise ValueError(f"The adapter {adapter!r} is merged into the weights; call `unmerge_adapter` first.")
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of all active adapters."""
+        """Multiply the scale of all active adapters; that of merged ones counts once they are unmerged.
+
+        Diffusers scales before a pass and back after it, whether the adapters are merged or not.
+        """
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -330,7 +348,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         ready = all(self.is_initialized(name) and not self.awaits_file[name] for name in names)
         if not ready or self._weight_use is not WeightUse.PLAIN or not self.base_is_bare(*_LINEAR_IN_WEIGHT):
             return False
-        weight, delta = self.base_layer.weight, self.semu_core.stored(names[0])
+        weight, delta = self.base_layer.weight, self.semu_core.stored_parameter(names[0])
         return weight.dtype == delta.dtype and weight.dtype.itemsize >= 4 and not weight.is_meta and not delta.is_meta
 
     def correction(self) -> Tensor:
@@ -357,6 +375,7 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         for delta in deltas:
             self.set_base_weight(self._base_weight_plus(delta))
         self.merged_adapters.extend(names)
+        self._merged_scales.update({name: self.scaling[name] for name in names})
 
     def unmerge(self) -> None:
         """Take all merged corrections out of the base weight again."""
@@ -365,8 +384,13 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
+            merged_scale = self._merged_scales.pop(name)
             if name in self.semu_core and self.r[name] > 0:
-                self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
+                scale, self.scaling[name] = self.scaling[name], merged_scale
+                try:
+                    self.set_base_weight(self._base_weight_plus(-self.get_delta_weight(name)))
+                finally:
+                    self.scaling[name] = scale
 
     def _base_weight_plus(self, delta: Tensor) -> Tensor:
         return sum_in_dtype_of(self.get_base_weight(), delta)
@@ -451,8 +475,8 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         return output
 
     def _guard(self, output: Any, adapter_name: str) -> Any:
-        core = self.semu_core.stored(adapter_name)
-        error: Any = OffloadedError if core.is_meta and self.semu_core.is_brought(adapter_name) else None
+        core = self.semu_core.stored_parameter(adapter_name)
+        error: Any = OffloadedError if core.is_meta and self.semu_core.is_brought_by_library(adapter_name) else None
         error = error if self.is_initialized(adapter_name) else NotInitializedError
         needed = error is not None or self.r[adapter_name] == 0
         if needed and core.requires_grad and torch.is_grad_enabled() and isinstance(output, Tensor):

@@ -66,7 +66,8 @@ class Linear(SemuLayer):
         return matrix.T if self.fan_in_fan_out else matrix
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
-        if not self.base_is_bare(nn.Linear) or not x.numel():
+        # Compiled or exported, a choice by the batch would be a graph for each side of it, or none for both.
+        if torch.compiler.is_compiling() or not self.base_is_bare(nn.Linear) or not x.numel():
             return False
         m, n = self.base_weight.shape
         return dense_is_cheaper(m, n, sum(self.r[name] for name in adapter_names), x.numel() // n)

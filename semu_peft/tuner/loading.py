@@ -13,14 +13,15 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import base_model
+from .adapted import base_model, own_modules
 from .config import SemuConfig
-from .keys import layer_of, tensor_key, without_compilation, without_prefix
+from .keys import layer_of, tensor_key, without_compilation, without_prefix, without_wrappers
 from .layer import SemuLayer
 from .reduced_bases import is_basis
 from .tied import TiedLayer
 
 _ROUNDING = 0.05  # bfloat16's is below 0.01
+_AUXILIARY = ("original_module", "token_adapter")  # what PEFT puts between the names of modules that it trains in full
 
 
 def restore_layers(root: nn.Module, adapter_name: str) -> None:
@@ -54,6 +55,11 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
         ValueError: They do not fit. An adapter that was there before stays as it was, one that was put in to be loaded
             is taken out again.
     """
+    if any(adapter_name in layer.merged_adapters for layer in _layers(model, adapter_name).values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the weights, which others could not be taken out of again; "
+            "call `unmerge_adapter` first. The model given is left as it was."
+        )
     # An offset that the model has no place for yet.
     state_dict = {_named_for_a_place(key, adapter_name): tensor for key, tensor in state_dict.items()}
     problem = mismatch(model, adapter_name, state_dict)
@@ -65,18 +71,23 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
             f"The saved adapter does not fit {type(base_model(model)).__name__}: {problem} It was trained on another "
             "architecture or rank: load it onto the model named in its adapter_config.json.",
         )
-    foreign = foreign_tensors(model, config, adapter_name, state_dict)
-    differing = [key for key, same in foreign.items() if not same]
-    if differing:
-        refuse(
-            model,
-            config,
-            adapter_name,
-            f"The file of an adapter must hold its own tensors, got {differing[0]!r} ({len(differing)} such), which "
-            "would overwrite weights of the model with others. Train what is to be saved beside the adapter as "
-            "`modules_to_save`, or load those weights into the model yourself.",
-        )
+    embeddings = embedding_parameters(model)
+    foreign = _foreign_tensors(model, config, adapter_name, state_dict, embeddings)
+    brought = {key: place for key, place in foreign.items() if not _same(place, state_dict[key])}
+    merged = [
+        layer.base_weight.data_ptr() for layer in model.modules() if isinstance(layer, SemuLayer) and layer.merged
+    ]
+    for key, place in brought.items():
+        if place.data_ptr() in merged:
+            problem = f"The embedding {key!r} has an adapter merged into it; call `unmerge_adapter` first."
+            refuse(model, config, adapter_name, problem)
+        if problem := _no_embedding(key, place, state_dict[key], embeddings):
+            refuse(model, config, adapter_name, problem)
     make_room(model, adapter_name, state_dict)
+    for key, place in brought.items():
+        place.copy_(
+            state_dict[key]
+        )  # not left to PEFT, which may give the model the file's dtype, and part tied weights
     return {key: value for key, value in state_dict.items() if key not in foreign}
 
 
@@ -119,23 +130,66 @@ def impossible_tensor(state_dict: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def foreign_tensors(
-    model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, bool]:
-    """The tensors of a file that are the model's and not the adapter's, each with whether the model has the same.
+def embedding_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A model's input and output embedding, which PEFT saves along where it thinks that they were changed.
 
-    PEFT saves embedding layers along where it thinks that they were changed.
+    Returns:
+        Their own parameters without gradients, by the names that they have without adapters.
     """
+    root: Any = base_model(model)
+    found = [getattr(root, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    every = dict(root.named_modules(remove_duplicate=False))
+    own = own_modules(root)
+    names = {without_wrappers(name) for name, module in every.items() if any(module is each for each in found)}
+    return {
+        f"{name}.{kind}": parameter.detach()
+        for name in sorted(names & set(own))
+        for kind, parameter in own[name].named_parameters(recurse=False)
+    }
+
+
+def _foreign_tensors(
+    model: nn.Module,
+    config: SemuConfig,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    embeddings: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The model's own tensors that a file has others for, by the file's keys."""
     places = model.state_dict()
     trained = {f".{kind}.{adapter_name}" for kind in ("modules_to_save", "trainable_tokens_delta")}
     biases = {"none": (), "all": ("bias",), "semu_only": tuple(f"{name}.base_layer.bias" for name in _names(model))}
     found = {}
-    for key, value in state_dict.items():
+    for key in state_dict:
         own = ".semu_" in key or any(part in key for part in trained) or key.endswith(biases[config.bias])
-        place = places.get(key, places.get(without_prefix(key)))
+        place = places.get(key, places.get(without_prefix(key), embeddings.get(_without_any_wrapper(key))))
         if not own and place is not None:
-            found[key] = place.is_meta or _same(place, value)
+            found[key] = place
     return found
+
+
+def _no_embedding(key: str, place: Tensor, value: Tensor, embeddings: Mapping[str, Tensor]) -> str | None:
+    """Say in a sentence why a tensor of a file is not to take its place in the model, if it is not to."""
+    if _without_any_wrapper(key) not in embeddings:
+        return (
+            f"The file of an adapter must hold its own tensors, got {key!r}, which would overwrite weights of the "
+            "model with others. Train what is to be saved beside the adapter as `modules_to_save`, or load those "
+            "weights into the model yourself."
+        )
+    if place.shape != value.shape or not place.is_floating_point():
+        return (
+            f"The embedding {key!r}, which was saved with the adapter, has shape {tuple(value.shape)} and "
+            f"{value.dtype} in the file, and {tuple(place.shape)} and {place.dtype} in the model. Resize the model's "
+            f"before loading: `model.resize_token_embeddings({len(value) if value.ndim else 0})`."
+        )
+    if not value.isfinite().all():
+        return f"The saved adapter is damaged: {key!r} must have finite numbers, got NaN or infinity."
+    return None
+
+
+def _without_any_wrapper(key: str) -> str:
+    """A file's key as the bare model has it, whatever of PEFT's was around the layer."""
+    return without_prefix(".".join(part for part in without_wrappers(key).split(".") if part not in _AUXILIARY))
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -143,9 +197,14 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _same(place: Tensor, value: Tensor) -> bool:
-    if hasattr(place, "to_local") or place.shape != value.shape:
-        return hasattr(place, "to_local")  # sharded: not compared, and not loaded either
-    return torch.equal(place.detach().cpu(), value.to(place.dtype).cpu())
+    """Whether a file's tensor changes nothing: it has the model's numbers, as far as the coarser dtype shows."""
+    if place.is_meta or hasattr(place, "to_local"):
+        return True  # without values, or sharded: not compared, and not loaded either
+    if place.shape != value.shape:
+        return False
+    dtypes = [tensor.dtype for tensor in (place, value) if tensor.is_floating_point()]
+    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=place.dtype)
+    return torch.equal(place.detach().to(coarser).cpu(), value.to(coarser).cpu())
 
 
 def _named_for_a_place(key: str, adapter_name: str) -> str:

@@ -28,7 +28,14 @@ from .all_layers import layers_that_pass, name_every_layer, word_in
 from .attention import attention_weights, keep_called, keep_padded
 from .config import SemuConfig
 from .fused_experts import name_fused_experts
-from .keys import renamed_as_saved, without_compilation, without_wrappers
+from .keys import (
+    layer_of,
+    renamed_as_saved,
+    without_adapter_name,
+    without_compilation,
+    without_prefix,
+    without_wrappers,
+)
 from .layer import SemuLayer
 from .loading import check_uncompiled, fitted, impossible_tensor, keep_room_to_load, refuse, unless_refused
 from .mixed_batch import adapter_per_example
@@ -48,9 +55,11 @@ from .targets import (
     layer_class,
     untied,
 )
-from .tensors import with_values
+from .tensors import left_out, places_of, with_values
 from .tied import TiedLayer, part_shared_embeddings
 from .weighted import AdapterSum, CombinationType, check_summable, config_of_the_sum, modules_to_save_of
+
+_TRAINED_BESIDE = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
 
 
 class SemuModel(BaseTuner):
@@ -104,7 +113,7 @@ class SemuModel(BaseTuner):
                 warnings.filterwarnings("ignore", message="The following rank_pattern keys")
                 if config.ranks and from_file:
                     check_uncompiled(model, config.modules_to_save)
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                super().inject_adapter(model, adapter_name, *args, **_named_by_layer(kwargs))
         finally:
             remember_wish(config, wish)
         if (handle := keep_room_to_load(model)) is not None:
@@ -367,8 +376,19 @@ class SemuModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        # PEFT goes on with the same dict, for saved modules and embeddings.
+        state_dict.update(left_out(model, state_dict, unwanted_adapter_names))
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # Where every key has another's name in it, PEFT leaves them all in.
+        theirs = places_of(model, unwanted_adapter_names)
+        found = {key: tensor for key, tensor in found.items() if not key.startswith(theirs)}
         return rounded_bases(named_for_a_file(model, with_values(model, found)), config.save_dtype)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own would take the name out of any key that has it before its last word: out of `layers.1.bias` too.
+        trained = any(f".{kind}.{adapter_name}." in f"{key}." for kind in _TRAINED_BESIDE)
+        return super()._remove_adapter_name_from_key(key, adapter_name) if trained else without_adapter_name(key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -382,6 +402,18 @@ class SemuModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         config._kept_weights = None
         return fitted(model, config, adapter_name, remapped)
+
+
+def _named_by_layer(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with a state dict's keys cut down to what PEFT finds layers by.
+
+    It takes what stands before the last `.semu_`, and the names of this tuner's tensors have that twice.
+    """
+    state_dict = arguments.get("state_dict")
+    if state_dict is None:
+        return arguments
+    layers = {layer: tensor for key, tensor in state_dict.items() if (layer := layer_of(without_prefix(key)))}
+    return {**arguments, "state_dict": {f"{layer}.semu_core": tensor for layer, tensor in layers.items()}}
 
 
 def _name_as_uncompiled(config: SemuConfig) -> None:

@@ -31,4 +31,4 @@ def restored_bases(state_dict: dict[str, Tensor], save_dtype: str | None) -> dic
 
 def is_basis(key: str) -> bool:
     """Whether a tensor of this name, in a file or a model, is a basis `U` or `V`."""
-    return any(f"{kind}." in key or key.endswith(kind) for kind in _KINDS)
+    return key.endswith(_KINDS)

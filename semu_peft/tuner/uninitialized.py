@@ -54,16 +54,22 @@ class AtBackward(torch.autograd.Function):
     Distributed training waits for a gradient of every parameter, of those without entries as well.
     """
 
+    generate_vmap_rule = True  # gradients of single examples: `torch.func.vmap` over `torch.func.grad`
+
     @staticmethod
-    def forward(ctx: Any, output: Tensor, core: Tensor, error: type | None, adapter_name: str) -> Tensor:
-        ctx.gradient, ctx.error, ctx.adapter_name = torch.zeros_like(core), error, adapter_name
+    def forward(output: Tensor, core: Tensor, error: type | None, adapter_name: str) -> Tensor:
         return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, core, ctx.error, ctx.adapter_name = inputs
+        ctx.shape, ctx.options = core.shape, {"dtype": core.dtype, "device": core.device}
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         if ctx.error is not None:
             raise ctx.error(ctx.adapter_name)
-        return grad_outputs[0], ctx.gradient, None, None
+        return grad_outputs[0], grad_outputs[0].new_zeros(ctx.shape, **ctx.options), None, None
 
 
 def check_values(layer: Any, adapter_names: Sequence[str]) -> None:
@@ -85,7 +91,7 @@ def check_values(layer: Any, adapter_names: Sequence[str]) -> None:
         >>> check_values(model.base_model.model[0], ["default"])  # it has some
     """
     for name in adapter_names:
-        if any(tensors.lacks(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
+        if any(tensors.lacks_values(name) for tensors in layer.tensors_of(name)) and not layer.is_only_planned:
             raise RuntimeError(
                 f"Layer {layer.layer_name!r}: the adapter {name!r} lies on the meta device, without values, and the "
                 "layer is run with data. Load its weights first (`load_adapter`, or `set_peft_model_state_dict` with "

@@ -235,7 +235,7 @@ def test_new_values_modes_and_requests_are_seen() -> None:
     wrapped = gated(model, gate)
     run(wrapped, x)
     with torch.no_grad():
-        model.base_model.model.fc1.semu_core.stored("a").mul_(3)
+        model.base_model.model.fc1.semu_core.stored_parameter("a").mul_(3)
     gate.weights["b"] = torch.tensor([0.0, 1.0])
     wrapped.double()
     expected = outputs(model, x.double())

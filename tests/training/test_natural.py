@@ -6,20 +6,21 @@ import copy
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from language_batches import padded
-from models import Cnn, image_batches, llama, unet_condition
+from models import Cnn, Mlp, image_batches, llama, unet_condition
 from natural_runs import FORGET, INPUTS, KEEP, LABELS, NET, accuracy, adapted, classifier, probability
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, Schedule, assert_same_state, semu, trained_state
 
-from semu_peft import Callback, NaturalGradient, Retain, Rule, unlearn
+from semu_peft import Callback, NaturalGradient, Retain, Rule, SemuConfig, initialize_semu_weights, unlearn
 from semu_peft.objectives import (
     NPO,
     ConditionMatching,
@@ -701,3 +702,26 @@ def test_gradients_of_others_and_modes_come_back() -> None:
     result = unlearn(model, FORGET, DecoupledDistillation(), max_steps=2, **QUIET)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules()) and result.steps == 2
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64], indirect=True)
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_torchs_default_dtype(init_weights: bool, curvature: Any, default_dtype: torch.dtype) -> None:
+    """Bases and curvature are float32 or wider whatever it is: nothing is decomposed in half precision."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=init_weights))
+    batches = [(torch.randn(8, 6), torch.arange(8) % 4)]
+    if init_weights:
+        initialize_semu_weights(model, batches, CrossEntropy(), progress=False)
+    optimizer = NaturalGradient(curvature=curvature)
+    assert unlearn(model, batches, CrossEntropy(), optimizer=optimizer, max_steps=2, progress=False).steps == 2
+    wanted = torch.float64 if default_dtype == torch.float64 else torch.float32
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "semu_" in name} == {wanted}

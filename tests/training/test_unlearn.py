@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from models import CLASSES, Cnn, Snapshot, image_batches, run, vector_batches
+from models import CLASSES, Cnn, Mlp, Snapshot, image_batches, run, vector_batches
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
@@ -699,6 +699,28 @@ def test_nothing_to_train() -> None:
     """A frozen model is refused with the usual reasons."""
     with pytest.raises(ValueError, match="no trainable parameter.*is_trainable"):
         train(semu().requires_grad_(False), vector_batches(), CrossEntropy(), **QUIET)
+
+
+def test_adapters_that_do_not_run_are_named_as_what_they_are() -> None:
+    """Merged or disabled: not the objective's fault, and not a model loaded for inference."""
+    model = semu()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the weights.*unmerge_adapter"):
+        train(model, vector_batches(), CrossEntropy(), **QUIET)
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="disabled.*enable_adapter_layers"):
+        train(model, vector_batches(), CrossEntropy(), **QUIET)
+    model.base_model.enable_adapter_layers()
+    assert train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET).steps
+
+
+def test_a_layer_that_another_adapter_is_merged_into_does_not_count() -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
+    model.add_adapter("second", SemuConfig(target_modules=["fc2"], r=2, init_weights=False))
+    model.set_adapter("second")
+    model.merge_adapter(["default"])
+    assert train(model, vector_batches(), CrossEntropy(), epochs=1, **QUIET).steps
 
 
 def test_a_loss_that_turns_nan_leaves_the_last_good_weights() -> None:

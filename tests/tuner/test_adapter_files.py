@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import Mlp
+from models import Mlp, gpt2, llama
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArguments
 
 from semu_peft import SemuConfig, hotswap_adapter, save_as_lora
 from semu_peft.export.diffusers import save_adapter
@@ -188,6 +189,127 @@ def test_a_weight_that_is_the_models_own_is_passed_over(tmp_path: Path) -> None:
     key = "base_model.model.fc1.base_layer.weight"
     change_tensors(saved(tmp_path), lambda tensors: tensors.update({key: weight}))
     assert isinstance(PeftModel.from_pretrained(model, tmp_path), PeftModel)
+
+
+# ---- embeddings, which PEFT saves along where they were targeted or resized ----
+
+TOKENS = torch.tensor([[33, 4, 32, 5]])  # two of them new
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "targeted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "trained in full": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "trained rows": {"trainable_token_indices": {"embed_tokens": [32, 33], "lm_head": [32, 33]}},
+}
+
+
+def resized(folder: Path, seed: int, vocabulary: int = 34, **options: Any) -> Any:
+    """A language model from a folder, with new rows drawn at random: their numbers are in no other file."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        llama().save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, **options)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(vocabulary)
+    return model.eval()
+
+
+def with_embeddings(tmp_path: Path, **options: Any) -> Any:
+    given = {"target_modules": ["q_proj"], "r": 2, "init_weights": False, "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(resized(tmp_path / "base", 5), SemuConfig(**given)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("case", list(EMBEDDINGS))
+def test_an_adapter_on_resized_embeddings(case: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    """They come with the file, as for LoRA: the model that loads it has drawn other rows."""
+    model = with_embeddings(tmp_path, **EMBEDDINGS[case])
+    fresh = resized(tmp_path / "base", 9)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    with loaded.disable_adapter(), model.disable_adapter():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_second_adapter_brings_embeddings_to_where_the_first_has_them(tmp_path: Path) -> None:
+    """Keys of a file name the wrappers that were there when it was saved, and not those that are there now."""
+    model = with_embeddings(tmp_path)
+    loaded = get_peft_model(
+        resized(tmp_path / "base", 9), SemuConfig(target_modules=["embed_tokens"], modules_to_save=["lm_head"])
+    )
+    loaded.load_adapter(tmp_path / "adapter", "second")
+    loaded.set_adapter("second")
+    assert torch.equal(loaded.eval()(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt2().save_pretrained(tmp_path / "base")
+    models = []
+    for seed in (5, 9):
+        torch.manual_seed(seed)
+        models.append(GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval())
+        models[-1].resize_token_embeddings(34)
+    config = SemuConfig(target_modules=["c_fc"], r=2, init_weights=False)
+    model = get_peft_model(models[0], config)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(models[1], tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert models[1].lm_head.weight is models[1].transformer.wte.weight
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_embeddings_in_half_precision_do_not_round_the_models(tmp_path: Path) -> None:
+    config = SemuConfig(target_modules=["q_proj", "embed_tokens"], r=2, init_weights=False)
+    get_peft_model(resized(tmp_path / "base", 5, 32, dtype=torch.bfloat16), config).save_pretrained(tmp_path / "a")
+    for low_cpu_mem_usage in (False, True):
+        fresh = resized(tmp_path / "base", 5, 32)
+        weight = fresh.get_input_embeddings().weight.detach().clone()
+        PeftModel.from_pretrained(fresh, tmp_path / "a", low_cpu_mem_usage=low_cpu_mem_usage)
+        now = fresh.get_input_embeddings().weight
+        assert now.dtype == torch.float32 and torch.equal(now, weight)
+
+
+def test_a_trainer_resumes_with_resized_embeddings(tmp_path: Path) -> None:
+    options = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True, disable_tqdm=True, **options)
+    dataset: Any = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 8
+    model = with_embeddings(tmp_path)
+    Trainer(model, arguments, train_dataset=dataset).train()
+    again = get_peft_model(resized(tmp_path / "base", 9), model.peft_config["default"])
+    Trainer(again, arguments, train_dataset=dataset).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert torch.equal(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+REFUSED_EMBEDDINGS: dict[str, tuple[dict[str, Tensor], int, str]] = {
+    "another vocabulary": ({}, 32, r"has shape \(34, 16\).*resize_token_embeddings\(34\)"),
+    "not finite": ({"base_model.model.lm_head.weight": torch.full((34, 16), torch.inf)}, 34, "finite"),
+    "a norm too": ({"base_model.model.model.norm.weight": torch.full((16,), 9.0)}, 34, "must hold its own tensors"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED_EMBEDDINGS))
+def test_embeddings_that_do_not_fit_leave_the_model(case: str, tmp_path: Path) -> None:
+    with_embeddings(tmp_path)
+    tensors, vocabulary, message = REFUSED_EMBEDDINGS[case]
+    change_tensors(tmp_path / "adapter", lambda found: found.update(tensors))
+    model = resized(tmp_path / "base", 9, vocabulary)
+    before = state(model)
+    with pytest.raises(ValueError, match=f"{message}.*left as it was"):
+        PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert_same(state(model), before)
+
+
+def test_an_embedding_that_an_adapter_is_merged_into_is_not_overwritten(tmp_path: Path) -> None:
+    with_embeddings(tmp_path)
+    config = SemuConfig(target_modules=["embed_tokens"], r=2, init_weights=False)
+    model = get_peft_model(resized(tmp_path / "base", 9), config)
+    model.load_adapter(tmp_path / "adapter", "second")
+    model.merge_adapter()
+    before = state(model)
+    with pytest.raises(ValueError, match="merged into it; call `unmerge_adapter` first.*left as it was"):
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter" / WEIGHTS), "second")
+    assert_same(state(model), before)
 
 
 IMPOSSIBLE: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {

@@ -491,3 +491,43 @@ def test_merged_adapter_is_not_initialised_again() -> None:
     with pytest.raises(ValueError, match="merged.*unmerge_adapter"):
         initialize_semu_weights(model, vector_batches(), objectives.CrossEntropy(), progress=False)
     before.assert_same(model)
+
+
+def merged_mlp(folder: Path) -> Any:
+    model = get_peft_model(Mlp().eval(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
+    model.save_pretrained(folder)
+    model.merge_adapter()
+    return model
+
+
+def test_loading_over_a_merged_adapter(tmp_path: Path) -> None:
+    """Unmerging would take the new correction out of a weight that has the old one in it."""
+    model = merged_mlp(tmp_path)
+    before = Snapshot.of(model)
+    for load in (
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: set_peft_model_state_dict(model, get_peft_model_state_dict(model)),
+        lambda: semu_layers(model)["fc1"].set_scale("default", 0.5),
+    ):
+        with pytest.raises(ValueError, match="merged.*unmerge_adapter"):
+            load()
+        before.assert_same(model)
+    model.load_adapter(tmp_path, "second")  # beside it
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_scaling_a_merged_adapter_leaves_the_base_alone(unscale: bool, tmp_path: Path) -> None:
+    """Diffusers scales the layers of a fused pipeline around each pass; what is taken out is what was merged."""
+    model, x = merged_mlp(tmp_path), torch.randn(3, 6)
+    layer, merged = semu_layers(model)["fc1"], model(x)
+    weight = layer.base_layer.weight - layer.get_delta_weight("default")
+    layer.scale_layer(3.0)
+    assert torch.equal(model(x), merged)
+    if unscale:
+        layer.unscale_layer(3.0)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), merged)
+    else:
+        model.unmerge_adapter()
+        assert layer.scaling["default"] == 3.0
+    torch.testing.assert_close(layer.base_layer.weight, weight)

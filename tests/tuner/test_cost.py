@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from semu_peft import SemuConfig
 from semu_peft.tuner.adapted import semu_layers
@@ -142,3 +143,28 @@ def test_inactive_adapters_cost_nothing() -> None:
         nodes.append(calls[0])
         model.add_adapter(f"other{index}", SemuConfig(target_modules=["0"], r=2, init_weights=False))
     assert len(set(nodes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "shape", "settings"),
+    [(LINEAR, (24,), {}), (CONV, (6, 12, 12), {}), (CONV, (6, 12, 12), {"conv_mode": "per_channel"})],
+    ids=["linear", "conv", "per channel"],
+)
+def test_one_graph_for_every_batch_size(base: nn.Module, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
+    """On both sides of the rule's threshold: exported at all, and compiled as often as the base layer is."""
+    model, _ = adapted(base, 4 if settings else 18, **settings)
+    model = model.eval().requires_grad_(False)
+    batches = [torch.randn(size, *shape) for size in (3, 5, 40, 3000)]
+    size = torch.export.Dim("size", min=1, max=4096)
+    exported = torch.export.export(model.base_model.model, (batches[0],), dynamic_shapes=({0: size},)).module()
+    counts = []
+    for subject in (base, model):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(subject, backend=counter, dynamic=True, fullgraph=True)
+        for x in batches:
+            torch.testing.assert_close(compiled(x), subject(x), atol=1e-4, rtol=1e-4)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+    for x in batches:
+        torch.testing.assert_close(exported(x), model(x), atol=1e-4, rtol=1e-4)

@@ -348,6 +348,24 @@ def test_inject_adapter_in_model() -> None:
     assert torch.equal(run(second, *x), run(first, *x))
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_inject_adapter_by_the_keys_of_a_state_dict(prefix: str) -> None:
+    """The layers are those that the tensors are named by, whatever the configuration names."""
+    model = get_peft_model(same_model("mlp"), SemuConfig(target_modules=["fc1", "head"], r=2, init_weights=False))
+    state_dict = get_peft_model_state_dict(model)
+    named = {prefix + key.removeprefix("base_model.model."): tensor for key, tensor in state_dict.items()}
+    config, bare = SemuConfig(target_modules=["fc1", "head"], r=2, init_weights=False), same_model("mlp")
+    inject_adapter_in_model(config, bare, state_dict=named)
+    assert sorted(name for name, layer in bare.named_modules() if isinstance(layer, SemuLayer)) == ["fc1", "head"]
+    set_peft_model_state_dict(bare, state_dict)
+    x = torch.randn(3, 6)
+    assert torch.equal(bare.eval()(x), model.eval()(x))
+    other = same_model("mlp")
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        inject_adapter_in_model(SemuConfig(target_modules=["fc2"], r=2, init_weights=False), other, state_dict=named)
+    assert isinstance(other.fc1, SemuLayer) and not isinstance(other.fc2, SemuLayer)
+
+
 def test_layers_are_found_in_a_model_that_has_a_child_named_module() -> None:
     """`ranks` has full names also where the base model itself has an attribute `module`."""
 

@@ -32,6 +32,48 @@ def adapted(make: Any = Cnn, targets: Any = None, **options: Any) -> PeftModel:
     return get_peft_model(seeded(make), SemuConfig(**settings)).eval()
 
 
+# ---- names of adapters ----
+
+NAMES = [("default", "1"), ("0", "1"), ("self_attn", "model"), ("semu_core", "semu_U"), ("weight", "base_layer")]
+
+
+@pytest.mark.parametrize("names", NAMES, ids="-".join)
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"save_dtype": "bfloat16"}], ids=str)
+def test_an_adapter_may_be_called_as_a_part_of_the_model(
+    names: tuple[str, str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT takes out of a file every tensor with the name of another adapter in its own, as in `layers.1`."""
+    config = SemuConfig(target_modules=["q_proj"], r=2, init_weights=False, **options)
+    model, x = get_peft_model(seeded(llama), config, names[0]), torch.tensor([[3, 4, 5]])
+    model.add_adapter(names[1], SemuConfig(target_modules=["q_proj"], r=3, init_weights=False))
+    model.save_pretrained(tmp_path)
+    beside = PeftModel.from_pretrained(seeded(llama), folder_of(tmp_path, names[0]), names[0])
+    beside.load_adapter(folder_of(tmp_path, names[1]), names[1])
+    for name in names:
+        alone = PeftModel.from_pretrained(seeded(llama), folder_of(tmp_path, name))
+        model.set_adapter(name)
+        beside.set_adapter(name)
+        expected = model(x).logits
+        assert torch.equal(beside(x).logits, alone(x).logits)
+        torch.testing.assert_close(alone(x).logits, expected, atol=1e-3 if "save_dtype" in options else 0, rtol=0)
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    return folder if name == "default" else folder / name
+
+
+def test_biases_of_a_layer_with_the_name_of_an_adapter(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    model = get_peft_model(seeded(make), SemuConfig(target_modules=["0"], r=2, init_weights=False, bias="all"))
+    model.add_adapter("1", SemuConfig(target_modules=["0"], r=2, init_weights=False))
+    model.base_model.model[1].bias.data += 1
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(PeftModel.from_pretrained(seeded(make), tmp_path, "1")(x), model(x))
+
+
 # ---- the dtype on disk ----
 
 

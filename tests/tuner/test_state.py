@@ -105,6 +105,24 @@ def test_a_rank_of_0_is_an_outcome(tmp_path: Path) -> None:
     assert torch.equal(run(loaded, torch.ones(2, 6)), expected)
 
 
+def test_gradients_of_single_examples_beside_a_layer_of_rank_0() -> None:
+    """`torch.func` goes through the layer, which gives its empty core an empty gradient for each example."""
+    model = get_peft_model(
+        fresh(), SemuConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False, rank_pattern={"fc1": 0})
+    ).eval()
+    cores = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    x = torch.randn(5, 6)
+
+    def loss(cores: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, cores, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(cores, x)
+    together = torch.autograd.grad(model(x).square().sum(), [dict(model.named_parameters())[name] for name in cores])
+    for (name, core), whole in zip(cores.items(), together, strict=True):
+        assert each[name].shape == (5, *core.shape)
+        torch.testing.assert_close(each[name].sum(0), whole)
+
+
 def test_loading_over_an_adapter_that_waits(tmp_path: Path) -> None:
     """As when a Trainer resumes: the tensors tell the ranks, which then stand in the configuration."""
     source, x = initialized(), torch.randn(3, 6)

@@ -287,6 +287,16 @@ def _score(model: nn.Module, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return getattr(output, "logits", output).square().sum()
 
 
+@pytest.mark.parametrize("name", ["kind", "trainable", "stored", "lacks", "is_brought"])
+def test_an_adapter_may_be_called_as_we_call_things(name: str, tmp_path: Path) -> None:
+    """A `ModuleDict` takes no child by the name of an attribute of its own."""
+    model = get_peft_model(seeded(Mlp), SemuConfig(target_modules=["fc1"], r=2, init_weights=False), name)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 6)
+    loaded = PeftModel.from_pretrained(seeded(Mlp), tmp_path / name, name)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -310,6 +320,20 @@ def test_a_layer_of_rank_zero_in_ddp() -> None:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     unlearn(wrapped, vector_batches(), FORGET, epochs=1, progress=False)
     assert dist.is_initialized() and flags == [parameter.requires_grad for parameter in model.parameters()]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_an_adapter_that_transformers_has_loaded_in_ddp(tmp_path: Path) -> None:
+    """Transformers makes every tensor that it loads trainable, of which the bases never get a gradient."""
+    model = adapted(seeded())
+    model.save_pretrained(tmp_path)
+    loaded = seeded()
+    loaded.load_adapter(tmp_path, is_trainable=True)
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.endswith("semu_core") for name in trained)
+    wrapped, ids = DistributedDataParallel(loaded), torch.tensor([[3, 4, 5]])
+    for _ in range(2):
+        wrapped(input_ids=ids, labels=ids).loss.backward()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -92,7 +92,11 @@ def of_layer(tensors: Mapping[str, Tensor], matrix: TrainedMatrix) -> Tensor | N
 
 def _cores(model: nn.Module) -> dict[int, tuple[SemuLayer, str]]:
     layers = [module for module in model.modules() if isinstance(module, SemuLayer) and "semu_core" in module._modules]
-    return {id(layer.semu_core.stored(adapter)): (layer, adapter) for layer in layers for adapter in layer.semu_core}
+    return {
+        id(layer.semu_core.stored_parameter(adapter)): (layer, adapter)
+        for layer in layers
+        for adapter in layer.semu_core
+    }
 
 
 def _core(name: str, core: Tensor, layer: SemuLayer, adapter_name: str) -> TrainedMatrix:

@@ -85,7 +85,7 @@ def _offsets(step: Step) -> dict[int, Tensor]:
     offsets = {}
     for layer in layers:
         for adapter in layer.semu_core:
-            core = layer.semu_core.stored(adapter)
+            core = layer.semu_core.stored_parameter(adapter)
             has_one = adapter in layer.semu_offset
             offsets[id(core)] = layer.semu_offset[adapter] if has_one else torch.zeros_like(core)
     return offsets
