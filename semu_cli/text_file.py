@@ -67,13 +67,11 @@ def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str
     data: dict[str, Any] = {}
     for flag, path in files.items():
         data[flag] = None if path is None else read_texts(path, flag, columns)
-    known = {(str(row.prompt), row.answer) for row in data["forget"]}
-    both = [row for row in data["retain"] or () if (str(row.prompt), row.answer) in known]
-    if both:
-        raise typer.BadParameter(
-            f"`--retain`: {files['retain']} holds {len(both)} of the rows to be forgotten, {both[0].answer[:60]!r} "
-            "among the answers. Take them out."
-        )
+    from semu_peft.language.shapes import check_apart
+
+    with usage():
+        for flag in [flag for flag in files if flag != "forget"]:
+            check_apart(data["forget"], data[flag] or (), flag)
     return data
 
 

@@ -156,6 +156,30 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
     raise _nothing_to_read(given, sorted(map(str, row)), name)
 
 
+def check_apart(forget: Iterable[TextExample], kept: Iterable[TextExample], name: str = "retain") -> None:
+    """Check that nothing is both to be forgotten and to be kept: one would undo the other.
+
+    Args:
+        forget: What to forget.
+        kept: What to keep.
+        name: The argument that this is, for the error.
+
+    Raises:
+        ValueError: A row is in both, with the same prompt and answer.
+
+    Examples:
+        >>> from semu_peft.language.shapes import TextExample, check_apart
+        >>> check_apart([TextExample("blue", "What colour?")], [TextExample("blue", "And the sea?")])
+    """
+    known = {(str(row.prompt), row.answer) for row in forget}
+    both = [row for row in kept if (str(row.prompt), row.answer) in known]
+    if both:
+        raise ValueError(
+            f"`{name}` holds {len(both)} of the rows to be forgotten, {both[0].answer[:60]!r} among the answers. Take "
+            "them out of one of the two."
+        )
+
+
 def as_texts(value: Any, what: str = "value") -> tuple[str, ...]:
     """One text or several as several; none where there is None.
 
