@@ -305,6 +305,24 @@ def as_list(value: str | Sequence[str], name: str) -> list[str]:
     return several
 
 
+def check_prompts(forget: Sequence[str], anchor: Sequence[str] = (), retain: Sequence[str] = ()) -> None:
+    """Check that a concept is to be forgotten, and that none of its prompts is given instead or held as well.
+
+    Raises:
+        ValueError: A prompt to forget is empty, or is among the anchors or the prompts to retain.
+
+    Examples:
+        >>> check_prompts(["a cat"], anchor=["a dog"], retain=["a horse", ""])
+    """
+    if not all(prompt.strip() for prompt in forget):
+        raise ValueError("`forget` must be a prompt, got an empty one. Say what is to be forgotten.")
+    for name, prompts in (("anchor", anchor), ("retain", retain)):
+        if both := set(forget) & set(prompts):
+            raise ValueError(
+                f"`{name}` must be another prompt than those to forget, got {min(both)!r}. Take it out of one."
+            )
+
+
 def _assign(prompts: list[str], count: int) -> list[str]:
     if len(prompts) not in (1, count):
         raise ValueError(
