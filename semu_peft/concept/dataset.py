@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -180,6 +181,7 @@ def concept_examples(
         The examples, on the CPU.
 
     Raises:
+        TypeError: `images` are no pictures, or a prompt is no text.
         ValueError: The pipeline is of an unknown kind or lacks a part that is needed, images and prompts do not fit, or
             the cache holds examples that were made of something else.
 
@@ -198,6 +200,7 @@ def concept_examples(
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     request: dict[str, Any] = {**prompts, "height": height, "width": width, "seed": seed}
     if images is not None:
+        _check_images(images)
         request["images"] = _digest(images)
     else:
         request |= {**sampling, "samples_per_prompt": samples_per_prompt}
@@ -259,6 +262,21 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _all_below(indices: Tensor, count: int) -> bool:
     return bool(((indices >= 0) & (indices < count)).all())
+
+
+def _check_images(images: Any) -> None:
+    several = isinstance(images, Sized) and isinstance(images, Iterable) and not isinstance(images, (str, Mapping))
+    if isinstance(images, (Tensor, np.ndarray)):
+        got = f"a {type(images).__name__} of shape {tuple(images.shape)}" if images.ndim < 4 else None
+    else:  # Pillow's, or arrays
+        wrong = next((each for each in images if not hasattr(each, "tobytes")), None) if several else images
+        got = None if wrong is None else repr(wrong) if isinstance(wrong, str) else type(wrong).__name__
+        got = f"a list with {got} in it" if got and several else got
+    if got is not None or not len(images):
+        raise TypeError(
+            f"`images` must be a tensor `(N, 3, height, width)` in [0, 1] or a list of PIL images, got "
+            f"{got or 'none at all'}. Open files by `PIL.Image.open(path)`, and write `[image]` for one."
+        )
 
 
 def _digest(images: Any) -> str:

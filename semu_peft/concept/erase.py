@@ -109,9 +109,11 @@ def unlearn_concept(
             memory is short (the adapter stays in float32).
         forget: The prompt or prompts to forget; or ready examples, which
             [`concept_examples`][semu_peft.concept.dataset.concept_examples] makes with settings of all kinds.
-        anchor: With prompts, what to give instead. By default what the pipeline gives without a prompt.
+        anchor: With prompts, what to give instead. By default what the pipeline gives without a prompt. As many anchors
+            as prompts are taken in pairs; of other numbers, several for one prompt among them, each example draws one.
         retain: With prompts, others to hold as they are, beside the anchors. By default only the empty one.
-        images: With prompts, pictures of the concept. Without, latents are sampled from the pipeline itself.
+        images: With prompts, pictures of the concept: a tensor `(N, 3, height, width)` in [0, 1], or a list of PIL
+            images. Without, latents are sampled from the pipeline itself.
         objective: `"condition-matching"` (answer as for the anchor), `"negative-guidance"` (ESD), `"gradient-ascent"`,
             or an objective of your own.
         preserve: Weight of [`PreservePrediction`][semu_peft.objectives.diffusion.PreservePrediction] under the `retain`
@@ -139,7 +141,7 @@ def unlearn_concept(
     Raises:
         ValueError: Arguments contradict each other, a prompt to forget is empty, its own anchor or to be retained, or
             the pipeline is of an unknown kind. Whatever fails, the pipeline is left without the adapter.
-        TypeError: An argument is neither of this function nor of `unlearn`.
+        TypeError: An argument is neither of this function nor of `unlearn`, or `images` are no pictures.
 
     Examples:
         >>> from semu_peft import unlearn_concept
