@@ -181,7 +181,7 @@ class NaturalLoop(Loop):
         return math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
 
     def _train_step(self, batches: list[Any]) -> None:
-        terms = [term for batch in batches for term in self.trials.terms(batch, [next(each) for each in self.retained])]
+        terms = [term for batch, kept in self._with_retained(batches) for term in self.trials.terms(batch, kept)]
         here = self._evaluate(terms, self.progress.step)
         if not math.isfinite(here.values["loss"]):
             check_data(self._values_at(self.proximal.start, terms), self.progress.forget, len(batches))
