@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import typer
-
 from .bases import denoising_loss, pipeline
 from .catalogue import Job
 from .estimate import Estimate, estimate
 from .request import Outcome, hardly_forgotten
+from .verbs import usage
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,10 @@ class ConceptRequest:
 
     def check(self) -> None:
         """Raise a usage error for a mistake that can be seen while nothing is loaded."""
-        if not all(prompt.strip() for prompt in self.forget):
-            raise typer.BadParameter("`--forget` must be a prompt, got an empty one. Say what is to be forgotten.")
-        for flag, prompts in (("anchor", self.anchor), ("retain", self.retain)):
-            if both := set(self.forget) & set(prompts or ()):
-                raise typer.BadParameter(
-                    f"`--{flag}` must be another prompt than those to forget, got {min(both)!r}. Take it out of one."
-                )
+        from semu_peft.concept.dataset import check_prompts
+
+        with usage():
+            check_prompts(self.forget, self.anchor or (), self.retain or ())
 
     def estimate(self, step_seconds: float | None) -> Estimate:
         """Load the pipeline, and say what sampling and training would take: of each one step is tried."""

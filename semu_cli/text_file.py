@@ -28,7 +28,8 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
         columns: As `--columns` has them.
 
     Raises:
-        typer.BadParameter: There is no such file, it is empty or no text, or its columns have other names.
+        typer.BadParameter: There is no such file, it is empty, no text, broken or of another kind, or a row of it
+            cannot be read, as where its columns have other names.
 
     Examples:
         >>> import tempfile
@@ -48,9 +49,9 @@ def read_texts(path: str, flag: str, columns: str | None = None) -> list[Any]:
             f"`--{flag}`: rows of {path} have the columns {', '.join(error.columns)}, and not question and answer, "
             "prompt and response, messages, or text. Say which they are: `--columns question=NAME,answer=NAME`."
         ) from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # nothing was begun, whatever is wrong with it
         if not isinstance(error.__cause__, UnicodeDecodeError):
-            raise
+            raise typer.BadParameter(str(error)) from None
         why = f"{path} is no text in UTF-8 ({error.__cause__})"
         raise typer.BadParameter(f"`--{flag}`: {why}. Give a text file.") from None
     if not rows:
@@ -67,13 +68,11 @@ def read_apart(files: Mapping[str, str | None], columns: str | None) -> dict[str
     data: dict[str, Any] = {}
     for flag, path in files.items():
         data[flag] = None if path is None else read_texts(path, flag, columns)
-    known = {(str(row.prompt), row.answer) for row in data["forget"]}
-    both = [row for row in data["retain"] or () if (str(row.prompt), row.answer) in known]
-    if both:
-        raise typer.BadParameter(
-            f"`--retain`: {files['retain']} holds {len(both)} of the rows to be forgotten, {both[0].answer[:60]!r} "
-            "among the answers. Take them out."
-        )
+    from semu_peft.language.shapes import check_apart
+
+    with usage():
+        for flag in [flag for flag in files if flag != "forget"]:
+            check_apart(data["forget"], data[flag] or (), flag)
     return data
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -180,6 +181,7 @@ def concept_examples(
         The examples, on the CPU.
 
     Raises:
+        TypeError: `images` are no pictures, or a prompt is no text.
         ValueError: The pipeline is of an unknown kind or lacks a part that is needed, images and prompts do not fit, or
             the cache holds examples that were made of something else.
 
@@ -198,6 +200,7 @@ def concept_examples(
     sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     request: dict[str, Any] = {**prompts, "height": height, "width": width, "seed": seed}
     if images is not None:
+        _check_images(images)
         request["images"] = _digest(images)
     else:
         request |= {**sampling, "samples_per_prompt": samples_per_prompt}
@@ -261,6 +264,21 @@ def _all_below(indices: Tensor, count: int) -> bool:
     return bool(((indices >= 0) & (indices < count)).all())
 
 
+def _check_images(images: Any) -> None:
+    several = isinstance(images, Sized) and isinstance(images, Iterable) and not isinstance(images, (str, Mapping))
+    if isinstance(images, (Tensor, np.ndarray)):
+        got = f"a {type(images).__name__} of shape {tuple(images.shape)}" if images.ndim < 4 else None
+    else:  # Pillow's, or arrays
+        wrong = next((each for each in images if not hasattr(each, "tobytes")), None) if several else images
+        got = None if wrong is None else repr(wrong) if isinstance(wrong, str) else type(wrong).__name__
+        got = f"a list with {got} in it" if got and several else got
+    if got is not None or not len(images):
+        raise TypeError(
+            f"`images` must be a tensor `(N, 3, height, width)` in [0, 1] or a list of PIL images, got "
+            f"{got or 'none at all'}. Open files by `PIL.Image.open(path)`, and write `[image]` for one."
+        )
+
+
 def _digest(images: Any) -> str:
     parts = images.detach().cpu().contiguous().numpy() if isinstance(images, Tensor) else images
     content = hashlib.sha256()
@@ -303,6 +321,24 @@ def as_list(value: str | Sequence[str], name: str) -> list[str]:
     if not several or not all(isinstance(prompt, str) for prompt in several):
         raise ValueError(f"`{name}` must be a prompt or a list of at least one, got {value!r}.")
     return several
+
+
+def check_prompts(forget: Sequence[str], anchor: Sequence[str] = (), retain: Sequence[str] = ()) -> None:
+    """Check that a concept is to be forgotten, and that none of its prompts is given instead or held as well.
+
+    Raises:
+        ValueError: A prompt to forget is empty, or is among the anchors or the prompts to retain.
+
+    Examples:
+        >>> check_prompts(["a cat"], anchor=["a dog"], retain=["a horse", ""])
+    """
+    if not all(prompt.strip() for prompt in forget):
+        raise ValueError("`forget` must be a prompt, got an empty one. Say what is to be forgotten.")
+    for name, prompts in (("anchor", anchor), ("retain", retain)):
+        if both := set(forget) & set(prompts):
+            raise ValueError(
+                f"`{name}` must be another prompt than those to forget, got {min(both)!r}. Take it out of one."
+            )
 
 
 def _assign(prompts: list[str], count: int) -> list[str]:

@@ -30,7 +30,7 @@ from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
 
-from .dataset import ConceptExamples, concept_examples
+from .dataset import ConceptExamples, as_list, check_prompts, concept_examples
 from .earlier import earlier_erasures, warn_of_the_unheld
 from .families import denoiser_of, family_of
 from .preview import Preview
@@ -111,9 +111,11 @@ def unlearn_concept(
             memory is short (the adapter stays in float32).
         forget: The prompt or prompts to forget; or ready examples, which
             [`concept_examples`][semu_peft.concept.dataset.concept_examples] makes with settings of all kinds.
-        anchor: With prompts, what to give instead. By default what the pipeline gives without a prompt.
+        anchor: With prompts, what to give instead. By default what the pipeline gives without a prompt. As many anchors
+            as prompts are taken in pairs; of other numbers, several for one prompt among them, each example draws one.
         retain: With prompts, others to hold as they are, beside the anchors. By default only the empty one.
-        images: With prompts, pictures of the concept. Without, latents are sampled from the pipeline itself.
+        images: With prompts, pictures of the concept: a tensor `(N, 3, height, width)` in [0, 1], or a list of PIL
+            images. Without, latents are sampled from the pipeline itself.
         objective: `"condition-matching"` (answer as for the anchor), `"negative-guidance"` (ESD), `"gradient-ascent"`,
             or an objective of your own.
         preserve: Weight of [`PreservePrediction`][semu_peft.objectives.diffusion.PreservePrediction] under the `retain`
@@ -140,9 +142,9 @@ def unlearn_concept(
         The pipeline with the adapter, and what was done.
 
     Raises:
-        ValueError: Arguments contradict each other, or the pipeline is of an unknown kind. Whatever fails, the pipeline
-            is left without the adapter.
-        TypeError: An argument is neither of this function nor of `unlearn`.
+        ValueError: Arguments contradict each other, a prompt to forget is empty, its own anchor or to be retained, or
+            the pipeline is of an unknown kind. Whatever fails, the pipeline is left without the adapter.
+        TypeError: An argument is neither of this function nor of `unlearn`, or `images` are no pictures.
 
     Examples:
         >>> from semu_peft import unlearn_concept
@@ -159,7 +161,10 @@ def unlearn_concept(
     callbacks = as_callbacks(callbacks)
     prompts = {name: value for name, value in (("anchor", anchor), ("retain", retain)) if value is not None}
     making = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
-    examples = _ready(forget, prompts, images) or concept_examples(pipe, forget, **prompts, **making)  # type: ignore[arg-type]
+    ready = _ready(forget, prompts, images)
+    asked: dict[str, Any] = {"forget": forget, **prompts} if ready is None else ready.request
+    check_prompts(*(as_list(asked[name], name) if name in asked else [] for name in ("forget", "anchor", "retain")))
+    examples = ready or concept_examples(pipe, forget, **prompts, **making)  # type: ignore[arg-type]
     if preserve:
         names_prompts = examples is forget or retain is not None
         warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)

@@ -27,7 +27,7 @@ from semu_peft.tuner.adapted import base_model
 from .dataset import TextExamples, text_examples
 from .decoding import check_fits, most_tokens
 from .samples import own_samples
-from .shapes import TextExample
+from .shapes import TextExample, check_apart
 from .stopping import UntilUnseen
 from .unseen import unseen_answers
 
@@ -170,8 +170,8 @@ def forget_text(
         The model with the adapter, and what was done.
 
     Raises:
-        ValueError: Arguments contradict each other, or there is nothing to forget. Whatever fails, the model is left
-            without the adapter.
+        ValueError: Arguments contradict each other, a row is both to be forgotten and to be kept, or there is nothing
+            to forget. Whatever fails, the model is left without the adapter.
         TypeError: An argument is neither of this function nor of `unlearn`.
 
     Examples:
@@ -190,6 +190,8 @@ def forget_text(
     examples = _examples(tokenizer, forget, "forget", alternates=wanted, progress=progress, **reading)
     given = {name: data for name, data in (("retain", retain), ("neutral", neutral)) if data is not None}
     kept = [_examples(tokenizer, data, name, **reading) for name, data in given.items()]
+    for name, each in zip(given, kept, strict=True):
+        check_apart(examples.examples, each.examples, name)
     for name, each in zip(("forget", *given), (examples, *kept), strict=True):
         check_fits(model, each.rows, name)  # what is given ready
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []

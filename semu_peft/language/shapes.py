@@ -140,8 +140,11 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
     if isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[1], str):
         return TextExample(row[1], prompt=_as_prompt(row[0], name))
     if not isinstance(row, Mapping):
+        got = type(row).__name__
+        if isinstance(row, (tuple, list)):  # what a pair is no text in, or something of another length
+            got += f" of {', '.join(type(value).__name__ if value is not None else 'None' for value in row)}"
         raise TypeError(
-            f"`{name}` must be a text, a pair (prompt, answer) or a mapping, got {type(row).__name__}. Write "
+            f"`{name}` must be a text, a pair (prompt, answer) or a mapping, got {got}. Write "
             '`{"question": ..., "answer": ...}`.'
         )
     given = _named(row, columns)
@@ -154,6 +157,30 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
     if isinstance(given.get("text"), str):
         return TextExample(given["text"])
     raise _nothing_to_read(given, sorted(map(str, row)), name)
+
+
+def check_apart(forget: Iterable[TextExample], kept: Iterable[TextExample], name: str = "retain") -> None:
+    """Check that nothing is both to be forgotten and to be kept: one would undo the other.
+
+    Args:
+        forget: What to forget.
+        kept: What to keep.
+        name: The argument that this is, for the error.
+
+    Raises:
+        ValueError: A row is in both, with the same prompt and answer.
+
+    Examples:
+        >>> from semu_peft.language.shapes import TextExample, check_apart
+        >>> check_apart([TextExample("blue", "What colour?")], [TextExample("blue", "And the sea?")])
+    """
+    known = {(str(row.prompt), row.answer) for row in forget}
+    both = [row for row in kept if (str(row.prompt), row.answer) in known]
+    if both:
+        raise ValueError(
+            f"`{name}` holds {len(both)} of the rows to be forgotten, {both[0].answer[:60]!r} among the answers. Take "
+            "them out of one of the two."
+        )
 
 
 def as_texts(value: Any, what: str = "value") -> tuple[str, ...]:
@@ -324,6 +351,11 @@ def _rows(source: Any, columns: Mapping[str, str] | None, name: str) -> Iterator
     if callable(getattr(source, "itertuples", None)):  # a pandas `DataFrame`, which goes through its columns' names
         rows = source.astype(object).where(source.notna(), None).itertuples(index=False, name=None)
         return (dict(zip(source.columns, row, strict=True)) for row in rows)
+    if isinstance(source, tuple) and len(source) == 2 and all(isinstance(text, str) for text in source):
+        raise TypeError(
+            f"`{name}` must be a list of rows, got a tuple of two texts, which may be one pair or two rows. Write "
+            "`[(prompt, answer)]` for a pair, or `[text, text]` for two texts."
+        )
     if not isinstance(source, Iterable):
         raise TypeError(
             f"`{name}` must be a list of texts or of pairs (prompt, answer), a data set or a path, got "
@@ -401,10 +433,12 @@ def _json(path: Path, name: str) -> Iterator[Any]:
         except UnicodeDecodeError:
             raise
         except ValueError as error:
-            where = "" if beginning.startswith("[") else f", line {number}"
-            raise ValueError(
-                f"`{name}`: {path}{where} must be one array, or one object a line, but {error}. Rewrite it so."
-            ) from error
+            is_array, what = beginning.startswith("["), str(error)
+            where, form = ("", "one array") if is_array else (f", line {number}", "one array, or one object a line")
+            if isinstance(error, json.JSONDecodeError):  # its words count lines from the one that was read
+                line = f"line {error.lineno}, " if is_array else ""
+                what = f"{error.msg} at {line}column {error.colno}"
+            raise ValueError(f"`{name}`: {path}{where} must be {form}, got a mistake ({what}). Correct it.") from error
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from semu_peft.tuner.adapted import base_model
 
 from .adapter_parts import adapter_configs
 from .packing import is_packed, masked_apart, transformer_of
@@ -16,6 +20,7 @@ from .positions import counted_from_first
 
 IGNORED = -100  # the label of a token that does not count
 ALTERNATE = "alternate_"  # how the keys of a second answer to the same prompts begin
+_ARRAYS = (Tensor, np.ndarray)
 TOKEN_MASK = "token_mask"  # which tokens of an answer are meant, beside `labels`
 
 
@@ -73,7 +78,7 @@ def check_batches(batches: Any, name: str = "batches") -> None:
         name: What it is called.
 
     Raises:
-        TypeError: It is one tensor or mapping, a function, or nothing to go through.
+        TypeError: It is one batch (a tensor, a mapping, inputs with labels), a function, or nothing to go through.
 
     Examples:
         >>> check_batches(torch.zeros(4, 3), "forget")
@@ -84,11 +89,24 @@ def check_batches(batches: Any, name: str = "batches") -> None:
         raise TypeError(
             f"`{name}` must be a loader or a list of batches, got one {type(batches).__name__}. Write `[batch]`."
         )
+    if _is_inputs_and_labels(batches):
+        raise TypeError(
+            f"`{name}` must be a loader or a list of batches, got one tuple of inputs and labels. Write "
+            "`[(inputs, labels)]`."
+        )
     if isinstance(batches, (str, bytes)) or callable(batches) or not isinstance(batches, Iterable):
         raise TypeError(
             f"`{name}` must be a loader or a list of batches, got {type(batches).__name__}. Give a `DataLoader`, or a "
             "list such as `[(inputs, labels)]`."
         )
+
+
+def _is_inputs_and_labels(batches: Any) -> bool:
+    """Whether this is one batch: two batches of inputs alone, as `split` gives them, are of one dtype and shape."""
+    if not isinstance(batches, tuple) or len(batches) != 2 or not all(isinstance(each, _ARRAYS) for each in batches):
+        return False
+    first, second = batches
+    return first.shape[:1] == second.shape[:1] and (first.dtype, first.shape[1:]) != (second.dtype, second.shape[1:])
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
@@ -116,7 +134,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return tuple(batch[:-1]), {}, batch[-1]
     raise TypeError(
-        f"A batch must be a tuple `(inputs, labels)` or a mapping with the key 'labels', got {type(batch).__name__}."
+        f"A batch must be a tuple `(inputs, labels)` or a mapping with the key 'labels', got {type(batch).__name__}. "
+        "If inputs and labels were given as they are, write `[(inputs, labels)]`."
     )
 
 
@@ -252,6 +271,9 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     Returns:
         The output, the keyword inputs and the labels.
 
+    Raises:
+        TypeError: The model takes other inputs, such as tensors for arrays, or fewer of them.
+
     Examples:
         >>> import torch
         >>> from semu_peft.objectives.batches import run_batch
@@ -266,7 +288,30 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
             inputs["labels"] = labels
     else:
         inputs = placed_inputs(model, kwargs)
-    return model(*args, **inputs, **options), inputs, labels
+    try:
+        return model(*args, **inputs, **options), inputs, labels
+    except (TypeError, AttributeError) as error:
+        _check_inputs(model, args, inputs, error)
+        raise
+
+
+def _check_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], error: Exception) -> None:
+    """Raise what is wrong with a batch, where that is why a model has failed on it."""
+    if any(isinstance(value, np.ndarray) for value in (*args, *inputs.values())):
+        raise TypeError(
+            "Inputs must be tensors, got a NumPy array. Write `torch.as_tensor(inputs)`, or let a `DataLoader` collate."
+        ) from error
+    if len(args) < 2 or not isinstance(model, nn.Module):
+        return
+    base = base_model(model)
+    try:
+        inspect.signature(base.forward).bind(*args, **inputs)
+    except TypeError as why:
+        raise TypeError(
+            "A batch must be a tuple `(inputs, labels)`, or `(*inputs, labels)` with all inputs of the model, or a "
+            f"mapping with the key 'labels', got a tuple of {len(args) + 1}, and {type(base).__name__}'s `forward` "
+            f"says: {why}. Leave out what is no input, such as an index."
+        ) from error
 
 
 def placed_inputs(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class DecoupledDistillation(ForgettingClasses):
     def prepare(self, model: nn.Module, batch: Any) -> Tensor:
         original, labels = self._read_original(model, batch, self.reference)
         target = original.masked_fill(self.forgotten(labels, original.shape[1]), float("-inf")).softmax(-1)
-        if self.classes is None and not self._has_warned:
+        if not self._has_warned:
             self._look_for_classes(labels, target)
         return target
 
@@ -287,8 +287,20 @@ class DecoupledDistillation(ForgettingClasses):
         return (loss + (staying.logsumexp(-1) - logits.logsumexp(-1)).mean()).clamp_min(0)
 
     def _look_for_classes(self, labels: Tensor, target: Tensor) -> None:
-        """Warn where whole classes seem to be forgotten together, and their examples are taught one another's class."""
+        """Warn where whole classes seem to be forgotten together, and their examples are taught one another's class.
+
+        Or where the classes that are named are none of the examples', so that it may be a slip.
+        """
         found, counts = labels.unique(return_counts=True)
+        if self.classes is not None:
+            if set(self.classes).isdisjoint(found.tolist()):
+                warnings.warn(
+                    f"A batch of forget examples is of classes {found.tolist()[:10]}, and none of it of `classes` "
+                    f"{list(self.classes)[:10]}. Name all classes that are to be forgotten, or leave `classes` out.",
+                    stacklevel=2,
+                )
+                self._has_warned = True
+            return
         if not 1 < len(found) < target.shape[1] or counts.min() < _A_CLASS:
             return
         share = target[:, found].sum(1).mean().item()

@@ -34,7 +34,9 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .fingerprint import Fingerprint, describe, describe_optimizer
+from .held_batches import Pair
 from .optimizers import SchedulerFactory, default_epochs, make_schedule, needs_closure
+from .overlap import Overlap
 from .parameters import trained_parameters
 from .progress import Position, Progress
 from .rules.base import Rule, Step, StepData, check_sharded
@@ -79,6 +81,7 @@ class Loop:
         self.parameters = trained_parameters(model)  # FSDP has put sharded ones in their places
         check_sharded(rules, self.parameters)
         self.progress = Progress(retain=[Position() for _ in retain])
+        self.overlap = Overlap()
         self.without_gradient: list[str] | None = None  # what the first backward pass did not reach
         self.epochs, total_steps = self._length()
         self.context = TrainingContext(model, self.progress, total_steps, track=self.accelerator.log)
@@ -234,7 +237,7 @@ class Loop:
             )
 
     def _train_step(self, batches: list[Any]) -> None:
-        together = [(batch, [next(stream) for stream in self.retained]) for batch in batches]
+        together = self._with_retained(batches)
         step = self._start_step(self._data_of(together))
         update = self._update_again_and_again if self.evaluates_again else self._update
         with one_step():
@@ -249,6 +252,12 @@ class Loop:
         self.progress.forget.batch += len(batches)
         self.progress.examples += examples_in(batches) * self.accelerator.num_processes
         self._record(losses)
+
+    def _with_retained(self, batches: list[Any]) -> list[Pair]:
+        """The forget batches of a step, each with the next batch of each retain set."""
+        together = [(batch, [next(stream) for stream in self.retained]) for batch in batches]
+        self.overlap.look(together)
+        return together
 
     def _start_step(self, data: StepData | None) -> Step:
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

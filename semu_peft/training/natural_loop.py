@@ -191,7 +191,7 @@ class NaturalLoop(Loop):
         return math.ceil((batches_in(self.prepared.forget) or 0) / self.accumulation)
 
     def _train_step(self, batches: list[Any]) -> None:
-        together = [(batch, [next(each) for each in self.retained]) for batch in batches]
+        together = self._with_retained(batches)
         with one_step():
             terms = [term for pair in together for term in self.trials.terms(*pair)]
         here = self._evaluate(terms, self.progress.step)

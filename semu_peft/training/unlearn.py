@@ -119,7 +119,8 @@ def unlearn(
         forget: The forget set: a DataLoader, or a list (or another iterable) of ready batches.
         objective: `(model, batch) -> scalar loss`, see [`semu_peft.objectives`].
         retain: What to keep: one [`Retain`][semu_peft.objectives.retain.Retain] or several. Each is gone through in a
-            cycle, one batch a forget batch; its weighted loss is added to the objective's.
+            cycle, one batch a forget batch; its weighted loss is added to the objective's. Where the first batches
+            share an example with the forget set, the run warns: one would undo the other.
         rules: [Rules][semu_peft.training.rules.base.Rule] that edit each step, applied in order.
         callbacks: [Callbacks][semu_peft.training.callbacks.Callback] that look on and may stop the run, such as
             [`EarlyStopping`][semu_peft.training.callbacks.EarlyStopping].

@@ -38,6 +38,23 @@ def test_a_file_that_holds_no_texts(content: bytes, words: str, place: dict[str,
     assert told.startswith(f"`--forget`: {path} ") and words in told
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"text" "b"}', "line 2 must be one array, or one object a line"),
+        ("rows.jsonl", '{"question": "Who?", "answer": 5}', "`answer` must be a text, got int"),
+        ("rows.csv", "question,answer", "must end with one of .json"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    name: str, content: str, words: str, place: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    told = refused(place, "text", tmp_path / "out", "--forget", path)
+    assert told.startswith("`--forget") and words in told
+
+
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_layers_that_the_model_lacks_are_told_with_some_that_it_has(
     dry_run: tuple[str, ...], place: dict[str, Path], tmp_path: Path

@@ -284,6 +284,14 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
     [
         ({"forget": None}, TypeError, ["`forget`", "None"]),
         ({"forget": []}, ValueError, ["`forget`"]),
+        ({"forget": ["dog", " "]}, ValueError, ["`forget` must be a prompt, got an empty one"]),
+        ({"anchor": "cat"}, ValueError, ["`anchor` must be another prompt than those to forget, got 'cat'"]),
+        ({"retain": ["dog", "cat"]}, ValueError, ["`retain` must be another prompt than those to forget, got 'cat'"]),
+        ({"images": "nope/"}, TypeError, ["`images` must be a tensor", "got 'nope/'. Open"]),
+        ({"images": ["a.png"]}, TypeError, ["`images` must be a tensor", "got a list with 'a.png' in it"]),
+        ({"images": Image.new("RGB", (16, 16))}, TypeError, ["`images` must be a tensor", "got Image", "`[image]`"]),
+        ({"images": torch.rand(3, 16, 16)}, TypeError, ["`images` must be a tensor", "of shape (3, 16, 16)"]),
+        ({"images": []}, TypeError, ["`images` must be a tensor", "got none at all"]),
         ({"max_steps": 0}, ValueError, ["`max_steps`", "0"]),
         ({"epochs": 3}, ValueError, ["`epochs`", "`max_steps`"]),
         ({"samples_per_prompt": 3}, TypeError, ["`samples_per_prompt`", "concept_examples"]),
@@ -306,6 +314,8 @@ def test_ready_examples_have_their_own_prompts(name: str) -> None:
     pipe = quiet(sd_pipeline())
     with pytest.raises(ValueError, match=f"`{name}` cannot be given with ready examples"):
         unlearn_concept(pipe, made(pipe, "cat"), **{name: ["dog"]}, progress=False)
+    with pytest.raises(ValueError, match="`retain` must be another prompt than those to forget, got 'cat'"):
+        unlearn_concept(pipe, made(pipe, "cat", retain="cat"), progress=False)
     with pytest.raises(ValueError, match="one per image, got 3 prompts for 2 images"):
         made(pipe, ["a", "b", "c"], images=torch.rand(2, 3, 16, 16))
 

@@ -156,6 +156,26 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"text": "a"}\n{"text": "b" 1}',
+            r", line 2 must be .*, got a mistake \(Expecting ',' delimiter at column 14\)",
+        ),
+        (
+            '[{"text": "a"},\n{"text" "b"}]',
+            r"rows.json must be one array, got .*Expecting ':' .* at line 2, column 9\)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_by_its_place(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        list(read_text(path))
+
+
+@pytest.mark.parametrize(
     "source, error, match",
     [
         ("a text", TypeError, r"For one text write `\[text\]`"),
@@ -188,6 +208,9 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
         ),
         ([{"question": "Who?", "choices": ["a", "b"], "answer": "1"}], ValueError, "index as an integer, got '1'"),
         ([5], TypeError, r"`forget\[0\]` must be a text, a pair"),
+        ([("Who?", None)], TypeError, r"`forget\[0\]` must be a text, a pair .*, got tuple of str, None\."),
+        ([("Who?", "She.", "b")], TypeError, r"`forget\[0\]` must be a text, a pair .*, got tuple of str, str, str\."),
+        (("Who?", "She."), TypeError, r"one pair or two rows. Write `\[\(prompt, answer\)\]` .*, or `\[text, text\]`"),
         ([TOFU, {"words": "a"}], ValueError, r"`forget\[1\]` must have the columns"),
         ([{"messages": CHAT[:1]}], ValueError, "ends with the assistant's answer"),
         ([{"question": "Who?", "choices": ["a"], "answer": 1}], ValueError, "an index of its 1 choices, got 1"),

@@ -561,7 +561,7 @@ def test_transformers_model() -> None:
 @pytest.mark.parametrize(
     ("batch", "error", "words"),
     [
-        (torch.zeros(4), TypeError, ["(inputs, labels)", "Tensor"]),
+        (torch.zeros(4), TypeError, ["(inputs, labels)", "Tensor", "write `[(inputs, labels)]`"]),
         ((torch.zeros(4),), TypeError, ["(inputs, labels)", "tuple"]),
         ({"x": BATCH[0]}, TypeError, ["'x'", "'labels'"]),
         ("abc", TypeError, ["str"]),
@@ -577,6 +577,25 @@ def test_bad_batches(batch: Any, error: type[Exception], words: list[str]) -> No
     with pytest.raises(error) as raised:
         CrossEntropy()(Table(LOGITS), batch)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_inputs_that_a_model_does_not_take() -> None:
+    """An index beside inputs and labels, and arrays; a model's own errors are its own."""
+    x, y = vector_batches(1)[0]
+    model = get_peft_model(Mlp(), LoraConfig(target_modules=["fc1"]))
+    with pytest.raises(
+        TypeError, match=r"must be a tuple `\(inputs, labels\)`, .* got a tuple of 3, and Mlp's `forward`"
+    ):
+        CrossEntropy()(model, (x, y, torch.arange(len(y))))
+    with pytest.raises(TypeError, match=r"Inputs must be tensors, got a NumPy array. Write `torch.as_tensor"):
+        CrossEntropy()(model, (x.numpy(), y.numpy()))
+
+    class Fails(nn.Module):
+        def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+            raise TypeError("no mask")
+
+    with pytest.raises(TypeError, match="^no mask$"):
+        CrossEntropy()(Fails(), (x, x, y))
 
 
 @pytest.mark.parametrize("label", [-100, -1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Mlp, vector_batches
@@ -51,6 +52,8 @@ def test_loaders_generators_and_plain_functions() -> None:
         (torch.zeros(2, 3), "Tensor"),
         ({"x": torch.zeros(2, 3), "labels": torch.zeros(2)}, "dict"),
         (CrossEntropy(), "CrossEntropy"),
+        ((torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)), "one tuple of inputs and labels"),
+        ((np.zeros((2, 3)), np.zeros(2)), "one tuple of inputs and labels"),
     ],
 )
 def test_batches_that_are_none(batches: Any, name: str) -> None:
@@ -97,6 +100,11 @@ def test_as_retain_of_bare_batches(retain: Any) -> None:
     """The old form is met with what to write now."""
     with pytest.raises(TypeError, match=r"`retain` must be a `Retain`.*`Retain\(batches, objective\)`"):
         as_retain(retain)
+
+
+def test_batches_of_inputs_alone_are_no_inputs_with_labels() -> None:
+    for batches in (torch.randn(8, 6).split(4), (torch.randn(4, 6), torch.zeros(3)), (torch.zeros(4), torch.zeros(4))):
+        assert Retain(batches, lambda model, batch: model(batch).square().mean()).batches is batches
 
 
 @pytest.mark.parametrize("batch", [torch.randn(8, 6), {"x": torch.randn(8, 6)}], ids=["tensor", "mapping"])

@@ -143,6 +143,17 @@ def test_whole_classes_that_are_taught_one_another_are_told_of_once() -> None:
         objective(MODEL, batch(*[0, 1] * 8))
 
 
+def test_classes_that_no_example_is_of_are_told_of_once() -> None:
+    batch = torch.randn(4, 5), torch.tensor([2, 3, 2, 3])
+    objective = DecoupledDistillation(reference=MODEL, classes=[4])
+    with pytest.warns(UserWarning, match=r"is of classes \[2, 3\], and none of it of `classes` \[4\]. Name all"):
+        objective(MODEL, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective(MODEL, batch)
+        DecoupledDistillation(reference=MODEL, classes=[3, 4])(MODEL, batch)
+
+
 @pytest.mark.parametrize(
     ("classes", "words"),
     [([], "at least one"), ([1, 1], "different"), ([-1], "from 0 on"), ([9], "0 to 4"), (range(5), "leave at least"),

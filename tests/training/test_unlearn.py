@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,29 @@ def test_dict_batches() -> None:
     batches = [{"x": x, "labels": y} for x, y in vector_batches()]
     result = train(semu(), batches, CrossEntropy(), epochs=1, **QUIET)
     assert result.examples_seen == 12
+
+
+@pytest.mark.parametrize("learning_rate", [None, 1e-2])
+def test_examples_that_are_both_to_be_forgotten_and_kept_are_told_once(learning_rate: float | None) -> None:
+    """Inputs and labels alike, among the first batches that the run has anyway; not where labels are others'."""
+
+    def said(retained: list[tuple[Tensor, Tensor]]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            retain = Retain(retained, CrossEntropy())
+            settings = {"max_steps": 40, "learning_rate": learning_rate, **QUIET}
+            train(semu(), forget, DecoupledDistillation(), retain=retain, **settings)
+        return [str(each.message) for each in caught if "`forget`" in str(each.message)]
+
+    forget, others = vector_batches(3, seed=1), vector_batches(3, seed=2)
+    (inputs, labels), (first, its) = forget[1], others[0]
+    mixed = (torch.cat([first, inputs[:2]]), torch.cat([its, labels[:2]]))
+    assert said(others) == [] and said([(inputs, (labels + 1) % 2)]) == []
+    (words,) = said([*others, mixed])
+    assert words.startswith("The first batches of `retain` hold 2 of the examples of `forget`")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semu_peft.training.overlap._FIRST", 2)
+        assert said([others[0], others[1], mixed]) == []  # it does not look further
 
 
 # ---- resuming ----

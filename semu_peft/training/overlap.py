@@ -1,0 +1,83 @@
+"""Examples that are both to be forgotten and to be kept, looked for among a run's first batches as they come."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semu_peft.objectives.examples import count_examples
+
+from .held_batches import Pair
+
+_FIRST = 8  # forget batches, with the retain batches beside them: each is copied to the CPU once
+
+
+class Overlap:
+    """Says once where a retain batch has an example of a forget batch, with its labels: one would undo the other.
+
+    Only the first batches are looked at, as the run has them, so that data of any size cost the same; what is padded or
+    augmented otherwise in the two is not recognised.
+
+    Examples:
+        >>> import torch
+        >>> overlap = Overlap()
+        >>> batch = (torch.eye(3), torch.arange(3))
+        >>> with warnings.catch_warnings(record=True) as said:
+        ...     overlap.look([(batch, [(torch.eye(3)[2:], torch.tensor([2]))])])
+        >>> len(said), overlap.is_over
+        (1, True)
+    """
+
+    def __init__(self) -> None:
+        self.left = _FIRST
+        self.forgotten: set[int] = set()
+        self.kept: set[int] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has looked at enough, or has found some."""
+        return self.left <= 0
+
+    def look(self, pairs: list[Pair]) -> None:
+        """Look at the batches of one more step."""
+        if self.is_over or not any(kept for _, kept in pairs):
+            return
+        self.left -= len(pairs)
+        for forget, kept in pairs:
+            self.forgotten |= _examples(forget)
+            self.kept |= {example for batch in kept for example in _examples(batch)}
+        if both := self.forgotten & self.kept:
+            self.left = 0
+            warnings.warn(
+                f"The first batches of `retain` hold {len(both)} of the examples of `forget`, which one asks to keep "
+                "and the other to forget. Take them out of `retain`.",
+                stacklevel=7,
+            )
+
+
+def _examples(batch: Any) -> set[int]:
+    """A number for each example of a batch, which another with the same inputs and labels has as well."""
+    size = count_examples(batch)
+    columns = list(_columns(batch, size)) if size else []
+    return {hash(example) for example in zip(*columns, strict=True)}
+
+
+def _columns(value: Any, size: int | None) -> Iterator[list[Hashable]]:
+    """What each example has of every tensor, and of every list of plain values."""
+    if isinstance(value, Tensor):
+        if value.dim() and len(value) == size and value.numel() and value.layout == torch.strided:
+            rows = value.detach().cpu().reshape(size, -1).contiguous().view(torch.uint8).numpy()
+            yield [row.tobytes() for row in rows]
+        return
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(parts, (list, tuple)):
+        return
+    if len(parts) == size and all(isinstance(part, (int, float, str)) for part in parts):
+        yield list(parts)
+        return
+    for part in parts:
+        yield from _columns(part, size)
