@@ -257,12 +257,19 @@ def weights_to_round(model: nn.Module) -> dict[str, RoundedWeight]:
         is_matrix = isinstance(module, _MATRICES) and own in ("weight", "in_proj_weight")
         is_experts = not is_matrix and weight.dim() == 3 and weight.shape[0] > 1  # in a bare parameter
         if weight is not head and weight.dim() > 1 and (is_matrix or is_experts):
-            # Fused experts say so where they are stored as Conv1D is (GPT-OSS).
-            by_input = bool(getattr(module, "is_transposed", False)) if is_experts else isinstance(module, Conv1D)
+            by_input = _stored_by_input(module, own, weight) if is_experts else isinstance(module, Conv1D)
             found[name] = RoundedWeight(weight, by_input, is_experts)
     if not found:
         raise ValueError("`model` must have linear layers with floating-point weights, got none. Load it unquantised.")
     return found
+
+
+def _stored_by_input(experts: nn.Module, name: str, weight: Tensor) -> bool:
+    """Whether fused experts are stored as Conv1D is: they say so (GPT-OSS), or their hidden size shows it (Llama 4)."""
+    told, hidden = getattr(experts, "is_transposed", None), getattr(experts, "hidden_size", None)
+    if told is not None or hidden is None or weight.shape[1] == weight.shape[2]:
+        return bool(told)
+    return bool(weight.shape[2 if name.startswith("down") else 1] == hidden)
 
 
 @torch.no_grad()

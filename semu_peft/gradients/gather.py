@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.examples import check_not_empty, count_examples
 
-from .batch_gradient import TokenGradient
 from .loss_scale import LossScale
 from .padding import SeenMask, watch_mask
 from .processes import sum_over_processes
-from .sources import GradientSource
+from .sources import GradientSource, LayerSource
 from .statistics import GradientSum, Statistic, StatisticFactory
 from .targets import find_sources
 
@@ -258,8 +257,6 @@ def _caught(
             if gradient is None:
                 return
             received[name] += 1
-            if isinstance(gradient, TokenGradient):
-                gradient = replace(gradient, counts=mask.of(gradient.inputs))
             with named:
                 if torch.is_autocast_enabled(kind):
                     with torch.autocast(kind, enabled=False):
@@ -271,6 +268,8 @@ def _caught(
 
     with ExitStack() as handles:
         for name, source in sources.items():
+            if isinstance(source, LayerSource):
+                source.mask = mask
             handles.callback(source.attach(fold_into(name)).remove)
         yield scale
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from semu_peft.objectives.batches import is_encoder_decoder
+
 
 class SeenMask:
     """The `attention_mask` of the last forward pass, `(N, tokens)`, if it had one."""
@@ -17,7 +19,9 @@ class SeenMask:
 
     def of(self, rows: Tensor) -> Tensor | None:
         """Which of the rows `(N, tokens, …)` are no padding, `(N, tokens)`, bool; None where nobody said so of them."""
-        return self._mask if self._mask is not None and rows.shape[:2] == self._mask.shape else None
+        if self._mask is None or rows.dim() < 3 or rows.shape[:2] != self._mask.shape:
+            return None
+        return self._mask.to(rows.device)
 
     def see(self, mask: Any) -> None:
         """Keep what a forward pass is given as its `attention_mask`."""
@@ -27,6 +31,8 @@ class SeenMask:
 @contextmanager
 def watch_mask(model: nn.Module) -> Iterator[SeenMask]:
     """Look at what each forward pass is told of padding while the context lasts.
+
+    An encoder-decoder has tokens of two kinds, of which the mask is about the one: there nothing is said of any.
 
     Examples:
         >>> import torch
@@ -39,10 +45,10 @@ def watch_mask(model: nn.Module) -> Iterator[SeenMask]:
         ...     seen.of(x), seen.of(x.flatten(0, 1))
         (tensor([[ True, False]]), None)
     """
-    seen = SeenMask()
+    seen, is_of_two_kinds = SeenMask(), is_encoder_decoder(model)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.see(kwargs.get("attention_mask"))
+        seen.see(None if is_of_two_kinds else kwargs.get("attention_mask"))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,6 +16,7 @@ from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.weight_use import WeightUse, read_weight, weight_use
 
 from .batch_gradient import BatchGradient, ConvGradient, DenseGradient, TokenGradient
+from .padding import SeenMask
 from .processes import whole
 
 Fold = Callable[[BatchGradient], None]
@@ -175,6 +177,9 @@ class LayerSource(GradientSource):
         parts: Splits `(output gradient, input)` of one call into the gradients to fold.
         shape: Of the weight read as a matrix; by default its rows, flattened.
 
+    Attributes:
+        mask: What forward passes are told of padding, if anybody looks.
+
     Examples:
         >>> import torch
         >>> from semu_peft.gradients import LayerSource, TokenGradient
@@ -194,6 +199,7 @@ class LayerSource(GradientSource):
     ) -> None:
         self._layer = layer
         self._parts = parts
+        self.mask: SeenMask | None = None
         weight: Any = getattr(layer, "base_weight", None)
         weight = read_weight(layer) if weight is None else weight
         self.shape = shape or tuple(weight.flatten(1).shape)
@@ -217,6 +223,7 @@ class LayerSource(GradientSource):
             elif output._is_view():  # a hook on a view is lost when the model changes the view in place
                 output = changed = torch.ops.aten._unsafe_view(output, output.shape)
             inputs = (args or tuple(kwargs.values()))[0]
+            counts = None if self.mask is None else self.mask.of(inputs)
             kept = [_Keep.apply(inputs.detach(), anchor)]
 
             def on_gradient(gradient: Tensor) -> None:
@@ -227,7 +234,8 @@ class LayerSource(GradientSource):
                     kept.clear()
                 with torch.no_grad():
                     for part in self._parts(gradient, inputs):
-                        fold(part)
+                        is_counted = counts is not None and isinstance(part, TokenGradient)
+                        fold(replace(part, counts=counts) if is_counted else part)  # type: ignore[type-var]
 
             output.register_hook(on_gradient)
             return changed

@@ -102,11 +102,11 @@ def check_batches(batches: Any, name: str = "batches") -> None:
 
 
 def _is_inputs_and_labels(batches: Any) -> bool:
-    """Whether this is one batch: two batches of inputs alone, as `split` gives them, are of one dtype and shape."""
+    """Whether this is one batch: two batches of inputs alone, as `split` gives them, are of one kind."""
     if not isinstance(batches, tuple) or len(batches) != 2 or not all(isinstance(each, _ARRAYS) for each in batches):
         return False
     first, second = batches
-    return first.shape[:1] == second.shape[:1] and (first.dtype, first.shape[1:]) != (second.dtype, second.shape[1:])
+    return first.shape[:1] == second.shape[:1] and (first.ndim > second.ndim or first.dtype != second.dtype)
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

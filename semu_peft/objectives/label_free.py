@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Objective
-from .batches import logits_of, placed_inputs, split_batch
+from .batches import is_encoder_decoder, logits_of, placed_inputs, split_batch
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SquaredLogits(Objective):
         logits = logits_of(run_without_labels(model, batch))
         squares = logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum(-1)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and mask.shape == squares.shape:
+        if isinstance(mask, Tensor) and mask.shape == squares.shape and not is_encoder_decoder(model):
             squares = squares[mask.to(squares.device).bool()]
         return squares.mean()
 

@@ -309,7 +309,7 @@ class _Stack:
                     if rows.counts is None:
                         counts[index] += len(right)
                     else:
-                        is_token = rows.counts.reshape(-1, 1)
+                        is_token = rows.counts.reshape(-1, 1).to(new.device)
                         left, right = left * is_token, right * is_token
                         unpadded[index] += is_token.sum()
                     if left.numel() <= _SMALL and left.shape == right.shape:

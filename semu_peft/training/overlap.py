@@ -63,21 +63,31 @@ def _examples(batch: Any) -> set[int]:
     """A number for each example of a batch, which another with the same inputs and labels has as well."""
     size = count_examples(batch)
     columns = list(_columns(batch, size)) if size else []
+    if None in columns:
+        return set()
     return {hash(example) for example in zip(*columns, strict=True)}
 
 
-def _columns(value: Any, size: int | None) -> Iterator[list[Hashable]]:
-    """What each example has of every tensor, and of every list of plain values."""
+def _columns(value: Any, size: int | None) -> Iterator[list[Hashable] | None]:
+    """What each example has of every tensor and list of plain values; None of what cannot be told apart by example."""
     if isinstance(value, Tensor):
-        if value.dim() and len(value) == size and value.numel() and value.layout == torch.strided:
-            rows = value.detach().cpu().reshape(size, -1).contiguous().view(torch.uint8).numpy()
-            yield [row.tobytes() for row in rows]
+        if not value.dim():
+            return  # a setting
+        rowwise = not value.is_nested and value.layout == torch.strided and len(value) == size and value.numel() > 0
+        yield _rows(value) if rowwise else None
         return
     parts = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(parts, (list, tuple)):
+        yield from () if parts is None or isinstance(parts, (bool, int, float, str)) else (None,)
         return
     if len(parts) == size and all(isinstance(part, (int, float, str)) for part in parts):
         yield list(parts)
         return
     for part in parts:
         yield from _columns(part, size)
+
+
+def _rows(value: Tensor) -> list[Hashable]:
+    rows = value.detach().cpu().resolve_conj().resolve_neg().reshape(len(value), -1)
+    # A copy, as strides that do not matter for one row would forbid the view.
+    return [row.tobytes() for row in rows.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()]

@@ -37,7 +37,7 @@ def check_trainable(model: nn.Module) -> None:
         ValueError: Adapters are merged or disabled, or nothing requires gradients.
     """
     semu = [layer for layer in model.modules() if isinstance(layer, SemuLayer)]
-    _check_running(semu or [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)])
+    _check_running(model, semu or [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)])
     for layer in semu:
         _check_initialized(layer)
     adapters = list(dict.fromkeys(name for layer in semu for name in layer.active_adapters if _trains(layer, name)))
@@ -55,15 +55,20 @@ def check_trainable(model: nn.Module) -> None:
     _warn_of_starts(model)
 
 
-def _check_running(layers: Sequence[Any]) -> None:
+def _check_running(model: nn.Module, layers: Sequence[Any]) -> None:
     """Raise where layers that are to be trained take no part in a forward pass."""
+    own: set[int] = set()
     for layer in layers:
-        if layer.merged and any(parameter.requires_grad for parameter in layer.parameters()):
+        base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+        trained = {id(parameter) for parameter in layer.parameters() if parameter.requires_grad} - base
+        own |= trained
+        if layer.merged and trained:
             raise ValueError(
                 f"`model`: the adapters {sorted(layer.merged_adapters)} are merged into the weights, so that no "
                 "gradient reaches what is to be trained; call `unmerge_adapter` first."
             )
-    if layers and all(layer.disable_adapters for layer in layers):
+    others = [parameter for parameter in trained_parameters(model).values() if id(parameter) not in own]
+    if layers and not others and all(layer.disable_adapters for layer in layers):
         raise ValueError(
             "`model`: its adapters are disabled, so that no gradient reaches them; call "
             "`model.base_model.enable_adapter_layers()` first (`enable_adapters()` in transformers and diffusers)."

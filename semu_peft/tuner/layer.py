@@ -301,9 +301,9 @@ class SemuLayer(nn.Module, FrozenBase, HoldsTensors, BaseTunerLayer):
         """Dial one adapter's correction: 0 is the original model, 1 the trained forgetting.
 
         Raises:
-            ValueError: The adapter is merged.
+            ValueError: The adapter is merged at another scale.
         """
-        if adapter in self.merged_adapters:
+        if adapter in self.merged_adapters and scale != self._merged_scales[adapter]:
             raise ValueError(f"The adapter {adapter!r} is merged into the weights; call `unmerge_adapter` first.")
         if adapter in self.scaling:
             self.scaling[adapter] = scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -84,10 +85,17 @@ def fitted(model: nn.Module, config: SemuConfig, adapter_name: str, state_dict: 
         if problem := _no_embedding(key, place, state_dict[key], embeddings):
             refuse(model, config, adapter_name, problem)
     make_room(model, adapter_name, state_dict)
+    others = {name for layer in model.modules() if isinstance(layer, SemuLayer) for name in layer.r} - {adapter_name}
+    if brought and others:
+        warnings.warn(
+            f"The file of adapter {adapter_name!r} brings {sorted(brought)[0]!r}, whose numbers are not the model's: "
+            f"they are the embedding from now on, for {sorted(others)} and with all adapters off too. Save it with "
+            "`save_embedding_layers=False` where that is not meant.",
+            stacklevel=2,
+        )
     for key, place in brought.items():
-        place.copy_(
-            state_dict[key]
-        )  # not left to PEFT, which may give the model the file's dtype, and part tied weights
+        # Not left to PEFT, which may give the model the file's dtype, and part tied weights.
+        place.copy_(state_dict[key])
     return {key: value for key, value in state_dict.items() if key not in foreign}
 
 

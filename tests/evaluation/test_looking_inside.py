@@ -110,6 +110,21 @@ def test_rows_of_fused_experts_are_the_outputs_of_each(is_transposed: bool) -> N
         assert torch.equal(experts.weight, seen[1])
 
 
+def test_the_side_of_experts_shows_by_their_hidden_size() -> None:
+    """Llama 4's are stored by their inputs and do not say so, Mixtral's by their outputs."""
+    for by_input in (False, True):
+        experts = nn.Module()
+        experts.hidden_size = 4
+        shapes = {"gate_up_proj": (2, 4, 6), "down_proj": (2, 3, 4)} if by_input else {
+            "gate_up_proj": (2, 6, 4), "down_proj": (2, 4, 3),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            experts.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        found = weights_to_round(nn.Sequential(experts))
+        assert [each.by_input for each in found.values()] == [by_input, by_input]
+        assert [len(each.rows(each.weight)) for each in found.values()] == [12, 8]
+
+
 def test_both_ways_to_round_reach_the_same_weights_and_leave_head_and_embeddings() -> None:
     model = get_peft_model(llama(), SemuConfig(target_modules=["q_proj", "lm_head"], r=2, init_weights=False))
     seen: list[dict[str, torch.Tensor]] = []

@@ -13,10 +13,12 @@ from models import CLASSES, VIT, Cnn, Mlp, llama, vit
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from semu_peft import SemuConfig, initialize_semu_weights
 from semu_peft.gradients import ConvGradient, CoreCovariance, DenseGradient, SquaredSum, TokenGradient
 from semu_peft.gradients.gather import gather
+from semu_peft.objectives import CrossEntropy
 from semu_peft.tuner.adapted import semu_layers
 
 EXAMPLES = 6
@@ -270,6 +272,34 @@ def test_core_covariance_is_the_cores_fisher_for_one_row() -> None:
         gradient = layer.semu_core["default"].grad.flatten()
         kronecker = torch.kron(found[name].outputs, found[name].inputs)
         torch.testing.assert_close(kronecker, torch.outer(gradient, gradient), atol=1e-7, rtol=1e-3)
+
+
+def test_padding_is_told_apart_where_a_pass_begins() -> None:
+    """By the mask of a layer's own pass, of tokens alone, and not by that of the other side of an encoder-decoder."""
+
+    def rows(model: nn.Module, batch: Any, objective: Any, target: str) -> float:
+        options: dict[str, Any] = {"targets": [target], "progress": False}
+        return gather(model, [batch], objective, statistic=CoreCovariance.of_weight, **options)[target].rows  # type: ignore[attr-defined]
+
+    ids = torch.randint(3, 32, (4, 8))
+    masks = [(torch.arange(8) < length).long().expand(4, 8) for length in (8, 3)]
+
+    def both(model: nn.Module, batch: Any) -> Tensor:
+        return sum(model(input_ids=ids, attention_mask=mask).logits.square().mean() for mask in masks)
+
+    assert rows(llama().eval(), {"input_ids": ids, "labels": ids}, both, "model.layers.0.mlp.down_proj") == 4 * 11
+    config = BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=2
+    )  # fmt: skip
+    pooled = {"input_ids": torch.randint(3, 32, (4, 16)), "labels": torch.arange(4) % 2}
+    pooled["attention_mask"] = (torch.arange(16) < 5).long().expand(4, 16)
+    assert rows(BertForSequenceClassification(config).eval(), pooled, CrossEntropy(), "classifier") == 4
+    small = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )  # fmt: skip
+    answers = {"input_ids": ids, "attention_mask": masks[1], "labels": ids}
+    target = "decoder.block.0.layer.2.DenseReluDense.wo"
+    assert rows(T5ForConditionalGeneration(small).eval(), answers, CrossEntropy(), target) == 32
 
 
 def test_core_covariance_of_what_has_no_rows() -> None:
