@@ -145,7 +145,7 @@ def embedding_parameters(model: nn.Module) -> dict[str, Tensor]:
         Their own parameters without gradients, by the names that they have without adapters.
     """
     root: Any = base_model(model)
-    found = [getattr(root, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    found = [_embedding(root, kind) for kind in ("input", "output")]
     every = dict(root.named_modules(remove_duplicate=False))
     own = own_modules(root)
     names = {without_wrappers(name) for name, module in every.items() if any(module is each for each in found)}
@@ -154,6 +154,13 @@ def embedding_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name in sorted(names & set(own))
         for kind, parameter in own[name].named_parameters(recurse=False)
     }
+
+
+def _embedding(root: Any, kind: str) -> Any:
+    try:
+        return getattr(root, f"get_{kind}_embeddings", lambda: None)()
+    except NotImplementedError:  # a model of two towers has none that is its own
+        return None
 
 
 def _foreign_tensors(
