@@ -17,7 +17,7 @@ from semu_peft.linalg import core
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
 from semu_peft.subspace.fill import fill
 from semu_peft.subspace.starts import LayerStart
-from semu_peft.tuner.adapted import base_model, own_modules, own_parameters, semu_layers, targets_for
+from semu_peft.tuner.adapted import find_embedding, own_modules, own_parameters, semu_layers, targets_for
 from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.keys import PREFIX
 from semu_peft.tuner.layer import SemuLayer
@@ -146,11 +146,7 @@ def as_shira(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[ShiraConfig
 
 def _shared_names(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> list[str]:
     """The names of the input embedding's weight, where it has several: a correction can be shared by them alone."""
-    getter = getattr(base_model(model), "get_input_embeddings", None)
-    try:
-        weight = getattr(getter() if getter else None, "weight", None)
-    except NotImplementedError:  # a model of transformers without embeddings
-        return []
+    weight = getattr(find_embedding(model), "weight", None)
     names = [name for name, parameter in parameters.items() if parameter is weight]
     return names if len(names) > 1 else []
 

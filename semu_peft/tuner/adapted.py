@@ -35,6 +35,20 @@ def find_token_head(model: nn.Module) -> Any:
     return getattr(base_model(model), "get_output_embeddings", lambda: None)()
 
 
+def find_embedding(model: nn.Module) -> Any:
+    """The layer that looks tokens up; None where a model has none, or several, as one of two towers.
+
+    Examples:
+        >>> from semu_peft.tuner.adapted import find_embedding
+        >>> find_embedding(decoder) is decoder.model.embed_tokens, find_embedding(nn.Linear(2, 2))
+        (True, None)
+    """
+    try:
+        return getattr(base_model(model), "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+
+
 def token_head(model: nn.Module) -> Any:
     """The layer that reads tokens from hidden states, of a model that must have one.
 

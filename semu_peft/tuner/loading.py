@@ -14,11 +14,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapted import base_model, own_modules
+from .adapted import base_model, find_embedding, find_token_head, own_modules
 from .config import SemuConfig
 from .keys import layer_of, tensor_key, without_compilation, without_prefix, without_wrappers
 from .layer import SemuLayer
 from .reduced_bases import is_basis
+from .tensors import is_sharded
 from .tied import TiedLayer
 
 _ROUNDING = 0.05  # bfloat16's is below 0.01
@@ -145,7 +146,7 @@ def embedding_parameters(model: nn.Module) -> dict[str, Tensor]:
         Their own parameters without gradients, by the names that they have without adapters.
     """
     root: Any = base_model(model)
-    found = [_embedding(root, kind) for kind in ("input", "output")]
+    found = [find_embedding(root), find_token_head(root)]
     every = dict(root.named_modules(remove_duplicate=False))
     own = own_modules(root)
     names = {without_wrappers(name) for name, module in every.items() if any(module is each for each in found)}
@@ -154,13 +155,6 @@ def embedding_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name in sorted(names & set(own))
         for kind, parameter in own[name].named_parameters(recurse=False)
     }
-
-
-def _embedding(root: Any, kind: str) -> Any:
-    try:
-        return getattr(root, f"get_{kind}_embeddings", lambda: None)()
-    except NotImplementedError:  # a model of two towers has none that is its own
-        return None
 
 
 def _foreign_tensors(
@@ -213,7 +207,7 @@ def _names(model: nn.Module) -> list[str]:
 
 def _same(place: Tensor, value: Tensor) -> bool:
     """Whether a file's tensor changes nothing: it has the model's numbers, as far as the coarser dtype shows."""
-    if place.is_meta or hasattr(place, "to_local"):
+    if place.is_meta or is_sharded(place):
         return True  # without values, or sharded: not compared, and not loaded either
     if place.shape != value.shape:
         return False

@@ -184,7 +184,7 @@ def left_out(model: nn.Module, state_dict: Mapping[str, Tensor], others: Collect
     if not any(lacks(key) for key, _ in model.named_parameters(remove_duplicate=False)):
         return {}
     found = {key: tensor for key, tensor in model.state_dict().items() if lacks(key)}
-    if any(map(_is_sharded, found.values())) and not any(map(_is_sharded, state_dict.values())):
+    if any(map(is_sharded, found.values())) and not any(map(is_sharded, state_dict.values())):
         raise ValueError(
             f"The name of an adapter must not be in that of a sharded tensor, got {next(iter(found))!r} beside the "
             f"adapters {sorted(others)}: PEFT has left it out of what was gathered to be saved. Save in one process, "
@@ -193,7 +193,15 @@ def left_out(model: nn.Module, state_dict: Mapping[str, Tensor], others: Collect
     return found
 
 
-def _is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: Any) -> bool:
+    """Whether each process holds a part of it alone.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.tuner.tensors import is_sharded
+        >>> is_sharded(torch.ones(2))
+        False
+    """
     return hasattr(tensor, "to_local")
 
 
