@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,9 @@ from torch.nn import functional as F
 
 from .cost import dense_is_cheaper
 from .layer import SemuLayer, in_range
+
+# By the number of spatial dimensions; not an attribute of the classes, whose call torch 2.7 cannot export.
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvNd(SemuLayer):
@@ -22,9 +24,6 @@ class ConvNd(SemuLayer):
     `in / groups` matrices `out × kernel`; there the dense correction is cheaper than its factors, so it joins the base
     weight in one convolution.
     """
-
-    convolution: ClassVar[Callable[..., Tensor]]
-    """The convolution function of as many dimensions."""
 
     @property
     def conv(self) -> nn.Conv2d:
@@ -69,7 +68,7 @@ class ConvNd(SemuLayer):
         hidden = base._conv_forward(x, filters.repeat(groups, *(1 for _ in filters.shape[1:])), None)
         pointwise = (1,) * len(base.kernel_size)
         mixed = (left @ core).to(hidden.dtype).reshape(-1, rank, *pointwise)
-        return output + self.convolution(hidden, mixed, groups=groups).to(output.dtype)
+        return output + CONVOLUTIONS[len(pointwise)](hidden, mixed, groups=groups).to(output.dtype)
 
     def joins_weight(self, adapter_names: list[str], x: Tensor) -> bool:
         base, compiled = self.conv, torch.compiler.is_compiling()
@@ -103,8 +102,6 @@ class Conv1d(ConvNd):
         ((4, 2), (6, 2))
     """
 
-    convolution = staticmethod(F.conv1d)
-
 
 class Conv2d(ConvNd):
     """`torch.nn.Conv2d` with SEMU corrections.
@@ -120,8 +117,6 @@ class Conv2d(ConvNd):
         ((3, 4, 2), (3, 9, 2))
     """
 
-    convolution = staticmethod(F.conv2d)
-
 
 class Conv3d(ConvNd):
     """`torch.nn.Conv3d` with SEMU corrections.
@@ -136,5 +131,3 @@ class Conv3d(ConvNd):
         >>> tuple(layer.get_delta_weight("default").shape)
         (4, 1, 2, 2, 2)
     """
-
-    convolution = staticmethod(F.conv3d)

@@ -202,12 +202,12 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def resized(folder: Path, seed: int, vocabulary: int = 34, **options: Any) -> Any:
+def resized(folder: Path, seed: int, vocabulary: int = 34) -> Any:
     """A language model from a folder, with new rows drawn at random: their numbers are in no other file."""
     if not folder.exists():
         torch.manual_seed(0)
         llama().save_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, **options)
+    model = LlamaForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
     model.resize_token_embeddings(vocabulary)
     return model.eval()
@@ -261,7 +261,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 def test_embeddings_in_half_precision_do_not_round_the_models(tmp_path: Path) -> None:
     config = SemuConfig(target_modules=["q_proj", "embed_tokens"], r=2, init_weights=False)
-    get_peft_model(resized(tmp_path / "base", 5, 32, dtype=torch.bfloat16), config).save_pretrained(tmp_path / "a")
+    get_peft_model(resized(tmp_path / "base", 5, 32).bfloat16(), config).save_pretrained(tmp_path / "a")
     for low_cpu_mem_usage in (False, True):
         fresh = resized(tmp_path / "base", 5, 32)
         weight = fresh.get_input_embeddings().weight.detach().clone()
