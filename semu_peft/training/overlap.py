@@ -19,8 +19,8 @@ _FIRST = 8  # forget batches, with the retain batches beside them: each is copie
 class Overlap:
     """Says once where a retain batch has an example of a forget batch, with its labels: one would undo the other.
 
-    Only the first batches are looked at, as the run has them, so that data of any size cost the same; what is padded or
-    augmented otherwise in the two is not recognised.
+    Only the first batches are looked at, as the run has them, so that data of any size cost the same. What
+    `attention_mask` leaves out is not a part of an example; what is augmented otherwise in the two is not recognised.
 
     Examples:
         >>> import torch
@@ -62,19 +62,25 @@ class Overlap:
 def _examples(batch: Any) -> set[int]:
     """A number for each example of a batch, which another with the same inputs and labels has as well."""
     size = count_examples(batch)
-    columns = list(_columns(batch, size)) if size else []
+    columns = list(_columns(batch, size, _mask(batch))) if size else []
     if None in columns:
         return set()
     return {hash(example) for example in zip(*columns, strict=True)}
 
 
-def _columns(value: Any, size: int | None) -> Iterator[list[Hashable] | None]:
+def _mask(batch: Any) -> Tensor | None:
+    """Where the tokens of padded rows are, `(N, T)`; None where a batch does not say."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _columns(value: Any, size: int | None, mask: Tensor | None) -> Iterator[list[Hashable] | None]:
     """What each example has of every tensor and list of plain values; None of what cannot be told apart by example."""
     if isinstance(value, Tensor):
         if not value.dim():
             return  # a setting
         rowwise = not value.is_nested and value.layout == torch.strided and len(value) == size and value.numel() > 0
-        yield _rows(value) if rowwise else None
+        yield _rows(value, mask) if rowwise else None
         return
     parts = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(parts, (list, tuple)):
@@ -84,10 +90,12 @@ def _columns(value: Any, size: int | None) -> Iterator[list[Hashable] | None]:
         yield list(parts)
         return
     for part in parts:
-        yield from _columns(part, size)
+        yield from _columns(part, size, mask)
 
 
-def _rows(value: Tensor) -> list[Hashable]:
-    rows = value.detach().cpu().resolve_conj().resolve_neg().reshape(len(value), -1)
+def _rows(value: Tensor, mask: Tensor | None) -> list[Hashable]:
+    if mask is not None and value.shape[:2] == mask.shape:
+        return [_rows(row[None, kept], None)[0] for row, kept in zip(value, mask, strict=True)]
+    rows = value.detach().cpu().resolve_conj().resolve_neg().reshape(len(value), value[0].numel())
     # A copy, as strides that do not matter for one row would forbid the view.
     return [row.tobytes() for row in rows.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()]

@@ -47,3 +47,28 @@ def test_batches_that_cannot_be_told_apart_by_example_say_nothing(inputs: list[A
 def test_other_labels_are_other_examples() -> None:
     inputs = torch.ones(2, 3)
     assert not told((inputs, torch.tensor([0, 1])), (inputs, torch.tensor([2, 3])))
+
+
+def padded(batch: dict[str, torch.Tensor], before: int, after: int) -> dict[str, torch.Tensor]:
+    """A batch of the same texts, padded as the tokenizer pads and as a collator pads the labels."""
+    filled = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    pad = torch.nn.functional.pad
+    return {key: pad(value, (before, after), value=filled[key]) for key, value in batch.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 2)])
+def test_texts_are_found_however_they_are_padded(before: int, after: int) -> None:
+    batch = {"input_ids": TABLE, "attention_mask": torch.ones_like(TABLE), "labels": TABLE}
+    assert told(batch, padded(batch, before, after))
+    others = {**batch, "labels": TABLE + 1}
+    assert not told(batch, padded(others, before, after))
+
+
+def test_a_text_that_another_begins_with_is_another() -> None:
+    ids, labels = torch.ones(2, 1, 4, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    begun = {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(mask), "labels": labels}
+    assert not told(whole, begun)
+    nothing = {**begun, "attention_mask": torch.zeros_like(mask)}
+    assert told(nothing, nothing) and not told(begun, nothing)
