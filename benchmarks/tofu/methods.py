@@ -11,10 +11,9 @@ import torch
 from cells import ADAMW, ADAMW_99, ALL, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
 from machine import clock
 from measure import ATTACKER, one_batch, others_of
-from own import answers_about_others
 from peft import LoraConfig, get_peft_model
 from sentences import OBJECTIVES, Given
-from subjects import Subject, load
+from subjects import TEMPLATE, Subject, load
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from watch import Values, Watch, WatchToBudgets, put, values_of
@@ -22,7 +21,7 @@ from watch import Values, Watch, WatchToBudgets, put, values_of
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
 from semu_peft.gradients.covariance import LayerCovariance
 from semu_peft.gradients.gather import gather
-from semu_peft.language import TextExamples, unseen_answers
+from semu_peft.language import TextExamples, answers_about_others, unseen_answers
 from semu_peft.language.shapes import as_example
 from semu_peft.objectives import Attacker, Objective, SimulatedRelearning
 from semu_peft.objectives.attackers import Relearner
@@ -253,7 +252,10 @@ def _texts(subject: Subject, name: str) -> TextExamples:
         return subject.examples(subject.retain if name == "answers" else subject.more_neutral)
     where = subject.original, subject.own_answers
     if where not in _OWN:
-        _OWN[where] = answers_about_others(subject, subject.own_answers)
+        _OWN[where] = answers_about_others(
+            load(subject.original), subject.tokenizer, subject.told, template=TEMPLATE, number=subject.own_answers,
+            max_new_tokens=60, batch_size=500,
+        )  # fmt: skip
     return _OWN[where]
 
 

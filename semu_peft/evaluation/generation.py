@@ -23,7 +23,7 @@ from semu_peft.language.decoding import (
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import is_encoder_decoder
 
-from .prompts import encoder_for, prompt_tokens
+from .prompts import encoder_for
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +148,7 @@ def generate_answers(
             "transformers, or the PEFT model around it."
         )
     encoder = encoder_for(model, tokenizer, template)
-    prompts = [prompt_tokens(encoder, question, start) for question in questions]
+    prompts = [encoder.prompt_tokens(question, start) for question in questions]
     if not prompts:
         raise ValueError(f"`{name}` must hold at least one question, got none. Check the file it was read from.")
     check_fits(model, [{"input_ids": prompt} for prompt in prompts], name, room=0 if encoder.seq2seq else 1)

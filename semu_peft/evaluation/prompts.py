@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from semu_peft.language.encode import TextEncoder
-from semu_peft.language.shapes import Message, TextExample, read_text
+from semu_peft.language.shapes import TextExample, read_text
 from semu_peft.objectives.batches import is_encoder_decoder
 
 _NO_LIMIT = 1 << 20  # nothing is cut: half an answer would be scored as if it were one
@@ -95,31 +95,3 @@ def encoder_for(model: nn.Module, tokenizer: Any, template: str | None = None) -
         True
     """
     return TextEncoder(tokenizer, template, _NO_LIMIT, is_encoder_decoder(model))
-
-
-def prompt_tokens(encoder: TextEncoder, prompt: str | Sequence[Message], start: str = "") -> list[int]:
-    """What an answer is generated after: the tokens that stand before it where it is scored.
-
-    Args:
-        encoder: Of the model's questions and answers.
-        prompt: The question.
-        start: What the answer is made to begin with.
-
-    Examples:
-        >>> from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
-        >>> encoder = encoder_for(decoder, tokenizer)
-        >>> row = encoder.answer("What colour?", "blue")
-        >>> prompt_tokens(encoder, "What colour?") == row["input_ids"][: row["labels"].count(-100)]
-        True
-    """
-    before = encoder.texts(prompt, "")[0] + start
-    # The blank before an answer belongs to its first word, as tokenizers cut; a chat's is a part of its template.
-    text = before if encoder.uses_chat and not start else before.rstrip(" ")
-    tokens = encoder.tokens(text, ends=False)
-    if encoder.seq2seq:
-        return tokens
-    # Some tokenizers put EOS behind every text, after which a decoder says nothing.
-    bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-    while len(tokens) > len(bare) and tokens[-1] == encoder.tokenizer.eos_token_id and tokens[-len(bare) :] != bare:
-        tokens.pop()
-    return tokens

@@ -4,6 +4,7 @@ from .alternates import REFUSALS, choose_alternates
 from .dataset import TextCollator, TextExamples, TextStream, text_examples
 from .encode import TextEncoder
 from .forget import TextResult, forget_text
+from .others import answers_about_others
 from .pairing import ForgetRetainPairs, Part
 from .samples import own_samples
 from .shapes import ColumnsError, TextExample, as_example, read_text
@@ -22,6 +23,7 @@ __all__ = [
     "TextResult",
     "TextStream",
     "UntilUnseen",
+    "answers_about_others",
     "as_example",
     "choose_alternates",
     "forget_text",

@@ -131,6 +131,32 @@ class TextEncoder:
         parts = [ids[start : start + self.max_length] for start in starts]
         return [{"input_ids": part, "labels": [IGNORED, *part[1:]]} for part in parts]
 
+    def prompt_tokens(self, prompt: str | Sequence[Message], start: str = "") -> list[int]:
+        """What an answer is generated after: the tokens that stand before it where it is trained on and scored.
+
+        Args:
+            prompt: The question.
+            start: What the answer is made to begin with.
+
+        Examples:
+            >>> from semu_peft.language import TextEncoder
+            >>> encoder = TextEncoder(tokenizer)
+            >>> row = encoder.answer("What colour?", "blue")
+            >>> encoder.prompt_tokens("What colour?") == row["input_ids"][: row["labels"].count(-100)]
+            True
+        """
+        before = self.texts(prompt, "")[0] + start
+        # The blank before an answer belongs to its first word, as tokenizers cut; a chat's is a part of its template.
+        text = before if self.uses_chat and not start else before.rstrip(" ")
+        tokens = self.tokens(text, ends=False)
+        if self.seq2seq:
+            return tokens
+        # Some tokenizers put EOS behind every text, after which a decoder says nothing.
+        bare = self._as_written(text)
+        while len(tokens) > len(bare) and tokens[-1] == self.tokenizer.eos_token_id and tokens[-len(bare) :] != bare:
+            tokens.pop()
+        return tokens
+
     def texts(self, prompt: str | Sequence[Message], answer: str) -> tuple[str, str, bool]:
         """The prompt as the model reads it, the same with the answer, and whether that says itself where it ends."""
         if not self.uses_chat:

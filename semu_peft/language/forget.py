@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
 from .decoding import check_fits, most_tokens
+from .others import answers_about_others
 from .samples import own_samples
 from .shapes import TextExample, check_apart
 from .stopping import UntilUnseen
@@ -47,7 +48,8 @@ _METHODS: dict[str, Callable[[], Objective]] = {
     "gradient-ascent": objectives.GradientAscent,
 }
 _UNSEEN = "unseen-answers"
-_OWN = "what the model says of its own accord"
+_OWN, _OTHERS = "what the model says of its own accord", "its own answers about others"
+_SHOWN = {"neutral": "neutral texts"}
 _ALTERNATES = {"dpo": "refusals", "idk": "refusals", "flat": "refusals", "altpo": "perturbed"}
 
 
@@ -57,17 +59,25 @@ class _Usual:
 
     Attributes:
         retain_weight: Nats of forgetting that a nat of change outweighs, for two sets.
-        weight_of_samples: The same where the model's own samples are all there is to hold.
+        weight_of_others: Of each set where the model's own answers about others are one: they are near what it forgets.
+        weight_of_samples: The same as the first where the model's own samples are all there is to hold.
         kl: How far a step may move the outputs, where that is not the optimiser's default.
     """
 
     retain_weight: float = 60.0
+    weight_of_others: float = 10.0
     weight_of_samples: float = 60.0
     kl: float | None = None
 
+    def weight(self, held: Mapping[str, Any]) -> float:
+        """Of all that is held together."""
+        if _OTHERS in held:
+            return self.weight_of_others * len(held)
+        return self.weight_of_samples if _OWN in held else self.retain_weight
+
 
 # Weighted ascent lets go of an answer as it becomes unlikely, so that far less holds it, at longer steps.
-_USUAL = {"wga": _Usual(2.0, 6.0, kl=0.5)}
+_USUAL = {"wga": _Usual(2.0, 0.1, 6.0, kl=0.5)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +132,19 @@ def forget_text(
     """Make a language model forget texts or answers: tokenise, find the subspace, train, with a hold on all else.
 
     What is minimised is the method's objective on the forget batches plus `retain_weight` times `KL(original ‖ now)`
-    per token on batches that are to stay as they are: the `retain` data and `neutral` texts or, without either, texts
-    that the model itself says. The cores are trained by natural gradients, so that no learning rate is needed. Adapters
-    that are active stay so, and only the new one trains.
+    per token on batches that are to stay as they are: the `retain` data and `neutral` texts. Without `retain` the model
+    is asked about others than the questions to forget name, and its answers are held
+    ([`answers_about_others`][semu_peft.language.others.answers_about_others]); where they name nobody, the run warns,
+    and holds what the model says of its own accord unless there are neutral texts. The cores are trained by natural
+    gradients, so that no learning rate is needed. Adapters that are active stay so, and only the new one trains.
 
     Args:
         model: A language model of transformers, decoder or encoder-decoder, also quantised; bare or with adapters.
         tokenizer: Its tokenizer.
         forget: What to forget: a list of texts, of pairs (prompt, answer) or of mappings, a `datasets.Dataset` or a
             path, as [`text_examples`][semu_peft.language.dataset.text_examples] reads it; or ready `TextExamples`.
-        retain: What to keep, likewise: answers of the same kind that must stay. Without them, forgetting more than a
-            few answers takes others of that kind along. Where there are none, the model's own answers about others do,
-            by `own_samples(..., prompts=...)` and a `retain_weight` of 0.1.
+        retain: What to keep, likewise: answers of the same kind that must stay. Without them, and without the model's
+            own answers about others, forgetting more than a few answers takes others of that kind along.
         neutral: Texts of any kind, likewise, on which the model must not change.
         method: `"wga"` (weighted ascent, which forgot the most at the most of the utility in `benchmarks/tofu`),
             `"npo"` (β 0.03), `"simnpo"`, `"unseen-answers"`
@@ -148,7 +159,8 @@ def forget_text(
             it as the model was trained.
         max_length: The most tokens of a row; at most as many as the model has positions.
         retain_weight: Weight of what is to stay; by default 60, with `"wga"` 2, or 6 where that is nothing but what the
-            model says itself; with `max_retain_kl`, which brings its own, 0.
+            model says itself; where its own answers about others are among it 10 of each set, with `"wga"` 0.1; with
+            `max_retain_kl`, which brings its own, 0.
         max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
             step exceeds.
         config: The adapter; by default all linear layers but the head.
@@ -202,25 +214,17 @@ def forget_text(
             "`max_steps`.",
             stacklevel=2,
         )
+    held = dict(zip(given, kept, strict=True))
+    if retain is None:
+        held |= _of_the_model_itself(model, examples, bool(held), template, batch_size, seed, progress)
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
-        weight = 0.0 if max_retain_kl is not None else usual.retain_weight if kept else usual.weight_of_samples
+        weight = 0.0 if max_retain_kl is not None else usual.weight(held)
     if usual.kl is not None and training.get("learning_rate") is None:
         training = {"optimizer": NaturalGradient(kl=usual.kl)} | training
-    is_own = not kept
-    if is_own:
-        warnings.warn(
-            f"Nothing is held but {_OWN}, which says little of answers of the same kind: others may be lost with those "
-            "to be forgotten. Give `retain`, or the model's own answers about others (`own_samples` with `prompts`), "
-            "and measure what is left of them.",
-            stacklevel=2,
-        )
-        said = own_samples(
-            model, tokenizer, number=4 * batch_size, batch_size=batch_size, without=examples, seed=seed
-        )  # fmt: skip
-        kept = [said]
     terms = [
-        Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(kept)) for each in kept
+        Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(held))
+        for each in held.values()
     ]
     size = min(batch_size, len(examples))
     unseen = _nll(model, text_examples(tokenizer, never_learnt, **reading), size) if never_learnt else None
@@ -245,8 +249,26 @@ def forget_text(
             callbacks=[*stop, *callbacks], seed=seed, progress=progress, adapter_name=adapter_name, **training,
         )  # fmt: skip
     if retain is None:
-        result = replace(result, damage_on=_OWN if is_own else "neutral texts")
+        result = replace(result, damage_on=" and ".join(_SHOWN.get(name, name) for name in held))
     return TextResult(adapted, adapter_name, profile, result, examples)
+
+
+def _of_the_model_itself(
+    model: nn.Module, forget: TextExamples, is_beside: bool, template: str | None, batch_size: int, seed: int,
+    progress: bool,
+) -> dict[str, TextExamples]:  # fmt: skip
+    """What to hold without `retain`: answers about others, or samples where there is nothing else."""
+    how: dict[str, Any] = {"number": 4 * batch_size, "batch_size": batch_size, "seed": seed, "progress": progress}
+    try:
+        return {_OTHERS: answers_about_others(model, forget.tokenizer, forget, template=template, **how)}
+    except ValueError as error:
+        warnings.warn(
+            f"Nothing is held but {_SHOWN['neutral'] if is_beside else _OWN}, which says little of answers of the same "
+            "kind: others may be lost with those to be forgotten, so measure what is left of them. (The model was to "
+            f"be asked about others instead: {error})",
+            stacklevel=3,
+        )
+    return {} if is_beside else {_OWN: own_samples(model, forget.tokenizer, without=forget, **how)}
 
 
 def _check_method(method: Any) -> None:

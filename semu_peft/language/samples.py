@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_count, check_kind, check_positive
 from semu_peft.model_state import device_of, eval_mode
@@ -28,9 +29,10 @@ def own_samples(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     without: TextExamples | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | Sequence[list[int]] = (),
     temperature: float = 1.0,
     seed: int = 0,
+    progress: bool = False,
 ) -> TextExamples:
     """Sample texts from a model, from its beginning token on, with labels on each token that it chose.
 
@@ -48,9 +50,11 @@ def own_samples(
         without: What is to be forgotten. Texts that say six tokens in a row of one of its answers, or all of a shorter
             one, are left out: held, they would keep it. So are empty ones, but as answers to `prompts`. There may then
             be fewer than `number`.
-        prompts: What the texts begin with instead, in turn, written as the model was trained, with the beginning token.
+        prompts: What the texts begin with instead, in turn, written as the model was trained, with the beginning token;
+            or the tokens of that.
         temperature: Of the samples; below 1 a model says what it is surer of.
         seed: Seed of the samples. The global random state stays as it is.
+        progress: Show a progress bar.
 
     Returns:
         The texts, as rows of tokens.
@@ -86,7 +90,8 @@ def own_samples(
     banned = {run for row in forgotten for run in token_runs(_answer(row, tokenizer.eos_token_id), _RUN)}
     lengths = {len(run) for run in banned}
     drawn = 0
-    with eval_mode(model), torch.random.fork_rng(devices), only_settings(settings, model):
+    bar = tqdm(total=number, desc="Sampling", unit="text", leave=False, disable=not progress)
+    with bar, eval_mode(model), torch.random.fork_rng(devices), only_settings(settings, model):
         torch.manual_seed(seed)
         while len(rows) < number and drawn < _MOST_DRAWS * number:
             size = min(batch_size, number - len(rows))
@@ -106,6 +111,7 @@ def own_samples(
                 if not decodes:
                     row = {"input_ids": [*begin, *said], "labels": [IGNORED] * len(begin) + said}
                 rows.append(row)
+                bar.update()
     if not rows:
         raise ValueError(
             f"`model` must say something beside what is to be forgotten, but does in none of {drawn} samples of its "
@@ -114,7 +120,7 @@ def own_samples(
     return TextExamples(rows, [], tokenizer)
 
 
-def _begins(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+def _begins(tokenizer: Any, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
     """What texts begin with, in tokens."""
     if not prompts:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -122,7 +128,10 @@ def _begins(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
             raise ValueError("`tokenizer` must have a BOS or an EOS token to begin with. Give `neutral` texts instead.")
         return [[start]]
     check_kind("prompts", prompts, (list, tuple), "a list of texts", "Write ['Question: What colour?'].")
-    begins = [list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    begins = [
+        list(tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt)
+        for prompt in prompts
+    ]
     if not all(begins):
         raise ValueError(
             f"`prompts` must have a token each, got {prompts[begins.index([])]!r}. Leave `prompts` out to begin with "

@@ -87,8 +87,9 @@ def test_warnings_are_one_line_each_in_flags_and_in_the_json(tmp_path: Path) -> 
         "`until_unseen` has nothing to compare with, as no unseen answers can be made of `--forget`: the run takes "
         "every step, however far past that level. Give wrong answers (`perturbed_answer`), or fewer `--max-steps`.",
         "Nothing is held but what the model says of its own accord, which says little of answers of the same kind: "
-        "others may be lost with those to be forgotten. Give `--retain`, or the model's own answers about others "
-        "(`own_samples` with `prompts`), and measure what is left of them.",
+        "others may be lost with those to be forgotten, so measure what is left of them. (The model was to be asked "
+        "about others instead: `--forget` must have questions that name somebody, in two words or more, got none. Give "
+        "`--retain`.)",
         "No step lowered the loss over the first batches of the run, so the adapter is as it was before. Give more "
         "examples in a batch, or a `learning_rate`, by which AdamW trains. (from Python: `semu_peft.unlearn`)",
     ]

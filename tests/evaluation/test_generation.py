@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from semu_peft.evaluation import generate_answers, rouge_l
-from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
+from semu_peft.evaluation.prompts import encoder_for
 
 QUESTIONS = ["who wrote it", "where lives Ada", "what", "who"]
 
@@ -32,7 +32,7 @@ def test_greedy_answers_are_those_of_each_question_alone(adapted: bool) -> None:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     together = generate_answers(model, tokenizer, QUESTIONS, max_new_tokens=8, batch_size=3, progress=False)
     for question, written in zip(QUESTIONS, together, strict=True):
-        ids = prompt_tokens(encoder_for(model, tokenizer), question)
+        ids = encoder_for(model, tokenizer).prompt_tokens(question)
         start = len(ids)
         while len(ids) < start + 8 and ids[-1] != WORDS.index("</s>"):
             with torch.no_grad():
@@ -74,7 +74,7 @@ def test_draws_are_repeatable_and_leave_the_generators_alone() -> None:
 
 def of_words(number: int) -> str:
     """A question that is so many tokens with what is written around it."""
-    around = len(prompt_tokens(encoder_for(decoder(), word_tokenizer()), ""))
+    around = len(encoder_for(decoder(), word_tokenizer()).prompt_tokens(""))
     return " ".join(["what"] * (number - around))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from semu_peft.evaluation import TokenScores, generate_answers, neutral_kl, score_answers, score_texts
-from semu_peft.evaluation.prompts import encoder_for, prompt_tokens
+from semu_peft.evaluation.prompts import encoder_for
 
 QUIET = {"progress": False}
 PAIRS = [(row["question"], row["answer"]) for row in FORGET]
@@ -63,9 +63,7 @@ def test_the_prompt_that_is_scored_is_the_one_that_is_generated_from() -> None:
     encoder = encoder_for(decoder(), word_tokenizer())
     row = encoder.answer("who wrote it", "Ada wrote it")
     length = row["labels"].count(-100)
-    assert (
-        row["input_ids"][:length] == prompt_tokens(encoder, "who wrote it") == ids("Question : who wrote it Answer :")
-    )
+    assert row["input_ids"][:length] == encoder.prompt_tokens("who wrote it") == ids("Question : who wrote it Answer :")
     assert row["input_ids"][length:] == row["labels"][length:] == ids("Ada wrote it </s>")
 
 
@@ -77,12 +75,12 @@ def test_an_end_that_the_tokenizer_appends_is_not_generated_after() -> None:
     encoder = encoder_for(decoder(), tokenizer)
     row = encoder.answer("who wrote it", "Ada wrote it")
     length = row["labels"].count(-100)
-    assert row["input_ids"][:length] == prompt_tokens(encoder, "who wrote it")
-    assert prompt_tokens(encoder, "who wrote it") == ids("<s> Question : who wrote it Answer :")
-    assert prompt_tokens(encoder, "who", " Ada") == ids("<s> Question : who Answer : Ada")
+    assert row["input_ids"][:length] == encoder.prompt_tokens("who wrote it")
+    assert encoder.prompt_tokens("who wrote it") == ids("<s> Question : who wrote it Answer :")
+    assert encoder.prompt_tokens("who", " Ada") == ids("<s> Question : who Answer : Ada")
     ended = encoder_for(decoder(), tokenizer, "{question} </s>{answer}")
-    assert prompt_tokens(ended, "who") == ids("<s> who </s>")
-    assert prompt_tokens(encoder_for(t5(), tokenizer), "who") == ids("<s> who </s>")
+    assert ended.prompt_tokens("who") == ids("<s> who </s>")
+    assert encoder_for(t5(), tokenizer).prompt_tokens("who") == ids("<s> who </s>")
     plain, options = word_tokenizer(), {"max_new_tokens": 6, "progress": False}
     questions = ["who wrote it", "what"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
@@ -100,7 +98,7 @@ def test_a_chat_template_ends_the_answer_once() -> None:
     row = encoder.answer("who", "Ada")
     length = row["labels"].count(-100)
     assert row["input_ids"][length:] == ids("Ada </s>")
-    assert row["input_ids"][:length] == prompt_tokens(encoder, "who") == ids("Question : who Answer :")
+    assert row["input_ids"][:length] == encoder.prompt_tokens("who") == ids("Question : who Answer :")
     scores = score_answers(decoder(), tokenizer, [("who", "Ada")], **QUIET)
     assert [len(part) for part in scores.without_eos().log_probs] == [1]
 

@@ -13,7 +13,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
 from semu_peft.evaluation import neutral_kl, score_texts
-from semu_peft.evaluation.prompts import prompt_tokens
 from semu_peft.language import (
     REFUSALS,
     TextCollator,
@@ -57,7 +56,7 @@ def test_the_beginning_stands_once() -> None:
     assert row == text_examples(words, [pair], template=template)[0]
     assert row == text_examples(plain, [pair], template="<s>" + template)[0]
     encoder = TextEncoder(words, "<s>" + template)
-    assert tokens(words, prompt_tokens(encoder, "How?"))[:2] == ["<s>", "Question"]
+    assert tokens(words, encoder.prompt_tokens("How?"))[:2] == ["<s>", "Question"]
     for text in ("a b", "<s>a b"):
         assert tokens(words, TextEncoder(words).windows(text)[0]["input_ids"]) == ["<s>", "a", " b", "</s>"]
     for each in (words, plain):
@@ -160,7 +159,7 @@ def test_a_chat_template_that_moves_the_system_message() -> None:
     ]  # fmt: skip
     assert tokens(words, row["input_ids"]) == [*prompt, " two", "</s>"]
     assert row["labels"] == [-100] * len(prompt) + row["input_ids"][len(prompt) :]
-    assert tokens(words, prompt_tokens(TextEncoder(words), turns)) == prompt
+    assert tokens(words, TextEncoder(words).prompt_tokens(turns)) == prompt
     short = text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "s"}]}])[0]  # as in `</s>`
     assert tokens(words, short["input_ids"])[-3:] == ["<assistant>", "<unk>", "</s>"]
     words.chat_template = MOVES_SYSTEM.replace("{{ turn.content|trim }}", "{{ turn.content|upper }}")

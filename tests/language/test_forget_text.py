@@ -278,9 +278,10 @@ def test_with_nothing_to_keep_the_run_says_what_its_damage_is_of() -> None:
     with pytest.warns(UserWarning, match="Nothing is held but what the model says of its own accord"):
         alone = forget_text(model, tokenizer(), FORGET, **few)
     assert alone.training.damage_on == "what the model says of its own accord"
+    with pytest.warns(UserWarning, match=r"held but neutral texts.* \(The model was .*: `forget` must have q"):
+        neutral = forget_text(decoder(), tokenizer(), FORGET, neutral=["b d"], **few)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        neutral = forget_text(decoder(), tokenizer(), FORGET, neutral=["b d"], **few)
         held = forget_text(decoder(), tokenizer(), FORGET, retain=RETAIN, **few)
     assert neutral.training.damage_on == "neutral texts" and held.training.damage_on is None
 
