@@ -114,14 +114,16 @@ def _encoded(encoder: TextEncoder, source: Any) -> TextExamples:
 
 
 def _text_of(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(turn.get("content") or "" for turn in prompt)
 
 
 def _named(prompt: Prompt, name: str, other: str) -> Prompt:
     """The prompt with another name for a name, or with none."""
     if isinstance(prompt, str):
         return prompt.replace(name, other)
-    return tuple({**turn, "content": turn["content"].replace(name, other)} for turn in prompt)
+    return tuple(
+        {**turn, "content": turn["content"].replace(name, other)} if turn.get("content") else turn for turn in prompt
+    )
 
 
 def _answer(row: dict[str, list[int]], tokenizer: Any) -> str:
