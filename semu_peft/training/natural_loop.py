@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,12 +17,9 @@ from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
 from semu_peft.gradients.processes import (
-    is_sharded,
     mean_of_numbers,
     processes_of_torch,
     rows_elsewhere,
-    sum_over_processes,
-    whole,
 )
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
@@ -35,12 +32,12 @@ from .curvature_choice import Refresh, curvature_and_control, is_whole_matrix, s
 from .ends import Ends
 from .fingerprint import Fingerprint, describe
 from .first_look import check_data, check_first_look, check_shards
+from .flat_cores import FlatCores
 from .held_batches import ENOUGH_EXAMPLES
 from .looks import Looks
 from .loop import Loop, Losses
 from .natural import Choose, NaturalGradient, trained_cores
 from .optimizers import SchedulerFactory
-from .parameters import leave_shards_alone, put_into
 from .pressure import Pressure
 from .proximal import Proximal
 from .rules.base import Step, StepData
@@ -79,17 +76,16 @@ class NaturalLoop(Loop):
         assert found is not None  # as `why_not_natural` found nothing
         self.adapter_name, cores = found
         self.runner = extract_model_from_parallel(self.prepared.model)
-        self.cores = [core for _, core in cores.values()]
-        self.is_sharded = any(map(is_sharded, self.cores))
         self.layers = {name: layer for name, (layer, _) in cores.items()}
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         # Also where torch alone knows of the processes, in a wrapper that the caller has made.
         self.processes = processes_of_torch() or self.accelerator.num_processes
+        self.cores = FlatCores(self.model, {name: core for name, (_, core) in cores.items()}, self.processes)
         self.trials = Trials(
             self.runner, self.objectives, self.weights, self.adapter_name, limit=natural.max_retain_kl,
             measures_damage=natural.max_retain_kl is not None or choose is not None,
             # Not a method of this loop, which would then be freed by the next garbage collection only.
-            mean_over_processes=partial(mean_of_numbers, processes=self.processes, device=self.cores[0].device),
+            mean_over_processes=partial(mean_of_numbers, processes=self.processes, device=self.cores.device),
         )  # fmt: skip
         self.rank = torch.distributed.get_rank() if processes_of_torch() else self.accelerator.process_index
         turns = math.lcm(*(objective.turns for objective in self.objectives))
@@ -97,7 +93,7 @@ class NaturalLoop(Loop):
         self.looks = Looks(self.prepared, self.progress, self._seeds(), self.objectives, self.trials)
         self.refresh = Refresh()  # until a curvature is chosen
         self.pressure = Pressure(natural.max_retain_kl)
-        self.best = self._flat()
+        self.best = self.cores.place()
         self.proximal = Proximal(self.best)
         self.start_values: dict[str, float] = {}  # the losses where the run began, on the held batches
         self.remembered: list[int] = []  # places of forget batches that were found so when others were not
@@ -129,13 +125,13 @@ class NaturalLoop(Loop):
         check_shards(batches_in(self.prepared.forget), self._mean_over_processes)
         with ExitStack() as stack:
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
-            self.slots = slots_of(dict(zip(self.layers, self.cores, strict=True)), self.caught)
+            self.slots = slots_of(self.cores.by_layer, self.caught)
             if self._restored is not None:
                 self._choose_curvature(is_whole=self._restored["is_whole"])
                 self.curvature.load_state_dict(self._restored["curvature"])
                 self.control.load_state_dict(self._restored["control"])
             # What an objective takes as given of the model is that of the start, in a resumed run as well.
-            with self._at(self.proximal.start):
+            with self.cores.at(self.proximal.start):
                 self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
             if self.held and not self.start_values:
                 self._look_at_start(self.trials.evaluate(self.held, with_gradient=False))
@@ -148,7 +144,7 @@ class NaturalLoop(Loop):
         self._leave_the_best()
         done_already = (ALREADY_FORGOTTEN, AT_MINIMUM[ALREADY_FORGOTTEN])
         tried = self.progress.step and self.context.control.reason not in done_already
-        if self.choose is None and tried and torch.equal(self._flat(), self.proximal.start):
+        if self.choose is None and tried and torch.equal(self.cores.place(), self.proximal.start):
             mend = "a `learning_rate`, by which AdamW trains"
             if self.natural.max_retain_kl is not None:
                 mend = "a larger `max_retain_kl`"
@@ -182,7 +178,7 @@ class NaturalLoop(Loop):
 
     def _choose_curvature(self, *, is_whole: bool) -> None:
         self.curvature, self.control = curvature_and_control(
-            self.natural, self.slots, self.cores[0].device, is_whole=is_whole, enough=self.stopping.enough()
+            self.natural, self.slots, self.cores.device, is_whole=is_whole, enough=self.stopping.enough()
         )
         self.refresh = Refresh.of(self.natural, self._steps_of_epoch(), is_whole=is_whole)
 
@@ -225,7 +221,7 @@ class NaturalLoop(Loop):
         Batches may come in an order, so that a few of them say nothing of others: where one is found that is still
         remembered, its place is returned, and the run goes on.
         """
-        place = self._flat()
+        place = self.cores.place()
         if self.stopping.follow(here.values["loss"] + self.proximal.at(place)):
             self.best = place
         batches = batches_in(self.prepared.forget)
@@ -265,17 +261,17 @@ class NaturalLoop(Loop):
     def _hold(self, place: int) -> None:
         """Compare the cores on this batch as well from here on, and go on for one more pass at least."""
         self.remembered = sorted({*self.remembered, place})
-        with self._at(self.proximal.start):
+        with self.cores.at(self.proximal.start):
             self.held = self.looks.held(self.first_draws, self.stopping.turns, self.remembered)
         self.start_values = self._values_at(self.proximal.start)
         self.stopping.wait(self._steps_of_epoch())
 
     def _give_up(self) -> None:
-        self._move_to(self.best)
+        self.cores.move_to(self.best)
         self._stop(NOT_FINITE)
 
     def _stop(self, reason: str) -> None:
-        if reason == FORGOTTEN and torch.equal(self._flat(), self.proximal.start):
+        if reason == FORGOTTEN and torch.equal(self.cores.place(), self.proximal.start):
             reason = ALREADY_FORGOTTEN
         if not self.objectives[0].forgets:
             reason = AT_MINIMUM.get(reason, reason)
@@ -283,19 +279,19 @@ class NaturalLoop(Loop):
 
     def _leave_the_best(self) -> None:
         """End with the best cores seen, by the loss on the batches that the start was measured on; or at the choice."""
-        last = self._flat()
+        last = self.cores.place()
         ends = Ends(self.proximal, self.start_values, self._values_at, self.natural.max_retain_kl)
         if self.choose is None:
             end, values = ends.best([self.best, last])
         else:  # the last place was measured nowhere yet
             history = [*self.progress.history, self._entry(self._values_at(last))]
             end, values = ends.chosen(self.choose, [*self.path, last], history)
-        self._move_to(end)
+        self.cores.move_to(end)
         self._enter_into_history(values)
 
     def _values_at(self, place: Tensor, terms: list[Term] | None = None) -> Losses:
         """What the model does there with the held batches, or others."""
-        with self._at(place):
+        with self.cores.at(place):
             return self.trials.evaluate(self.held if terms is None else terms, with_gradient=False).values
 
     # ---- one step ----
@@ -303,11 +299,13 @@ class NaturalLoop(Loop):
     def _update_cores(self, terms: list[Term], here: Tried, *, keep_graph: bool) -> Tried:
         """Try steps from here until one is good, and go there; where none is, stay."""
         step = self._start_step(self._data_at(terms))
-        start = self._flat()
+        start = self.cores.place()
         is_due = self.refresh.is_due(self.progress.step)
         # FSDP's graph cannot be gone through twice.
         loss = here.loss + self._pressed() * here.spent if self._pressed() else here.loss
-        gradient = self._mean(self._backward_to_cores(loss, retain_graph=is_due and not self.is_sharded))
+        gradient = self.cores.mean_over_processes(
+            self.cores.gradient_of(loss, retain_graph=is_due and not self.cores.is_sharded)
+        )
         probes = self._probes(here) if is_due else []
         if not self._all_finite([gradient, *(probe.gradient for probe in probes)]):
             # Attention's gradient may overflow where its outputs do not.
@@ -334,22 +332,22 @@ class NaturalLoop(Loop):
     ) -> tuple[Tried, float]:
         """Go to the first good place that is proposed, or stay; with how far the outputs moved."""
         before, was_refused = self.control.state_dict(), False
-        with self._back_if_interrupted(start):
+        with self.cores.back_if_interrupted(start):
             for _ in range(_MOST_TRIALS):
                 direction, predicted = self.control.propose(self.curvature, gradient)
                 if predicted < _NEGLIGIBLE * self.stopping.enough():
                     break
-                self._move_to(start + direction)
+                self.cores.move_to(start + direction)
                 self._apply(step, "update")
                 tried = self._evaluate(terms, self.progress.step + 1, with_gradient=keep_graph)
-                relief = self.proximal.at(start) - self.proximal.at(self._flat())
+                relief = self.proximal.at(start) - self.proximal.at(self.cores.place())
                 outcome = self._outcome(here, tried, predicted, relief)
                 if self.control.is_good(outcome):
                     self.stopping.failures = 0
                     self._follow_budget(tried.damage, was_refused)
                     return tried, outcome.kl
                 was_refused |= outcome.is_over_budget and not self.control.is_too_long(outcome)
-        self._move_to(start)
+        self.cores.move_to(start)
         self._follow_budget(here.damage, was_refused)
         self.stopping.failures += 1
         self.control.load_state_dict(before)
@@ -368,7 +366,7 @@ class NaturalLoop(Loop):
 
     def _start_again(self, terms: list[Term], *, keep_graph: bool) -> Tried:
         """Go back to the start, and from there on with the pull that is known now."""
-        self._move_to(self.proximal.start)
+        self.cores.move_to(self.proximal.start)
         self.best = self.proximal.start
         self.stopping.begin_again()
         return self._evaluate(terms, self.progress.step, with_gradient=keep_graph)
@@ -388,43 +386,24 @@ class NaturalLoop(Loop):
         """What the damage weighs beyond its weight in the loss."""
         return self.pressure.times * self.trials.damage_weight
 
-    def _backward_to_cores(self, loss: Tensor, *, retain_graph: bool) -> Tensor:
-        """The gradient of a loss of this process, as one vector `(P,)`; nothing is left in `.grad`."""
-        for core in self.cores:
-            core.grad = None
-        loss.backward(retain_graph=retain_graph)
-        parts = []
-        for core in self.cores:
-            gradient = torch.zeros_like(core) if core.grad is None else core.grad
-            parts.append(whole(gradient).flatten())
-            core.grad = None
-        return torch.cat([part.to(parts[0]) for part in parts]).float()
-
-    def _mean(self, gradient: Tensor) -> Tensor:
-        """The mean of a gradient over all processes, which FSDP takes by itself."""
-        return gradient if self.is_sharded else sum_over_processes(gradient) / self.processes
-
     def _start_step(self, data: StepData | None) -> Step:
         # The optimiser that Accelerate was given moves nothing here.
         return replace(super()._start_step(data), optimizer=None, natural=self._natural)
 
     def _natural(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        flat = torch.cat([whole(gradient[name]).flatten().float() for name in self.layers])
-        solved = self.curvature.solve(flat, self.control.damping)
-        return {name: solved[slot.place].view(slot.shape) for name, slot in zip(self.layers, self.slots, strict=True)}
+        return self.cores.split(self.curvature.solve(self.cores.join(gradient), self.control.damping))
 
     def _data_at(self, terms: list[Term]) -> StepData | None:
-        return gradients_of_terms(self.parameters, self.trials, terms, self._mean) if self.rules else None
+        if not self.rules:
+            return None
+        return gradients_of_terms(self.parameters, self.trials, terms, self.cores.mean_over_processes)
 
     def _under_rules(self, step: Step, gradient: Tensor) -> Tensor:
         if not self.rules:
             return gradient
-        self._write_gradient(gradient)
+        self.cores.write_gradient(gradient)
         self._apply(step, "gradients")
-        edited = torch.cat([whole(core.grad).flatten().float() for core in self.cores if core.grad is not None])
-        for core in self.cores:
-            core.grad = None
-        return edited
+        return self.cores.take_gradient()
 
     def _probes(self, here: Tried) -> list[Probe]:
         probes = []
@@ -436,12 +415,12 @@ class NaturalLoop(Loop):
             everywhere = examples * self.processes
             number = min(max(round(self.curvature.wanted_seeds / everywhere), 1), _MOST_PROBES)
             for _ in range(number):
-                if self.is_sharded:  # its graph cannot be gone through twice
+                if self.cores.is_sharded:  # its graph cannot be gone through twice
                     evaluation = term.objective.evaluate(self.runner, term.batch, term.prepared)
                 seed = self._seed(term, evaluation) / math.sqrt(number * batches)
                 self.caught.catching = True
                 try:
-                    gradient = self._backward_to_cores(seed, retain_graph=not self.is_sharded)
+                    gradient = self.cores.gradient_of(seed, retain_graph=not self.cores.is_sharded)
                 finally:
                     self.caught.catching = False
                 probes.append(Probe(self.caught.take(), gradient, examples))
@@ -459,45 +438,7 @@ class NaturalLoop(Loop):
         return torch.stack(seeds).sum()
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
-        return mean_of_numbers(losses, self.processes, self.cores[0].device)
-
-    # ---- the cores as one vector ----
-
-    @torch.no_grad()
-    def _flat(self) -> Tensor:
-        return torch.cat([whole(core.detach()).flatten().float() for core in self.cores])
-
-    @torch.no_grad()
-    def _move_to(self, flat: Tensor) -> None:
-        for slot, core in zip(self.slots, self.cores, strict=True):
-            put_into(core, flat[slot.place].view(slot.shape))
-        if self.is_sharded:
-            leave_shards_alone(self.model)  # or the next forward pass may be by what was gathered before
-
-    @contextmanager
-    def _at(self, place: Tensor) -> Iterator[None]:
-        """Be at a place for a while."""
-        here = self._flat()
-        self._move_to(place)
-        try:
-            yield
-        finally:
-            self._move_to(here)
-
-    @contextmanager
-    def _back_if_interrupted(self, place: Tensor) -> Iterator[None]:
-        """Go back to a place where what is tried from there does not come to its end."""
-        try:
-            yield
-        except BaseException:
-            if not self.is_sharded:  # the other processes would have to come along
-                self._move_to(place)
-            raise
-
-    def _write_gradient(self, flat: Tensor) -> None:
-        for slot, core in zip(self.slots, self.cores, strict=True):
-            core.grad = torch.zeros_like(core)
-            put_into(core.grad, flat[slot.place].view(slot.shape))
+        return mean_of_numbers(losses, self.processes, self.cores.device)
 
     # ---- resuming ----
 
