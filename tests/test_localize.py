@@ -206,6 +206,13 @@ def test_tracing_finds_the_planted_layer(carrier: int, how: str) -> None:
         localize.trace(model, ids, lambda m, b: float(m(b)), corrupted=torch.tensor([[3, 2, 1]]))
     with pytest.raises(ValueError, match="`modules` must name modules"):
         localize.trace(model, ids, lambda m, b: float(m(b)), modules=["layers.9"])
+    for odd, message in (
+        ({"modules": ["layers"]}, "`modules` must be called by `score`"),
+        ({"positions": [2]}, "`positions` must be of the 2 tokens"),
+        ({"corrupted": ids}, "Give another subject in `corrupted`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            localize.trace(model, ids, lambda m, b: float(m(b)), **odd)  # type: ignore[arg-type]
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
 from semu_peft.linalg import core
 from semu_peft.linalg.factorize import SingularFactors, leading_factors
+from semu_peft.objectives.adapter_parts import adapter_configs
 from semu_peft.subspace.fill import fill
 from semu_peft.subspace.starts import LayerStart
 from semu_peft.tuner.adapted import find_embedding, own_modules, own_parameters, semu_layers, targets_for
@@ -73,7 +74,8 @@ def as_semu(
         ValueError: No layer can carry any of them.
     """
     parameters = own_parameters(model)
-    shared = _shared_names(parameters, model)
+    others = [getattr(config, "ensure_weight_tying", False) for config in adapter_configs(model).values()]
+    shared = _shared_names(parameters, model) if all(others) else []  # all adapters of a model have it alike
     layers = _layers_of(deltas, own_modules(model), parameters, shared)
     if not layers:
         raise ValueError(
@@ -84,7 +86,7 @@ def as_semu(
     with taken_back_on_error(model, adapter_name=adapter_name):
         config = SemuConfig(
             target_modules=targets_for(model, list(layers)),
-            ensure_weight_tying=any(name in shared for name in layers.values()),
+            ensure_weight_tying=any([*others, *(name in shared for name in layers.values())]),
         )
         carrier = _with_adapter(model, config, adapter_name)
         corrected = semu_layers(carrier, adapter_name)

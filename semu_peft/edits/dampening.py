@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from semu_peft.arguments import check_kind, check_number, check_share
-from semu_peft.gradients.gather import Gathered
+from semu_peft.gradients.gather import Gathered, of_each_weight
 from semu_peft.gradients.statistics import SquaredSum
 
 from .deltas import Scaled, at_places
@@ -161,7 +161,7 @@ def _importances(forget: Gathered, everything: Gathered) -> dict[str, tuple[Tens
         raise ValueError(
             "`forget` and `everything` must be statistics of one kind of the same parameters. Gather both in one way."
         )
-    return {name: (forget[name].mean, everything[name].mean) for name in forget}  # type: ignore[attr-defined]
+    return {name: (forget[name].mean, everything[name].mean) for name in of_each_weight(forget)}  # type: ignore[attr-defined]
 
 
 def _largest_ratio(forget: Gathered, everything: Gathered) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,18 +120,29 @@ class Edit:
                 "that model, undo what was applied to it since, or pass `strict=False` to change these all the same."
             )
         before: dict[str, Tensor] = {}
+        is_asked = is_moved = False
         try:
             for name, (parameter, delta) in places.items():
                 kept = read_numbers(parameter, delta)
-                after = changed(kept, delta).to(parameter.dtype)
+                wanted = changed(kept, delta)
+                after = wanted.to(parameter.dtype)
                 if not bool(torch.isfinite(after).all()):
                     raise ValueError(f"`model`: the parameter {name!r} would not be finite. Make the edit smaller.")
                 before[name] = kept
                 write_numbers(parameter, delta, after)
+                is_asked |= not torch.equal(wanted, kept.to(wanted))
+                is_moved |= not torch.equal(after, kept)
         except BaseException:
             for name, kept in before.items():
                 write_numbers(places[name].parameter, places[name].delta, kept)
             raise
+        if is_asked and not is_moved:
+            kinds = ", ".join(sorted({str(place.parameter.dtype) for place in places.values()}))
+            warnings.warn(
+                f"The edit changed no number: all its changes are lost to the rounding of {kinds}. Load the model in "
+                "float32, carry the edit as an adapter (`edit.to_semu`), or make it larger.",
+                stacklevel=2,
+            )
         if undoable:
             _APPLIED.setdefault(base_model(model), []).append(_Kept(self, before))
         return Applied(self, model)

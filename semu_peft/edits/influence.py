@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from semu_peft.arguments import check_kind, check_number
-from semu_peft.gradients.gather import Gathered
+from semu_peft.gradients.gather import Gathered, of_each_weight
 from semu_peft.gradients.statistics import CoreCovariance, GradientSum
 from semu_peft.linalg.closed_form import kronecker_solve
 
@@ -149,4 +149,5 @@ def _means(role: str, gathered: Gathered) -> dict[str, Tensor]:
     check_kind(role, gathered, Gathered, "gathered gradients", mend)
     for statistic in gathered.values():
         check_kind(role, statistic, GradientSum, "sums of gradients", mend)
-    return {name: s.total / gathered.batches for name, s in gathered.items() if isinstance(s, GradientSum)}
+    means = of_each_weight(gathered).items()  # shared weights are changed once
+    return {name: s.total / gathered.batches for name, s in means if isinstance(s, GradientSum)}

@@ -47,16 +47,15 @@ def noise_columns(model: nn.Module, columns: Mapping[str, Sequence[int]], *, std
     check_positive("std", std)
     check_count("seed", seed, least=0)
     modules, generator, deltas = own_modules(model), torch.Generator().manual_seed(seed), {}
-    for name, chosen in columns.items():
+    for name, given in columns.items():
+        chosen = [int(column) for column in given]  # also of a tensor
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(modules.get(name), nn.Linear) or weight is None:
             raise ValueError(f"`columns` must name linear layers of the model, got {name!r}. {mend}")
         if not chosen or not all(0 <= column < weight.shape[1] for column in chosen):
-            raise ValueError(
-                f"`columns` of {name!r} must be from 0 to {weight.shape[1] - 1}, got {list(chosen)}. {mend}"
-            )
+            raise ValueError(f"`columns` of {name!r} must be from 0 to {weight.shape[1] - 1}, got {chosen}. {mend}")
         places, values = torch.zeros(weight.shape, dtype=torch.bool), torch.zeros(weight.shape)
-        places[:, list(chosen)] = True
+        places[:, chosen] = True
         values[places] = std * torch.randn(int(places.sum()), generator=generator)
         deltas[f"{name}.weight"] = at_places(Sparse, places, values)
     if not deltas:

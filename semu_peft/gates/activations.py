@@ -103,19 +103,23 @@ class NeuronAdjust:
 
     def densities(self, activations: Tensor) -> tuple[Tensor, Tensor]:
         """`N_f(a)` and `N_r(a)` of the neurons' activations `(…, k)`."""
-        return _normal(activations, *self._of(self.forget)), _normal(activations, *self._of(self.retain))
+        as_forget, as_retain = self._log_densities(activations)
+        return as_forget.exp(), as_retain.exp()
 
     def __call__(self, activations: Tensor) -> Tensor:
         chosen = self.neurons.to(activations.device).flatten()
         a = activations[..., chosen].float()
-        as_forget, as_retain = self.densities(a)
+        as_forget, as_retain = self._log_densities(a)  # far out both densities are no more than rounding
         moves = as_forget >= as_retain
         if self.seed is not None:
             draw = torch.rand(a.shape, generator=self._draws).to(a.device)
-            moves &= draw >= as_retain / (as_retain + as_forget).clamp_min(torch.finfo(torch.float32).tiny)
+            moves &= draw >= torch.sigmoid(as_retain - as_forget)
         (mean_f, deviation_f), (mean_r, deviation_r) = self._of(self.forget), self._of(self.retain)
         mirrored = mean_r.to(a) - (a - mean_f.to(a)) / deviation_f.to(a) * deviation_r.to(a)
         return activations.index_copy(-1, chosen, torch.where(moves, mirrored, a).to(activations.dtype))
+
+    def _log_densities(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        return _log_normal(activations, *self._of(self.forget)), _log_normal(activations, *self._of(self.retain))
 
     def _of(self, moments: Moments) -> tuple[Tensor, Tensor]:
         chosen = self.neurons.flatten()
@@ -250,9 +254,9 @@ def adjust_neurons(
     }
 
 
-def _normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def _log_normal(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     z = (x - mean.to(x)) / deviation.to(x)
-    return torch.exp(-0.5 * z.square()) / (deviation.to(x) * math.sqrt(2 * math.pi))
+    return -0.5 * z.square() - deviation.to(x).log() - 0.5 * math.log(2 * math.pi)
 
 
 def _check_side(side: Any) -> None:
@@ -268,6 +272,8 @@ def _moved(activations: Tensor, rows: Tensor, adjust: Adjustment) -> Tensor:
 
 
 def _moved_output(layer: nn.Module, args: Any, output: Any, *, rows: Tensor, adjust: Adjustment) -> Any:
+    if isinstance(output, tuple):  # as attention gives its weights as well, and some blocks their cache
+        return (_moved(output[0], rows, adjust), *output[1:])
     return _moved(output, rows, adjust)
 
 
@@ -276,7 +282,8 @@ def _moved_input(layer: nn.Module, args: Any, kwargs: Any, *, rows: Tensor, adju
 
 
 def _keep(layer: nn.Module, args: Any, output: Any, *, seen: dict[str, Tensor], name: str, side: Side) -> None:
-    seen[name] = (output if side == "output" else args[0]).detach()
+    given = output[0] if isinstance(output, tuple) else output
+    seen[name] = (given if side == "output" else args[0]).detach()
 
 
 def _add(

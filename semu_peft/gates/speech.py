@@ -42,11 +42,9 @@ class ForbiddenContinuations(LogitsProcessor):
     """
 
     def __init__(self, sequences: Iterable[Sequence[int]], open_rows: Tensor | None = None) -> None:
-        check_kind("sequences", sequences, Iterable, "lists of token indices", "Write `[[1, 2]]`.")
         self._trie: dict[int, Any] = {}
         self._depth = 0
-        for sequence in sequences:
-            tokens = [int(token) for token in sequence]
+        for tokens in _strings(sequences):
             if not tokens:
                 raise ValueError("`sequences` must hold strings of at least one token, got an empty one. Leave it out.")
             node = self._trie
@@ -78,6 +76,17 @@ class ForbiddenContinuations(LogitsProcessor):
             if tokens := self.after(input_ids[row, max(0, input_ids.shape[1] - self._depth + 1) :].tolist()):
                 masked[row, tokens] = -torch.inf
         return masked
+
+
+def _strings(sequences: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Strings of tokens, checked."""
+    kind, mend = "lists of token indices", "Write `[[1, 2]]`; `tokenizer(text).input_ids` has those of a text."
+    check_kind("sequences", sequences, Iterable, kind, mend)
+    strings = list(sequences)
+    for each in strings:
+        if isinstance(each, str) or not isinstance(each, Iterable):
+            raise TypeError(f"`sequences` must hold {kind}, got {each!r} among them. {mend}")
+    return [tuple(map(int, each)) for each in strings]
 
 
 def answer_strings(
@@ -224,11 +233,9 @@ class ForbiddenAnswers(Intervention):
         threshold: float = 0.5,
     ) -> None:
         super().__init__(model, gate)
-        kind = "lists of token indices"
-        check_kind("sequences", sequences, Iterable, kind, "Write `[[1, 2]]`.")
         check_number("penalty", penalty, low=0.0)
         named = sequences if isinstance(sequences, Mapping) else {_ALL: sequences}
-        self.sequences = {name: [tuple(map(int, each)) for each in strings] for name, strings in named.items()}
+        self.sequences = {name: _strings(strings) for name, strings in named.items()}
         every = [string for strings in self.sequences.values() for string in strings]
         ForbiddenContinuations(every)  # whose mistakes are told now
         if penalty > 0 and not any(len(string) == 1 for string in every):

@@ -73,6 +73,23 @@ class Gathered(Mapping[str, Statistic]):
         return f"Gathered({kinds} of {len(self)} layers, batches={self.batches}, examples={self.examples})"
 
 
+def of_each_weight(gathered: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """The statistics by layer name, of layers that share one weight under the first of their names alone.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft import gather, objectives
+        >>> model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        >>> model[2].weight = model[0].weight
+        >>> batches = [(torch.randn(8, 3), torch.randint(3, (8,)))]
+        >>> gathered = gather(model, batches, objectives.CrossEntropy(), progress=False)
+        >>> list(gathered), list(of_each_weight(gathered))
+        (['0', '2'], ['0'])
+    """
+    first: dict[int, str] = {}
+    return {name: each for name, each in gathered.items() if first.setdefault(id(each), name) == name}
+
+
 def gather(
     model: nn.Module,
     batches: Iterable[Any],

@@ -96,8 +96,8 @@ class InputMoment(Statistic):
 
     def add(self, gradient: BatchGradient) -> None:
         outputs, inputs = (factor.to(self._total) for factor in _rows_of(gradient))
-        live = (outputs != 0).any(-1, keepdim=True).to(self._total)
-        rows = torch.cat([inputs * live, live], -1)
+        live = (outputs != 0).any(-1, keepdim=True)
+        rows = torch.cat([torch.where(live, inputs, 0.0), live.to(self._total)], -1)
         rows = rows.sum(1) if self.per == "example" else rows.flatten(0, 1)
         self._total.add_(rows.mT @ rows)
         self._count += (live.any(1) if self.per == "example" else live).sum()

@@ -419,7 +419,8 @@ class CoreCovariance(Statistic):
             outputs, inputs = part.project(self.left, self.right)
             self._batch_outputs.add_(outputs.mT @ outputs)
             counts = getattr(part, "counts", None)
-            counted = inputs if counts is None else inputs * counts.reshape(-1, 1)
+            # An attention without a token to look at may give no number at padding.
+            counted = inputs if counts is None else torch.where(counts.reshape(-1, 1), inputs, 0.0)
             self._inputs.add_(counted.mT @ counted)
             self._rows += len(inputs) if counts is None else counts.sum()
 

@@ -124,7 +124,7 @@ def trace(
         seed: Of the noise.
 
     Raises:
-        ValueError: There is no such module, the corruption changes nothing, or shapes differ.
+        ValueError: There is no such module or position, the corruption changes nothing, or shapes differ.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -151,16 +151,30 @@ def trace(
     with torch.no_grad(), eval_mode(model):
         with _hooked({name: named[name] for name in chosen}, keep):
             clean = float(score(model, batch))
+        if places is not None:
+            _check_places(places, states)
         with _corrupted(noisy, noise, places, seed):
             broken = float(score(model, other))
             if not math.isfinite(clean - broken) or clean == broken:
-                raise ValueError(f"The corruption must change `score`, got {clean} and {broken}. Raise `noise`.")
+                mend = "Raise `noise`." if corrupted is None else "Give another subject in `corrupted`."
+                raise ValueError(f"The corruption must change `score`, got {clean} and {broken}. {mend}")
+            if missing := [name for name in chosen if name not in states]:
+                raise ValueError(f"`modules` must be called by `score`, got {missing[:3]}, which are not. Name others.")
             rows = {}
             for name in chosen:
                 with _hooked({name: named[name]}, lambda name, output: _put_back(output, states[name], places)):
                     restored = float(score(model, other))
                 rows[name] = {"recovery": (restored - broken) / (clean - broken), "score": restored}
     return Localization.of(rows, by="recovery")
+
+
+def _check_places(places: Tensor, states: Mapping[str, Tensor]) -> None:
+    for state in states.values():
+        length = state.shape[1] if state.dim() > 1 else 0
+        if not bool(((-length <= places) & (places < length)).all()):
+            raise ValueError(
+                f"`positions` must be of the {length} tokens, got {places.tolist()}. Count from 0, or -1 back."
+            )
 
 
 def _put_back(output: Tensor, state: Tensor, places: Tensor | None) -> Tensor:

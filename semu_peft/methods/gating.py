@@ -199,7 +199,8 @@ def ksd(
     """KSD: abstain on prompts whose last key lies in the box of a skill's keys.
 
     Source: Li et al. 2025, arXiv 2503.21730: the inputs of the last block's `down_proj`; a box `μ ± k σ` with the
-    smallest `k` that holds all keys, which is their largest score and needs no bisection; decided here for each prompt.
+    smallest `k` that holds all keys, which is their largest score and needs no bisection (its release then takes .08 of
+    it); decided here for each prompt.
 
     Args:
         model: A language model.

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from semu_peft.tuner.adapted import base_model
+from semu_peft.model_state import out_of_wrappers
+from semu_peft.tuner.adapted import base_model, uncompiled
 
 from .adapter_parts import adapter_configs
 from .packing import is_packed, masked_apart, transformer_of
@@ -288,6 +290,7 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
             inputs["labels"] = labels
     else:
         inputs = placed_inputs(model, kwargs)
+    args, inputs = named_for_task(model, args, inputs)
     try:
         return model(*args, **inputs, **options), inputs, labels
     except (TypeError, AttributeError) as error:
@@ -324,6 +327,25 @@ def placed_inputs(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     """
     inputs = _of_model(named)
     return masked_apart(model, inputs) if is_packed(inputs) else counted_from_first(model, inputs)
+
+
+def named_for_task(
+    model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs by position and by name; the first by the model's own name in a wrapper of PEFT for a task.
+
+    That takes what stands first for `input_ids`, also around a model of images.
+
+    Examples:
+        >>> from semu_peft.objectives.batches import named_for_task
+        >>> named_for_task(torch.nn.Identity(), (1,), {})
+        ((1,), {})
+    """
+    root, name = uncompiled(out_of_wrappers(uncompiled(model))), getattr(base_model(model), "main_input_name", None)
+    is_for_task = isinstance(root, PeftModel) and type(root).forward is not PeftModel.forward
+    if len(args) == 1 and is_for_task and name not in (None, "input_ids"):
+        return (), {name: args[0], **named}
+    return args, named
 
 
 def _of_model(named: Mapping[str, Any]) -> dict[str, Any]:

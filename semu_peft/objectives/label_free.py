@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Objective
-from .batches import is_encoder_decoder, logits_of, placed_inputs, split_batch
+from .batches import is_encoder_decoder, logits_of, named_for_task, placed_inputs, split_batch
 
 
 @dataclass
@@ -47,11 +47,14 @@ def run_without_labels(model: nn.Module, batch: Any) -> Any:
         >>> run_without_labels(torch.nn.ReLU(), (torch.tensor([-1.0, 2.0]), torch.tensor([0, 1])))
         tensor([0., 2.])
     """
+    inputs: tuple[Any, ...]
     if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):
-        return model(**placed_inputs(model, batch))
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        return model(batch[0])
-    inputs, named, _ = split_batch(batch)
-    return model(*inputs, **placed_inputs(model, named))
+        inputs, named = (batch,), {}
+    elif isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):
+        inputs, named = (), dict(batch)
+    elif isinstance(batch, (tuple, list)) and len(batch) == 1:
+        inputs, named = (batch[0],), {}
+    else:
+        inputs, named, _ = split_batch(batch)
+    inputs, named = named_for_task(model, inputs, placed_inputs(model, named))
+    return model(*inputs, **named)

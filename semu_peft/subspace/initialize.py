@@ -154,7 +154,7 @@ def initialize_semu_weights(
         raise ValueError(f"`skip_leading` must leave a direction somewhere, got {skip_leading}. Skip fewer.")
     corrected = {name: factors.leading(0) if name in left_out.read_past else factors for name, factors in found.items()}
     ranks = plan_ranks(corrected, layers, budget=rank_budget, adapter_name=adapter_name)
-    _check_ranks(ranks, corrected, left_out)
+    _check_ranks(ranks, corrected, left_out, rank_budget)
     chosen = {name: found[name].leading(ranks[name]) for name in layers}
     others = fill(layers, chosen, start, adapter_name, orthogonal_to)
     _warn_of_ddp(model)
@@ -324,7 +324,12 @@ def _fits(total: Any, layer: SemuLayer, adapter_name: str) -> bool:
     return isinstance(total, MatrixSum) and total.shape == layer.matrix_shape(adapter_name)
 
 
-def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors], left_out: _LeftOut) -> None:
+def _check_ranks(
+    ranks: Mapping[str, int],
+    found: Mapping[str, SingularFactors],
+    left_out: _LeftOut,
+    rank_budget: RankBudget | None,
+) -> None:
     empty = [name for name, factors in found.items() if factors.rank == 0]
     if len(empty) == len(found) and left_out.read_past:
         raise ValueError(
@@ -341,6 +346,12 @@ def _check_ranks(ranks: Mapping[str, int], found: Mapping[str, SingularFactors],
             f"The forget gradient is zero at {len(zero)} target layers ({zero[:3]} …): they get rank 0 and stay as "
             "they are.",
             stacklevel=3,
+        )
+    if not any(ranks.values()) and rank_budget is None:
+        raise ValueError(
+            "No direction of the forget gradient is left at any target layer: all are those of the adapters in "
+            "`orthogonal_to` (a request that has been forgotten already), of the retain data, or ruled out by "
+            "`rank_pattern`. Ask for less of these, or target more layers."
         )
     if not any(ranks.values()):
         raise ValueError("`rank_budget` pays for no direction at all: raise its `total`.")

@@ -89,6 +89,10 @@ def rest_of_epoch(loader: DataLoader[Any], seed: int, at: Position) -> Generator
             try:
                 iterator = iter(loader) if iterator is None else iterator
                 batch = next(iterator, _END)
+            except ValueError as error:  # Accelerate's words for a stream without any batch
+                if index or "does not contain any data" not in str(error):
+                    raise
+                batch = _END
             finally:
                 random_states = _random_states()
                 _set_random_states(outside)

@@ -310,7 +310,8 @@ class _Stack:
                         counts[index] += len(right)
                     else:
                         is_token = rows.counts.reshape(-1, 1).to(new.device)
-                        left, right = left * is_token, right * is_token
+                        # An attention without a token to look at may give no number there.
+                        left, right = (torch.where(is_token, side, 0.0) for side in (left, right))
                         unpadded[index] += is_token.sum()
                     if left.numel() <= _SMALL and left.shape == right.shape:
                         waiting.setdefault(left.shape, []).append((index, left, right))

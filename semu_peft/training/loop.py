@@ -297,7 +297,7 @@ class Loop:
 
         try:
             self.optimizer.step(evaluate)
-        except Exception:
+        except BaseException:
             _set(self.parameters, step.before)  # it fails between two evaluations, where no good step ends
             raise
         return evaluations[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from .batches import batches_in
@@ -61,6 +61,7 @@ def make_optimizer(
 
     Raises:
         TypeError: The factory is something else, or returned something else.
+        ValueError: It returned an optimiser of other parameters.
 
     Examples:
         >>> import torch
@@ -82,6 +83,12 @@ def make_optimizer(
         raise TypeError(
             f"`optimizer` must return a torch Optimizer, got {type(optimizer).__name__}. Check that the function ends "
             "with `return`."
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(map(id, parameters.values())):
+        raise ValueError(
+            f"`optimizer` must hold the parameters that it is given, got {type(optimizer).__name__} of others, which "
+            "would train nothing. Hand on what the function gets."
         )
     return optimizer
 
@@ -133,5 +140,10 @@ def make_schedule(factory: SchedulerFactory | None, optimizer: Optimizer, total_
         raise TypeError(
             f"`scheduler` must return a schedule of torch, got {type(schedule).__name__}. Check that the function ends "
             "with `return`."
+        )
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise TypeError(
+            "`scheduler` must be stepped without a metric, got ReduceLROnPlateau. Take another, such as "
+            "`CosineAnnealingLR`, and `EarlyStopping` to go by a metric."
         )
     return schedule

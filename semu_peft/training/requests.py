@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import inject_adapter_in_model
 from torch import nn
 
+from semu_peft.adapter.whole_model import taken_back_on_error
 from semu_peft.arguments import check_adapter_name, check_kind, check_model
 from semu_peft.objectives.adapter_parts import adapter_configs
 from semu_peft.objectives.base import LossFunction
@@ -54,7 +56,8 @@ def add_request(
 
     Raises:
         ValueError: The name is that of a request that has been trained, or the model has no SEMU adapter and there is
-            no `config`. Where training fails, an adapter that was added for it is gone.
+            no `config`. Where training fails, an adapter that was added for it is gone, and one that was there is as it
+            was.
 
     Examples:
         >>> import torch
@@ -78,18 +81,26 @@ def add_request(
     if name in configs and configs[name].ranks:
         raise ValueError(f"`name` must be new, got {name!r}, which has been forgotten already. Delete it first.")
     earlier = [key for key, each in configs.items() if key != name and each.ranks]
-    is_new = name not in configs
-    if is_new:
-        _add(model, name, config, configs)
-    try:
+    as_before = taken_back_on_error(model, adapter_name=name) if name not in configs else _fresh_on_error(model, name)
+    with as_before:
+        if name not in configs:
+            _add(model, name, config, configs)
         _activate(model, name)
         said: dict[str, Any] = {"progress": progress, "adapter_name": name}
         initialize_semu_weights(model, forget, objective, orthogonal_to=earlier, **said)
         return unlearn(model, forget, objective, retain=retain, **said, **training)
+
+
+@contextmanager
+def _fresh_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    """If the block fails, put an adapter back that had not been initialised, or it would be one that is trained."""
+    config = copy.deepcopy(adapter_configs(model)[name])  # what the initialisation finds is written into it
+    try:
+        yield
     except BaseException:
-        if is_new:
-            _delete(model, name)
-            _activate(model, earlier[-1] if earlier else next(iter(configs)))
+        _delete(model, name)
+        _add(model, name, config, {})
+        _activate(model, name)
         raise
 
 

@@ -135,6 +135,16 @@ def test_layers_are_dampened_as_parameters_are() -> None:
         assert torch.allclose(value, other.state_dict()[name], atol=1e-4), name
 
 
+def test_a_weight_that_layers_share_is_dampened_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    batches, options = vector_batches(count=2), {"statistic": SquaredSum.per_batch, "progress": False}
+    seen = [gather(model, part, CrossEntropy(), **options) for part in (batches[:1], batches)]
+    edit = dampen(*seen, share=0.5)
+    edit.apply(model)
+    assert len(edit.deltas["0"].values) <= 18  # type: ignore[attr-defined]
+
+
 def test_importances_that_do_not_fit_are_refused() -> None:
     one, other = importance([1.0]), importance([1.0, 2.0])
     by_batch = Gathered({"weight": SquaredSum.per_batch((1,), torch.float32, torch.device("cpu"))}, 1, 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Cnn, Mlp
+from models import Cnn, Mlp, gpt2
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -97,6 +97,25 @@ def test_a_tied_weight_is_corrected_in_all_its_layers(name: str) -> None:
     carried = edit.to_semu(copy.deepcopy(base))
     assert (carried.ranks, carried.error) == ({"transformer.wte": 2}, 0)
     assert torch.allclose(carried.model.eval()(ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+def test_an_edit_follows_the_adapters_that_are_there_in_tying(tying: bool) -> None:
+    """All adapters of a model have it alike, and nobody can say it to an edit."""
+    base = gpt2()
+    config = SemuConfig(target_modules=["wte", "c_fc"], r=2, init_weights=False, ensure_weight_tying=tying)
+    model = get_peft_model(base, config)
+    name, fc = "transformer.wte.weight", "transformer.h.0.mlp.c_fc"
+    rows, width = base.get_input_embeddings().base_layer.weight.shape
+    edit = Edit(
+        {
+            name: LowRank(torch.randn(rows, 1), torch.randn(width, 1)),
+            fc: LowRank(torch.randn(4 * width, 1), torch.randn(width, 1)),
+        }
+    )
+    both, one = edit.to_semu(model, adapter_name="both"), edit.only(fc).to_semu(model, adapter_name="one")
+    assert both.left_out == (() if tying else (name,))
+    assert (both.ranks[fc], one.ranks) == (1, {fc: 1})
 
 
 def test_what_is_read_past_its_layer_or_shared_is_left_out_and_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_each_kind_changes_what_it_says() -> None:
     assert torch.equal(after["fc2.bias"][1], before["fc2.bias"][1] * 0.1)
     for name, delta in deltas.items():
         assert torch.allclose(delta.change(before[name]), after[name] - before[name], atol=1e-6)
+
+
+def test_changes_that_rounding_loses_are_told() -> None:
+    """And nothing is told where some number moves, or where there was nothing to change."""
+    model = nn.Linear(4, 4).bfloat16()
+    nn.init.ones_(model.weight)
+    with pytest.warns(
+        UserWarning, match="changed no number: all its changes are lost to the rounding of torch.bfloat16"
+    ):
+        Edit({"weight": Dense(torch.full((4, 4), 1e-3))}).apply(model)
+    assert bool((model.weight == 1).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Edit({"weight": Dense(torch.full((4, 4), 1e-3).fill_diagonal_(1.0))}).apply(model)
+        Edit({"weight": Scaled(torch.tensor([0]), torch.tensor([1.0]), (4, 4))}).apply(model)
 
 
 def test_edits_of_one_weight_are_undone_from_the_last() -> None:

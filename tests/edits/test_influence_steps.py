@@ -40,6 +40,19 @@ def test_it_is_one_step_on_the_difference_of_the_losses(update: Any, optimizer: 
             assert (changed.abs() == torch.tensor(1e-3)).float().mean() > 0.99
 
 
+def test_a_weight_that_layers_share_is_changed_once() -> None:
+    """As the embedding of most small language models is, which is their head as well."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    data = [vector_batches(1, seed=seed) for seed in (1, 2)]
+    edit = influence_step(*(gather(model, part, CrossEntropy(), progress=False) for part in data), step_size=1.0)
+    other = influence_step(*(gradients(model, part) for part in data), step_size=1.0).only("0.weight")
+    with edit.apply(model):
+        ours = model[0].weight.detach().clone()
+    with other.apply(model):
+        assert torch.allclose(ours, model[0].weight.detach(), atol=1e-6)
+
+
 class Regression(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -39,6 +39,8 @@ def test_the_noise_is_the_seeds_and_of_its_size() -> None:
         first = model[0].weight.detach().clone()
     with noise_columns(model, {"0": [1, 5]}, std=0.1, seed=2).apply(model):
         assert torch.equal(first, model[0].weight)
+    with noise_columns(model, {"0": torch.tensor([1, 5])}, std=0.1, seed=2).apply(model):  # as found by a comparison
+        assert torch.equal(first, model[0].weight)
     moved = (first - model[0].weight.detach())[:, [1, 5]]
     assert moved.std().item() == pytest.approx(0.1, rel=0.2)
 

@@ -37,6 +37,13 @@ def test_ties_are_broken_the_same_way_each_time() -> None:
     assert edit.deltas["0.weight"].places.tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
 
 
+def test_a_weight_that_layers_share_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    model[1].weight = model[0].weight
+    prune_weights(model, 0.5).apply(model)
+    assert int((model[0].weight == 0).sum() + (model[2].weight == 0).sum()) == 10
+
+
 def test_the_zeros_of_a_pruned_base_are_in_what_is_shipped() -> None:
     model, batches = Cnn(), image_batches()
     pruned = prune_weights(model, 0.8)

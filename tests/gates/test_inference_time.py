@@ -206,6 +206,10 @@ def test_a_trie_by_hand() -> None:
         ForbiddenContinuations([])
     with pytest.raises(ValueError, match="got an empty one"):
         ForbiddenContinuations([[1], []])
+    for flat in ([1, 2], ["a text"]):
+        for make in (ForbiddenContinuations, lambda strings: ForbiddenAnswers(llama(), sevens, strings)):
+            with pytest.raises(TypeError, match="`sequences` must hold lists of token indices, got"):
+                make(flat)  # type: ignore[operator]
 
 
 def test_whole_texts_have_no_probability_for_a_banned_string() -> None:
@@ -310,6 +314,14 @@ def test_neuron_adjust_by_hand() -> None:
     torch.testing.assert_close(wide(torch.tensor([[4.0]])), torch.tensor([[-1.0]]))
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+def test_an_activation_far_from_both_is_compared_as_well(seed: int | None) -> None:
+    """Neurons of language models have outliers: their densities were zero both, and all were mirrored."""
+    moments = [Moments(torch.tensor([mean]), torch.ones(1), 9) for mean in (2.0, 0.0)]
+    adjust = NeuronAdjust(torch.tensor([0]), *moments, seed=seed)
+    assert adjust(torch.tensor([[-20.0], [24.0]])).tolist() == [[-20.0], [-22.0]]
+
+
 def test_each_neuron_of_each_token_has_its_own_draw() -> None:
     """At equal densities half of them move; in the release a whole row does or does not."""
     count = 400
@@ -355,6 +367,19 @@ def test_moments_are_of_answers_alone() -> None:
         torch.testing.assert_close(found.mean, counted.mean(0), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(found.deviation, counted.std(0, correction=0), atol=1e-6, rtol=1e-4)
         assert found.count == len(counted) == 14
+
+
+def test_layers_that_give_more_than_their_states() -> None:
+    """Attention gives its weights beside them."""
+    model, ids, name = llama(), torch.tensor([[3, 4, 5]]), "model.layers.1.self_attn"
+    assert (
+        len(neuron_moments(model, [{"input_ids": ids}], [name], progress=False)[name].mean) == model.config.hidden_size
+    )
+    moved = [
+        run(ActivationGate(model, {place: Clamp(torch.arange(model.config.hidden_size))}), ids)
+        for place in (name, f"{name}.o_proj")
+    ]
+    assert torch.equal(*moved) and not torch.equal(moved[0], run(model, ids))
 
 
 def test_the_neurons_that_rise_most_are_chosen_over_all_layers() -> None:

@@ -9,16 +9,20 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from models import vit
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, ViTForImageClassification
 
+from semu_peft import SemuConfig
 from semu_peft.objectives import (
     CrossEntropy,
     DecoupledDistillation,
     GradientAscent,
     InvertedHinge,
     RandomLabel,
+    SquaredLogits,
     UniformDistribution,
     UnseenConfidence,
 )
@@ -163,3 +167,22 @@ def test_classes_that_no_example_is_of_are_told_of_once() -> None:
 def test_classes_that_cannot_be(kind: Any, classes: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"`classes`.*{words}"):
         kind(classes=classes)(MODEL, (LOGITS, LABELS))
+
+
+class Images(ViTForImageClassification):
+    """Passes over the names that PEFT's wrapper hands on to every model, as transformers 5 does by itself."""
+
+    def forward(self, pixel_values: Any = None, labels: Any = None, **others: Any) -> Any:
+        return super().forward(pixel_values, labels=labels)
+
+
+def test_images_by_position_in_a_peft_model_of_a_task() -> None:
+    """Its `forward` takes what stands first for `input_ids`, which a model of images does not know."""
+    config = SemuConfig(target_modules="all-linear", r=2, init_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(Images(vit().config), config)
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
+    named = {"pixel_values": images, "labels": labels}
+    for objective in (CrossEntropy(), DecoupledDistillation(), SquaredLogits()):
+        for wrapped in (model.eval(), nn.DataParallel(model)):
+            assert torch.equal(objective(wrapped, (images, labels)), objective(model, named))
+    assert torch.equal(SquaredLogits()(model, images), SquaredLogits()(model, named))

@@ -22,6 +22,7 @@ from semu_peft import (
     objectives,
     starts,
 )
+from semu_peft.gradients import TokenGradient
 from semu_peft.tuner.adapted import semu_layers
 
 LOSS = objectives.CrossEntropy()
@@ -309,6 +310,10 @@ def test_output_moments_come_from_those_of_inputs() -> None:
         got = moment.outputs(weight, layer.bias), moment.mean_output(weight, layer.bias)
         torch.testing.assert_close(got[0], outputs.T @ outputs / len(outputs), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got[1], outputs.mean(0), rtol=1e-4, atol=1e-5)
+    x = torch.tensor([[1.0, 2.0], [float("nan"), 4.0]])  # on the second of which nothing depends
+    moment = InputMoment((1, 2), torch.float32, torch.device("cpu"))
+    moment.add(TokenGradient(torch.tensor([[1.0], [0.0]]), x))
+    assert moment.mean.tolist() == [1.0, 2.0]
     with pytest.raises(ValueError, match="differentiated as a parameter"):
         gather(nn.Sequential(nn.Embedding(5, 3)), [torch.arange(4)], loss, statistic=InputMoment, progress=False)
 

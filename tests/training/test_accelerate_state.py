@@ -128,6 +128,25 @@ def test_a_loader_that_runs_dry_ends_the_run() -> None:
         train(semu(), vector_batches(), CrossEntropy(), retain=Retain(dry(0), CrossEntropy()), **QUIET)
 
 
+class Once(IterableDataset[Any]):
+    """A stream that is an iterator, which gives its examples a single time."""
+
+    def __init__(self) -> None:
+        self.examples = iter([(x[0], y[0]) for x, y in vector_batches(2)])
+
+    def __iter__(self) -> Any:
+        return self.examples
+
+
+def test_a_stream_that_does_not_begin_again_is_told() -> None:
+    stream, again = DataLoader(Once(), batch_size=1), "`{}` gave no batch in epoch 1"
+    with pytest.raises(ValueError, match=again.format("forget")):
+        train(semu(), stream, CrossEntropy(), max_steps=4, **QUIET)
+    retain = Retain(DataLoader(Once(), batch_size=1), CrossEntropy())
+    with pytest.raises(ValueError, match=again.format("retain")):
+        train(semu(), vector_batches(5), CrossEntropy(), retain=retain, max_steps=4, **QUIET)
+
+
 def test_a_resume_with_less_data_is_refused(tmp_path: Path) -> None:
     """The data is part of what a run is, and compared before anything is loaded."""
     options: dict[str, Any] = {"epochs": 9, "max_steps": 5, "output_dir": tmp_path, **QUIET}

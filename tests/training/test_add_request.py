@@ -158,3 +158,43 @@ def test_mistakes_leave_the_model_as_it_was() -> None:
             initialize_semu_weights(
                 model, request(1), objectives.CrossEntropy(), orthogonal_to=given, adapter_name="r1", **QUIET
             )
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "injected", "bare"])
+def test_a_request_that_failed_can_be_made_again(kind: str) -> None:
+    """Its own error is told, and neither its adapter nor a configuration that says it was forgotten stays."""
+    model: Any = Mlp().eval()
+    config = SemuConfig(target_modules=Mlp.targets)
+    if kind == "wrapped":
+        model = get_peft_model(model, config, adapter_name="r0")
+    if kind == "injected":
+        inject_adapter_in_model(config, model, adapter_name="r0")
+    before = model.state_dict()
+
+    class Interrupted:
+        def on_step_end(self, context: Any) -> None:
+            raise KeyboardInterrupt
+
+    for name in ("r0", "r1"):
+        arguments: Any = (model, name, request(int(name[1])), objectives.GradientAscent())
+        options: dict[str, Any] = {"config": config if kind == "bare" else None, "max_steps": 2, **QUIET}
+        with pytest.raises(KeyboardInterrupt):
+            add_request(*arguments, callbacks=Interrupted(), **options)
+        if name == "r0":
+            assert {key: value.shape for key, value in model.state_dict().items()} == {
+                key: value.shape for key, value in before.items()
+            }
+        assert add_request(*arguments, **options).steps == 2
+    assert set(semu_layers(model, "r1")["fc1"].semu_core) == {"r0", "r1"}
+
+
+def test_a_request_that_was_forgotten_under_another_name_is_told() -> None:
+    model, one = with_requests(Mlp(), 0), [tuple(each[:1] for each in request(0)[0])]
+    for name in ("r0", "again"):
+        arguments: Any = (model, name, one, objectives.GradientAscent())
+        if name == "r0":
+            add_request(*arguments, max_steps=1, **QUIET)
+            continue
+        with pytest.raises(ValueError, match="No direction of the forget gradient is left at any target layer"):
+            add_request(*arguments, **QUIET)
+    assert list(model.peft_config) == ["r0"]

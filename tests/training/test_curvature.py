@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from semu_peft.gradients import CoreCovariance, TokenGradient
 from semu_peft.gradients.core_rows import Rows
 from semu_peft.training.curvature import CoreSlot, Curvature, KroneckerFactors, Probe, WholeMatrix
 
@@ -62,6 +63,22 @@ def test_kronecker_factors_are_second_moments_of_either_side() -> None:
     diagonal = (lefts.T @ lefts) * (rights.T @ rights / len(rights))
     expected = torch.block_diag(square, diagonal, torch.diag(only.gradient[11:].square()))
     assert torch.allclose(dense(curvature), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_number_at_padding_has_no_say() -> None:
+    """As of an attention that had no token to look at."""
+    slot, counts = CoreSlot("square", 0, (3, 3), True), torch.tensor([[True, False]])
+    left, right = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
+    found = []
+    for padding in (0.0, float("nan")):
+        left[:, 1], right[:, 1] = padding, padding
+        curvature = KroneckerFactors([slot], 0.8, torch.device("cpu"))
+        curvature.observe([Probe({"square": [Rows(left.clone(), right.clone(), counts)]}, torch.zeros(9), 1)])
+        found.append(curvature.times(torch.ones(9)))
+    assert torch.equal(*found)
+    factors = CoreCovariance(torch.eye(3), torch.eye(3))
+    factors.add(TokenGradient(left.nan_to_num(), right, counts))
+    assert torch.allclose(factors.inputs, right[0, :1].T @ right[0, :1])
 
 
 def test_cores_of_one_size_are_together_what_each_is_alone() -> None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from models import CLASSES, Cnn, Mlp, Snapshot, image_batches, run, vector_batches
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 from training_runs import (
     QUIET,
@@ -690,6 +691,8 @@ class Endless(IterableDataset[Any]):
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}, TypeError, ["`optimizer`", "SGD", "lambda"]),
         ({"optimizer": "sgd"}, TypeError, ["`optimizer`", "str", "lambda"]),
         ({"optimizer": lambda parameters: None}, TypeError, ["`optimizer`", "NoneType", "return"]),
+        ({"optimizer": lambda _: torch.optim.SGD([torch.zeros(1)])}, ValueError, ["`optimizer`", "SGD of others"]),
+        ({"scheduler": lambda o, _: ReduceLROnPlateau(o)}, TypeError, ["`scheduler`", "ReduceLROnPlateau"]),
         ({"optimizer": torch.optim.LBFGS, "mixed_precision": "fp16"}, ValueError, ["`mixed_precision`", "LBFGS"]),
         ({"adapter_name": "other"}, ValueError, ["`adapter_name`", "'other'", "'default'"]),
         ({"epochs": 0}, ValueError, ["`epochs`", "0"]),
