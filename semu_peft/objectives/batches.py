@@ -275,7 +275,8 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
         The output, the keyword inputs and the labels.
 
     Raises:
-        TypeError: The model takes other inputs, such as tensors for arrays, or fewer of them.
+        TypeError: The model takes other inputs, such as tensors for arrays, or fewer of them; or the batch is one
+            example.
 
     Examples:
         >>> import torch
@@ -285,6 +286,11 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     """
     args, kwargs, labels = split_batch(batch)
     labels = as_labels(labels)
+    if not labels.dim():  # before the model fails on inputs without a batch dimension, in words of its own
+        raise TypeError(
+            "A batch must have a label for each of its examples, got a single label, as a data set gives single "
+            "examples. Write `DataLoader(dataset, batch_size=64)`, or `(inputs[None], labels[None])` for one of them."
+        )
     if labels.dim() == 2 and is_encoder_decoder(model):
         inputs = _of_model(kwargs)
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
