@@ -69,8 +69,10 @@ def test_needs_are_what_the_functions_ask_for() -> None:
         parameters = inspect.signature(row.function).parameters
         required = {each for each, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
         assert ("retain" in row.needs) == ("retain" in required), name
-        for need in ("score", "unseen"):
+        for need in ("score", "unseen", "limit", "answer", "columns"):
             assert (need in row.needs) == (need in required), name
+        assert ("learning rate" in row.needs) == ("learning_rate" in required), name
+        assert ("layers" in row.needs) == bool({"layer", "layers", "target_modules"} & required), name
 
 
 def test_nothing_below_imports_methods() -> None:
