@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import semu_peft
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, unlearn
+from semu_peft.evaluation import predict
 from semu_peft.methods import METHODS, table
 from semu_peft.methods.sentence import covariance_targets, keep
 from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel, adversarial_examples
@@ -343,3 +344,11 @@ def test_matching_logits_that_are_the_models_own_leaves_it_as_it_is() -> None:
     before = weights(model)
     methods.dmm(model, forget, targets=model(forget[0][0]).detach(), max_steps=2, learning_rate=0.1, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_unseen_data_are_batches_and_not_the_confidences_of_the_objective() -> None:
+    model, batches = Mlp(), vector_batches(1)
+    unseen = predict(model, batches, progress=False)
+    for given in (unseen, unseen.confidence):
+        with pytest.raises(TypeError, match=r"^`unseen` must be a loader or a list of batches, got "):
+            methods.unseen_confidence(model, batches, unseen=given, progress=False)
