@@ -68,7 +68,7 @@ def best_edit(
     if found.scale == 0.0:
         raise ValueError(
             f"`score` is nowhere better than without the edit ({found.score:g}), up to a size of {highest:g}. Give "
-            "other settings or parameters to change, or a score that the edit moves."
+            "other settings, of a step a larger `step_size`, or parameters to change, or a score that the edit moves."
         )
     return edit_at(found.scale)
 

@@ -119,7 +119,7 @@ def predict(
         One entry per example; the softmax is taken in float32 whatever the model's dtype.
 
     Raises:
-        TypeError: A batch or the model's output has an unknown form.
+        TypeError: The loader gives no batches, or a batch or the model's output has an unknown form.
         ValueError: The loader is empty, or its labels or the model's logits are malformed or NaN.
 
     Examples:
@@ -131,6 +131,7 @@ def predict(
         >>> predictions.predicted.tolist(), predictions.accuracy
         ([0, 1, 2, 0], 75.0)
     """
+    check_batches(loader, name)
     if device is None:
         device = device_of(model)
     batches: Iterable[Any] = loader

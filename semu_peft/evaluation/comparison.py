@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from semu_peft.arguments import check_kind
 from semu_peft.files import written_whole
 
 from .membership import WIDEST_INTERVAL
@@ -137,6 +138,7 @@ class ForgettingComparison:
         reference: The name of the retrained model's row.
 
     Raises:
+        TypeError: A row holds something else than one model's metrics.
         ValueError: `reference` is not among `rows`.
 
     Examples:
@@ -160,6 +162,10 @@ class ForgettingComparison:
     reference: str
 
     def __post_init__(self) -> None:
+        mend = "Write `{'SEMU': evaluate_forgetting(...), ...}`; lists of several seeds are for `report.audit`."
+        check_kind("rows", self.rows, Mapping, "metrics by name", mend)
+        for name, row in self.rows.items():
+            check_kind(f"rows[{name!r}]", row, ForgettingMetrics, "what `evaluate_forgetting` returned", mend)
         self._reference_row()
 
     def __repr__(self) -> str:

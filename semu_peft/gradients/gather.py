@@ -20,6 +20,7 @@ from semu_peft.model_state import device_of, eval_mode, out_of_wrappers
 from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.examples import check_not_empty, count_examples
+from semu_peft.objectives.replica import eagerly
 
 from .loss_scale import LossScale
 from .padding import SeenMask, watch_mask
@@ -405,7 +406,7 @@ def _only_differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> I
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        with eval_mode(model):
+        with eagerly(model), eval_mode(model):
             yield
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):

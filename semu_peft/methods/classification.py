@@ -196,7 +196,8 @@ def unseen_confidence(
         2
     """
     original = model if reference is None else reference
-    confidences, of_forget = (predict(original, each, progress=progress) for each in (unseen, forget))
+    given = {"unseen": unseen, "forget": forget}
+    confidences, of_forget = (predict(original, each, progress=progress, name=name) for name, each in given.items())
     objective = UnseenConfidence(confidences.confidence, reference, forget_log_odds=of_forget.log_odds)
     said: dict[str, Any] = {"progress": progress, "adapter_name": adapter_name, **training}
     return minimise(model, forget, objective, keep(retain, CrossEntropy(), retain_weight), **said)

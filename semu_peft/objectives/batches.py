@@ -165,19 +165,22 @@ def logits_of(output: Any) -> Tensor:
         return output[0]
     raise TypeError(
         f"A model must return logits, or an output with `logits`, got {type(output).__name__}. Wrap it so that it "
-        "does. "
-        + callable_instead("-nn.functional.mse_loss(z, targets)", "inputs, targets = batch; z = model(inputs)[0]")
+        "does. " + callable_instead("nn.functional.mse_loss(z, wanted)", "inputs, wanted = batch; z = model(inputs)[0]")
     )
 
 
-def callable_instead(loss: str, outputs: str = "inputs, targets = batch; z = model(inputs)") -> str:
+def callable_instead(loss: str, outputs: str = "inputs, wanted = batch; z = model(inputs)") -> str:
     """How to write an objective for outputs that are no classification, for an error.
 
     Args:
-        loss: The loss to show, of outputs `z`.
+        loss: The loss to show, of outputs `z` and what is wanted of them. Not an ascent: that has no end, and would be
+            copied for retain data too.
         outputs: What gives them.
     """
-    return f"Or give the objective as a callable: `def objective(model, batch): {outputs}; return {loss}`."
+    return (
+        "Or write the objective as a callable, with what is to be answered as `wanted`: "
+        f"`def objective(model, batch): {outputs}; return {loss}`."
+    )
 
 
 def call_model(model: nn.Module, batch: Any, *, shift_labels: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -274,7 +277,8 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
         The output, the keyword inputs and the labels.
 
     Raises:
-        TypeError: The model takes other inputs, such as tensors for arrays, or fewer of them.
+        TypeError: The model takes other inputs, such as tensors for arrays, or fewer of them; or the batch is one
+            example.
 
     Examples:
         >>> import torch
@@ -284,6 +288,11 @@ def run_batch(model: nn.Module, batch: Any, **options: Any) -> tuple[Any, dict[s
     """
     args, kwargs, labels = split_batch(batch)
     labels = as_labels(labels)
+    if not labels.dim():  # before the model fails on inputs without a batch dimension, in words of its own
+        raise TypeError(
+            "A batch must have a label for each of its examples, got a single label, as a data set gives single "
+            "examples. Write `DataLoader(dataset, batch_size=64)`, or `(inputs[None], labels[None])` for one of them."
+        )
     if labels.dim() == 2 and is_encoder_decoder(model):
         inputs = _of_model(kwargs)
         if not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
@@ -427,11 +436,11 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() == 2 and logits.shape == labels.shape and logits.shape[1] > 1:
         raise ValueError(
             f"Labels must be one class for each example, got {tuple(labels.shape)} like the logits, several labels at "
-            "once. " + callable_instead("-nn.functional.binary_cross_entropy_with_logits(z, targets.float())")
+            "once. " + callable_instead("nn.functional.binary_cross_entropy_with_logits(z, wanted.float())")
         )
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         one = logits.numel() == labels.numel()
-        loss = "-nn.functional.mse_loss(z, targets)" if one else "-nn.functional.cross_entropy(z, targets)"
+        loss = "nn.functional.mse_loss(z, wanted.view_as(z))" if one else "nn.functional.cross_entropy(z, wanted)"
         raise ValueError(
             "Classification needs logits (N, classes) and labels (N,), of tokens (N, L, classes) and (N, L), or of "
             f"pixels (N, classes, H, W) and (N, H, W); got {tuple(logits.shape)} and {tuple(labels.shape)}"
@@ -440,7 +449,7 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"Labels must be integer class indices, got dtype {labels.dtype}. For classes, `labels.long()`. "
-            + callable_instead("-nn.functional.mse_loss(z, targets)")
+            + callable_instead("nn.functional.mse_loss(z, wanted.view_as(z))")
         )
     least, largest = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)  # one wait for a GPU
     if not 0 <= least <= largest < logits.shape[1]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -74,6 +75,30 @@ def is_compiled(module: nn.Module) -> bool:
         (True, False)
     """
     return _COMPILED in module.__dict__.get("_modules", {})
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled of a model as it was written while the context lasts.
+
+    A compiled graph does not call the hooks that were put in after it was made, and says nothing of that.
+
+    Examples:
+        >>> import torch
+        >>> from semu_peft.objectives.replica import eagerly
+        >>> model, seen = torch.compile(torch.nn.Linear(2, 2), backend="eager"), []
+        >>> _ = model(torch.ones(1, 2))
+        >>> _ = model._orig_mod.register_forward_hook(lambda *_: seen.append(1))
+        >>> with eagerly(model):
+        ...     _ = model(torch.ones(1, 2))
+        >>> seen
+        [1]
+    """
+    if any(is_compiled(module) or module._compiled_call_impl is not None for module in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _is_scripted(module: nn.Module) -> bool:

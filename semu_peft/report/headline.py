@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .document import Table, Text
-from .measured import TESTS
+from .measured import ORIGINALS, TESTS
 from .tradeoff import is_in_nats, is_of_retain_data
 from .wording import measured, model_name, shown
 
-_ORIGINALS = ("original", "before", "base", "base model", "original model")
 _FURTHER = "utility: "  # before the metrics of a language model's sets that were to be kept
 _MOST_MODELS, _MOST_TESTS = 4, 3
 _KINDS = {test.title for test in TESTS}
@@ -94,7 +93,7 @@ class _Models:
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any]) -> _Models:
-        before = next((row for row in metrics["rows"] if row["name"].lower() in _ORIGINALS), None)
+        before = next((row for row in metrics["rows"] if row["name"].lower() in ORIGINALS), None)
         gold = next((row for row in metrics["rows"] if row["name"] == metrics["reference"]), None)
         others = [row for row in metrics["rows"] if row is not before and row is not gold]
         now = others[0] if others else None

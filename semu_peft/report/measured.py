@@ -19,6 +19,7 @@ _STUDENT = (
 )  # fmt: skip
 _THIS = "this model"
 _REFERENCES = ("reference", "gold", "retrained", "retrained (gold)")  # what rows of a retrained model are called
+ORIGINALS = ("original", "before", "do nothing", "base", "base model", "original model")  # and those of the original
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
 
     Returns:
         `rows`, each with `name`, `kind`, `runs` and `values` (`value`, `interval` and its `source`), and `reference`,
-        the row of the retrained model: that of a comparison, or one that is called so.
+        the row of the retrained model: that of a comparison, unless it is called like the original, or one that is
+        called so.
 
     Raises:
         TypeError: A result is neither.
@@ -129,6 +131,10 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
         return {"rows": [], "reference": None}
     if isinstance(metrics, ForgettingComparison):
         read = read_metrics(metrics.rows)
+        if (
+            metrics.reference.lower() in ORIGINALS
+        ):  # beside that alone nothing shows what a model is like that never knew
+            return read
         gaps = {name: row.average_gap(metrics.rows[metrics.reference]) for name, row in metrics.rows.items()}
         for row in read["rows"]:
             row["values"]["average gap to the reference"] = _number(gaps[row["name"]])

@@ -24,6 +24,7 @@ from semu_peft.gradients.processes import (
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in
+from semu_peft.objectives.replica import eagerly
 from semu_peft.objectives.wrappers import one_step
 
 from .batches import batches_in
@@ -124,6 +125,7 @@ class NaturalLoop(Loop):
     def train(self) -> None:
         check_shards(batches_in(self.prepared.forget), self._mean_over_processes)
         with ExitStack() as stack:
+            stack.enter_context(eagerly(self.runner))  # the curvature is made of what hooks see
             self.caught = stack.enter_context(catch_core_rows(self.runner, self.layers, self.adapter_name))
             self.slots = slots_of(self.cores.by_layer, self.caught)
             if self._restored is not None:

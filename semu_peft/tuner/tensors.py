@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -102,6 +103,11 @@ class AdapterTensors(nn.ModuleDict):
             self.add_module(adapter_name, AdapterTensor(self._kind, data, requires_grad, trainable=self._trainable))
         else:
             held.stored.grad = None
+            if held.stored.shape != data.shape:
+                # A graph that is still alive, of an output that somebody kept, goes on expecting gradients of the old
+                # shape, whoever asks for them; autograd forgets that only where the dtype changes.
+                other = torch.float32 if data.dtype == torch.float16 else torch.float16
+                held.stored.data = data.new_empty(0, dtype=other)
             held.stored.data = data
 
     def stored_parameter(self, adapter_name: str) -> nn.Parameter:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -131,6 +132,17 @@ def test_an_interrupted_write_keeps_the_file_before_it(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "whole"
+
+
+def test_rows_are_metrics_of_one_model_each() -> None:
+    """Or printing them would say that a `dict` has no such attribute."""
+    one = ForgettingMetrics(1.0, 2.0, 3.0, 4.0, 5, 6)
+    strange: list[Any] = [[one] * 2, {"unlearning_accuracy": 1.0}]
+    for row in strange:
+        with pytest.raises(TypeError, match=r"^`rows\['a'\]` must be what `evaluate_forgetting` returned, got "):
+            ForgettingComparison({"a": row}, "a")
+    with pytest.raises(TypeError, match="^`rows` must be metrics by name, got list"):
+        ForgettingComparison(strange[0], "a")
 
 
 def test_a_missing_reference_is_named() -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semu_peft import SemuConfig
+from semu_peft import SemuConfig, objectives
 from semu_peft.gradients import GradientSum, SquaredSum, WeightSource
 from semu_peft.gradients.gather import gather, stream_gradients
 
@@ -401,3 +401,14 @@ def test_gathering_leaves_the_model_as_it_was(statistic: Any) -> None:
         gather(model, image_batches(), lambda m, b: loss(m, b) * float("nan"), statistic=statistic, progress=False)
     before.assert_same(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_compiled_model_that_has_run_is_gathered_as_the_plain_one() -> None:
+    """Its graph was made without the hooks, and a backward pass through it has not what they look for."""
+    torch._dynamo.reset()
+    plain, batches = Mlp(), vector_batches(2)
+    compiled = torch.compile(plain, backend="eager")
+    compiled(batches[0][0])
+    found, expected = (gather(model, batches, objectives.CrossEntropy(), progress=False) for model in (compiled, plain))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].total, gradient.total)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import semu_peft
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, unlearn
+from semu_peft.evaluation import predict
 from semu_peft.methods import METHODS, table
 from semu_peft.methods.sentence import covariance_targets, keep
 from semu_peft.objectives import CrossEntropy, GradientAscent, RandomLabel, adversarial_examples
@@ -69,8 +70,10 @@ def test_needs_are_what_the_functions_ask_for() -> None:
         parameters = inspect.signature(row.function).parameters
         required = {each for each, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
         assert ("retain" in row.needs) == ("retain" in required), name
-        for need in ("score", "unseen"):
+        for need in ("score", "unseen", "limit", "answer", "columns"):
             assert (need in row.needs) == (need in required), name
+        assert ("learning rate" in row.needs) == ("learning_rate" in required), name
+        assert ("layers" in row.needs) == bool({"layer", "layers", "target_modules"} & required), name
 
 
 def test_nothing_below_imports_methods() -> None:
@@ -341,3 +344,11 @@ def test_matching_logits_that_are_the_models_own_leaves_it_as_it_is() -> None:
     before = weights(model)
     methods.dmm(model, forget, targets=model(forget[0][0]).detach(), max_steps=2, learning_rate=0.1, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_unseen_data_are_batches_and_not_the_confidences_of_the_objective() -> None:
+    model, batches = Mlp(), vector_batches(1)
+    unseen = predict(model, batches, progress=False)
+    for given in (unseen, unseen.confidence):
+        with pytest.raises(TypeError, match=r"^`unseen` must be a loader or a list of batches, got "):
+            methods.unseen_confidence(model, batches, unseen=given, progress=False)

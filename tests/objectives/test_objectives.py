@@ -589,6 +589,9 @@ def test_inputs_that_a_model_does_not_take() -> None:
         CrossEntropy()(model, (x, y, torch.arange(len(y))))
     with pytest.raises(TypeError, match=r"Inputs must be tensors, got a NumPy array. Write `torch.as_tensor"):
         CrossEntropy()(model, (x.numpy(), y.numpy()))
+    for example in ((x[0], y[0]), {"pixel_values": x[0], "label": 3}):  # of a data set, which no loader has collated
+        with pytest.raises(TypeError, match=r"got a single label.* Write `DataLoader\(dataset"):
+            CrossEntropy()(model, example)
 
     class Fails(nn.Module):
         def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:

@@ -86,6 +86,15 @@ def test_what_a_retrained_model_knows_too_is_not_called_hardly_forgotten() -> No
     assert found.rows[0] == ("forgotten: unlearning accuracy (high where it is forgotten)", "0", "5", "5.2")
 
 
+@pytest.mark.parametrize("name", ["original", "do nothing"])
+def test_the_original_as_reference_is_no_model_that_never_knew(name: str) -> None:
+    comparison = ForgettingComparison({name: random_tenth(0.0), "SEMU": random_tenth(99.0)}, name)
+    assert told(comparison) == (
+        "Forgotten: the unlearning accuracy went from 0 to 99; its cost: the retain accuracy stayed at 99"
+    )
+    assert "a model retrained without the data, beside" in audit("Forget.", metrics=comparison).to_markdown()
+
+
 def test_a_loss_is_forgotten_where_it_rises() -> None:
     def rows(after: float) -> dict[str, Any]:
         return {"original": {"forget loss": 1.0}, "unlearned": {"forget loss": after}}

@@ -725,3 +725,23 @@ def test_torchs_default_dtype(init_weights: bool, curvature: Any, default_dtype:
     assert unlearn(model, batches, CrossEntropy(), optimizer=optimizer, max_steps=2, progress=False).steps == 2
     wanted = torch.float64 if default_dtype == torch.float64 else torch.float32
     assert {parameter.dtype for name, parameter in model.named_parameters() if "semu_" in name} == {wanted}
+
+
+@pytest.mark.parametrize("way", ["base", "whole", "in place"])
+def test_a_compiled_model_forgets_as_the_plain_one_does(way: str) -> None:
+    """A graph made before the run calls none of its hooks, so that the curvature was zero and nothing forgotten."""
+    torch._dynamo.reset()
+    wrapped = torch.compile(copy.deepcopy(NET), backend="eager") if way == "base" else copy.deepcopy(NET)
+    compiled: Any = get_peft_model(wrapped, SemuConfig(target_modules="all-linear"))
+    if way == "whole":
+        compiled = torch.compile(compiled, backend="eager")
+    elif way == "in place":
+        compiled.compile(backend="eager")
+    compiled(INPUTS)
+    plain = get_peft_model(copy.deepcopy(NET), SemuConfig(target_modules="all-linear"))
+    losses = []
+    for model in (compiled, plain):
+        initialize_semu_weights(model, FORGET, DecoupledDistillation(), progress=False)
+        result = unlearn(model, FORGET, DecoupledDistillation(), progress=False)
+        losses.append(torch.tensor([entry["loss"] for entry in result.history]))
+    torch.testing.assert_close(*losses)

@@ -347,3 +347,15 @@ def test_initialising_inside_ddp() -> None:
     gc.collect()
     FORGET(DistributedDataParallel(model), vector_batches()[0]).backward()
     assert all(layer.semu_core["default"].grad.any() for layer in semu_layers(model).values())
+
+
+def test_an_output_that_was_kept_from_before_the_bases() -> None:
+    """Its graph knows the empty core; to train the filled one failed at the shape of its gradient."""
+    batches = vector_batches(1)
+    model = get_peft_model(Mlp(), SemuConfig(target_modules="all-linear"))
+    kept = model(batches[0][0])
+    core = next(iter(semu_layers(model).values())).semu_core.stored_parameter("default")
+    initialize_semu_weights(model, batches, FORGET, progress=False)
+    assert next(iter(semu_layers(model).values())).semu_core.stored_parameter("default") is core
+    FORGET(model, batches[0]).backward()
+    assert core.grad is not None and core.grad.shape == core.shape and kept.requires_grad
