@@ -401,7 +401,7 @@ class _Source:
 
     def _on_device(self, encoded: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         dtype = dtype_of(getattr(self.pipe, self.family.denoiser))
-        chosen = {name: tensor[rows].to(self.pipe.device) for name, tensor in encoded.items()}
+        chosen = {name: tensor[rows].to(self.pipe._execution_device) for name, tensor in encoded.items()}
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in chosen.items()}
 
     def _parts(self, items: Any, title: str) -> Iterator[Any]:

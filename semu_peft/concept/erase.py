@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
-from semu_peft.model_state import device_of
+from semu_peft.model_state import device_of, is_offloaded
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
     ConditionMatching,
@@ -282,7 +282,7 @@ def _parked(pipe: Any, park: bool) -> Iterator[None]:
     """Keep what training does not need on the CPU, and bring everything back to where it was."""
     parts = [part for name in _PARKED if isinstance(part := getattr(pipe, name, None), nn.Module)]
     parts = [part for part in parts if park and device_of(part).type != "cpu"]
-    devices = [(part, device_of(part)) for part in (*parts, denoiser_of(pipe))]
+    devices = [(part, device_of(part)) for part in (*parts, denoiser_of(pipe)) if not is_offloaded(part)]
     for part in parts:
         part.to("cpu")
     if parts and torch.cuda.is_available():

@@ -110,7 +110,7 @@ class Family:
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         """The denoiser's keyword arguments for P prompts, `(P, ...)`; the empty prompt is the unconditional one."""
-        embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
+        embeds, _ = pipe.encode_prompt(list(prompts), pipe._execution_device, 1, False)
         return {"encoder_hidden_states": embeds}
 
     def last_words(self, pipe: Any, prompts: Sequence[str]) -> list[int]:
@@ -158,7 +158,7 @@ class StableDiffusionXL(Family):
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if pipe.config.get("force_zeros_for_empty_prompt"):
             empty = torch.tensor([not prompt for prompt in prompts], device=embeds.device)
@@ -190,7 +190,7 @@ class StableDiffusion3(Family):
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), list(prompts), list(prompts), device=pipe.device, do_classifier_free_guidance=False
+            *[list(prompts)] * 3, device=pipe._execution_device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -212,9 +212,9 @@ class Flux(Family):
     guidance = 1.0  # as diffusers' own training scripts tell guidance-distilled models
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), list(prompts), device=pipe.device)
+        embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), list(prompts), device=pipe._execution_device)
         rows, columns = (side // (2 * pipe.vae_scale_factor) for side in size)
-        image_ids = pipe._prepare_latent_image_ids(1, rows, columns, pipe.device, torch.float32)
+        image_ids = pipe._prepare_latent_image_ids(1, rows, columns, pipe._execution_device, torch.float32)
         arguments = {
             "encoder_hidden_states": embeds,
             "pooled_projections": pooled,
@@ -243,7 +243,7 @@ class ZImage(Family):
         return height or 1024, width or 1024
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        texts, _ = pipe.encode_prompt(list(prompts), device=pipe.device, do_classifier_free_guidance=False)
+        texts, _ = pipe.encode_prompt(list(prompts), device=pipe._execution_device, do_classifier_free_guidance=False)
         padded = torch.zeros(len(texts), self.longest, texts[0].shape[-1], device=texts[0].device, dtype=texts[0].dtype)
         mask = torch.zeros(len(texts), self.longest, dtype=torch.int64)
         for row, text in enumerate(texts):

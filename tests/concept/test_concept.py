@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusion_models import PIPELINES, quiet, sd_pipeline
 from models import Snapshot
 from PIL import Image
@@ -242,6 +243,20 @@ def test_a_bfloat16_pipeline() -> None:
     layer = next(iter(semu_layers(pipe.unet).values()))
     assert layer.semu_core["default"].dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
     assert result.examples.latents.isfinite().all() and layer.semu_core["default"].any()
+
+
+@every_family
+def test_an_offloaded_pipeline(kind: str) -> None:
+    """As `enable_sequential_cpu_offload` leaves it: the weights lie on the meta device, and hooks bring them in."""
+    losses = []
+    for is_offloaded in (False, True):
+        pipe = quiet(PIPELINES[kind]())
+        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)] if is_offloaded else []
+        for part in parts:
+            cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
+        result = unlearn_concept(pipe, made(pipe, "a cat", anchor="a dog"), max_steps=2, progress=False)
+        losses.append([step["loss"] for step in result.training.history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_previews_before_during_and_after() -> None:
