@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
+from semu_peft.arguments import check_adapter_name, check_count, check_kind, check_number
 from semu_peft.model_state import device_of, is_offloaded
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
@@ -142,9 +143,11 @@ def unlearn_concept(
         The pipeline with the adapter, and what was done.
 
     Raises:
-        ValueError: Arguments contradict each other, a prompt to forget is empty, its own anchor or to be retained, or
-            the pipeline is of an unknown kind. Whatever fails, the pipeline is left without the adapter.
-        TypeError: An argument is neither of this function nor of `unlearn`, or `images` are no pictures.
+        ValueError: Arguments contradict each other or are out of range, a prompt to forget is empty, its own anchor or
+            to be retained, or the pipeline or its scheduler is of an unknown kind. Whatever fails, the pipeline is left
+            without the adapter.
+        TypeError: An argument is of another kind, or neither of this function nor of `unlearn`, or `images` are no
+            pictures.
 
     Examples:
         >>> from semu_peft import unlearn_concept
@@ -157,7 +160,13 @@ def unlearn_concept(
     """
     family_of(pipe).check(pipe)
     denoiser: Any = denoiser_of(pipe)
-    _check(denoiser, adapter_name, max_steps, training)
+    _check(denoiser, adapter_name, config, max_steps, training)
+    check_number("preserve", preserve, low=0)
+    check_count("batch_size", batch_size)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, low=0)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale)
+    forgetting = _objective(objective, schedule, seed)
     callbacks = as_callbacks(callbacks)
     prompts = {name: value for name, value in (("anchor", anchor), ("retain", retain)) if value is not None}
     making = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
@@ -168,7 +177,7 @@ def unlearn_concept(
     if preserve:
         names_prompts = examples is forget or retain is not None
         warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)
-    forgetting, loss = _losses(pipe, objective, preserve, examples, seed)
+    loss = _with_preservation(forgetting, schedule, preserve, examples, seed)
     config = SemuConfig(**USUAL_DIRECTIONS) if config is None else copy.deepcopy(config)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = set(denoiser_targets(denoiser))  # type: ignore[assignment]  # as PEFT keeps them
@@ -209,7 +218,10 @@ def _length(
     return {"epochs": math.ceil(steps / batches), "max_steps": steps, "learning_rate": rate}
 
 
-def _check(denoiser: Any, adapter_name: str, max_steps: int | None, training: dict[str, Any]) -> None:
+def _check(denoiser: Any, adapter_name: str, config: Any, max_steps: int | None, training: dict[str, Any]) -> None:
+    check_adapter_name(adapter_name)
+    if config is not None:
+        check_kind("config", config, SemuConfig, "a `SemuConfig`", "Write `SemuConfig(r=16)`, or leave it out.")
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"The denoiser has an adapter {adapter_name!r} already: choose another `adapter_name`.")
     if max_steps is not None and (not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1):
@@ -239,19 +251,17 @@ def _ready(forget: Any, prompts: dict[str, Any], images: Any) -> ConceptExamples
     return forget
 
 
-def _losses(
-    pipe: Any, objective: str | Objective, preserve: float, examples: ConceptExamples, seed: int
-) -> tuple[Objective, Objective]:
-    """What forgetting is, which chooses the subspace; and what is trained, with the preservation added."""
-    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale)
-    forgetting = _objective(objective, schedule, seed)
+def _with_preservation(
+    forgetting: Objective, schedule: NoiseSchedule, preserve: float, examples: ConceptExamples, seed: int
+) -> Objective:
+    """What is trained: what forgetting is, which chooses the subspace by itself, and what is to be held."""
     if not preserve:
-        return forgetting, forgetting
+        return forgetting
     loss = forgetting + preserve * PreservePrediction(schedule, under="retain", seed=seed + 1)
     if "earlier" in examples.roles:  # an example has one of them, and each is to count like what is forgotten now
         count = len(examples.roles["earlier"].unique())
         loss = loss + preserve * count * PreservePrediction(schedule, under="earlier", seed=seed + 2)
-    return forgetting, loss
+    return loss
 
 
 def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -> Objective:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusion_models import PIPELINES, quiet, sd_pipeline
 from models import Snapshot
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
@@ -107,6 +109,21 @@ def test_images_become_latents_that_decode_to_them(kind: str) -> None:
     torch.testing.assert_close(
         concept_examples(pipe, "a dog", images=as_pil, **QUICK).latents, examples.latents, atol=0.1, rtol=0
     )
+
+
+def test_pictures_of_every_form_are_the_same_examples() -> None:
+    """Colours with a fourth channel, in a palette or as floats of any width; grey is grey."""
+    pipe = quiet(sd_pipeline())
+    values = torch.randint(0, 2, (1, 3, 16, 16)).float()
+    plain = Image.fromarray((255 * values[0]).byte().permute(1, 2, 0).numpy())
+    expected = made(pipe, "cat", images=values).latents
+    palette = plain.quantize(8)
+    for same in ([plain.convert("RGBA")], (plain,), values.bfloat16(), [palette], values.permute(0, 2, 3, 1).numpy()):
+        torch.testing.assert_close(made(pipe, "cat", images=same).latents, expected, atol=1e-5, rtol=0)
+    assert made(pipe, "cat", images=[plain.convert("L")]).latents.shape == expected.shape
+    for name in ("samples_per_prompt", "num_inference_steps"):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
+            made(pipe, "cat", **{name: 0})
 
 
 def test_roles_pair_or_draw_prompts() -> None:
@@ -307,6 +324,16 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
         ({"images": Image.new("RGB", (16, 16))}, TypeError, ["`images` must be a tensor", "got Image", "`[image]`"]),
         ({"images": torch.rand(3, 16, 16)}, TypeError, ["`images` must be a tensor", "of shape (3, 16, 16)"]),
         ({"images": []}, TypeError, ["`images` must be a tensor", "got none at all"]),
+        ({"images": torch.rand(2, 16, 16, 3)}, TypeError, ["`images` must be a tensor", "of shape (2, 16, 16, 3)"]),
+        ({"images": 255 * torch.ones(2, 3, 16, 16)}, ValueError, ["`images` must be in [0, 1]", "got 255", "Divide"]),
+        ({"images": [np.full((16, 16, 3), 9, np.uint8)]}, ValueError, ["`images` must be in [0, 1]", "got 9"]),
+        ({"objective": "esd"}, ValueError, ["`objective`", "'esd'"]),
+        ({"config": LoraConfig()}, TypeError, ["`config` must be a `SemuConfig`, got LoraConfig"]),
+        ({"preserve": -1}, ValueError, ["`preserve`", "-1"]),
+        ({"learning_rate": "1e-2"}, TypeError, ["`learning_rate`", "'1e-2'"]),
+        ({"batch_size": 0}, ValueError, ["`batch_size`", "0"]),
+        ({"seed": -1}, ValueError, ["`seed`", "-1"]),
+        ({"adapter_name": "a.b"}, ValueError, ["`adapter_name`", "'a.b'"]),
         ({"max_steps": 0}, ValueError, ["`max_steps`", "0"]),
         ({"epochs": 3}, ValueError, ["`epochs`", "`max_steps`"]),
         ({"samples_per_prompt": 3}, TypeError, ["`samples_per_prompt`", "concept_examples"]),
@@ -314,10 +341,13 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
         ({"callbacks": print}, TypeError, ["`callbacks`"]),
     ],
 )
-def test_errors(options: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+def test_errors(
+    options: dict[str, Any], error: type[Exception], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each names the argument, before anything is encoded or trained."""
     pipe = quiet(sd_pipeline())
     before = Snapshot.of(pipe.unet)
+    monkeypatch.setattr(type(pipe), "encode_prompt", None)
     with pytest.raises(error) as raised:
         unlearn_concept(pipe, **{"forget": "cat", "progress": False, **options})
     assert all(word in str(raised.value) for word in words), raised.value
