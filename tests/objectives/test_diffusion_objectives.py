@@ -257,6 +257,13 @@ def test_every_denoiser_unlearns_and_keeps_its_weights(kind: str) -> None:
         assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"]), name
 
 
+def test_flux_is_not_asked_beyond_its_time() -> None:
+    """Its scheduler alone says nothing of the thousand between them, and the loss would be one of noise."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler`.*from 0 to 1, got .*from_scheduler\(scheduler, 1e-3\)"):
+        objectives.DenoisingLoss(scheduler)(DENOISERS["flux_transformer"](), diffusion_batch("flux_transformer"))
+
+
 def test_learned_variances_are_left_out() -> None:
     model = randomize(dit())
     labels, noisy, timestep = torch.tensor([1, 2]), torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
