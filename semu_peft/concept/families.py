@@ -121,7 +121,7 @@ class Family:
         tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) is not None else pipe.tokenizer_2
         positions = []
         for prompt in prompts:
-            tokens = tokenizer(prompt, truncation=True, return_special_tokens_mask=True)
+            tokens = tokenizer(written(pipe, prompt, tokenizer), truncation=True, return_special_tokens_mask=True)
             words = [place for place, special in enumerate(tokens["special_tokens_mask"]) if not special]
             positions.append(words[-1] if words else max(0, len(tokens["input_ids"]) - 1))
         return positions
@@ -316,6 +316,11 @@ def family_of(pipe: Any) -> Family:
     if family is Family and denoiser.config.get("addition_embed_type") == "text_time":
         family = StableDiffusionXL
     return family()
+
+
+def written(pipe: Any, prompt: str, tokenizer: Any) -> str:
+    """The prompt as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
+    return pipe.maybe_convert_prompt(prompt, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else prompt
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
