@@ -219,25 +219,29 @@ def concept_examples(
             latents = source.latents_of(images)
             chosen = _assign(prompts["forget"], len(latents))
         else:
-            chosen = [prompt for prompt in prompts["forget"] for _ in range(samples_per_prompt)]
-            latents = source.sample(encoded, [texts.index(prompt) for prompt in chosen], texts.index(""), sampling)
+            chosen = [place for place in range(len(prompts["forget"])) for _ in range(samples_per_prompt)]
+            rows = [texts.index(prompts["forget"][place]) for place in chosen]
+            latents = source.sample(encoded, rows, texts.index(""), sampling)
     examples = ConceptExamples(latents, texts, encoded, _roles(prompts, chosen, texts, seed), request)
     if cache is not None:
         examples.save(cache)
     return examples
 
 
-def _roles(prompts: Mapping[str, list[str]], chosen: list[str], texts: list[str], seed: int) -> dict[str, Tensor]:
-    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or what it is dealt."""
+def _roles(prompts: Mapping[str, list[str]], chosen: list[int], texts: list[str], seed: int) -> dict[str, Tensor]:
+    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or what it is dealt.
+
+    The examples are of the prompts to forget at the places `chosen`, one of which may stand at several of them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    roles = {"condition": torch.tensor([texts.index(prompt) for prompt in chosen])}
+    roles = {"condition": torch.tensor([texts.index(prompts["forget"][place]) for place in chosen])}
     paired = len(prompts["anchor"]) == len(prompts["forget"]) > 1
     for role, options in {**prompts, "unconditional": [""]}.items():
         if role == "forget":
             continue
         indices = torch.tensor([texts.index(prompt) for prompt in options])
         if role == "anchor" and paired:
-            roles[role] = indices[torch.tensor([prompts["forget"].index(prompt) for prompt in chosen])]
+            roles[role] = indices[torch.tensor(chosen)]
         else:
             rounds = -(-len(chosen) // len(indices))
             dealt = torch.cat([torch.randperm(len(indices), generator=generator) for _ in range(rounds)])
@@ -350,12 +354,13 @@ def check_prompts(forget: Sequence[str], anchor: Sequence[str] = (), retain: Seq
             )
 
 
-def _assign(prompts: list[str], count: int) -> list[str]:
+def _assign(prompts: list[str], count: int) -> list[int]:
+    """The place among the prompts of each of so many images."""
     if len(prompts) not in (1, count):
         raise ValueError(
             f"`forget` must be one prompt or one per image, got {len(prompts)} prompts for {count} images."
         )
-    return prompts * count if len(prompts) == 1 else prompts
+    return [0] * count if len(prompts) == 1 else list(range(count))
 
 
 class _Source:

@@ -134,6 +134,9 @@ def test_roles_pair_or_draw_prompts() -> None:
         for a, b in zip(paired.roles["condition"], paired.roles["anchor"], strict=True)
     }
     assert pairs == {("cat", "car"), ("dog", "monet")} and len(paired) == 6
+    given = {"anchor": ["car", "monet", "gogh"], "images": torch.rand(3, 3, 16, 16)}
+    twice = made(pipe, ["cat", "cat", "dog"], **given)  # a prompt may have several pictures, each with its anchor
+    assert [twice.prompts[int(index)] for index in twice.roles["anchor"]] == given["anchor"]
     drawn = concept_examples(pipe, "cat", anchor=["car", "monet"], retain=["dog"], samples_per_prompt=16, **QUICK)
     assert {drawn.prompts[int(index)] for index in drawn.roles["anchor"]} == {"car", "monet"}
     held = [drawn.prompts[int(index)] for index in drawn.roles["retain"]]
