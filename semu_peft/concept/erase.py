@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,7 +183,7 @@ def unlearn_concept(
     if config.base_model_name_or_path is None and (name := getattr(pipe, "name_or_path", None)):
         config.base_model_name_or_path = str(name)  # the pipeline's, which a denoiser does not know
     loader = examples.loader(min(batch_size, len(examples)))
-    length: Any = _length(len(loader), max_steps, learning_rate, training.get("optimizer"))
+    length: Any = _length(max_steps, learning_rate, training.get("optimizer"))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)
     needs_all = not park or any(isinstance(callback, Preview) for callback in callbacks)
     held = getattr(pipe, family_of(pipe).denoiser)
@@ -203,9 +202,7 @@ def unlearn_concept(
     return ConceptResult(pipe, adapter_name, profile, result, examples)
 
 
-def _length(
-    batches: int, max_steps: int | None, learning_rate: float | None, optimizer: Any
-) -> dict[str, int | float | None]:
+def _length(max_steps: int | None, learning_rate: float | None, optimizer: Any) -> dict[str, int | float | None]:
     """How long to train: so many steps at a rate, or until it is done by natural gradients.
 
     These are not the default: in batches as small as a large pipeline has memory for, with a timestep and noise each,
@@ -215,7 +212,7 @@ def _length(
         return {"max_steps": max_steps, "learning_rate": learning_rate}
     steps = _STEPS if max_steps is None else max_steps
     rate = _LEARNING_RATE if learning_rate is None else learning_rate
-    return {"epochs": math.ceil(steps / batches), "max_steps": steps, "learning_rate": rate}
+    return {"epochs": steps, "max_steps": steps, "learning_rate": rate}  # an epoch has a step at least
 
 
 def _check(denoiser: Any, adapter_name: str, config: Any, max_steps: int | None, training: dict[str, Any]) -> None:

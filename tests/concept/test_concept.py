@@ -203,6 +203,14 @@ def test_runs_are_a_matter_of_the_seed() -> None:
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(cores[0], cores[2], strict=True))
 
 
+def test_steps_are_those_of_the_optimiser() -> None:
+    """Not batches: several of them may make a step."""
+    pipe = quiet(sd_pipeline())
+    examples = made(pipe, "cat", anchor="dog", samples_per_prompt=4)
+    settings: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    assert unlearn_concept(pipe, examples, max_steps=5, progress=False, **settings).training.steps == 5
+
+
 @pytest.mark.parametrize("objective", ["negative-guidance", "gradient-ascent"])
 def test_other_objectives(objective: str) -> None:
     pipe = quiet(sd_pipeline("v_prediction"))
