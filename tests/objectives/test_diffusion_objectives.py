@@ -78,6 +78,14 @@ def test_flow_matching(shift: float) -> None:
     assert other.prediction_type == "flow_prediction"
 
 
+def test_a_model_that_is_told_the_noise_in_place_of_a_step() -> None:
+    """As video models are, by the sampler that they ship with."""
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    scheduler.set_timesteps(len(schedule))
+    torch.testing.assert_close(schedule.timesteps, scheduler.timesteps.flip(0), atol=1e-4, rtol=0)
+
+
 def test_a_schedule_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler.*DDPMScheduler"):
         objectives.DenoisingLoss(diffusers.EDMEulerScheduler())
