@@ -25,7 +25,7 @@ def merge(model: Model, adapter: RequiredAdapter, output_dir: OutputDir) -> Told
     if job == "concept":
         from semu_peft.export.diffusers import merge_pipeline
 
-        parts = [merge_pipeline(pipeline(model, adapter))]
+        parts = [merge_pipeline(pipeline(model, adapter, as_stored=True))]
     elif job == "text":
         adapted, tokenizer = language_model(model, adapter, as_stored=True)
         parts = [adapted.merge_and_unload(safe_merge=True), tokenizer]

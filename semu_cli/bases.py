@@ -170,8 +170,9 @@ def language_model(model: str, adapter: Path | None = None, *, as_stored: bool =
     return _loaded(kind, model, adapter, as_stored), tokenizer
 
 
-def pipeline(model: str, adapter: Path | None = None) -> Any:
-    """A text-to-image pipeline of diffusers; the adapter goes into its denoiser."""
+def pipeline(model: str, adapter: Path | None = None, *, as_stored: bool = False) -> Any:
+    """A text-to-image pipeline in float32, or each part `as_stored`; the adapter goes into its denoiser."""
+    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
@@ -180,10 +181,29 @@ def pipeline(model: str, adapter: Path | None = None) -> Any:
     silently()
     disable_progress_bar()
     with _whole(model):
-        pipe = DiffusionPipeline.from_pretrained(model).to(device())
+        # Without a word, text encoders of transformers 5 come as they are stored, and what reads them in float32.
+        dtypes: Any = _stored_dtypes(model) if as_stored else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtypes)
+    pipe = pipe if as_stored else pipe.to(device())
     pipe.set_progress_bar_config(disable=True)
     _adapted(denoiser_of(pipe), adapter, model)
     return pipe
+
+
+def _stored_dtypes(model: str) -> dict[str, Any]:
+    """The precision of each part of a pipeline's files, by the part's name."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import safe_open
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    found = {"default": torch.float32}
+    for file in Path(model if Path(model).is_dir() else DiffusionPipeline.download(model)).glob("*/*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names = {weights.get_slice(name).get_dtype() for name in weights.keys()} & set(kinds)  # noqa: SIM118
+        if len(names) == 1 and "." not in file.stem:  # which a variant has, that nobody asked for
+            found[file.parent.name] = kinds[names.pop()]
+    return found
 
 
 def denoising_loss(pipe: Any, seed: int) -> Any:

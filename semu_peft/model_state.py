@@ -30,6 +30,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next(at_hand, torch.device("cpu"))
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks bring weights in from elsewhere: on the meta device, where these lie, there is nothing to move.
+
+    Examples:
+        >>> from torch import nn
+        >>> is_offloaded(nn.Linear(2, 2)), is_offloaded(nn.Linear(2, 2, device="meta"))
+        (False, True)
+    """
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype that a model's inputs belong in, as diffusers and transformers know it (`model.dtype`).
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from semu_peft.objectives.adapter_parts import adapter_parts
@@ -181,11 +181,15 @@ def merge_and_remove(model: nn.Module, *, adapter_name: str = "default") -> nn.M
         raise ValueError(f"{sorted(merged)} are merged into the weights already: unmerge (`unfuse_lora`) them first.")
     try:
         for layer in layers.values():
-            layer.merge(safe_merge=True, adapter_names=[adapter_name])
+            with onload_layer(layer):
+                layer.merge(safe_merge=True, adapter_names=[adapter_name])
     except ValueError:
         for layer in layers.values():
             if layer.merged:
-                layer.unmerge()
+                with onload_layer(layer):
+                    layer.unmerge()
         raise
+    for layer in layers.values():  # what is merged for good is the weight itself, beside which the others go on
+        layer.merged_adapters.remove(adapter_name)
     remove_adapter(model, adapter_name=adapter_name)
     return model

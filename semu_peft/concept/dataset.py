@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from semu_peft.arguments import check_count
 from semu_peft.files import load_tensors, save_tensors
 from semu_peft.model_state import dtype_of
 
@@ -182,8 +183,8 @@ def concept_examples(
 
     Raises:
         TypeError: `images` are no pictures, or a prompt is no text.
-        ValueError: The pipeline is of an unknown kind or lacks a part that is needed, images and prompts do not fit, or
-            the cache holds examples that were made of something else.
+        ValueError: A number is out of range, the pipeline is of an unknown kind or lacks a part that is needed, images
+            and prompts do not fit, or the cache holds examples that were made of something else.
 
     Examples:
         >>> from semu_peft.concept import concept_examples
@@ -191,6 +192,10 @@ def concept_examples(
         >>> concept_examples(pipe, "a cat", anchor="a dog", progress=False, **settings)
         ConceptExamples(2 of ['a cat'], latents (4, 8, 8))
     """
+    counts = {"samples_per_prompt": samples_per_prompt, "num_inference_steps": num_inference_steps}
+    for name, count in {**counts, "batch_size": batch_size}.items():
+        check_count(name, count)
+    check_count("seed", seed, least=0)
     prompts = {"forget": as_list(forget, "forget"), "anchor": as_list(anchor, "anchor")}
     retained = as_list(retain, "retain")
     prompts["retain"] = [*retained, *(prompt for prompt in prompts["anchor"] if prompt not in retained)]
@@ -214,25 +219,29 @@ def concept_examples(
             latents = source.latents_of(images)
             chosen = _assign(prompts["forget"], len(latents))
         else:
-            chosen = [prompt for prompt in prompts["forget"] for _ in range(samples_per_prompt)]
-            latents = source.sample(encoded, [texts.index(prompt) for prompt in chosen], texts.index(""), sampling)
+            chosen = [place for place in range(len(prompts["forget"])) for _ in range(samples_per_prompt)]
+            rows = [texts.index(prompts["forget"][place]) for place in chosen]
+            latents = source.sample(encoded, rows, texts.index(""), sampling)
     examples = ConceptExamples(latents, texts, encoded, _roles(prompts, chosen, texts, seed), request)
     if cache is not None:
         examples.save(cache)
     return examples
 
 
-def _roles(prompts: Mapping[str, list[str]], chosen: list[str], texts: list[str], seed: int) -> dict[str, Tensor]:
-    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or what it is dealt."""
+def _roles(prompts: Mapping[str, list[str]], chosen: list[int], texts: list[str], seed: int) -> dict[str, Tensor]:
+    """For each role, the index among `texts` of each example's prompt: its own, its pair's, or what it is dealt.
+
+    The examples are of the prompts to forget at the places `chosen`, one of which may stand at several of them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    roles = {"condition": torch.tensor([texts.index(prompt) for prompt in chosen])}
+    roles = {"condition": torch.tensor([texts.index(prompts["forget"][place]) for place in chosen])}
     paired = len(prompts["anchor"]) == len(prompts["forget"]) > 1
     for role, options in {**prompts, "unconditional": [""]}.items():
         if role == "forget":
             continue
         indices = torch.tensor([texts.index(prompt) for prompt in options])
         if role == "anchor" and paired:
-            roles[role] = indices[torch.tensor([prompts["forget"].index(prompt) for prompt in chosen])]
+            roles[role] = indices[torch.tensor(chosen)]
         else:
             rounds = -(-len(chosen) // len(indices))
             dealt = torch.cat([torch.randperm(len(indices), generator=generator) for _ in range(rounds)])
@@ -267,7 +276,8 @@ def _all_below(indices: Tensor, count: int) -> bool:
 def _check_images(images: Any) -> None:
     several = isinstance(images, Sized) and isinstance(images, Iterable) and not isinstance(images, (str, Mapping))
     if isinstance(images, (Tensor, np.ndarray)):
-        got = f"a {type(images).__name__} of shape {tuple(images.shape)}" if images.ndim < 4 else None
+        channels = images.shape[1 if isinstance(images, Tensor) else -1] if images.ndim > 3 else None
+        got = f"a {type(images).__name__} of shape {tuple(images.shape)}" if channels != 3 else None
     else:  # Pillow's, or arrays
         wrong = next((each for each in images if not hasattr(each, "tobytes")), None) if several else images
         got = None if wrong is None else repr(wrong) if isinstance(wrong, str) else type(wrong).__name__
@@ -277,10 +287,13 @@ def _check_images(images: Any) -> None:
             f"`images` must be a tensor `(N, 3, height, width)` in [0, 1] or a list of PIL images, got "
             f"{got or 'none at all'}. Open files by `PIL.Image.open(path)`, and write `[image]` for one."
         )
+    arrays = [images] if isinstance(images, Tensor) else [each for each in images if isinstance(each, np.ndarray)]
+    if arrays and (largest := max(each.max().item() for each in arrays)) > 1:
+        raise ValueError(f"`images` must be in [0, 1] unless they are PIL images, got {largest:g}. Divide by 255.")
 
 
 def _digest(images: Any) -> str:
-    parts = images.detach().cpu().contiguous().numpy() if isinstance(images, Tensor) else images
+    parts = images.detach().cpu().contiguous().view(torch.uint8).numpy() if isinstance(images, Tensor) else images
     content = hashlib.sha256()
     for part in parts:
         content.update(part.tobytes())
@@ -341,12 +354,13 @@ def check_prompts(forget: Sequence[str], anchor: Sequence[str] = (), retain: Seq
             )
 
 
-def _assign(prompts: list[str], count: int) -> list[str]:
+def _assign(prompts: list[str], count: int) -> list[int]:
+    """The place among the prompts of each of so many images."""
     if len(prompts) not in (1, count):
         raise ValueError(
             f"`forget` must be one prompt or one per image, got {len(prompts)} prompts for {count} images."
         )
-    return prompts * count if len(prompts) == 1 else prompts
+    return [0] * count if len(prompts) == 1 else list(range(count))
 
 
 class _Source:
@@ -381,6 +395,8 @@ class _Source:
         generator = torch.Generator().manual_seed(self.seed)
         parts = []
         for part in self._parts(images, "Encoding images"):
+            if not isinstance(part, (Tensor, np.ndarray)):  # PIL images may have one channel, or four
+                part = [each.convert("RGB") if hasattr(each, "convert") else each for each in part]
             pixels = self.pipe.image_processor.preprocess(part, height=self.size[0], width=self.size[1])
             parts.append(self.family.to_latents(self.pipe, pixels, generator).float().cpu())
         return torch.cat(parts)
@@ -401,7 +417,7 @@ class _Source:
 
     def _on_device(self, encoded: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         dtype = dtype_of(getattr(self.pipe, self.family.denoiser))
-        chosen = {name: tensor[rows].to(self.pipe.device) for name, tensor in encoded.items()}
+        chosen = {name: tensor[rows].to(self.pipe._execution_device) for name, tensor in encoded.items()}
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in chosen.items()}
 
     def _parts(self, items: Any, title: str) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from semu_peft.edits.edit import Edit
 from semu_peft.linalg.closed_form import redirection
 from semu_peft.tuner.adapted import own_parameters
 
-from .families import Family, denoiser_of, family_of
+from .families import Family, denoiser_of, family_of, written
 from .targets import denoiser_targets
 
 _PROMPTS_AT_ONCE = 32
@@ -161,7 +161,8 @@ def _padded_no_further(pipe: Any, prompts: Sequence[str], tokens: str) -> Iterat
     lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
     try:
         for tokenizer in tokenizers if causal and tokens == "last" else ():
-            longest = max(len(tokenizer(prompt, truncation=True)["input_ids"]) for prompt in prompts)
+            texts = [written(pipe, prompt, tokenizer) for prompt in prompts]
+            longest = max(len(tokenizer(text, truncation=True)["input_ids"]) for text in texts)
             tokenizer.model_max_length = max(1, min(longest, tokenizer.model_max_length))
         yield
     finally:

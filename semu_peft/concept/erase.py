@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ import torch
 from torch import nn
 
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
-from semu_peft.model_state import device_of
+from semu_peft.arguments import check_adapter_name, check_count, check_kind, check_number
+from semu_peft.model_state import device_of, is_offloaded
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
     ConditionMatching,
@@ -142,9 +142,11 @@ def unlearn_concept(
         The pipeline with the adapter, and what was done.
 
     Raises:
-        ValueError: Arguments contradict each other, a prompt to forget is empty, its own anchor or to be retained, or
-            the pipeline is of an unknown kind. Whatever fails, the pipeline is left without the adapter.
-        TypeError: An argument is neither of this function nor of `unlearn`, or `images` are no pictures.
+        ValueError: Arguments contradict each other or are out of range, a prompt to forget is empty, its own anchor or
+            to be retained, or the pipeline or its scheduler is of an unknown kind. Whatever fails, the pipeline is left
+            without the adapter.
+        TypeError: An argument is of another kind, or neither of this function nor of `unlearn`, or `images` are no
+            pictures.
 
     Examples:
         >>> from semu_peft import unlearn_concept
@@ -157,7 +159,13 @@ def unlearn_concept(
     """
     family_of(pipe).check(pipe)
     denoiser: Any = denoiser_of(pipe)
-    _check(denoiser, adapter_name, max_steps, training)
+    _check(denoiser, adapter_name, config, max_steps, training)
+    check_number("preserve", preserve, low=0)
+    check_count("batch_size", batch_size)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, low=0)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale)
+    forgetting = _objective(objective, schedule, seed)
     callbacks = as_callbacks(callbacks)
     prompts = {name: value for name, value in (("anchor", anchor), ("retain", retain)) if value is not None}
     making = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
@@ -168,14 +176,14 @@ def unlearn_concept(
     if preserve:
         names_prompts = examples is forget or retain is not None
         warn_of_the_unheld(earlier_erasures(denoiser), examples.prompts, names_prompts=names_prompts)
-    forgetting, loss = _losses(pipe, objective, preserve, examples, seed)
+    loss = _with_preservation(forgetting, schedule, preserve, examples, seed)
     config = SemuConfig(**USUAL_DIRECTIONS) if config is None else copy.deepcopy(config)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = set(denoiser_targets(denoiser))  # type: ignore[assignment]  # as PEFT keeps them
     if config.base_model_name_or_path is None and (name := getattr(pipe, "name_or_path", None)):
         config.base_model_name_or_path = str(name)  # the pipeline's, which a denoiser does not know
     loader = examples.loader(min(batch_size, len(examples)))
-    length: Any = _length(len(loader), max_steps, learning_rate, training.get("optimizer"))
+    length: Any = _length(max_steps, learning_rate, training.get("optimizer"))
     in_order = examples.loader(min(batch_size, len(examples)), shuffle=False)
     needs_all = not park or any(isinstance(callback, Preview) for callback in callbacks)
     held = getattr(pipe, family_of(pipe).denoiser)
@@ -194,9 +202,7 @@ def unlearn_concept(
     return ConceptResult(pipe, adapter_name, profile, result, examples)
 
 
-def _length(
-    batches: int, max_steps: int | None, learning_rate: float | None, optimizer: Any
-) -> dict[str, int | float | None]:
+def _length(max_steps: int | None, learning_rate: float | None, optimizer: Any) -> dict[str, int | float | None]:
     """How long to train: so many steps at a rate, or until it is done by natural gradients.
 
     These are not the default: in batches as small as a large pipeline has memory for, with a timestep and noise each,
@@ -206,10 +212,13 @@ def _length(
         return {"max_steps": max_steps, "learning_rate": learning_rate}
     steps = _STEPS if max_steps is None else max_steps
     rate = _LEARNING_RATE if learning_rate is None else learning_rate
-    return {"epochs": math.ceil(steps / batches), "max_steps": steps, "learning_rate": rate}
+    return {"epochs": steps, "max_steps": steps, "learning_rate": rate}  # an epoch has a step at least
 
 
-def _check(denoiser: Any, adapter_name: str, max_steps: int | None, training: dict[str, Any]) -> None:
+def _check(denoiser: Any, adapter_name: str, config: Any, max_steps: int | None, training: dict[str, Any]) -> None:
+    check_adapter_name(adapter_name)
+    if config is not None:
+        check_kind("config", config, SemuConfig, "a `SemuConfig`", "Write `SemuConfig(r=16)`, or leave it out.")
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"The denoiser has an adapter {adapter_name!r} already: choose another `adapter_name`.")
     if max_steps is not None and (not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1):
@@ -239,19 +248,17 @@ def _ready(forget: Any, prompts: dict[str, Any], images: Any) -> ConceptExamples
     return forget
 
 
-def _losses(
-    pipe: Any, objective: str | Objective, preserve: float, examples: ConceptExamples, seed: int
-) -> tuple[Objective, Objective]:
-    """What forgetting is, which chooses the subspace; and what is trained, with the preservation added."""
-    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, family_of(pipe).timestep_scale)
-    forgetting = _objective(objective, schedule, seed)
+def _with_preservation(
+    forgetting: Objective, schedule: NoiseSchedule, preserve: float, examples: ConceptExamples, seed: int
+) -> Objective:
+    """What is trained: what forgetting is, which chooses the subspace by itself, and what is to be held."""
     if not preserve:
-        return forgetting, forgetting
+        return forgetting
     loss = forgetting + preserve * PreservePrediction(schedule, under="retain", seed=seed + 1)
     if "earlier" in examples.roles:  # an example has one of them, and each is to count like what is forgotten now
         count = len(examples.roles["earlier"].unique())
         loss = loss + preserve * count * PreservePrediction(schedule, under="earlier", seed=seed + 2)
-    return forgetting, loss
+    return loss
 
 
 def _objective(objective: str | Objective, schedule: NoiseSchedule, seed: int) -> Objective:
@@ -282,7 +289,7 @@ def _parked(pipe: Any, park: bool) -> Iterator[None]:
     """Keep what training does not need on the CPU, and bring everything back to where it was."""
     parts = [part for name in _PARKED if isinstance(part := getattr(pipe, name, None), nn.Module)]
     parts = [part for part in parts if park and device_of(part).type != "cpu"]
-    devices = [(part, device_of(part)) for part in (*parts, denoiser_of(pipe))]
+    devices = [(part, device_of(part)) for part in (*parts, denoiser_of(pipe)) if not is_offloaded(part)]
     for part in parts:
         part.to("cpu")
     if parts and torch.cuda.is_available():

@@ -110,7 +110,7 @@ class Family:
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         """The denoiser's keyword arguments for P prompts, `(P, ...)`; the empty prompt is the unconditional one."""
-        embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
+        embeds, _ = pipe.encode_prompt(list(prompts), pipe._execution_device, 1, False)
         return {"encoder_hidden_states": embeds}
 
     def last_words(self, pipe: Any, prompts: Sequence[str]) -> list[int]:
@@ -121,7 +121,7 @@ class Family:
         tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) is not None else pipe.tokenizer_2
         positions = []
         for prompt in prompts:
-            tokens = tokenizer(prompt, truncation=True, return_special_tokens_mask=True)
+            tokens = tokenizer(written(pipe, prompt, tokenizer), truncation=True, return_special_tokens_mask=True)
             words = [place for place, special in enumerate(tokens["special_tokens_mask"]) if not special]
             positions.append(words[-1] if words else max(0, len(tokens["input_ids"]) - 1))
         return positions
@@ -158,7 +158,7 @@ class StableDiffusionXL(Family):
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            list(prompts), device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         if pipe.config.get("force_zeros_for_empty_prompt"):
             empty = torch.tensor([not prompt for prompt in prompts], device=embeds.device)
@@ -190,7 +190,7 @@ class StableDiffusion3(Family):
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            list(prompts), list(prompts), list(prompts), device=pipe.device, do_classifier_free_guidance=False
+            *[list(prompts)] * 3, device=pipe._execution_device, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -212,9 +212,9 @@ class Flux(Family):
     guidance = 1.0  # as diffusers' own training scripts tell guidance-distilled models
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), list(prompts), device=pipe.device)
+        embeds, pooled, text_ids = pipe.encode_prompt(list(prompts), list(prompts), device=pipe._execution_device)
         rows, columns = (side // (2 * pipe.vae_scale_factor) for side in size)
-        image_ids = pipe._prepare_latent_image_ids(1, rows, columns, pipe.device, torch.float32)
+        image_ids = pipe._prepare_latent_image_ids(1, rows, columns, pipe._execution_device, torch.float32)
         arguments = {
             "encoder_hidden_states": embeds,
             "pooled_projections": pooled,
@@ -243,7 +243,7 @@ class ZImage(Family):
         return height or 1024, width or 1024
 
     def encode(self, pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Tensor]:
-        texts, _ = pipe.encode_prompt(list(prompts), device=pipe.device, do_classifier_free_guidance=False)
+        texts, _ = pipe.encode_prompt(list(prompts), device=pipe._execution_device, do_classifier_free_guidance=False)
         padded = torch.zeros(len(texts), self.longest, texts[0].shape[-1], device=texts[0].device, dtype=texts[0].dtype)
         mask = torch.zeros(len(texts), self.longest, dtype=torch.int64)
         for row, text in enumerate(texts):
@@ -316,6 +316,11 @@ def family_of(pipe: Any) -> Family:
     if family is Family and denoiser.config.get("addition_embed_type") == "text_time":
         family = StableDiffusionXL
     return family()
+
+
+def written(pipe: Any, prompt: str, tokenizer: Any) -> str:
+    """The prompt as the pipeline tokenizes it: a textual inversion of several vectors is as many words."""
+    return pipe.maybe_convert_prompt(prompt, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else prompt
 
 
 def denoiser_of(pipe: Any) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from semu_peft.arguments import check_count
 from semu_peft.model_state import device_of
 from semu_peft.objectives.denoiser import Condition, denoiser_output
 
@@ -94,6 +95,7 @@ def sample_pipeline(
         Images `(N, 3, height, width)` in [0, 1], float32, on the CPU.
 
     Raises:
+        TypeError: The prompts are no list, or there is none.
         ValueError: There are not as many seeds as prompts, the pipeline has a safety checker, or a sample is not
             finite.
     """
@@ -103,6 +105,9 @@ def sample_pipeline(
             f"{type(checker).__name__}: the black pictures that it gives would pass for what the model draws. Set "
             "`pipe.safety_checker = None` for as long as you sample."
         )
+    check_count("batch_size", batch_size)
+    if isinstance(prompts, str) or not len(prompts):  # the letters of a string would be drawn
+        raise TypeError(f"`prompts` must be a list of prompts, got {prompts!r}. Write `['a cat'] * 4` for four of one.")
     if len(prompts) != len(seeds):
         raise ValueError(f"`seeds` must be one per prompt, got {len(seeds)} for {len(prompts)} prompts.")
     parts = []

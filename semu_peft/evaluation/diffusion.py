@@ -89,8 +89,8 @@ def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, b
         batch_size: Images at a time.
 
     Raises:
-        ValueError: Images and labels are not equally many, there are none, or an image is not finite. Pictures that
-            are black all over, as a safety checker gives them, are counted with a warning.
+        ValueError: Images and labels are not equally many, there are none, or an image is not finite or not in [0, 1].
+            Pictures that are black all over, as a safety checker gives them, are counted with a warning.
 
     Examples:
         >>> import torch
@@ -354,15 +354,18 @@ def clip_score(
     return 100 * float(torch.cat(scores).mean())
 
 
-def _check_pictures(images: Tensor) -> None:
-    """Pictures that no model drew: of an overflow, or a safety checker's in place of what it drew."""
+def _check_pictures(images: Tensor, name: str = "images") -> None:
+    """Pictures that no model drew: of an overflow, of another range, or a safety checker's in place of what it drew."""
     if not images.isfinite().all():
         broken = int(images.flatten(1).isfinite().all(1).logical_not().sum())
         raise ValueError(
-            f"`images` must be finite, got {broken} of {len(images)} that are not. A VAE in float16 may overflow: "
+            f"`{name}` must be finite, got {broken} of {len(images)} that are not. A VAE in float16 may overflow: "
             "decode in float32 or bfloat16."
         )
-    black = int((images.flatten(1) == 0).all(1).sum()) if images.shape[1] == 3 else 0
+    # A little beyond 1 is what resizing leaves.
+    if len(images) and (not images.is_floating_point() or images.max() > 2):
+        raise ValueError(f"`{name}` must be floats in [0, 1], got {images.dtype} to {images.max():g}. Divide by 255.")
+    black = int((images.flatten(1) == 0).all(1).sum()) if images.shape[1] == 3 and name == "images" else 0
     if black:
         warnings.warn(
             f"{black} of {len(images)} images are black all over. If they are a safety checker's, they say nothing "
@@ -379,6 +382,7 @@ class _Features(nn.Module):
         if min(len(images), len(real)) < 2:
             raise ValueError(f"`images` and `real` must hold two images or more, got {len(images)} and {len(real)}.")
         _check_pictures(images)
+        _check_pictures(real, "real")
         self.features = features
         self.device = device_of(features)
         shape = self(images[:1].to(self.device)).shape

@@ -36,8 +36,8 @@ def kohya_tensors(pipe: Any, pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]
     added = root.config.get("addition_embed_type") if type(root).__name__ == "UNet2DConditionModel" else "none such"
     if added not in (None, "text_time"):
         raise ValueError(
-            f"`format='kohya'` names the layers of Stable Diffusion 1, 2 and XL, got a {type(pipe).__name__}. Use the "
-            "default format, which ComfyUI reads for Flux and Stable Diffusion 3 as well."
+            f"`format='kohya'` names the layers of Stable Diffusion 1, 2 and XL, got a {type(pipe).__name__}. Use "
+            "the format 'diffusers', which ComfyUI reads for Flux and Stable Diffusion 3 as well."
         )
     encoders = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None) is not None]
     tensors: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def _name(component: str, name: str, numbered: bool) -> str:
     if number is None or not _TEXT_LAYER.fullmatch(inside):
         raise ValueError(
             f"Layer {name!r} of {component!r} has no name in kohya's layout, which knows the U-Net and the attention "
-            "and MLP layers of its text encoders: leave it out of `target_modules`, use the default format, or merge "
-            "the adapter (`merge_pipeline`)."
+            "and MLP layers of its text encoders: leave it out of `target_modules`, use the format 'diffusers', or "
+            "merge the adapter (`merge_pipeline`)."
         )
     return f"lora_te{number if numbered else ''}_text_model_{inside.replace('.', '_')}"

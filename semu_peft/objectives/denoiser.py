@@ -35,7 +35,7 @@ def denoiser_output(model: nn.Module, noisy: Tensor, timestep: Tensor, condition
         Shaped like `noisy`. Where the model also predicts variances (DiT), those are left out.
 
     Raises:
-        ValueError: The prediction has another shape than `noisy`.
+        ValueError: The prediction has another shape than `noisy`, or the timesteps are on another scale than Flux's.
 
     Examples:
         >>> import torch
@@ -96,7 +96,20 @@ def _call_z_image(model: nn.Module, noisy: Tensor, timesteps: Tensor, **conditio
     return -torch.stack(list(output)).squeeze(2)
 
 
-_CALLS: dict[str, DenoiserCall] = {"ZImageTransformer2DModel": _call_z_image}
+def _call_flux(model: nn.Module, noisy: Tensor, timesteps: Tensor, **condition: Any) -> Tensor:
+    """Flux runs from 0 to 1, where its scheduler counts a thousand: it would draw on with any number."""
+    if timesteps.max() > 1:
+        raise ValueError(
+            f"`scheduler`: the timesteps of {type(base_model(model)).__name__} run from 0 to 1, got "
+            f"{float(timesteps.max()):g}. Give the objective `NoiseSchedule.from_scheduler(scheduler, 1e-3)`."
+        )
+    return _call(model, noisy, timesteps, **condition)
+
+
+_CALLS: dict[str, DenoiserCall] = {
+    "FluxTransformer2DModel": _call_flux,
+    "ZImageTransformer2DModel": _call_z_image,
+}
 
 
 def repeated(condition: Condition, count: int) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class NoiseSchedule:
             )
         alphas = alphas.double().cpu()
         timesteps = torch.arange(len(alphas))
+        if config.get("timestep_type") == "continuous" and kind == "v_prediction":  # `ln σ / 4`, as Euler tells it
+            timesteps = ((1 - alphas) / alphas).sqrt().log().float() / 4
         timesteps = timesteps if timestep_scale == 1.0 else timesteps * timestep_scale
         return cls(alphas.sqrt().float(), (1 - alphas).sqrt().float(), timesteps, kind)
 

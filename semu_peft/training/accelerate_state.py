@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from semu_peft.gradients.processes import processes_of_torch
+from semu_peft.model_state import is_offloaded
 
 from .parameters import leave_shards_alone
 from .settings import Settings
@@ -52,7 +53,8 @@ def prepared(
             accelerator = stack.enter_context(_own_accelerator(settings))
         _check_processes(accelerator, model)
         made = stack.enter_context(_taken_apart(accelerator, model, optimizer, [forget, *retain]))
-        made += accelerator.prepare(model, optimizer, forget)
+        placement = [False, None, None] if is_offloaded(model) else None
+        made += accelerator.prepare(model, optimizer, forget, device_placement=placement)
         made += [accelerator.prepare(loader) for loader in retain]
         if settings.log_with and accelerator.log_with:
             accelerator.init_trackers("semu_unlearn")

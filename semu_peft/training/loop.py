@@ -199,8 +199,8 @@ class Loop:
         steady = all(objective.is_steady for objective in self.objectives)
         if steady and len(losses) > 1 and end > start + _RISE_THAT_COUNTS * abs(start):
             warnings.warn(
-                f"The loss ended at {end:.4g}, above its start of {start:.4g}. Lower `learning_rate`, or leave it out "
-                "to train cores by natural gradients, which keep no step that raises the loss.",
+                f"The loss ended at {end:.4g}, above its start of {start:.4g}. Lower `learning_rate`, or train cores "
+                "without one, by `optimizer=NaturalGradient()`, which keeps no step that raises the loss.",
                 stacklevel=4,
             )
         if self.without_gradient:

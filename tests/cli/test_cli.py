@@ -14,6 +14,7 @@ import cli_models
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from semu_cli import app
@@ -232,6 +233,22 @@ def test_a_fact_of_a_language_model(text: dict[str, Path]) -> None:
     how = ("--model", text["model"], "--adapter", output, "--forget", text["forget"], "--metrics", "probability")
     measured = semu("evaluate", *how, "--no-progress")["models"]
     assert measured["unlearned"]["probability"] < 0.5 * measured["original"]["probability"]
+
+
+def test_a_pipeline_of_half_precision(tmp_path: Path) -> None:
+    """Whose text encoder would come in another one than its denoiser; merged it is what it was."""
+    from diffusers import StableDiffusionPipeline
+
+    model, output = cli_models.pipeline(tmp_path / "model"), tmp_path / "no-cats"
+    StableDiffusionPipeline.from_pretrained(model).to(dtype=torch.float16).save_pretrained(model)
+    few = ("--max-steps", 1, "--samples-per-prompt", 2, "--num-inference-steps", 1, "--no-progress")
+    assert semu("unlearn", "concept", "--model", model, "--forget", "a cat", "--output-dir", output, *few)
+    semu("merge", "--model", model, "--adapter", output, "--output-dir", tmp_path / "merged")
+    for file in model.glob("*/*.safetensors"):
+        written = load_file(tmp_path / "merged" / file.relative_to(model))
+        assert {name: value.dtype for name, value in written.items()} == {
+            name: value.dtype for name, value in load_file(file).items()
+        }
 
 
 def test_a_concept_of_a_pipeline(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusion_models import PIPELINES, quiet, sd_pipeline
 from models import Snapshot
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
@@ -108,6 +111,21 @@ def test_images_become_latents_that_decode_to_them(kind: str) -> None:
     )
 
 
+def test_pictures_of_every_form_are_the_same_examples() -> None:
+    """Colours with a fourth channel, in a palette or as floats of any width; grey is grey."""
+    pipe = quiet(sd_pipeline())
+    values = torch.randint(0, 2, (1, 3, 16, 16)).float()
+    plain = Image.fromarray((255 * values[0]).byte().permute(1, 2, 0).numpy())
+    expected = made(pipe, "cat", images=values).latents
+    palette = plain.quantize(8)
+    for same in ([plain.convert("RGBA")], (plain,), values.bfloat16(), [palette], values.permute(0, 2, 3, 1).numpy()):
+        torch.testing.assert_close(made(pipe, "cat", images=same).latents, expected, atol=1e-5, rtol=0)
+    assert made(pipe, "cat", images=[plain.convert("L")]).latents.shape == expected.shape
+    for name in ("samples_per_prompt", "num_inference_steps"):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
+            made(pipe, "cat", **{name: 0})
+
+
 def test_roles_pair_or_draw_prompts() -> None:
     pipe = quiet(sd_pipeline())
     paired = concept_examples(pipe, ["cat", "dog"], anchor=["car", "monet"], samples_per_prompt=3, **QUICK)
@@ -116,6 +134,9 @@ def test_roles_pair_or_draw_prompts() -> None:
         for a, b in zip(paired.roles["condition"], paired.roles["anchor"], strict=True)
     }
     assert pairs == {("cat", "car"), ("dog", "monet")} and len(paired) == 6
+    given = {"anchor": ["car", "monet", "gogh"], "images": torch.rand(3, 3, 16, 16)}
+    twice = made(pipe, ["cat", "cat", "dog"], **given)  # a prompt may have several pictures, each with its anchor
+    assert [twice.prompts[int(index)] for index in twice.roles["anchor"]] == given["anchor"]
     drawn = concept_examples(pipe, "cat", anchor=["car", "monet"], retain=["dog"], samples_per_prompt=16, **QUICK)
     assert {drawn.prompts[int(index)] for index in drawn.roles["anchor"]} == {"car", "monet"}
     held = [drawn.prompts[int(index)] for index in drawn.roles["retain"]]
@@ -182,6 +203,14 @@ def test_runs_are_a_matter_of_the_seed() -> None:
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(cores[0], cores[2], strict=True))
 
 
+def test_steps_are_those_of_the_optimiser() -> None:
+    """Not batches: several of them may make a step."""
+    pipe = quiet(sd_pipeline())
+    examples = made(pipe, "cat", anchor="dog", samples_per_prompt=4)
+    settings: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    assert unlearn_concept(pipe, examples, max_steps=5, progress=False, **settings).training.steps == 5
+
+
 @pytest.mark.parametrize("objective", ["negative-guidance", "gradient-ascent"])
 def test_other_objectives(objective: str) -> None:
     pipe = quiet(sd_pipeline("v_prediction"))
@@ -244,6 +273,20 @@ def test_a_bfloat16_pipeline() -> None:
     assert result.examples.latents.isfinite().all() and layer.semu_core["default"].any()
 
 
+@every_family
+def test_an_offloaded_pipeline(kind: str) -> None:
+    """As `enable_sequential_cpu_offload` leaves it: the weights lie on the meta device, and hooks bring them in."""
+    losses = []
+    for is_offloaded in (False, True):
+        pipe = quiet(PIPELINES[kind]())
+        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)] if is_offloaded else []
+        for part in parts:
+            cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
+        result = unlearn_concept(pipe, made(pipe, "a cat", anchor="a dog"), max_steps=2, progress=False)
+        losses.append([step["loss"] for step in result.training.history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_previews_before_during_and_after() -> None:
     pipe = quiet(sd_pipeline())
     seen: list[tuple[int, Tensor]] = []
@@ -292,6 +335,16 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
         ({"images": Image.new("RGB", (16, 16))}, TypeError, ["`images` must be a tensor", "got Image", "`[image]`"]),
         ({"images": torch.rand(3, 16, 16)}, TypeError, ["`images` must be a tensor", "of shape (3, 16, 16)"]),
         ({"images": []}, TypeError, ["`images` must be a tensor", "got none at all"]),
+        ({"images": torch.rand(2, 16, 16, 3)}, TypeError, ["`images` must be a tensor", "of shape (2, 16, 16, 3)"]),
+        ({"images": 255 * torch.ones(2, 3, 16, 16)}, ValueError, ["`images` must be in [0, 1]", "got 255", "Divide"]),
+        ({"images": [np.full((16, 16, 3), 9, np.uint8)]}, ValueError, ["`images` must be in [0, 1]", "got 9"]),
+        ({"objective": "esd"}, ValueError, ["`objective`", "'esd'"]),
+        ({"config": LoraConfig()}, TypeError, ["`config` must be a `SemuConfig`, got LoraConfig"]),
+        ({"preserve": -1}, ValueError, ["`preserve`", "-1"]),
+        ({"learning_rate": "1e-2"}, TypeError, ["`learning_rate`", "'1e-2'"]),
+        ({"batch_size": 0}, ValueError, ["`batch_size`", "0"]),
+        ({"seed": -1}, ValueError, ["`seed`", "-1"]),
+        ({"adapter_name": "a.b"}, ValueError, ["`adapter_name`", "'a.b'"]),
         ({"max_steps": 0}, ValueError, ["`max_steps`", "0"]),
         ({"epochs": 3}, ValueError, ["`epochs`", "`max_steps`"]),
         ({"samples_per_prompt": 3}, TypeError, ["`samples_per_prompt`", "concept_examples"]),
@@ -299,10 +352,13 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
         ({"callbacks": print}, TypeError, ["`callbacks`"]),
     ],
 )
-def test_errors(options: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+def test_errors(
+    options: dict[str, Any], error: type[Exception], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each names the argument, before anything is encoded or trained."""
     pipe = quiet(sd_pipeline())
     before = Snapshot.of(pipe.unet)
+    monkeypatch.setattr(type(pipe), "encode_prompt", None)
     with pytest.raises(error) as raised:
         unlearn_concept(pipe, **{"forget": "cat", "progress": False, **options})
     assert all(word in str(raised.value) for word in words), raised.value

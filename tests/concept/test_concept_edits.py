@@ -59,6 +59,18 @@ def test_prompts_get_the_anchors_answers_and_retained_ones_keep_theirs() -> None
         assert torch.allclose(layer(car.mT), kept, atol=1e-4)
 
 
+def test_a_textual_inversion_is_redirected_at_its_last_vector() -> None:
+    """The pipeline writes one of several vectors as as many words, of which the others would be left as they are."""
+    pipe = sd_pipeline()
+    pipe.load_textual_inversion({"<toy>": torch.eye(8)[:3]}, token="<toy>")
+    edit = edit_concepts(pipe, {"a <toy>": "a dog"}, ridge=1e-8)
+    toy, dog = encodings(pipe, ["a <toy>"], [3]).float(), encodings(pipe, ["a dog"], [1]).float()
+    layer = pipe.unet.get_submodule(next(iter(edit.deltas)))
+    wanted = layer(dog.mT)
+    with edit.apply(pipe.unet):
+        assert torch.allclose(layer(toy.mT), wanted, atol=1e-4)
+
+
 def test_it_ships_exactly_as_an_adapter_and_as_a_lora_of_diffusers(tmp_path: Path) -> None:
     pipe = quiet(sd_pipeline())
     before = predicted(pipe)

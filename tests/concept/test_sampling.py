@@ -58,6 +58,10 @@ def test_a_pipeline_samples_in_batches_of_any_size() -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="`seeds` must be one per prompt, got 1"):
         sample_pipeline(pipe, prompts, seeds=[1], **settings)
+    with pytest.raises(TypeError, match="`prompts` must be a list of prompts, got 'a cat'"):
+        sample_pipeline(pipe, "a cat", seeds=range(5), **settings)  # as many as it has letters
+    with pytest.raises(ValueError, match="`batch_size`"):
+        sample_pipeline(pipe, prompts, seeds=[1, 2, 3], batch_size=0, **settings)
 
 
 def test_what_no_model_drew_is_no_sample() -> None:

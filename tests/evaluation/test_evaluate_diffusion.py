@@ -181,6 +181,11 @@ def test_pictures_that_no_model_drew_are_no_figure() -> None:
     ):
         with pytest.raises(ValueError, match="`images` must be finite, got 1 of 2"):
             judge()
+    for of_bytes in (images * 255, (images * 255).byte()):
+        with pytest.raises(ValueError, match=r"`images` must be floats in \[0, 1\], got .* to 229.*Divide by 255"):
+            evaluate_erasure(of_bytes, labels, classifier, forgotten=0)
+        with pytest.raises(ValueError, match=r"`real` must be floats in \[0, 1\]"):
+            kernel_distance(images, of_bytes, classifier)
 
 
 def test_other_seeds_are_counted_by_picture_and_by_prompt() -> None:

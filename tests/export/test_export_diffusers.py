@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from semu_peft import SemuConfig
+from semu_peft.adapter.whole_model import add_adapter
 from semu_peft.concept import denoiser_targets
 from semu_peft.concept.families import denoiser_of, family_of
 from semu_peft.concept.sampling import sample_pipeline
@@ -155,6 +156,17 @@ def test_fusing_the_adapter_itself_and_merging_leave_a_stock_model(tmp_path: Pat
     assert "peft_config" not in vars(pipe.unet)
     pipe.unet.save_pretrained(tmp_path)
     torch.testing.assert_close(type(pipe.unet).from_pretrained(tmp_path).conv_in.weight, pipe.unet.conv_in.weight)
+
+
+def test_adapters_are_merged_one_after_another() -> None:
+    """Beside what is merged for good the others go on, and can be merged as well."""
+    pipe = adapted("sd", "cross-attention")
+    add_adapter(pipe.unet, SemuConfig(target_modules=["to_k", "to_q"], init_weights=False, r=2), adapter_name="second")
+    wanted = images(pipe)
+    for name in ("default", "second"):
+        merge_pipeline(pipe, adapter_name=name)
+        torch.testing.assert_close(images(pipe), wanted, **TOLERANCE)
+    assert "peft_config" not in vars(pipe.unet)
 
 
 def test_a_peft_model_in_the_pipeline() -> None:

@@ -190,7 +190,7 @@ def test_diffusers_reads_kohyas_layout_too(kind: str, tmp_path: Path) -> None:
 
 def test_what_kohya_has_no_name_for_is_refused(tmp_path: Path) -> None:
     for kind in ("sd3", "flux"):
-        with pytest.raises(ValueError, match="`format='kohya'`.*default format"):
+        with pytest.raises(ValueError, match="`format='kohya'`.*the format 'diffusers'"):
             save_as_diffusers_lora(adapted(kind), tmp_path / "lora", format="kohya")
     pipe = quiet(PIPELINES["sdxl"]())
     pipe.text_encoder_2.add_adapter(SemuConfig(target_modules=["text_projection"], init_weights=False, r=2))

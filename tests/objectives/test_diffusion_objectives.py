@@ -78,6 +78,14 @@ def test_flow_matching(shift: float) -> None:
     assert other.prediction_type == "flow_prediction"
 
 
+def test_a_model_that_is_told_the_noise_in_place_of_a_step() -> None:
+    """As video models are, by the sampler that they ship with."""
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    scheduler.set_timesteps(len(schedule))
+    torch.testing.assert_close(schedule.timesteps, scheduler.timesteps.flip(0), atol=1e-4, rtol=0)
+
+
 def test_a_schedule_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler.*DDPMScheduler"):
         objectives.DenoisingLoss(diffusers.EDMEulerScheduler())
@@ -255,6 +263,13 @@ def test_every_denoiser_unlearns_and_keeps_its_weights(kind: str) -> None:
     for name, layer in semu_layers(model).items():
         assert layer.semu_core["default"].any(), name
         assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"]), name
+
+
+def test_flux_is_not_asked_beyond_its_time() -> None:
+    """Its scheduler alone says nothing of the thousand between them, and the loss would be one of noise."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler`.*from 0 to 1, got .*from_scheduler\(scheduler, 1e-3\)"):
+        objectives.DenoisingLoss(scheduler)(DENOISERS["flux_transformer"](), diffusion_batch("flux_transformer"))
 
 
 def test_learned_variances_are_left_out() -> None:

@@ -185,7 +185,7 @@ def test_an_adapter_with_whole_modules() -> None:
 
 def test_a_loss_that_has_risen_and_layers_without_gradient_are_told() -> None:
     model = semu()
-    with pytest.warns(UserWarning, match="The loss ended at .* above its start"):
+    with pytest.warns(UserWarning, match=r"The loss ended at .* above its start.*NaturalGradient\(\)"):
         train(model, vector_batches(), CrossEntropy(), learning_rate=30.0, **QUIET)
 
     class Unused(torch.nn.Module):

@@ -14,7 +14,8 @@ from models import Mlp, llama, run, sample_input, unet_condition
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from semu_peft import SemuConfig
+from semu_peft import SemuConfig, initialize_semu_weights, objectives, unlearn
+from semu_peft.adapter.whole_model import add_adapter, merge_and_remove
 from semu_peft.tuner.adapted import semu_layers
 
 WAYS: dict[str, Callable[[Any, Path], Any]] = {
@@ -71,6 +72,23 @@ def test_offloaded_weights(way: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(model.merge_and_unload(), *x), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_offloaded_models_are_unlearned_and_merged(way: str, tmp_path: Path) -> None:
+    """As the model in memory, whose weights can be moved to where it is trained."""
+    base = llama()
+    batch = {"input_ids": sample_input(base)[0], "labels": sample_input(base)[0]}
+    outputs = []
+    for model in (copy.deepcopy(base), WAYS[way](copy.deepcopy(base), tmp_path)):
+        add_adapter(model, SemuConfig(target_modules=["q_proj", "down_proj"], r=3))
+        initialize_semu_weights(model, [batch], objectives.GradientAscent(), progress=False)
+        unlearn(model, [batch], objectives.GradientAscent(), max_steps=2, learning_rate=1e-2, progress=False)
+        outputs.append(run(model.eval(), batch["input_ids"]))
+        merge_and_remove(model)
+        torch.testing.assert_close(run(model, batch["input_ids"]), outputs[-1], atol=1e-5, rtol=1e-4)
+    assert (outputs[0] - run(base, batch["input_ids"])).abs().max() > 1e-3
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
+
+
 def test_bases_from_offloaded_weights(tmp_path: Path) -> None:
     """`init_weights="weight"` reads the weight from where it is."""
     base = llama()
@@ -124,5 +142,5 @@ def test_eight_bit_floats(init_weights: Any) -> None:
         outputs.append(run(model, *inputs))
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-4)
     layer = next(iter(semu_layers(stored).values()))
-    layer.merge()
+    layer.merge(safe_merge=True)
     assert layer.get_base_layer().weight.dtype == torch.float8_e4m3fn
