@@ -288,7 +288,8 @@ def _check_images(images: Any) -> None:
             f"{got or 'none at all'}. Open files by `PIL.Image.open(path)`, and write `[image]` for one."
         )
     arrays = [images] if isinstance(images, Tensor) else [each for each in images if isinstance(each, np.ndarray)]
-    if arrays and (largest := max(each.max().item() for each in arrays)) > 1:
+    # A little beyond 1 is what resizing leaves.
+    if arrays and (largest := max(each.max().item() for each in arrays)) > 2:
         raise ValueError(f"`images` must be in [0, 1] unless they are PIL images, got {largest:g}. Divide by 255.")
 
 
