@@ -3,10 +3,11 @@
     python benchmarks/tofu/without_retain.py --models MODELS --data TOFU --neutral TEXTS
 
 `forget_text` with its defaults is asked to forget an answer of TOFU's forget05, three, all 20 about one author, and all
-200. Held is what the model answers about others, by default; what it says of its own accord, by the default weight of
-that and by the same as the first; neutral text; or retain answers, for comparison. Measured is the mean probability of
-the answers to forget, of others about the same author, of 80 about other authors, and of 40 facts about the world.
-A row takes one to ten minutes of a CPU core; run again, the command goes on with the rows that are missing.
+200. Held is what the model answers about others, by default and a third as much; what it says of its own accord, by the
+default weight of that and by the same as the second; neutral text; or retain answers, for comparison. Measured is
+the mean probability of the answers to forget, of others about the same author, of 80 about other authors, and of 40
+facts about the world. A row takes one to ten minutes of a CPU core; run again, the command goes on with the rows that
+are missing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import nn
 from semu_peft import forget_text
 from semu_peft.language import own_samples, text_examples
 
-BATCH_SIZE, SAMPLES = 32, 128  # as many as `forget_text` draws
+BATCH_SIZE = 32
 SIZES = (1, 3, 20, 200)
 FIRST = 1  # the first question asks for the author's name, and names nobody
 AUTHOR = 20  # questions about each
@@ -36,11 +37,13 @@ JUDGED, FACTS = 80, 40
 
 def holds(subject: Subject, rows: list[Any]) -> dict[str, dict[str, Any]]:
     """The arguments of `forget_text` that say what is held; given as `retain`, the model is asked about nobody."""
+    number = 4 * max(BATCH_SIZE, len(rows))  # as `forget_text` draws
     own = own_samples(
-        load(subject.original), subject.tokenizer, number=SAMPLES, batch_size=BATCH_SIZE, without=subject.examples(rows)
+        load(subject.original), subject.tokenizer, number=number, batch_size=BATCH_SIZE, without=subject.examples(rows)
     )
     return {
         "its own answers about others": {},
+        "its own answers about others, 0.1": {"retain_weight": 0.1},
         "its own accord, 0.1": {"retain": own, "retain_weight": 0.1},
         "its own accord, 6": {"retain": own, "retain_weight": 6.0},
         "neutral text": {"retain": text_examples(subject.tokenizer, subject.more_neutral)},

@@ -77,7 +77,7 @@ class _Usual:
 
 
 # Weighted ascent lets go of an answer as it becomes unlikely, so that far less holds it, at longer steps.
-_USUAL = {"wga": _Usual(2.0, 0.1, 6.0, kl=0.5)}
+_USUAL = {"wga": _Usual(2.0, 0.3, 6.0, kl=0.5)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ def forget_text(
             it as the model was trained.
         max_length: The most tokens of a row; at most as many as the model has positions.
         retain_weight: Weight of what is to stay; by default 60, with `"wga"` 2, or 6 where that is nothing but what the
-            model says itself; where its own answers about others are among it 10 of each set, with `"wga"` 0.1; with
+            model says itself; where its own answers about others are among it 10 of each set, with `"wga"` 0.3; with
             `max_retain_kl`, which brings its own, 0.
         max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
             step exceeds.
@@ -216,7 +216,10 @@ def forget_text(
         )
     held = dict(zip(given, kept, strict=True))
     if retain is None:
-        held |= _of_the_model_itself(model, examples, bool(held), template, batch_size, seed, progress)
+        # Several for each that is forgotten, but no more than the run can read.
+        number = max(4 * batch_size, min(4 * len(examples), batch_size * max_steps))
+        asking = {"number": number, "batch_size": batch_size, "seed": seed, "progress": progress}
+        held |= _of_the_model_itself(model, examples, template, is_beside=bool(held), **asking)
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
         weight = 0.0 if max_retain_kl is not None else usual.weight(held)
@@ -254,13 +257,11 @@ def forget_text(
 
 
 def _of_the_model_itself(
-    model: nn.Module, forget: TextExamples, is_beside: bool, template: str | None, batch_size: int, seed: int,
-    progress: bool,
-) -> dict[str, TextExamples]:  # fmt: skip
+    model: nn.Module, forget: TextExamples, template: str | None, *, is_beside: bool, **asking: Any
+) -> dict[str, TextExamples]:
     """What to hold without `retain`: answers about others, or samples where there is nothing else."""
-    how: dict[str, Any] = {"number": 4 * batch_size, "batch_size": batch_size, "seed": seed, "progress": progress}
     try:
-        return {_OTHERS: answers_about_others(model, forget.tokenizer, forget, template=template, **how)}
+        return {_OTHERS: answers_about_others(model, forget.tokenizer, forget, template=template, **asking)}
     except ValueError as error:
         warnings.warn(
             f"Nothing is held but {_SHOWN['neutral'] if is_beside else _OWN}, which says little of answers of the same "
@@ -268,7 +269,7 @@ def _of_the_model_itself(
             f"be asked about others instead: {error})",
             stacklevel=3,
         )
-    return {} if is_beside else {_OWN: own_samples(model, forget.tokenizer, without=forget, **how)}
+    return {} if is_beside else {_OWN: own_samples(model, forget.tokenizer, without=forget, **asking)}
 
 
 def _check_method(method: Any) -> None:

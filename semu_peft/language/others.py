@@ -45,7 +45,7 @@ def answers_about_others(
     The names that the forget questions are about are left out of these, so that the model speaks of somebody else; what
     it names then takes the place of the names, and its answers to such questions are returned. A name is two words or
     more that begin with capitals, and comes in at least two of the questions and answers. Hold them loosely, as they
-    are near what is to be forgotten: `benchmarks/tofu` takes a weight of 0.1 beside weighted ascent.
+    are near what is to be forgotten: `forget_text` takes a weight of 0.3 beside weighted ascent.
 
     Args:
         model: A language model of transformers, as it was before it forgot.
