@@ -262,7 +262,7 @@ def _of_the_model_itself(
     """What to hold without `retain`: answers about others, or samples where there is nothing else."""
     try:
         return {_OTHERS: answers_about_others(model, forget.tokenizer, forget, template=template, **asking)}
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # it may not generate at all
         warnings.warn(
             f"Nothing is held but {_SHOWN['neutral'] if is_beside else _OWN}, which says little of answers of the same "
             "kind: others may be lost with those to be forgotten, so measure what is left of them. (The model was to "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from people import FIRST, LAST, PEOPLE, learnt, words
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from semu_peft import forget_text, objectives
 from semu_peft.language import answers_about_others, own_samples, text_examples
@@ -56,6 +57,16 @@ def test_without_retain_data_others_are_kept() -> None:
 def test_beside_neutral_texts() -> None:
     result = forget_text(learnt(), words(), FORGET, neutral=["Where was a baker ?"], max_steps=1, progress=False)
     assert result.training.damage_on == "neutral texts and its own answers about others"
+
+
+def test_a_model_that_cannot_be_asked_is_held_by_neutral_texts() -> None:
+    def nothing(model: Any) -> Any:
+        raise AttributeError
+
+    model = learnt()
+    model.__class__ = type("LlamaForCausalLM", (LlamaForCausalLM,), {"generate": property(nothing)})
+    with pytest.warns(UserWarning, match="held but neutral texts.*must generate text"):
+        forget_text(model, words(), FORGET, neutral=["Where was a baker ?"], max_steps=1, progress=False)
 
 
 @pytest.mark.parametrize(
