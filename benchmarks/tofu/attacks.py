@@ -23,7 +23,7 @@ from cells import ALL, LORA_8, NATURAL_99, Cell
 from machine import TOGETHER, about
 from measure import damage, probability, rounded_probability, write
 from methods import forget
-from subjects import TEMPLATE, Subject, evenly, load, read_subject
+from subjects import TEMPLATE, Subject, ask_for_folders, evenly, load, read_subject
 from torch import nn
 
 from semu_peft.evaluation import prompt_attacks, relearn_text
@@ -113,9 +113,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
-    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
-    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
+    ask_for_folders(parser)
     parser.add_argument("--questions", type=int, default=60, help="so many of the 200 are asked in other ways")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu_attacks.json"))
     return parser.parse_args()

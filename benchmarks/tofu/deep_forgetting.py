@@ -32,7 +32,7 @@ import torch
 from machine import DEVICE, about, clock
 from measure import Relearnt, damage, write
 from peft import get_peft_model
-from subjects import Subject, load, read_subject
+from subjects import Subject, ask_for_folders, load, read_subject
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -485,9 +485,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
-    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
-    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
+    ask_for_folders(parser)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--only", nargs="+", help="only the ways whose name contains one of these")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass, field
@@ -79,6 +80,13 @@ class Subject:
             model, self.tokenizer, self.forget, utility=self.utility, gold=gold, template=TEMPLATE,
             max_new_tokens=60, batch_size=2 * TOGETHER, progress=False, **asked,
         )  # fmt: skip
+
+
+def ask_for_folders(parser: argparse.ArgumentParser) -> None:
+    """Let a command ask for what `read_subject` reads."""
+    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
+    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
+    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
 
 
 def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0, utility_rows: int | None = None) -> Subject:

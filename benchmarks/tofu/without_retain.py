@@ -22,7 +22,7 @@ from typing import Any
 
 from machine import about, clock
 from measure import write
-from subjects import TEMPLATE, Subject, evenly, load, read_subject
+from subjects import TEMPLATE, Subject, ask_for_folders, evenly, load, read_subject
 from torch import nn
 
 from semu_peft import forget_text
@@ -106,9 +106,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
-    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
-    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
+    ask_for_folders(parser)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="answers to forget")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu_without_retain.json"))
     return parser.parse_args()

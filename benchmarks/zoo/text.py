@@ -27,7 +27,7 @@ from machine import DEVICE, about, clock
 from results import gap, mean, write
 from rows import Outcome, Row, blended, merged_weights, share_within
 from schedule import GOLD, NOTHING, Plan, Run, complete, told, whole
-from subjects import Subject, evenly, load, read_subject
+from subjects import Subject, ask_for_folders, evenly, load, read_subject
 from text_rows import BUDGET, LEFT_OUT, TextCase, text_rows
 from torch import nn
 
@@ -255,9 +255,7 @@ def _subject(subject: Subject, half: int, questions: int) -> Subject:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the decoders full and retain95")
-    parser.add_argument("--data", type=Path, required=True, help="folder of TOFU's JSON lines")
-    parser.add_argument("--neutral", type=Path, required=True, help="JSON lines with neutral text")
+    ask_for_folders(parser)
     parser.add_argument("--questions", type=int, default=10, help="of each author's twenty")
     parser.add_argument("--steps", type=int, default=16, help="of methods that train")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
