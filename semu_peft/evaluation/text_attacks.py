@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class PromptAttacks:
     """How much of the forgotten answers is in what the model writes, by how it is asked: mean ROUGE-L recalls.
 
     Attributes:
-        found: Of the model, by attack.
+        found: Of the model, by attack; NaN of one that has diverged.
         gold: Of the model that never saw them. A recall has a meaning only beside this one: an answer shares words with
             any other to its question.
 
@@ -120,6 +121,9 @@ def prompt_attacks(
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
 
     def ask(attacked: nn.Module) -> dict[str, float]:
+        first = score_answers(attacked, tokenizer, examples[:1], template=template, progress=False, name="forget")
+        if first.nll.isnan().any():
+            return dict.fromkeys(asked, math.nan)  # greedily it would write some token all the same
         written = {
             name: generate_answers(attacked, tokenizer, name=name, **how, **common) for name, how in asked.items()
         }

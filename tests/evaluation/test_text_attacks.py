@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from answer_models import FACTS, FORGET, decoder, word_tokenizer
@@ -32,6 +34,15 @@ def adapted(kind: str):
         else LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
     )
     return get_peft_model(decoder(), config)
+
+
+def test_a_model_that_has_diverged_has_no_recall() -> None:
+    """It is not called forgotten: greedily it writes a token all the same, and sampling from it is torch's error."""
+    model = decoder()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    found = prompt_attacks(model, word_tokenizer(), FORGET, gold=decoder(), samples=2, max_new_tokens=3, **QUIET)
+    assert all(map(math.isnan, found.found.values())) and not any(map(math.isnan, found.gold.values()))
 
 
 def test_questions_are_asked_in_five_ways() -> None:
