@@ -130,8 +130,9 @@ class Edit:
                     raise ValueError(f"`model`: the parameter {name!r} would not be finite. Make the edit smaller.")
                 before[name] = kept
                 write_numbers(parameter, delta, after)
-                is_asked |= not torch.equal(wanted, kept.to(wanted))
-                is_moved |= not torch.equal(after, kept)
+                if not is_moved:  # a number that has moved says enough
+                    is_moved = not torch.equal(after, kept)
+                    is_asked |= not torch.equal(wanted, kept.to(wanted))
         except BaseException:
             for name, kept in before.items():
                 write_numbers(places[name].parameter, places[name].delta, kept)

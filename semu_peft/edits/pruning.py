@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from semu_peft.arguments import check_kind, check_model, check_share
+from semu_peft.gradients.gather import of_each_weight
 from semu_peft.tuner.adapted import own_modules
 from semu_peft.tuner.targets import LAYER_CLASSES
 
@@ -62,9 +63,9 @@ def prune_weights(model: nn.Module, share: float, *, targets: Sequence[str] | No
             f"`targets`: {missing[:3] or 'none'} of {type(model).__name__} are linear layers or convolutions with a "
             "stored weight. Name such layers, or store the weights of parametrised ones first."
         )
-    named = {f"{name}.weight" if name else "weight": modules[name].weight for name in chosen}
-    first = {id(weight): name for name, weight in reversed(named.items())}  # layers may share one
-    weights: dict[str, torch.Tensor] = {name: named[name] for name in named if first[id(named[name])] == name}  # type: ignore[misc]
+    weights: dict[str, torch.Tensor] = of_each_weight(
+        {f"{name}.weight" if name else "weight": modules[name].weight for name in chosen}  # type: ignore[misc]
+    )
     sizes = torch.cat([weight.detach().abs().reshape(-1).float() for weight in weights.values()])
     order = sizes.argsort(stable=True)[: math.floor(share * len(sizes))]  # ties: the first ones
     smallest = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)

@@ -18,7 +18,7 @@ from semu_peft.model_state import aside, eval_mode
 from semu_peft.objectives.batches import IGNORED, check_batches
 
 from .hidden import find_layer, for_a_look, inputs_of, real_tokens
-from .intervention import Gate, Hooks, Intervention, Weights, always, any_open, weights_of_rows
+from .intervention import Gate, Hooks, Intervention, Weights, always, any_open, first_of, weights_of_rows
 
 Side = Literal["output", "input"]
 
@@ -282,8 +282,7 @@ def _moved_input(layer: nn.Module, args: Any, kwargs: Any, *, rows: Tensor, adju
 
 
 def _keep(layer: nn.Module, args: Any, output: Any, *, seen: dict[str, Tensor], name: str, side: Side) -> None:
-    given = output[0] if isinstance(output, tuple) else output
-    seen[name] = (given if side == "output" else args[0]).detach()
+    seen[name] = first_of(output if side == "output" else args).detach()
 
 
 def _add(

@@ -20,7 +20,7 @@ from semu_peft.objectives.original import left_out
 from semu_peft.objectives.replica import replicate
 
 from .closed import has_adapter, without_adapters
-from .intervention import Gate, Intervention, Weights, weights_of_rows
+from .intervention import Gate, Intervention, Weights, first_of, weights_of_rows
 
 GATE_FILE = "gate.safetensors"
 """Where `save_pretrained` puts the gate, beside the adapters."""
@@ -229,10 +229,10 @@ def _put_in(
     alone = (stacked > 0).sum(0) == 1  # where nothing has to be added up
     result = output
     for name, each in here.items():
-        rows = weights_of_rows(each, _first(output))
+        rows = weights_of_rows(each, first_of(output))
         chosen = (rows > 0).nonzero()[:, 0]
         added = _run(opened[name], chosen, args, kwargs, len(rows))
-        exactly = weights_of_rows(alone & (each == 1), _first(output))
+        exactly = weights_of_rows(alone & (each == 1), first_of(output))
         result = _mixed(output, result, added, chosen, rows, exactly)
     return result
 
@@ -264,11 +264,6 @@ def _is_choice(part: Any, rows: int) -> bool:
     return (
         isinstance(part, Tensor) and part.dim() > 0 and len(part) == rows and part.dtype in (torch.int32, torch.int64)
     )
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return tensor
 
 
 def _rows_of(output: Any, chosen: Tensor) -> Any:

@@ -26,6 +26,18 @@ _WITHIN: ContextVar[frozenset[int]] = ContextVar("semu_within", default=frozense
 _GENERATING: ContextVar[bool] = ContextVar("semu_generating", default=False)  # then examples become beams
 
 
+def first_of(output: Any) -> Tensor:
+    """What a layer gives: the tensor, or the first of several, as attention gives its weights as well.
+
+    Examples:
+        >>> from semu_peft.gates.intervention import first_of
+        >>> first_of((torch.ones(1), None))
+        tensor([1.])
+    """
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tensor
+
+
 class Gate(Protocol):
     """Says for each example how far a correction is to be active: `(model, inputs) -> weight per example and name`.
 

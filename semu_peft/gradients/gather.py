@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -31,6 +31,8 @@ from .targets import find_sources
 
 # An accelerator stands still when it is asked whether a loss is finite: after the first batch, of so many at a time.
 _LOSSES_AT_ONCE, _LOSSES_ON_CPU = 8, 1
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -74,8 +76,8 @@ class Gathered(Mapping[str, Statistic]):
         return f"Gathered({kinds} of {len(self)} layers, batches={self.batches}, examples={self.examples})"
 
 
-def of_each_weight(gathered: Mapping[str, Statistic]) -> dict[str, Statistic]:
-    """The statistics by layer name, of layers that share one weight under the first of their names alone.
+def of_each_weight(found: Mapping[str, _T]) -> dict[str, _T]:
+    """Statistics or weights by layer name, what several layers share under the first of their names alone.
 
     Examples:
         >>> import torch
@@ -88,7 +90,7 @@ def of_each_weight(gathered: Mapping[str, Statistic]) -> dict[str, Statistic]:
         (['0', '2'], ['0'])
     """
     first: dict[int, str] = {}
-    return {name: each for name, each in gathered.items() if first.setdefault(id(each), name) == name}
+    return {name: each for name, each in found.items() if first.setdefault(id(each), name) == name}
 
 
 def gather(

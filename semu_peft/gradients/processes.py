@@ -11,6 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor
 
+from semu_peft.tuner.tensors import is_sharded
+
 
 def in_several_processes() -> bool:
     """Whether this is one of several processes of a run, whoever has made them known to each other."""
@@ -54,16 +56,6 @@ def processes_of_torch() -> int:
     """How many processes `torch.distributed` knows of; 0 where it has not been set up."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 0
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether each process holds a part of it alone (FSDP2's `DTensor`).
-
-    Examples:
-        >>> is_sharded(torch.ones(2))
-        False
-    """
-    return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Any) -> Tensor:

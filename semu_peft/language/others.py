@@ -76,10 +76,9 @@ def answers_about_others(
     """
     encoder = TextEncoder(tokenizer, template, seq2seq=is_encoder_decoder(model))
     ready = forget if isinstance(forget, TextExamples) else _encoded(encoder, forget)
-    told = [(each.prompt, each.answer) for each in ready.examples if each.prompt is not None]
-    texts = [part for prompt, answer in told for part in (_text_of(prompt), answer)]
-    forgotten = _names(texts, least=max(2, _RARE * len(told)))
-    about = [(prompt, name) for prompt, _ in told for name in forgotten if name in _text_of(prompt)]
+    told = [(each.prompt, _text_of(each.prompt), each.answer) for each in ready.examples if each.prompt is not None]
+    forgotten = _names([part for _, *both in told for part in both], least=max(2, _RARE * len(told)))
+    about = [(prompt, name) for prompt, text, _ in told for name in forgotten if name in text]
     if not about:
         raise ValueError(
             "`forget` must have questions that name somebody, in two words or more, got none. Give `retain`."

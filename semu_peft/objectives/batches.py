@@ -350,11 +350,11 @@ def named_for_task(
         >>> named_for_task(torch.nn.Identity(), (1,), {})
         ((1,), {})
     """
-    root, name = uncompiled(out_of_wrappers(uncompiled(model))), getattr(base_model(model), "main_input_name", None)
-    is_for_task = isinstance(root, PeftModel) and type(root).forward is not PeftModel.forward
-    if len(args) == 1 and is_for_task and name not in (None, "input_ids"):
-        return (), {name: args[0], **named}
-    return args, named
+    root = uncompiled(out_of_wrappers(uncompiled(model))) if len(args) == 1 else None
+    if not isinstance(root, PeftModel) or type(root).forward is PeftModel.forward:
+        return args, named
+    name = getattr(base_model(root), "main_input_name", None)
+    return (args, named) if name in (None, "input_ids") else ((), {name: args[0], **named})
 
 
 def _of_model(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,9 +131,7 @@ def read_metrics(metrics: Any) -> dict[str, Any]:
         return {"rows": [], "reference": None}
     if isinstance(metrics, ForgettingComparison):
         read = read_metrics(metrics.rows)
-        if (
-            metrics.reference.lower() in ORIGINALS
-        ):  # beside that alone nothing shows what a model is like that never knew
+        if metrics.reference.lower() in ORIGINALS:  # which does not show what a model is like that never knew
             return read
         gaps = {name: row.average_gap(metrics.rows[metrics.reference]) for name, row in metrics.rows.items()}
         for row in read["rows"]:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from semu_peft.arguments import check_kind
-from semu_peft.gradients.processes import is_sharded, whole
+from semu_peft.gradients.processes import whole
 from semu_peft.linalg.core import LowRank, eckart_young
 from semu_peft.linalg.energy import largest_magnitudes
 from semu_peft.linalg.factorize import SingularFactors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.layer import SemuLayer
+from semu_peft.tuner.tensors import is_sharded
 
 from .ranks import RankBudget
 from .starts import LayerStart, Start, Zero

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from semu_peft.gradients.processes import is_sharded, sum_over_processes, whole
+from semu_peft.gradients.processes import sum_over_processes, whole
+from semu_peft.tuner.tensors import is_sharded
 
 from .parameters import leave_shards_alone, put_into
 

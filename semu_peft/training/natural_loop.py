@@ -16,11 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from semu_peft.gradients.core_rows import catch_core_rows
-from semu_peft.gradients.processes import (
-    mean_of_numbers,
-    processes_of_torch,
-    rows_elsewhere,
-)
+from semu_peft.gradients.processes import mean_of_numbers, processes_of_torch, rows_elsewhere
 from semu_peft.objectives.base import Evaluation
 from semu_peft.objectives.distributions import probe
 from semu_peft.objectives.examples import count_examples, examples_in

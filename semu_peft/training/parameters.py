@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semu_peft.gradients.processes import is_sharded
 from semu_peft.objectives.adapter_parts import adapter_configs, adapter_parts
 from semu_peft.objectives.split_weights import starts_elsewhere
 from semu_peft.tuner.layer import NotInitializedError, SemuLayer
+from semu_peft.tuner.tensors import is_sharded
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from semu_peft.gradients.processes import is_sharded, whole
+from semu_peft.gradients.processes import whole
+from semu_peft.tuner.tensors import is_sharded
 
 from .parameters import leave_shards_alone, put_into, shared_out
 

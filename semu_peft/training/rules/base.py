@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from semu_peft.gradients.processes import is_sharded, whole
+from semu_peft.gradients.processes import whole
 from semu_peft.objectives.base import finite_number
+from semu_peft.tuner.tensors import is_sharded
 
 
 class StepData(Protocol):
