@@ -1,4 +1,4 @@
-"""What is run: one cell is one run, and its name says its settings; the cells of the questions, and the whole grid."""
+"""What is run: one cell is one run, and its name says its settings; lists of cells, by the questions they answer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ NATURAL, NATURAL_99 = "SEMU, natural gradients", "SEMU of γ 0.99, natural gradi
 NATURAL_999 = "SEMU of γ 0.999, natural gradients"
 ADAMW, ADAMW_99 = "SEMU, AdamW", "SEMU of γ 0.99, AdamW"
 ALL, LORA_8, LORA_13 = "all weights", "LoRA, rank 8", "LoRA, rank 13"
+LORA_8_16 = "LoRA, rank 8, α 16"
 BUDGETS = (0.01, 0.05)  # damage, nats a token on neutral text
 REPAIR = 60  # steps, where a name says no other number
+EPOCH = 7  # steps of 32 answers, of 200
 MANY = 200  # rows at once: a GPU hardly notices, and each retain answer is seen eight times in 160 steps
 
 
@@ -39,6 +41,8 @@ class Cell:
         skip: Leading directions that the subspace leaves out.
         without_shared: Whether no step goes along what all answers share, by CIR.
         equal_damage: Whether the run ends where its damage meets the last of `BUDGETS`, found between two looks.
+        as_published: Whether the run takes all its steps, however unlikely the answers are, and AdamW's rate rises for
+            an epoch and then falls to zero.
         repair: Steps of `methods.repair` after it.
         repair_retain: What these are on, of `methods.RETAIN`; by default `retain`.
         repair_rate: Learning rate of their AdamW; by default as it was trained before.
@@ -61,6 +65,7 @@ class Cell:
     skip: int = 0
     without_shared: bool = False
     equal_damage: bool = False
+    as_published: bool = False
     repair: int = 0
     repair_retain: str | None = None
     repair_rate: float | None = None
@@ -83,6 +88,7 @@ class Cell:
             f"first {self.skip} skipped": self.skip or None,
             "CIR": self.without_shared or None,
             "at equal damage": self.equal_damage or None,
+            "as published": self.as_published or None,
             f"repair of {self.repair}": None if self.repair in (0, REPAIR) else self.repair,
             f"repair on {self.repair_retain}": self.repair_retain,
             f"repair at {self.repair_rate}": self.repair_rate,
@@ -170,13 +176,33 @@ def goals() -> list[Cell]:
     ]  # fmt: skip
 
 
-def grid(seed: int = 0) -> list[Cell]:
-    """Every objective in every carrier, with each kind of retain data; what most people would do comes first."""
-    from methods import CARRIERS, RETAIN
-    from sentences import OBJECTIVES
+def papers(seed: int = 0) -> list[Cell]:
+    """Objectives as their papers and OpenUnlearning run them: carrier, what is held and how, epochs, batches of 32.
 
-    every = itertools.product(RETAIN, CARRIERS, OBJECTIVES)
-    return [Cell(objective, carrier, retain, seed) for retain, carrier, objective in every]
+    Rates are ten times the published ones, which are of models of 1B to 8B: for NPO that is the best of three here.
+    """
+    ten = Cell("", ALL, "answers", seed, hold="CE", weight=1.0, learning_rate=1e-4, steps=10 * EPOCH, as_published=True)
+    held = replace(ten, batch_size=32, kept_at_once=32)
+    alone = replace(held, retain="none", hold=None, weight=None)
+    own = replace(held, hold=None, weight=None)
+    return [
+        replace(held, objective="NPO 0.1"),
+        replace(held, objective="SimNPO", weight=8.0),
+        replace(held, objective="IdkDPO"),
+        replace(held, objective="gradient ascent"),
+        replace(alone, objective="UNDIAL", learning_rate=1e-3),
+        replace(held, objective="WGA"),
+        replace(held, objective="inverted hinge", carrier=LORA_8_16, learning_rate=1e-3, steps=5 * EPOCH),
+        replace(held, objective="AltPO", learning_rate=5e-4, steps=2 * EPOCH),
+        replace(own, objective="PDU"),
+        replace(held, objective="SatImp", weight=10.0),
+        replace(own, objective="Adaptive RMU", learning_rate=5e-4),
+        replace(alone, objective="CE-U"),
+        replace(held, objective="TPO"),
+        replace(alone, objective="FLAT", steps=5 * EPOCH),
+        replace(alone, objective="DELETE"),
+        replace(alone, objective="gradient ascent"),
+    ]
 
 
 def equal(seed: int = 0) -> list[Cell]:
@@ -306,3 +332,6 @@ def _plain() -> list[list[Cell]]:
 
 def _of_seeds(cells: list[Cell], *seeds: int) -> list[Cell]:
     return [replace(cell, seed=seed) for seed in seeds for cell in cells]
+
+
+LISTS = {"ahead": ahead, "closer": closer, "equal": equal, "goals": goals, "longer": longer, "papers": papers}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import ADAMW, ADAMW_99, ALL, LORA_8, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
+from cells import ADAMW, ADAMW_99, ALL, EPOCH, LORA_8, LORA_8_16, LORA_13, NATURAL, NATURAL_99, NATURAL_999, Cell
 from machine import clock
 from measure import ATTACKER, one_batch, others_of
 from peft import LoraConfig, get_peft_model
 from sentences import OBJECTIVES, Given
 from subjects import TEMPLATE, Subject, load
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 from watch import Values, Watch, WatchToBudgets, put, values_of
 
 from semu_peft import Retain, SemuConfig, initialize_semu_weights, methods, objectives, unlearn
@@ -62,13 +63,15 @@ CARRIERS = {
     ADAMW_99: Carrier(_semu(0.99), 1e-3),
 }
 RETAIN = {"both": ("answers", "neutral"), "neutral": ("neutral",), "answers": ("answers",)}
-# Also those that are not a part of the grid.
+# Also those that are no default of `run.py`.
 EVERY_CARRIER = {
     **CARRIERS,
+    LORA_8_16: Carrier(lambda: LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR), 1e-3),
     NATURAL_99: Carrier(_semu(0.99), None, 80),
     NATURAL_999: Carrier(_semu(0.999), None, 80),
 }
-EVERY_RETAIN = {**RETAIN, "own": ("own",), "own and neutral": ("own", "neutral")}  # what the model itself says
+# Also nothing, and what the model itself says.
+EVERY_RETAIN = {**RETAIN, "none": (), "own": ("own",), "own and neutral": ("own", "neutral")}
 # Simulated in turn, the first so many: none has the examples of the one that judges, nor so many steps as it.
 ATTACKERS = [
     Attacker("adam", 1e-4, steps=10, forget_examples=20),
@@ -146,6 +149,8 @@ def forget(subject: Subject, cell: Cell, *, damage: Callable[[nn.Module], float]
         )
     rules = _rules(model, answers, loss) if cell.without_shared else []
     steps, dials = cell.steps or how.steps, ({"learning_rate": _rate(cell)},)
+    if cell.as_published:
+        dials[0]["scheduler"] = _up_and_down
     if cell.attackers:
         pool = one_batch(subject, subject.forget)
         loss = SimulatedRelearning(loss, pool, attackers=ATTACKERS[: cell.attackers], copies=16, seed=cell.seed)
@@ -178,7 +183,8 @@ def _watch(
     """Look for the moment when the answers are as unlikely as unseen ones; under attackers, when both are attacked."""
     if not cell.attackers:
         kind, told = (WatchToBudgets, subject.told[::4]) if cell.equal_damage else (Watch, subject.told)
-        return kind(damage, lambda now: float(subject.nll(now, told).mean()), float(nll.mean()))
+        level = math.inf if cell.as_published else float(nll.mean())
+        return kind(damage, lambda now: float(subject.nll(now, told).mean()), level)
     unseen = [{"question": each.prompt, "answer": each.answer} for each in wrong]
     level = _nll_when_attacked(subject, original, unseen)
     return Watch(damage, lambda now: _nll_when_attacked(subject, now, subject.forget), level)
@@ -260,6 +266,10 @@ def _texts(subject: Subject, name: str) -> TextExamples:
 
 
 _OWN: dict[tuple[Path, int], TextExamples] = {}  # made once a process
+
+
+def _up_and_down(optimizer: Any, steps: int) -> Any:
+    return LambdaLR(optimizer, lambda step: min((step + 1) / EPOCH, (steps - step) / (steps - EPOCH)))
 
 
 def _to_nothing(optimizer: Any, steps: int) -> Any:

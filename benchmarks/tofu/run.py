@@ -11,7 +11,7 @@ idle between launches, so let several processes work side by side, each on its p
 own, and join them (`--done` names tables of before, whose references are taken and whose rows are not run again):
 
     python benchmarks/tofu/run.py ... --references
-    for k in 1 2 3 4; do python benchmarks/tofu/run.py ... --cells goals grid --part $k/4 --seconds 400 & done; wait
+    for k in 1 2 3 4; do python benchmarks/tofu/run.py ... --cells goals papers --part $k/4 --seconds 400 & done; wait
     python benchmarks/tofu/run.py ... --join
 
 Model utility is over `--utility-rows` of each of its three sets. The attacks, relearning after 20 steps on 20 forget
@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import ADAMW_99, ALL, LORA_8, NATURAL, NATURAL_99, Cell, ahead, closer, equal, goals, grid, longer, together
+from cells import ADAMW_99, ALL, LISTS, LORA_8, LORA_8_16, NATURAL, NATURAL_99, Cell, together
 from machine import DEVICE, about
 from measure import ATTACKER, Judge, write
 from methods import CARRIERS, EVERY_CARRIER, EVERY_RETAIN, RETAIN, Unlearned, forget, repaired
@@ -50,7 +50,6 @@ COLUMNS = {
 }  # fmt: skip
 REFERENCES = ("gold", "doing nothing")
 OWN = Path("runs/tofu")  # models that are trained here
-LISTS = {"ahead": ahead, "closer": closer, "equal": equal, "goals": goals, "grid": grid, "longer": longer}
 
 
 def main() -> None:
@@ -150,6 +149,7 @@ def _smoke() -> list[Cell]:
         Cell("unseen answers", ALL, "both", steps=2, attackers=1),
         *(Cell("WGA", carrier, "both", batch_size=4, steps=3, equal_damage=True) for carrier in (NATURAL, ALL)),
         Cell("WGA", NATURAL, "both", hold="KL", weight=1.0, kl=(0.5,), skip=2, without_shared=True, steps=2),
+        Cell("CE-U", LORA_8_16, "none", batch_size=4, steps=9, as_published=True),
         *(Cell(objective, carrier, "both", steps=1) for objective in OBJECTIVES for carrier in (ADAMW_99, ALL)),
         *(Cell(objective, NATURAL, "neutral", steps=1) for objective in OBJECTIVES),
     ]
