@@ -44,6 +44,8 @@ _POOR = "to compare with: it also destroys"
 
 METHODS = (
     Method("images", "delete", "DecoupledDistillation", _FORGET, "DELETE, arXiv 2503.23751", "the default"),
+    Method("images", "unseen-confidence", "UnseenConfidence", f"{_FORGET}, and --test", "semu_peft",
+           "single pictures, not a class"),
     Method("images", "random-label", "RandomLabel", _FORGET, "SEMU, arXiv 2502.07587", "the SEMU paper's"),
     Method("images", "inverted-hinge", "InvertedHinge", _FORGET, "LoKU, arXiv 2408.06621"),
     Method("images", "uniform", "UniformDistribution", _FORGET, "arXiv 1911.04933"),

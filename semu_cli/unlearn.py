@@ -30,6 +30,7 @@ from .options import (
     StepSeconds,
     TargetModules,
     Template,
+    Test,
     Texts,
 )
 from .request import carry_out
@@ -42,6 +43,7 @@ def images(
     output_dir: OutputDir,
     forget_class: ForgetClass = None,
     retain: Retain = None,
+    test: Test = None,
     method: Annotated[
         str, typer.Option("--method", metavar="METHOD", help="See `semu methods --job images`.")
     ] = "delete",
@@ -56,7 +58,7 @@ def images(
     step_seconds: StepSeconds = None,
     progress: Progress = True,
 ) -> Told:
-    """Make an image classifier forget a class, or the images of a folder."""
+    """Make an image classifier forget a class, or single images of classes that it goes on knowing."""
     return carry_out(ImageRequest, dict(locals()))
 
 

@@ -214,6 +214,37 @@ def test_a_flat_folder_is_forgotten_as_what_the_model_sees_in_it(images: dict[st
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (tmp_path / "flat").iterdir()}
 
 
+def test_single_images_are_known_as_unseen_ones_are(tmp_path: Path) -> None:
+    """One image in four has another's label, which no model can know but by heart; the classes stay."""
+    folders = {}
+    for seed, name in enumerate(("photos", "unseen")):
+        folders[name] = cli_models.image_folder(tmp_path / name, 8, noise=100, seed=seed)
+        for number in ("0.png", "1.png"):
+            pictures = [folders[name] / each / number for each in cli_models.CLASSES]
+            held = [picture.read_bytes() for picture in pictures]
+            for picture, content in zip(pictures, held[1:] + held[:1], strict=True):
+                picture.write_bytes(content)
+    model = cli_models.classifier(tmp_path / "model", folders["photos"])
+    gone = tmp_path / "gone"
+    for name in cli_models.CLASSES:
+        (gone / name).mkdir(parents=True)
+        for number in ("0.png", "2.png", "3.png", "4.png"):
+            (folders["photos"] / name / number).replace(gone / name / number)
+    how = ("--model", model, "--forget", gone, "--method", "unseen-confidence", "--no-progress")
+    done = semu("unlearn", "images", *how, "--test", folders["unseen"], "--output-dir", tmp_path / "without")
+    forgotten, others = done["forget_confidence"], done["test_confidence"]
+    assert forgotten["before"] > 95 and others["before"] < 80
+    assert abs(forgotten["after"] - others["before"]) < 5 and abs(others["after"] - others["before"]) < 5
+    assert abs(done["test_accuracy"]["after"] - done["test_accuracy"]["before"]) < 5
+    measured = semu(*shlex.split(done["next"])[1:])["models"]
+    assert measured["unlearned"]["forget_accuracy"] == done["forget_accuracy"]["after"]
+
+    (folders["unseen"] / "cat" / "again.png").symlink_to(gone / "cat" / "0.png")
+    again = (*how, "--test", folders["unseen"], "--output-dir", tmp_path / "again")
+    result = CliRunner().invoke(app, ["unlearn", "images", *map(str, again)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and "holds 1 of the images" in result.output and not (tmp_path / "again").exists()
+
+
 def test_attack_on_a_language_model(text: dict[str, Path]) -> None:
     how = ("--model", text["model"], "--forget", text["forget"], "--retain", text["retain"])
     found = semu("attack", *how, "--time-limit", 0, "--no-progress")
@@ -336,6 +367,7 @@ def test_the_list_of_methods_is_what_the_verbs_take() -> None:
         (["unlearn", "text", "--model", "m", "--forget", "absent.txt", "--output-dir", "o"], "absent.txt"),
         (["unlearn", "text", "--model", "m", "--forget", ".", "--method", "magic", "--output-dir", "o"], "npo"),
         (["unlearn", "images", "--model", ".", "--forget", ".", "--output-dir", "absent"], "config.json"),
+        (["unlearn", "images", "--model", ".", "--forget", ".", "--test", ".", "--output-dir", "o"], "Give both"),
         (["merge", "--model", "m", "--adapter", "a", "--output-dir", "."], "not empty"),
         (["export", "--model", "m", "--adapter", "a", "--output-dir", "o", "--to", "onnx"], "kohya"),
         (["unlearn", "images", "--config", "absent.yaml"], "absent.yaml"),

@@ -39,6 +39,7 @@ def test_the_page_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     cli_models.pipeline(Path("my-pipeline"))
     cli_models.image_folder(Path("held-out"), 3, seed=1)
     cli_models.image_folder(Path("kittens"), 3, seed=2)
+    cli_models.image_folder(Path("reported"), 1)
     for seed, name in enumerate(("retrained", "shadow-1", "shadow-2"), 1):
         cli_models.classifier(Path(name), photos, seed=seed)
     cli_models.language_model(Path("my-llm-retrained"))
@@ -48,7 +49,7 @@ def test_the_page_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Path("texts.txt").write_text("the sky")
     lines = commands("docs/cli.md")
     assert [line[:2] for line in lines if line[0] == "unlearn"] == [
-        ["unlearn", "images"], ["unlearn", "text"], ["unlearn", "concept"]
+        ["unlearn", "images"], ["unlearn", "images"], ["unlearn", "text"], ["unlearn", "concept"]
     ]  # fmt: skip
     for line in lines:
         few = FEW.get(line[0], []) if "my-pipeline" in line else []
