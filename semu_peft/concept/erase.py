@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from semu_peft.adapter.whole_model import add_adapter, taken_back_on_error
-from semu_peft.arguments import check_adapter_name, check_count, check_kind, check_number
+from semu_peft.arguments import check_adapter_name, check_count, check_number
 from semu_peft.model_state import device_of, is_offloaded
 from semu_peft.objectives.base import Objective
 from semu_peft.objectives.diffusion import (
@@ -25,6 +25,7 @@ from semu_peft.objectives.diffusion import (
 )
 from semu_peft.objectives.noise_schedule import NoiseSchedule
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
+from semu_peft.subspace.initialize import check_config
 from semu_peft.training.callbacks import as_callbacks
 from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.unlearn import UnlearnResult, unlearn
@@ -218,11 +219,10 @@ def _length(max_steps: int | None, learning_rate: float | None, optimizer: Any) 
 def _check(denoiser: Any, adapter_name: str, config: Any, max_steps: int | None, training: dict[str, Any]) -> None:
     check_adapter_name(adapter_name)
     if config is not None:
-        check_kind("config", config, SemuConfig, "a `SemuConfig`", "Write `SemuConfig(r=16)`, or leave it out.")
+        check_config(config)
     if adapter_name in getattr(denoiser, "peft_config", {}):
         raise ValueError(f"The denoiser has an adapter {adapter_name!r} already: choose another `adapter_name`.")
-    if max_steps is not None and (not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1):
-        raise ValueError(f"`max_steps` must be a positive integer, got {max_steps!r}. Give at least 1, or None.")
+    check_count("max_steps", max_steps, optional=True)
     if "epochs" in training:
         raise ValueError("`epochs` follows from `max_steps` here: it cannot be given as well.")
     of_making = sorted(set(training) & set(inspect.signature(concept_examples).parameters))

@@ -19,6 +19,7 @@ from semu_peft.objectives.base import Objective
 from semu_peft.objectives.batches import is_encoder_decoder
 from semu_peft.objectives.retain import Retain
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
+from semu_peft.subspace.initialize import check_config
 from semu_peft.training.natural import NaturalGradient
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
@@ -196,6 +197,8 @@ def forget_text(
     """
     _check_method(method)
     _check(model, adapter_name, retain_weight, max_length, max_steps, batch_size, training)
+    if config is not None:
+        check_config(config)
     is_seq2seq, longest = is_encoder_decoder(model), most_tokens(model, max_length)
     reading: dict[str, Any] = {"template": template, "max_length": longest, "seq2seq": is_seq2seq, "seed": seed}
     wanted = _ALTERNATES.get(method) if isinstance(method, str) and alternates is None else alternates

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from semu_peft.arguments import check_adapter_name, check_count, check_model, check_share, check_switch
+from semu_peft.arguments import check_adapter_name, check_count, check_kind, check_model, check_share, check_switch
 from semu_peft.gradients.gather import Gathered, gather
 from semu_peft.gradients.processes import sum_over_processes
 from semu_peft.gradients.statistics import GradientSum, MatrixSum, StatisticFactory
@@ -22,6 +22,7 @@ from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import original
 from semu_peft.objectives.retain import Retain, as_retain
 from semu_peft.tuner.adapted import semu_layers
+from semu_peft.tuner.config import SemuConfig
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.parameter import ParamWrapper
 
@@ -160,6 +161,26 @@ def initialize_semu_weights(
     _warn_of_ddp(model)
     known = (chosen if keep_explained_variance is None else found) | others
     return SubspaceProfile(_spectra(layers, known, overlaps, adapter_name), batches)
+
+
+def check_config(config: Any) -> None:
+    """Check a configuration where the directions are found by the caller, and not by who gives it.
+
+    Raises:
+        TypeError: It is none of this method.
+        ValueError: It asks for another start than from forget data.
+
+    Examples:
+        >>> from semu_peft import SemuConfig
+        >>> from semu_peft.subspace.initialize import check_config
+        >>> check_config(SemuConfig(r=4))  # says nothing of another start
+    """
+    check_kind("config", config, SemuConfig, "a `SemuConfig`", "Write `SemuConfig(r=16)`, or leave it out.")
+    if config.init_weights is not True:
+        raise ValueError(
+            f"`config` must leave `init_weights` at True, as directions are found from `forget`, got "
+            f"{config.init_weights!r}. For another start, add the adapter yourself, and call `unlearn`."
+        )
 
 
 def _spectra(

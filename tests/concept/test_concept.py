@@ -340,6 +340,7 @@ def test_what_fails_leaves_the_pipeline_as_it_was() -> None:
         ({"images": [np.full((16, 16, 3), 9, np.uint8)]}, ValueError, ["`images` must be in [0, 1]", "got 9"]),
         ({"objective": "esd"}, ValueError, ["`objective`", "'esd'"]),
         ({"config": LoraConfig()}, TypeError, ["`config` must be a `SemuConfig`, got LoraConfig"]),
+        ({"config": SemuConfig(r=2, init_weights="weight")}, ValueError, ["`init_weights` at True", "'weight'"]),
         ({"preserve": -1}, ValueError, ["`preserve`", "-1"]),
         ({"learning_rate": "1e-2"}, TypeError, ["`learning_rate`", "'1e-2'"]),
         ({"batch_size": 0}, ValueError, ["`batch_size`", "0"]),

@@ -243,6 +243,7 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
         ({"forget": [5]}, TypeError, r"`forget\[0\]` must be a text"),
         ({"forget": TextStream(["a"], TextEncoder(tokenizer()))}, TypeError, "more than once.*text_examples.*unlearn"),
         ({"model": nn.Linear(2, 2)}, TypeError, "`model` must be a language model of transformers"),
+        ({"config": SemuConfig(r=2, init_weights="weight")}, ValueError, "`init_weights` at True, .* got 'weight'"),
         ({"tokenizer": None}, TypeError, "`tokenizer` must be a tokenizer"),
     ],
 )
