@@ -74,13 +74,13 @@ class TextRequest:
     def train(self) -> Outcome:
         """Load model and data, and train; how probable the answers are is in the history."""
         from semu_peft import SemuConfig, forget_text
+        from semu_peft.language.forget import USUAL_DIRECTIONS
 
         data = self._read()
         base, tokenizer = language_model(self.model)
-        config = SemuConfig(
-            target_modules=self._targets(base), task_type="SEQ_2_SEQ_LM" if _is_seq2seq(base) else "CAUSAL_LM",
-            explained_variance=self.explained_variance,
-        )  # fmt: skip
+        given = {"target_modules": self._targets(base), "explained_variance": self.explained_variance}
+        task = "SEQ_2_SEQ_LM" if _is_seq2seq(base) else "CAUSAL_LM"
+        config = SemuConfig(task_type=task, **{**USUAL_DIRECTIONS, **given})
         done = forget_text(
             base, tokenizer, **data, method=self.method, template=written_out(self.template),
             max_retain_kl=self.max_retain_kl, max_steps=self.max_steps or 80, batch_size=self.batch_size,

@@ -75,7 +75,7 @@ def text(
     columns: Columns = None,
     template: Template = None,
     target_modules: TargetModules = None,
-    explained_variance: ExplainedVariance = 0.9,
+    explained_variance: ExplainedVariance = 0.99,
     seed: Seed = 0,
     adapter_name: AdapterName = "default",
     dry_run: DryRun = False,

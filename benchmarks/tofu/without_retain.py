@@ -4,10 +4,10 @@
 
 `forget_text` with its defaults is asked to forget an answer of TOFU's forget05, three, all 20 about one author, and all
 200. Held is what the model answers about others, by default and a third as much; what it says of its own accord, by the
-default weight of that and by the same as the second; neutral text; or retain answers, for comparison. Measured is
-the mean probability of the answers to forget, of others about the same author, of 80 about other authors, and of 40
-facts about the world. A row takes one to ten minutes of a CPU core; run again, the command goes on with the rows that
-are missing.
+default weight of that and by the same as the second; neutral text; or retain answers, for comparison. With
+`--explained-variance` adapters explain that share and have no bound, and their rows say so. Measured is the mean
+probability of the answers to forget, of others about the same author, of 80 about other authors, and of 40 facts about
+the world. A row takes one to ten minutes of a CPU core; run again, the command goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from measure import write
 from subjects import TEMPLATE, Subject, ask_for_folders, evenly, load, read_subject
 from torch import nn
 
-from semu_peft import forget_text
+from semu_peft import SemuConfig, forget_text
 from semu_peft.language import own_samples, text_examples
 
 BATCH_SIZE = 32
@@ -83,11 +83,15 @@ def main() -> None:
     table: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
     table["about"] = {**about(), "command": shlex.join(["benchmarks/tofu/without_retain.py", *sys.argv[1:]])}
     table.setdefault("before", measured(subject, load(subject.original), subject.forget[FIRST : FIRST + 1]))
+    share = args.explained_variance
+    config = None if share is None else SemuConfig(target_modules="all-linear", explained_variance=share)
     for size in args.sizes:
         first = FIRST if size < AUTHOR else 0
         rows = subject.forget[first : first + size]
         for hold, given in holds(subject, rows).items():
-            name = f"{size}, {hold}"
+            if args.only and hold not in args.only:
+                continue
+            name = f"{size}, {hold}" + ("" if share is None else f", γ {share:g}")
             if name in table:
                 continue
             began = clock()
@@ -95,7 +99,7 @@ def main() -> None:
                 warnings.simplefilter("ignore", UserWarning)
                 result = forget_text(
                     load(subject.original), subject.tokenizer, rows, template=TEMPLATE, batch_size=BATCH_SIZE,
-                    progress=False, **given,
+                    progress=False, config=config, **given,
                 )  # fmt: skip
             cost = {"steps": result.training.steps, "seconds": round(clock() - began, 1)}
             table[name] = {**measured(subject, result.model, rows), **cost}
@@ -108,6 +112,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask_for_folders(parser)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="answers to forget")
+    parser.add_argument("--only", nargs="+", help="of what is held, these alone, by the names in the table")
+    parser.add_argument(
+        "--explained-variance", type=float, metavar="SHARE", help="of adapters that are not the default"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tofu_without_retain.json"))
     return parser.parse_args()
 

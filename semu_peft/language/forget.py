@@ -48,6 +48,9 @@ _METHODS: dict[str, Callable[[], Objective]] = {
     "inverted-hinge": objectives.InvertedHinge,
     "gradient-ascent": objectives.GradientAscent,
 }
+# Nearly all that the gradients have: at the same forgetting, others keep more than with the adapter's own default
+# (`benchmarks/tofu/without_retain.py`). Bounded, as bases are as large as ranks are.
+USUAL_DIRECTIONS: dict[str, Any] = {"explained_variance": 0.99, "r": 128}
 _UNSEEN = "unseen-answers"
 _OWN, _OTHERS = "what the model says of its own accord", "its own answers about others"
 _SHOWN = {"neutral": "neutral texts"}
@@ -164,7 +167,8 @@ def forget_text(
             `max_retain_kl`, which brings its own, 0.
         max_retain_kl: The damage that may be done, `KL(original ‖ now)` in nats a token on what is to stay, which no
             step exceeds.
-        config: The adapter; by default all linear layers but the head.
+        config: The adapter; by default all linear layers but the head, and of each the directions that explain 0.99 of
+            the forget gradient's energy, 128 at most.
         until_unseen: Stop once the mean answer is as unlikely as answers that the model has never learnt, which
             [`unseen_answers`][semu_peft.language.unseen.unseen_answers] makes; past this, everything only gets worse.
             Where it can make none, such as of answers of a word, the run warns and takes all its steps. Where all
@@ -244,7 +248,9 @@ def forget_text(
     if until_unseen and unseen is not None and method != _UNSEEN:  # which ends by itself, answer by answer
         least = float(unseen.min())
         stop = [UntilUnseen(examples, float(unseen.mean()), every=every, batch_size=size, likeliest=least)]
-    config = config or SemuConfig(target_modules="all-linear", task_type="SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM")
+    if config is None:
+        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
+        config = SemuConfig(target_modules="all-linear", task_type=task, **USUAL_DIRECTIONS)
     with taken_back_on_error(base_model(model), adapter_name=adapter_name):
         adapted = _with_adapter(model, config, adapter_name)
         profile = initialize_semu_weights(

@@ -50,8 +50,11 @@ def test_a_run_that_forgot_nothing_says_so_and_the_next_command_keeps_the_templa
     assert "1 text or answer. The tokens had" in said
     assert "Hardly anything was forgotten." in said and "write --template" not in said
     assert "Try this first: say what must stay, --retain others.jsonl. If that is not enough: " in said
-    for flag in ("--neutral texts.txt", "--explained-variance 0.99", "--method"):
+    for flag in ("--neutral texts.txt", "--method"):
         assert flag in said[said.index("If that is not enough") :]
+    assert "--explained-variance" not in said  # nearly all directions are free by default
+    narrow = CliRunner().invoke(app, [*how, "--explained-variance", "0.9"]).output
+    assert "keep more directions, --explained-variance 0.99" in " ".join(narrow.split())
     retain = cli_models.facts(tmp_path / "retain.jsonl", cli_models.FACTS[1:])
     bounded = CliRunner().invoke(app, [*how, "--retain", str(retain), "--max-retain-kl", "1e-12"]).output
     assert "Hardly anything was forgotten. Things to try: allow more damage" in " ".join(bounded.split()), bounded
