@@ -90,9 +90,11 @@ def attack_membership(
     """
     share = membership_inference(member, non_member, forget, seed=seed, max_examples=max_examples)
     generator = torch.Generator().manual_seed(seed + 1)
+    # No more than there are: more draws would tell of more examples, and of an interval that is too narrow.
+    count = min(len(member), len(non_member), _BOOTSTRAP_EXAMPLES)
     shares = []
     for _ in range(refits):
-        members, others = (_redraw(side, _BOOTSTRAP_EXAMPLES, generator) for side in (member, non_member))
+        members, others = (_redraw(side, count, generator) for side in (member, non_member))
         shares.append(_share(members, others, _redraw(forget, len(forget), generator)))
     quantiles = torch.quantile(torch.tensor([share, *shares]).double(), torch.tensor([0.025, 0.975]).double()).tolist()
     return MembershipInference(

@@ -135,6 +135,14 @@ def test_an_attack_that_guesses_says_so() -> None:
     assert attack == attack_membership(*well_generalised(0), crowded), "the same seed, the same answer"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_few_examples_that_say_nothing_have_a_wide_interval(seed: int) -> None:
+    """Ten examples are drawn again ten times: 400 draws of them would all lead to one border."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [torch.rand(count, generator=generator) for count in (10, 12, 200)]
+    assert not attack_membership(*sides, seed=seed).can_tell
+
+
 def test_an_attack_that_works_has_a_narrow_interval() -> None:
     member, non_member = 0.9 + 0.1 * confidences(300, 1, 1), 0.1 * confidences(300, 1, 2)
     attack = attack_membership(member, non_member, torch.cat([member[:30], non_member[:70]]))
