@@ -13,7 +13,7 @@ from answer_models import FACTS, decoder, word_tokenizer
 from answer_models import FORGET as QUESTIONS
 from diffusion_models import text_unet
 from models import CLASSES, Mlp, Snapshot, image_batches, llama, t5, vector_batches
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, gates, initialize_semu_weights
@@ -293,6 +293,22 @@ def test_stripping_says_what_switching_off_gives() -> None:
     assert found.row[2] == "", "no reference has an adapter to switch off, and none was given"
     merged = stripping(model.merge_and_unload(), FORGET)
     assert merged.is_removal and merged.forget[0] == pytest.approx(found.forget[0])
+
+
+def test_stripping_takes_off_all_requests_and_not_what_the_model_knows_by() -> None:
+    """Of requests in a row the last one alone is trained; the model may know its task by an adapter of its own."""
+    net = Mlp().eval()
+    task = get_peft_model(net, LoraConfig(target_modules=Mlp.targets, r=4, init_lora_weights=False), "task")
+    known = [(inputs, task(inputs).argmax(1)) for inputs, _ in FORGET]
+    config = SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False)
+    model = get_peft_model(task.base_model.model, config, "first")
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["first", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second" in name)
+        parameter.data.mul_(10 if "semu_core" in name else 1)
+    found = stripping(model, known)
+    assert found.forget[0] < 100 and found.forget[1] == 100 and found.adapters == ("first", "second")
 
 
 def test_inputs_are_changed_and_labels_are_not() -> None:
