@@ -63,6 +63,7 @@ class Measurements:
             return measure()
         key = {part: _digest(value) for part, value in inputs.items()}
         path = self.folder / f"{name}.json"
+        self._check_model(path)  # a name may have a folder in it, as data sets of the Hub have
         saved = _read(path)
         if saved is not None and not differences(saved["inputs"], key):
             return saved["value"]

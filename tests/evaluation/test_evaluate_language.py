@@ -175,6 +175,13 @@ def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Pat
     assert saved["format"] == "semu_peft.measurement" and len(saved["value"]["nll"]) == 3
 
 
+def test_another_model_is_refused_by_sets_named_as_on_the_hub_too(tmp_path: Path) -> None:
+    options = {"utility": {"org/kept": FORGET}, "metrics": ["model_utility"], "max_new_tokens": 2, **QUIET}
+    evaluate_language(decoder(), word_tokenizer(), FORGET, output_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
+        evaluate_language(decoder(seed=1), word_tokenizer(), FORGET, output_dir=tmp_path, **options)
+
+
 def test_the_kl_to_another_reference_is_measured_anew(tmp_path: Path) -> None:
     options = {"metrics": ["neutral_kl"], "neutral": NEUTRAL, "output_dir": tmp_path, **QUIET}
     found = [
