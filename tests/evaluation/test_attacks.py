@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from semu_peft import SemuConfig, gates, initialize_semu_weights
 from semu_peft.evaluation import (
+    AttackReport,
     Predictions,
     PromptSearch,
     RelearningCurve,
@@ -31,6 +32,7 @@ from semu_peft.evaluation import (
     stripping,
     text_membership,
 )
+from semu_peft.evaluation.attack_report import Compared
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
 from semu_peft.language import text_examples
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
@@ -92,6 +94,11 @@ def test_a_classifier() -> None:
     few = "lens: a few tokens of each layer"
     assert reasons.keys() == {"inputs: flipped", "logit lens", few, "adversarial prompts"}
     assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
+
+
+def test_what_an_attack_says_stays_in_its_row() -> None:
+    report = AttackReport("language", (Compared("Jane | Joe", "one\ntwo | three"),), (), 1.0, True)
+    assert str(report).splitlines()[2:] == ["| Jane \\| Joe | one two \\| three | – |"]
 
 
 def test_a_probe_that_has_too_few_examples_is_named() -> None:
