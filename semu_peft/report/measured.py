@@ -147,7 +147,7 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
 
     Args:
         attacks: Results with a `row` (the attack, what it found, what it found of a reference), other dataclasses, or a
-            report that has them as `results` and `not_run`; one, several, or a mapping by name.
+            report that has them as `results` and `not_run`; one, several, or a mapping of either by name.
 
     Raises:
         TypeError: One is none of these.
@@ -158,7 +158,7 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
         >>> read_attacks(PromptAttacks({"plain": 0.31}))[0][0]["found"]
         'plain 0.310'
     """
-    rows, not_run = [], []
+    rows = []
     for name, result in flat_attacks(attacks):
         attack, found, reference = _told(result)
         kind = type(result).__qualname__
@@ -168,9 +168,10 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
                 "result": plain(result),
             }
         )  # fmt: skip
-    for report in attacks if isinstance(attacks, (list, tuple)) else [attacks]:
-        not_run += [{"attack": each.attack, "reason": each.reason} for each in getattr(report, "not_run", ())]
-    return rows, not_run
+    not_run = dict.fromkeys(
+        (each.attack, each.reason) for report in _given(attacks) for each in getattr(report, "not_run", ())
+    )
+    return rows, [{"attack": name, "reason": reason} for name, reason in not_run]
 
 
 def _told(result: Any) -> Sequence[Any]:
@@ -190,16 +191,29 @@ def flat_attacks(attacks: Any) -> list[tuple[str, Any]]:
     if hasattr(attacks, "results"):
         return flat_attacks(list(attacks.results))
     if isinstance(attacks, Mapping):
-        return [(str(name), result) for name, result in attacks.items()]
+        return [
+            (f"{name}: {own or _told(result)[0]}" if _is_several(given) else str(name), result)
+            for name, given in attacks.items()
+            for own, result in (flat_attacks(given) if _is_several(given) else [("", given)])
+        ]
     if isinstance(attacks, (list, tuple)):
         return [pair for each in attacks for pair in flat_attacks(each)]
     return [("", attacks)]
 
 
+def _given(attacks: Any) -> Iterable[Any]:
+    """What was given as attacks, one by one, reports as they are."""
+    given = attacks.values() if isinstance(attacks, Mapping) else attacks
+    return given if isinstance(given, Iterable) else [given]
+
+
+def _is_several(attacks: Any) -> bool:
+    return isinstance(attacks, (list, tuple)) or hasattr(attacks, "results")
+
+
 def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], given: Any = None) -> str | None:
     """What the model is for, as a report of attacks or the kinds of the results tell; `None` where they do not."""
-    reports = given if isinstance(given, (list, tuple)) else [given]
-    if (told := next((report.task for report in reports if hasattr(report, "task")), None)) is not None:
+    if (told := next((report.task for report in _given(given) if hasattr(report, "task")), None)) is not None:
         return str(told)
     kinds = [each["kind"] for each in (*metrics["rows"], *attacks)]
     return next((_TASKS[kind] for kind in kinds if kind in _TASKS), None)
@@ -274,7 +288,7 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
             for each in values.keys() & bounds.keys():
                 low, high = map(float, bounds[each])
                 _check_order(low, high, bounds[each])
-                values[each] |= {"interval": [low, high], "source": "examples"}
+                values[each] |= {"interval": plain([low, high]), "source": "examples"}
     return values
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from html import escape
 from pathlib import Path
@@ -186,6 +187,15 @@ def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
     assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
 
 
+def test_numbers_of_a_diverged_model_are_written(tmp_path: Path) -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False))
+    list(semu_layers(model).values())[1].get_core("default").data.fill_(math.nan)
+    interval = {"forget accuracy": math.nan, "forget_accuracy_interval": (math.nan, math.nan)}
+    for path in audit(model=model, metrics=interval).write_all(tmp_path):
+        assert path.read_text().count("nan") >= 3
+    assert Audit.load(tmp_path / "report.json").contents["model"]["layers"][1]["norm"] == "nan"
+
+
 def test_intervals_that_are_given_are_in_all_three_forms() -> None:
     """As `(value, low, high)`, in a field beside the value, or over seeds; of further sets of a utility too."""
 
@@ -304,6 +314,23 @@ def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
         "paraphrases",
     ):
         assert not any(there in name for name, reason in missing.items() if reason == "no result was given"), there
+
+
+def test_reports_of_several_models_are_rows_by_their_names() -> None:
+    reports = {
+        name: AttackReport(
+            "language", (Relearning("SGD", (0, 5), (0.0, 80.0)),), (NotRun("prompts", "why"),), 1.0, True
+        )
+        for name in ("SEMU", "LoRA")
+    }
+    report = audit(attacks={**reports, "mine": METRICS})
+    assert [each["attack"] for each in report.contents["attacks"]] == [
+        "SEMU: relearning: SGD",
+        "LoRA: relearning: SGD",
+        "mine",
+    ]
+    assert report.contents["task"] == "language" and len(report.pictures) == 1
+    assert [each["test"] for each in report.contents["not_tested"]].count("prompts") == 1
 
 
 def test_what_was_not_tested_follows_from_what_was_given() -> None:
