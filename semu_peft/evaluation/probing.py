@@ -77,7 +77,7 @@ def linear_probes(
         model: The unlearned model.
         forget: Batches of what was forgotten.
         retain: Batches of the rest.
-        layers: Names of the layers; by default the model's blocks, and the layers in a sequence.
+        layers: Names of the layers; by default the model's blocks, and the layers in a sequence, as they are called.
         reference: The retrained model, with layers of the same names.
         max_examples: Most examples a side.
         seed: Seed of the halves.
@@ -87,7 +87,8 @@ def linear_probes(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: The model or the reference has no such layer, or there are fewer than four examples a side.
+        ValueError: The model or the reference has no such layer, or it gives no tensor, or there are fewer than four
+            examples a side.
 
     Examples:
         >>> import torch
@@ -106,8 +107,16 @@ def linear_probes(
         check_model(reference, "reference")
         _check_layers(reference, names, "`reference` must have the layers that are read of the model")
     found = _probed(model, names, batches, max_examples, seed)
-    other = None if reference is None else _probed(reference, names, batches, max_examples, seed)
-    return Probes("linear probe", tuple(names), tuple(found), () if other is None else tuple(other))
+    other = {} if reference is None else _probed(reference, names, batches, max_examples, seed)
+    read = [name for name in layers or found if name in found and (reference is None or name in other)]
+    if not read or (layers is not None and read != names):
+        raise ValueError(
+            f"`layers` must name layers that give tensors, got {sorted({*names} - {*read})[:3]}, which gave none. Name "
+            "those that the model calls itself, and not a list of them."
+        )
+    return Probes(
+        "linear probe", tuple(read), tuple(found[name] for name in read), tuple(other[name] for name in read if other)
+    )
 
 
 def logit_lens(
@@ -225,7 +234,11 @@ def _blocks(model: nn.Module) -> list[str]:
     for name, module in root.named_modules():
         inside = any(name == each or name.startswith(f"{each}.") for each in found)
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and "base_layer" not in name:
-            found += [f"{name}.{key}" if name else key for key, _ in module.named_children()]
+            found += [  # a list is never called: its own members are
+                f"{name}.{key}" if name else key
+                for key, child in module.named_children()
+                if not isinstance(child, nn.ModuleList)
+            ]
     names = found or [name for name, child in root.named_children() if next(child.parameters(), None) is not None]
     return [without_wrappers(name) for name in names]
 
@@ -238,23 +251,24 @@ def _check_layers(model: nn.Module, names: Sequence[str], wanted: str) -> None:
 
 def _probed(
     model: nn.Module, names: Sequence[str], sides: tuple[list[Any], list[Any]], most: int, seed: int
-) -> list[float]:
-    activations = [_activations(model, names, batches, most) for batches in sides]
-    return [_balanced_accuracy(activations[0][name], activations[1][name], seed) for name in names]
+) -> dict[str, float]:
+    forget, retain = (_activations(model, names, batches, most) for batches in sides)
+    return {name: _balanced_accuracy(forget[name], retain[name], seed) for name in forget if name in retain}
 
 
 @torch.no_grad()
 def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], most: int) -> dict[str, Tensor]:
-    """The pooled outputs `(N, D)` of each layer."""
+    """The pooled outputs `(N, D)` of layers that give a tensor, as they are called; the last of one called again."""
     modules = {name: _outermost(base_model(model), name) for name in names}
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: dict[str, list[Tensor]] = {}
+    last: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
             if isinstance(first, Tensor):
-                seen[name].append(_pooled(first.float(), mask).cpu())
+                last[name] = _pooled(first.float(), mask)
 
         return hook
 
@@ -266,13 +280,15 @@ def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], mos
                 batch = send_to_device(batch, device_of(model))
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 run_batch(model, batch)
+                for name in list(last):
+                    seen.setdefault(name, []).append(last.pop(name).cpu())
                 count += examples_in([batch])
                 if count >= most:
                     break
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts)[:most] for name, parts in seen.items() if parts}
+    return {name: torch.cat(parts)[:most] for name, parts in seen.items()}
 
 
 def _outermost(root: nn.Module, name: str) -> nn.Module:

@@ -198,6 +198,33 @@ def test_a_probe_finds_what_the_output_does_not_say() -> None:
         linear_probes(Hides(), forget, retain, layers=["nope"])
 
 
+class Stages(nn.Module):
+    """Its stages are lists, as in SegFormer and PVT; it calls one layer twice, and one not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.ModuleList([nn.Linear(6, 6)])
+        self.late = nn.ModuleList([nn.Linear(6, CLASSES)])
+        self.stages = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6)]), nn.ModuleList([nn.Linear(6, 6)])])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in (self.stages[0], self.stages[1], self.stages[1]):
+            x = stage[0](x)
+        return self.late[0](x)
+
+
+def test_probes_read_what_is_called_in_its_order_and_an_example_once() -> None:
+    torch.manual_seed(0)
+    model = Stages()
+    sides = [[(torch.randn(20, 6), torch.zeros(20).long())] for _ in range(2)]
+    found = linear_probes(model, *sides)
+    assert found.layers == ("stages.0.0", "stages.1.0", "late.0")
+    last = nn.Sequential(model.stages[0][0], model.stages[1][0], model.stages[1][0])
+    assert found.found[1] == linear_probes(last, *sides).found[-1], "of a layer called twice the last"
+    with pytest.raises(ValueError, match=r"`layers` must name layers that give tensors, got \['stages.0'\]"):
+        linear_probes(model, *sides, layers=["stages.0", "late.0"])
+
+
 def test_probes_see_the_correction_of_an_adapter() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Mlp(), SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False))
