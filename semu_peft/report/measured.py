@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from semu_peft.arguments import check_kind
@@ -87,6 +88,7 @@ def plain(value: Any) -> Any:
         >>> plain({"metrics": ErasureMetrics(1.5, float("inf"))})["metrics"]["retain_accuracy"]
         'inf'
     """
+    value = _scalar(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -230,7 +232,8 @@ def untested(
     beside = any(_has_reference(each["result"]) for each in attacks)
     there = {"reference"} if metrics["reference"] or beside else set()
     there |= {"several seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
-    there |= {str(row["name"]).lower() for row in metrics["rows"]}
+    names = " ".join(str(row["name"]).lower() for row in metrics["rows"])  # of models, which may be called anything
+    there |= {"reference"} if any(word in names for word in ("reference", "gold", "retrained")) else set()
     there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
     there |= {each["attack"].lower() for each in attacks} | set(further) | {name.lower() for name in not_run}
     return [
@@ -329,7 +332,14 @@ def _check_order(low: float, high: float, given: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    value = _scalar(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _scalar(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own; anything else as it is."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim())
+    return value.item() if is_scalar else value
 
 
 def _with_interval(value: Any) -> bool:

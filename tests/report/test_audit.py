@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Mlp, vector_batches
@@ -187,6 +188,17 @@ def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
     assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
 
 
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float64(1.5), torch.tensor(1.5)])
+def test_numbers_of_numpy_and_torch_are_numbers(number: Any) -> None:
+    for metrics in (
+        {"forget accuracy": number},
+        {"SEMU": [{"forget accuracy": number}] * 2},
+        ErasureMetrics(number, 9.0),
+    ):
+        value = next(iter(audit(metrics=metrics).contents["metrics"]["rows"][0]["values"].values()))["value"]
+        assert value == 1.5 and type(value) is float
+
+
 def test_numbers_of_a_diverged_model_are_written(tmp_path: Path) -> None:
     model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False))
     list(semu_layers(model).values())[1].get_core("default").data.fill_(math.nan)
@@ -350,6 +362,9 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
     assert any("retrained" in each for each in language)
     assert not any("retrained" in each for each in missing(ForgettingComparison({"gold": GOLD}, "gold")))
     assert "several seeds" not in missing([METRICS, METRICS])
+    named = missing({"no retain data, made against relearning": {"forget accuracy": 1.0}, "gold, seed 1": {}})
+    assert {"what the model keeps", "relearning from a few examples"} <= {*named}, "a model's name is no evidence"
+    assert not any("retrained" in each for each in named)
 
 
 def test_what_an_attack_names_as_not_run_is_missing_once_and_with_its_reason() -> None:
