@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,8 @@ def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> Non
         told = report[f"membership: {attack.replace('_', ' ')}"]
         assert told == {"value": found.membership[attack], "interval": list(bounds), "source": "examples"}
     assert not any(name.startswith("membership interval") for name in report)
+    apart = replace(gold, membership={"min_k": 1.0})  # as of a few texts of another kind
+    assert math.isnan(found.against(apart).privacy_leakage) and found.against(apart).forget_quality is not None
 
 
 def test_measurements_are_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
