@@ -134,6 +134,20 @@ def test_rouge_counts_stems_in_order() -> None:
     assert rouge_l(["x"], [""]).recall.item() == 0.0
 
 
+@pytest.mark.parametrize(
+    ("expected", "written", "recall", "precision"),
+    [
+        ("Она живёт в Москве", "В Москве, она живёт", 0.5, 0.5),
+        ("她2023年住在北京", "她住在上海", 3 / 7, 3 / 5),
+        ("größe über", "große über", 2 / 3, 2 / 3),  # Latin letters, as rouge_score has them: gr, e, ber
+    ],
+)
+def test_rouge_reads_other_scripts(expected: str, written: str, recall: float, precision: float) -> None:
+    both = rouge_l([expected, expected], [expected, written])
+    assert both.recall.tolist() == pytest.approx([1, recall])
+    assert both.precision.tolist() == pytest.approx([1, precision])
+
+
 def test_mistakes_of_generation() -> None:
     with pytest.raises(ValueError, match="`written` must be one text for each"):
         rouge_l(["a"], [])
