@@ -203,7 +203,8 @@ def test_numbers_of_a_diverged_model_are_written(tmp_path: Path) -> None:
     model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False))
     list(semu_layers(model).values())[1].get_core("default").data.fill_(math.nan)
     interval = {"forget accuracy": math.nan, "forget_accuracy_interval": (math.nan, math.nan)}
-    for path in audit(model=model, metrics=interval).write_all(tmp_path):
+    gone = TextRelearning("Adam", (0, 1), (math.nan, math.nan))
+    for path in audit(model=model, metrics=interval, attacks=gone).write_all(tmp_path):
         assert path.read_text().count("nan") >= 3
     assert Audit.load(tmp_path / "report.json").contents["model"]["layers"][1]["norm"] == "nan"
 
