@@ -111,8 +111,8 @@ def linear_probes(
     read = [name for name in layers or found if name in found and (reference is None or name in other)]
     if not read or (layers is not None and read != names):
         raise ValueError(
-            f"`layers` must name layers that give tensors, got {sorted({*names} - {*read})[:3]}, which gave none. Name "
-            "those that the model calls itself, and not a list of them."
+            f"`layers` must name layers that give tensors, got {sorted({*names} - {*read})[:3] or 'none'}. Name those "
+            "that the model calls itself, and not a list of them."
         )
     return Probes(
         "linear probe", tuple(read), tuple(found[name] for name in read), tuple(other[name] for name in read if other)
