@@ -186,7 +186,7 @@ def _share(member: Tensor, non_member: Tensor, forget: Tensor) -> float:
     """Fit the attack on two sides of the same size, and ask it about the forget set; all float64 on the CPU."""
     np, svc = _scikit_learn()
     fitted = torch.cat([member, non_member])
-    attack = svc(C=3, gamma="auto", kernel="rbf")
+    attack = svc(C=3, gamma="auto", kernel="rbf", random_state=0)  # else it draws from NumPy's global generator
     attack.fit(fitted.unsqueeze(1).numpy(), np.repeat([1, 0], len(member)))
     # Confidence saturates at 0 and 1, so a forget set repeats values; asking about each one once is exact and faster.
     values, repeats = np.unique(forget.numpy(), return_counts=True)

@@ -65,9 +65,10 @@ def test_the_draw_follows_the_seed_and_nothing_else() -> None:
     np.random.seed(99)
     assert [membership_inference(member, non_member, forget, seed=seed) for seed in range(6)] == by_seed
     assert len(set(by_seed)) > 1
-    before = torch.random.get_rng_state()
+    before, legacy = torch.random.get_rng_state(), str(np.random.get_state())
     membership_inference(member, non_member, forget)
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator must not be used"
+    assert str(np.random.get_state()) == legacy
 
 
 def test_max_examples_bounds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
