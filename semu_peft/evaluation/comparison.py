@@ -220,9 +220,8 @@ class ForgettingComparison:
             FileNotFoundError: There is no such file.
             ValueError: The file is not a saved comparison.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            content: Any = json.loads(text)
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             rows = {name: ForgettingMetrics(**metrics) for name, metrics in content["rows"].items()}

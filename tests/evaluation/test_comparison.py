@@ -170,5 +170,8 @@ def test_files_that_are_no_comparison(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match="must be a file that `ForgettingComparison.save` wrote, got .*broken.json"):
         ForgettingComparison.load(path)
+    path.write_bytes(b"\xff" + content.encode())
+    with pytest.raises(ValueError, match="must be a file that `ForgettingComparison.save` wrote"):
+        ForgettingComparison.load(path)
     with pytest.raises(FileNotFoundError):
         ForgettingComparison.load(tmp_path / "absent.json")
