@@ -127,13 +127,14 @@ def settings_contents(settings: Any) -> dict[str, Any]:
 
     Examples:
         >>> from semu_peft.report.contents import settings_contents
-        >>> settings_contents({"model": "/home/jane/digits", "seed": 0})
-        {'model': 'digits', 'seed': 0}
+        >>> settings_contents({"model": "/home/jane/digits", "data": Path("/home/jane/cats"), "seed": 0})
+        {'model': 'digits', 'data': 'cats', 'seed': 0}
     """
     if settings is None:
         return {}
     given = settings if isinstance(settings, Mapping) else {"settings": settings}
-    return {str(key): _without_folders(plain(describe(value))) for key, value in given.items()}
+    named = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in given.items()}
+    return {str(key): _without_folders(plain(describe(value))) for key, value in named.items()}
 
 
 def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def _part(words: str, key: Any) -> str:
 def _over_runs(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Means over seeds, with Student's interval of the mean."""
     found = {}
-    for name in runs[0]:
+    for name in dict.fromkeys(name for run in runs for name in run):
         numbers = [float(run[name]["value"]) for run in runs if name in run]
         mean, count = sum(numbers) / len(numbers), len(numbers)
         found[name] = _number(mean)

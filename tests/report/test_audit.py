@@ -140,6 +140,8 @@ def test_data_are_digested_in_any_order_and_never_shown() -> None:
     assert data_fingerprint(rows) == data_fingerprint(rows[::-1]) != data_fingerprint(rows[:1])
     report = audit(data={"forget": rows})
     assert report.contents["request"]["data"]["forget"]["examples"] == 2
+    for single in ([(images, 3), (images, 4)], [{"image": images, "label": torch.tensor(3)}] * 2):
+        assert data_fingerprint(single)["examples"] == 2, "rows of a data set, whose first dimension is of colours"
     for text in (report.to_json(), report.to_markdown(), report.to_html()):
         assert "Jane" not in text and "Elm" not in text
 
@@ -178,6 +180,8 @@ def test_intervals_over_seeds_are_students() -> None:
     assert value["value"] == 2 and value["source"] == "3 seeds"
     assert value["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
     assert row["values"]["retain accuracy"]["interval"] == [90, 90]
+    partly = read_metrics([{"a": 1.0}, {"a": 3.0, "b": 5.0}])["rows"][0]["values"]
+    assert partly["b"] == {"value": 5.0, "interval": None, "source": None}, "also what the first seed does not know"
 
 
 def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
@@ -533,6 +537,11 @@ def test_a_long_text_is_cut_in_the_page_and_whole_in_the_json() -> None:
             "`samples` must be a text or several in the row 'a', got int",
         ),
         ({"samples": ({"a": "b"}, {"a": torch.rand(1, 1, 4, 4)})}, TypeError, "`samples` must be images of every row"),
+        (
+            {"samples": ({"a cat": "b"}, {"a cat": "c"}), "forgotten": "cat"},
+            ValueError,
+            "`forgotten` must name rows of",
+        ),
         ({"forgotten": 2.5}, TypeError, "`forgotten` must be an index, a name, or several of these, got 2.5"),
         ({"forgotten": [None]}, TypeError, "`forgotten` must be an index, a name, or several of these"),
         ({"adapter_file": "nowhere"}, FileNotFoundError, "`adapter_file`: there is no nowhere"),
