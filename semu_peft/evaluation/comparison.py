@@ -183,7 +183,7 @@ class ForgettingComparison:
 
     def to_markdown(self) -> str:
         """Return the table in GitHub's Markdown, numbers aligned to the right."""
-        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in self._table()]
+        header, *body = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in self._table()]
         rule = ["---", *["---:"] * (len(header) - 1)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
         return f"{table}\n\n{self._caption()}"

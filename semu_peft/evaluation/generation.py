@@ -72,6 +72,7 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
 
     Raises:
         ImportError: rouge_score is not installed.
+        TypeError: They are single texts.
         ValueError: There are none, or not equally many.
 
     Examples:
@@ -85,6 +86,8 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
         raise ImportError(
             'rouge_l needs rouge_score: run `pip install ".[evaluation]"` in a clone of semu-peft.'
         ) from error
+    if isinstance(expected, str) or isinstance(written, str):
+        raise TypeError("`expected` and `written` must be lists of texts, got one text. Write `[text]`.")
     if len(expected) != len(written) or not len(expected):
         raise ValueError(
             f"`written` must be one text for each one expected, got {len(written)} for {len(expected)}. Give both "

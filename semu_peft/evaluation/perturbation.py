@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_model, check_number
 from semu_peft.gates import GatedModel, Intervention
 from semu_peft.objectives.adapter_parts import all_parts
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import original
 from semu_peft.tuner.layer import SemuLayer
 
@@ -120,6 +121,7 @@ def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = acc
         ()
     """
     check_model(model)
+    check_batches(forget, "forget")
     batches = list(forget)
     now = measure(model, batches)
     if isinstance(model, Intervention):
@@ -175,6 +177,7 @@ def noisy_inputs(
         InputAttack(noise of 0.01: forgotten 50.0 → 50.0)
     """
     check_number("scale", scale, low=0)
+    check_batches(forget, "forget")
     batches = list(forget)
     variants = []
     for seed in seeds:
@@ -205,6 +208,7 @@ def flipped_inputs(
         >>> flipped_inputs(torch.nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))])
         InputAttack(flipped: forgotten 50.0 → 50.0)
     """
+    check_batches(forget, "forget")
     batches = list(forget)
     variants = [[_changed(batch, lambda x: x.flip(3) if x.dim() == 4 else None) for batch in batches]]
     return _input_attack("flipped", model, batches, variants, reference, measure)

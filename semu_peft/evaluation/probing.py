@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import Tokens, read_tokens, run_batch
+from semu_peft.objectives.batches import Tokens, check_batches, read_tokens, run_batch
 from semu_peft.objectives.examples import examples_in
 from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
@@ -101,7 +101,13 @@ def linear_probes(
     check_model(model)
     check_count("max_examples", max_examples, least=4)
     names = _blocks(model) if layers is None else list(layers)
+    for side, given in (("forget", forget), ("retain", retain)):
+        check_batches(given, side)
     batches = list(forget), list(retain)
+    if not all(batches):
+        raise ValueError(
+            "`forget` and `retain` must give a batch each, got none of one. Check that it was not used up."
+        )
     _check_layers(model, names, "`layers` must name layers of the model")
     if reference is not None:
         check_model(reference, "reference")
@@ -150,6 +156,7 @@ def logit_lens(
         3
     """
     check_model(model)
+    check_batches(batches)
     data = list(batches)
     found = _lens(model, data)
     other = () if reference is None else tuple(_lens(reference, data))
@@ -219,6 +226,7 @@ def lens_attack(
     """
     check_model(model)
     check_count("budget", budget)
+    check_batches(batches)
     data = list(batches)
     other = {} if reference is None else _tried(reference, data, budget)
     return LensAttack(_tried(model, data, budget), other, budget)

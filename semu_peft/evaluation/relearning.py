@@ -194,6 +194,8 @@ def relearning(
     check_switch("progress", progress)
     pools = Examples(forget, "forget"), None if retain is None else Examples(retain, "retain")
     tests = [None if each is None else list(each) for each in (forget_test, retain_test)]
+    if tests[0] == []:
+        raise ValueError("`forget_test` must give at least one batch, got none. Check that it has not been used up.")
     for step in steps or ():
         check_count("steps", step, least=0)
     at = _when(attacker.steps, steps)

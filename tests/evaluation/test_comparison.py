@@ -100,10 +100,10 @@ def test_columns_that_no_row_has_are_left_out() -> None:
 
 
 def test_markdown_table() -> None:
-    lines = ForgettingComparison({"gold": GOLD, "a|b": SEMU}, "gold").to_markdown().splitlines()
+    lines = ForgettingComparison({"gold": GOLD, "a\n|b": SEMU}, "gold").to_markdown().splitlines()
     assert lines[0].startswith("| model | UA | RA | TA | MIA |")
     assert lines[1].startswith("| --- | ---: | ---: |")
-    assert lines[3].startswith("| a\\|b | 98.60 | 90.40 | 85.80 | 100.00 |")
+    assert lines[3].startswith("| a \\|b | 98.60 | 90.40 | 85.80 | 100.00 |")
     assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
     assert lines[4] == ""
 

@@ -151,6 +151,8 @@ def test_rouge_reads_other_scripts(expected: str, written: str, recall: float, p
 def test_mistakes_of_generation() -> None:
     with pytest.raises(ValueError, match="`written` must be one text for each"):
         rouge_l(["a"], [])
+    with pytest.raises(TypeError, match="must be lists of texts, got one text"):
+        rouge_l("ab", "ac")
     with pytest.raises(TypeError, match="`model` must be one that generates, got Linear"):
         generate_answers(nn.Linear(2, 2), word_tokenizer(), ["who"], progress=False)
     with pytest.raises(ValueError, match="`questions` must hold at least one question"):

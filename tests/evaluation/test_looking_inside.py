@@ -20,6 +20,7 @@ from semu_peft.evaluation import (
     linear_probes,
     lira_scores,
     logit_lens,
+    noisy_inputs,
     predict,
     quantization,
     rmia_scores,
@@ -27,6 +28,7 @@ from semu_peft.evaluation import (
     rounded_weights,
     score_attack,
     separation,
+    stripping,
 )
 from semu_peft.evaluation.auc import auc
 from semu_peft.evaluation.quantization import weights_to_round
@@ -323,6 +325,11 @@ def test_rmia_counts_whom_an_example_dominates() -> None:
         ("forget", lambda: quantization(Mlp(), [])),
         ("group_size", lambda: quantization(Mlp(), FORGET, group_size=0)),
         ("model", lambda: quantization(None, FORGET)),
+        ("forget` and `retain` must give a batch", lambda: linear_probes(Mlp(), [], RETAIN)),
+        ("retain` must be a loader", lambda: linear_probes(Mlp(), FORGET, RETAIN[0])),
+        ("batches` must be a loader", lambda: logit_lens(llama(), {"input_ids": torch.zeros(1, 2).long()})),
+        ("forget` must be a loader", lambda: noisy_inputs(Mlp(), FORGET[0])),
+        ("forget` must be a loader", lambda: stripping(Mlp(), FORGET[0])),
         ("max_examples", lambda: linear_probes(Mlp(), FORGET, RETAIN, max_examples=1)),
         ("target", lambda: lira_scores([0.5], torch.zeros(2, 1))),
         ("shadow_out", lambda: lira_scores(torch.zeros(2), torch.zeros(2, 3))),

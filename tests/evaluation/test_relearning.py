@@ -224,8 +224,8 @@ def test_what_shares_no_weights_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("model", 5), ("forget", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1), ("half", "x"),
-     ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
+    [("model", 5), ("forget", []), ("forget_test", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1),
+     ("half", "x"), ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
 )  # fmt: skip
 def test_mistakes_are_named(argument: str, value: Any) -> None:
     arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}
