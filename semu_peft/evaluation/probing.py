@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -349,19 +350,18 @@ def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
 
 @torch.no_grad()
 def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
-    totals: list[float] = []
+    totals: dict[int, float] = defaultdict(float)
     count = 0
     for read in _read_by_layer(model, batches):
-        totals = totals or [0.0] * len(read)
         for number, tokens in enumerate(read):
             told = tokens.logits.float().softmax(-1).gather(1, tokens.labels.unsqueeze(1))
             totals[number] += float(told.double().sum())
-        count += len(read[0].labels)
-    return [100 * total / max(count, 1) for total in totals]
+        count += len(tokens.labels)
+    return [100 * total / max(count, 1) for total in totals.values()]
 
 
-def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tokens]]:
-    """What each layer predicts at the tokens that count, batch by batch."""
+def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[Iterator[Tokens]]:
+    """What each layer predicts at the tokens that count, batch by batch; of one layer at a time, as it is much."""
     root, head = base_model(model), token_head(model)
     with eval_mode(model):
         for batch in batches:
@@ -369,16 +369,19 @@ def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[To
             states, norm = _hidden_states(model, root, batch)
             last = len(states) - 1
             every = (head(s if norm is None or number == last else norm(s)) for number, s in enumerate(states))
-            yield [read_tokens(_Says(logits), batch, shift_labels=True) for logits in every]
+            yield (read_tokens(_Says(logits), batch, shift_labels=True) for logits in every)
 
 
 @torch.no_grad()
 def _tried(model: nn.Module, batches: Sequence[Any], budget: int) -> dict[str, float]:
     found: dict[str, list[Tensor]] = {"lens": [], "rise": [], "turn": []}
     for read in _read_by_layer(model, batches):
-        first = read[0].places() == 0
-        labels = read[0].labels[first]
-        ranked = torch.stack([tokens.logits[first].double().softmax(-1) for tokens in read])  # (layers, N, vocabulary)
+        by_layer = []
+        for tokens in read:
+            first = tokens.places() == 0
+            labels = tokens.labels[first]
+            by_layer.append(tokens.logits[first].double().softmax(-1))
+        ranked = torch.stack(by_layer)  # (layers, N, vocabulary)
         for kind in found:
             if len(ranked):
                 found[kind].append(_among_few(ranked, labels, budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributions import Normal
 
 from semu_peft import SemuConfig
 from semu_peft.evaluation import (
+    lens_attack,
     linear_probes,
     lira_scores,
     logit_lens,
@@ -254,6 +256,22 @@ def test_the_lens_ends_with_what_the_model_says(build: Any) -> None:
     assert found.found[1] == pytest.approx(100 * middle, rel=1e-5)
     with pytest.raises(ValueError, match="model"):
         logit_lens(Mlp(), [batch])
+
+
+@pytest.mark.parametrize("read", [logit_lens, lens_attack])
+def test_the_lens_holds_the_logits_of_few_layers_at_a_time(read: Any) -> None:
+    """Of all layers, tokens and a vocabulary as language models have it they are tens of gigabytes."""
+    model, ids = llama(), torch.randint(3, 32, (4, 7))
+    model.config.num_hidden_layers = len(model.model.layers) + 4
+    model.model.layers.extend(copy.deepcopy(model.model.layers[-1]) for _ in range(4))
+    alive: list[int] = []
+
+    def note(*_: Any) -> None:
+        alive.append(sum(type(each) is torch.Tensor and each.shape == (24, 32) for each in gc.get_objects()))
+
+    model.lm_head.register_forward_hook(note)
+    read(model, [{"input_ids": ids, "labels": ids}])
+    assert len(alive) >= 7 and max(alive) <= 2
 
 
 @pytest.mark.parametrize("batch", [padded("left", more=2), packed()], ids=["left", "packed"])
