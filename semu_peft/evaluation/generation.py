@@ -231,5 +231,5 @@ def _alike(
 
 def _cut(text: str, stop: Sequence[str]) -> str:
     for end in stop:
-        text = text.split(end)[0]
+        text = text.lstrip().split(end)[0]  # a blank line before the answer ends none
     return text.strip()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from answer_models import WORDS, decoder, word_tokenizer
 from peft import LoraConfig, get_peft_model
+from text_models import tokenizer as tiny_tokenizer
 from torch import nn
 from transformers import (
     BartConfig,
@@ -122,6 +123,18 @@ def test_answers_end_before_a_stop() -> None:
     last = whole.split()[-1]
     cut = generate_answers(model, tokenizer, ["what"], max_new_tokens=50, stop=[last], progress=False)[0]
     assert last not in cut and whole.startswith(cut)
+
+
+def test_a_blank_line_before_an_answer_ends_none() -> None:
+    tokenizer = tiny_tokenizer()
+
+    class Says(nn.Linear):
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            said = torch.tensor(tokenizer("\n\nblue\n\nred", add_special_tokens=False)["input_ids"])
+            return torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
+
+    model, quiet = Says(1, 1), {"progress": False}
+    assert generate_answers(model, tokenizer, ["What colour?"], stop=("\n\n",), **quiet) == ["blue"]
 
 
 def test_rouge_counts_stems_in_order() -> None:
