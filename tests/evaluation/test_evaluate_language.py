@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from answer_models import FACTS, FORGET, decoder, word_tokenizer
 from models import Snapshot
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -176,6 +177,14 @@ def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Pat
         evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
     saved = json.loads((tmp_path / "forget_answers.json").read_text())
     assert saved["format"] == "semu_peft.measurement" and len(saved["value"]["nll"]) == 3
+
+
+def test_an_offloaded_model_is_told_by_the_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    options = {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    whole = evaluate_language(decoder(), word_tokenizer(), FORGET, **options)
+    assert evaluate_language(cpu_offload(decoder(), torch.device("cpu")), word_tokenizer(), FORGET, **options) == whole
+    with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
+        evaluate_language(cpu_offload(decoder(seed=1), torch.device("cpu")), word_tokenizer(), FORGET, **options)
 
 
 def test_another_model_is_refused_by_sets_named_as_on_the_hub_too(tmp_path: Path) -> None:
