@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from language_batches import packed, padded
-from models import CLASSES, Cnn, Mlp, gpt2, image_batches, llama, vector_batches
-from peft import get_peft_model
+from models import CLASSES, Cnn, Mlp, Snapshot, gpt2, image_batches, llama, vector_batches
+from peft import HRAConfig, IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.distributions import Normal
 
@@ -73,6 +73,36 @@ def test_it_is_the_merged_model_that_is_rounded(kind: Any) -> None:
         predict(merged, data, progress=False).accuracy,
     )
     assert found.retain == found.forget and {layer.layer for layer in found.layers} == set(kind.targets)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=Mlp.targets, r=2, use_dora=True),
+        LoraConfig(target_modules=Mlp.targets, r=2, lora_bias=True),
+        IA3Config(target_modules=Mlp.targets, feedforward_modules=[]),
+        HRAConfig(target_modules=Mlp.targets, r=2),
+    ],
+    ids=["DoRA", "LoRA with biases", "IA3", "HRA"],
+)
+def test_adapters_that_are_no_sums_are_merged_as_peft_does(config: Any) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter)
+    before = Snapshot.of(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    said = quantization(model, FORGET, bits=4, measure=lambda model, batches: float(model(batches[0][0]).norm()))
+    assert said.forget[1] == pytest.approx(float(quantized(merged)(FORGET[0][0]).norm()), rel=1e-4)
+    assert len(said.layers) == len(Mlp.targets)
+    before.assert_same(model)
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    for weight in weights_to_round(model).values():
+        weight.weight.data = weight.of_rows(round_to_nearest(weight.rows(weight.weight), 4))
+    return model
 
 
 def test_rows_of_conv1d_are_its_outputs() -> None:
