@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import align_module_device
 from torch import nn
 
 from semu_peft.arguments import check_path
@@ -63,6 +64,7 @@ class Measurements:
             return measure()
         key = {part: _digest(value) for part, value in inputs.items()}
         path = self.folder / f"{name}.json"
+        self._check_model(path)  # a name may have a folder in it, as data sets of the Hub have
         saved = _read(path)
         if saved is not None and not differences(saved["inputs"], key):
             return saved["value"]
@@ -102,7 +104,7 @@ def model_digest(model: nn.Module) -> str:
 
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {describe(tensor)}\n".encode())
+        digest.update(f"{name} {_described(model, name, tensor)}\n".encode())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             active = sorted(module.active_adapters), module._disable_adapters, sorted(module.merged_adapters)
@@ -110,6 +112,15 @@ def model_digest(model: nn.Module) -> str:
         elif isinstance(module, Intervention):
             digest.update(f"{name} {_settings(module)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _described(model: nn.Module, name: str, tensor: Any) -> Any:
+    if not getattr(tensor, "is_meta", False):
+        return describe(tensor)
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    with align_module_device(module):  # brings an offloaded weight in for the moment
+        return describe(getattr(module, own))
 
 
 def _scales(layer: Any) -> list[Any]:

@@ -20,6 +20,16 @@ from .comparison import ForgettingMetrics
 from .membership import MembershipInference, attack_membership
 
 
+class DivergedError(ValueError):
+    """A model gives NaN where it should give logits.
+
+    Examples:
+        >>> from semu_peft.evaluation.classification import DivergedError
+        >>> issubclass(DivergedError, ValueError)
+        True
+    """
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """What a classifier said about N examples, on the CPU, in the order the loader gave them.
@@ -326,7 +336,7 @@ def _check_classes(classes: int, before: int | None, name: str) -> None:
 
 
 def _check_values(predictions: Predictions, num_classes: int, name: str) -> None:
-    """Raise ValueError if a label is no class or a confidence is NaN."""
+    """Raise ValueError if a label is no class, DivergedError if a confidence is NaN."""
     lowest, highest = int(predictions.labels.min()), int(predictions.labels.max())
     if lowest < 0 or highest >= num_classes:
         raise ValueError(
@@ -335,7 +345,7 @@ def _check_values(predictions: Predictions, num_classes: int, name: str) -> None
         )
     broken = int(predictions.confidence.isnan().sum())
     if broken:
-        raise ValueError(
+        raise DivergedError(
             f"The model's logits on `{name}` must be finite, got NaN or +inf for {broken} of {len(predictions)} "
             "examples. The model has probably diverged: lower the learning rate, or evaluate in float32."
         )

@@ -183,7 +183,7 @@ class ForgettingComparison:
 
     def to_markdown(self) -> str:
         """Return the table in GitHub's Markdown, numbers aligned to the right."""
-        header, *body = [[cell.replace("|", "\\|") for cell in line] for line in self._table()]
+        header, *body = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in self._table()]
         rule = ["---", *["---:"] * (len(header) - 1)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
         return f"{table}\n\n{self._caption()}"
@@ -220,9 +220,8 @@ class ForgettingComparison:
             FileNotFoundError: There is no such file.
             ValueError: The file is not a saved comparison.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            content: Any = json.loads(text)
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
             rows = {name: ForgettingMetrics(**metrics) for name, metrics in content["rows"].items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from semu_peft.model_state import device_of, eval_mode
+from semu_peft.objectives.batches import as_labels
 
 from .classification import Predictions, predict
 
@@ -100,6 +101,7 @@ def classify_samples(images: Tensor, labels: Tensor, classifier: nn.Module, *, b
         >>> classify_samples(images, torch.tensor([1, 1]), classifier)
         Predictions(2 examples, 2 classes, accuracy 50.00%)
     """
+    labels = as_labels(labels)
     if len(images) != len(labels):
         raise ValueError(
             f"`labels` must be one per image, got {len(labels)} for {len(images)} images. Give the class that each "
@@ -147,8 +149,8 @@ def evaluate_erasure(
         >>> metrics.forget_accuracy, metrics.retain_accuracy
         (0.0, 100.0)
     """
-    classes = torch.tensor([forgotten] if isinstance(forgotten, int) else list(forgotten))
-    gone = torch.isin(labels.cpu(), classes)
+    classes = torch.as_tensor(forgotten).reshape(-1).cpu()
+    gone = torch.isin(as_labels(labels).cpu(), classes)
     if not gone.any() or gone.all():
         raise ValueError(
             f"`labels` must be of the forgotten classes {classes.tolist()} and of others, got {int(gone.sum())} of "
@@ -349,7 +351,8 @@ def clip_score(
             text=list(prompts[start : start + batch_size]), images=arrays, return_tensors="pt", padding=True,
             truncation=True,
         )  # fmt: skip
-        output = model(**inputs.to(device))
+        with eval_mode(model):
+            output = model(**inputs.to(device))
         scores.append(nn.functional.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0).cpu())
     return 100 * float(torch.cat(scores).mean())
 
@@ -362,9 +365,12 @@ def _check_pictures(images: Tensor, name: str = "images") -> None:
             f"`{name}` must be finite, got {broken} of {len(images)} that are not. A VAE in float16 may overflow: "
             "decode in float32 or bfloat16."
         )
-    # A little beyond 1 is what resizing leaves.
-    if len(images) and (not images.is_floating_point() or images.max() > 2):
-        raise ValueError(f"`{name}` must be floats in [0, 1], got {images.dtype} to {images.max():g}. Divide by 255.")
+    # A little beyond 0 and 1 is what resizing leaves.
+    if len(images) and (not images.is_floating_point() or images.max() > 2 or images.min() < -0.5):
+        mend = "Write `images / 2 + 0.5`." if images.max() <= 2 else "Divide by 255."
+        raise ValueError(
+            f"`{name}` must be floats in [0, 1], got {images.dtype} from {images.min():g} to {images.max():g}. {mend}"
+        )
     black = int((images.flatten(1) == 0).all(1).sum()) if images.shape[1] == 3 and name == "images" else 0
     if black:
         warnings.warn(

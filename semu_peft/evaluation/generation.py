@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,6 +25,11 @@ from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.batches import is_encoder_decoder
 
 from .prompts import encoder_for
+
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without blanks: their letters are the words.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[^\W_])+")
+_LAST_LATIN = "\u024f"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,6 +62,8 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
     With `L` the length of the longest common subsequence of words, recall is `L / |expected|` and precision
     `L / |written|`. Words are lower-cased runs of letters and digits, and stemmed (Porter) as TOFU (arXiv 2401.06121)
     and MUSE (arXiv 2407.06460) do; without the stemmer "cats" is not "cat". The package `rouge` counts otherwise.
+    Google's knows the letters a to z alone, of which other scripts have none: where the expected text has letters of
+    another, words are those of Unicode, or single letters where no blanks are written, and are not stemmed.
 
     Args:
         expected: The true answers.
@@ -64,6 +72,7 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
 
     Raises:
         ImportError: rouge_score is not installed.
+        TypeError: They are single texts.
         ValueError: There are none, or not equally many.
 
     Examples:
@@ -77,15 +86,31 @@ def rouge_l(expected: Sequence[str], written: Sequence[str], *, stem: bool = Tru
         raise ImportError(
             'rouge_l needs rouge_score: run `pip install ".[evaluation]"` in a clone of semu-peft.'
         ) from error
+    if isinstance(expected, str) or isinstance(written, str):
+        raise TypeError("`expected` and `written` must be lists of texts, got one text. Write `[text]`.")
     if len(expected) != len(written) or not len(expected):
         raise ValueError(
             f"`written` must be one text for each one expected, got {len(written)} for {len(expected)}. Give both "
             "lists in the same order."
         )
-    scorer = RougeScorer(["rougeL"], use_stemmer=stem)
-    scores = [scorer.score(target, text)["rougeL"] for target, text in zip(expected, written, strict=True)]
+    latin, other = RougeScorer(["rougeL"], use_stemmer=stem), RougeScorer(["rougeL"], tokenizer=_Words())
+    scores = [
+        (latin if _is_latin(target) else other).score(target, text)["rougeL"]
+        for target, text in zip(expected, written, strict=True)
+    ]
     parts = ([getattr(score, kind) for score in scores] for kind in ("recall", "precision", "fmeasure"))
     return Rouge(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+
+
+def _is_latin(text: str) -> bool:
+    return all(letter <= _LAST_LATIN for letter in text if letter.isalpha())
+
+
+class _Words:
+    """Splits texts of any script, as rouge_score asks for it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
 
 
 def generate_answers(
@@ -206,5 +231,5 @@ def _alike(
 
 def _cut(text: str, stop: Sequence[str]) -> str:
     for end in stop:
-        text = text.split(end)[0]
+        text = text.lstrip().split(end)[0]  # a blank line before the answer ends none
     return text.strip()

@@ -118,13 +118,16 @@ class LanguageMetrics:
     def against(self, gold: LanguageMetrics) -> LanguageMetrics:
         """The same with the forget quality beside a gold model's metrics, and where both have it the privacy leakage.
 
-        Either is NaN where one of the models has diverged.
+        Either is NaN where one of the models has diverged, and the leakage where gold's AUC is 1, a share of
+        nothing: it takes all of the forget texts for members, which says that the two sets are not alike.
 
         Raises:
             ValueError: The truth ratios of the two are of different rows, or there is nothing to compare.
         """
         own, theirs = self.membership.get("min_k"), gold.membership.get("min_k")
-        leakage = None if own is None or theirs is None else privacy_leakage(own, theirs)
+        leakage = None
+        if own is not None and theirs is not None:
+            leakage = math.nan if theirs >= 1 else privacy_leakage(own, theirs)
         alike = len(self.truth_ratios) == len(gold.truth_ratios) if self.truth_ratios else leakage is not None
         if not alike:
             raise ValueError(

@@ -92,7 +92,7 @@ def zlib_score(scores: TokenScores, texts: Sequence[str]) -> Tensor:
 def min_k(scores: TokenScores, share: float = 0.4, *, standardized: bool = False) -> Tensor:
     """Min-K%: minus the mean of the lowest share of a text's log probabilities (Shi et al. 2024, arXiv 2310.16789).
 
-    The end of the sequence does not count.
+    The end of the sequence does not count; a text of nothing else has NaN.
 
     Args:
         scores: What the model says of the texts.
@@ -194,7 +194,7 @@ def text_membership(
 
     Returns:
         A [`Separation`][semu_peft.evaluation.language_membership.Separation] by the attack's name, of NaN where the
-        model has diverged.
+        model has diverged or no text has the score.
 
     Examples:
         >>> from semu_peft.evaluation import text_membership
@@ -207,7 +207,7 @@ def text_membership(
     sets = {"forget": read_texts(forget, "forget"), "holdout": read_texts(holdout, "holdout")}
     if gradients or not all(map(are_plain, sets.values())):
         sets = {name: read_questions(examples, name) for name, examples in sets.items()}
-    found: list[Mapping[str, Tensor]] = []
+    found: list[dict[str, Tensor]] = []
 
     def read(by: nn.Module, name: str) -> TokenScores:
         shown: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "name": name}
@@ -223,8 +223,9 @@ def text_membership(
         if gradients:
             values["gradient_norm"] = gradient_norm(model, tokenizer, examples, **options)
         found.append(values)
-    diverged = {attack for attack in found[0] if any(values[attack].isnan().any() for values in found)}
-    finite = [{attack: scores for attack, scores in values.items() if attack not in diverged} for values in found]
+    found = [_with_scores(values) for values in found]
+    lacking = {attack for attack in found[0] if any(not len(v[attack]) or v[attack].isnan().any() for v in found)}
+    finite = [{attack: scores for attack, scores in values.items() if attack not in lacking} for values in found]
     told = _told_apart(finite[0], finite[1], resamples=resamples, seed=seed)
     return {attack: told.get(attack, Separation(math.nan, (math.nan, math.nan))) for attack in found[0]}
 
@@ -234,6 +235,12 @@ def _read_by_all(scores: TokenScores, texts: Sequence[str] | None) -> dict[str, 
     by_zlib = {} if texts is None else {"zlib": zlib_score(scores, texts)}
     ranked = {"min_k": min_k(scores), "min_k_plus_plus": min_k(scores, standardized=True)}
     return {"loss": scores.nll, **by_zlib, **ranked}
+
+
+def _with_scores(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each score of the texts that have it: of a whole model, one of nothing but its end has no lowest tokens."""
+    whole = values["loss"].isfinite()
+    return {attack: scores[~(scores.isnan() & whole)] for attack, scores in values.items()}
 
 
 def _told_apart(
@@ -332,7 +339,7 @@ def batch_membership(
     values, beside = ([_read_by_all(*side) for side in each] for each in (own, other))
     for value, (mine, _), (theirs, _) in zip(values, own, other, strict=False):
         value["reference"] = mine.nll - theirs.nll
-    told = [_told_apart(*each, resamples=resamples, seed=seed) for each in (values, beside) if each]
+    told = [_told_apart(*map(_with_scores, each), resamples=resamples, seed=seed) for each in (values, beside) if each]
     return TextMembership(*told)
 
 

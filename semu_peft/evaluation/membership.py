@@ -90,9 +90,11 @@ def attack_membership(
     """
     share = membership_inference(member, non_member, forget, seed=seed, max_examples=max_examples)
     generator = torch.Generator().manual_seed(seed + 1)
+    # No more than there are: more draws would tell of more examples, and of an interval that is too narrow.
+    count = min(len(member), len(non_member), _BOOTSTRAP_EXAMPLES)
     shares = []
     for _ in range(refits):
-        members, others = (_redraw(side, _BOOTSTRAP_EXAMPLES, generator) for side in (member, non_member))
+        members, others = (_redraw(side, count, generator) for side in (member, non_member))
         shares.append(_share(members, others, _redraw(forget, len(forget), generator)))
     quantiles = torch.quantile(torch.tensor([share, *shares]).double(), torch.tensor([0.025, 0.975]).double()).tolist()
     return MembershipInference(
@@ -184,7 +186,7 @@ def _share(member: Tensor, non_member: Tensor, forget: Tensor) -> float:
     """Fit the attack on two sides of the same size, and ask it about the forget set; all float64 on the CPU."""
     np, svc = _scikit_learn()
     fitted = torch.cat([member, non_member])
-    attack = svc(C=3, gamma="auto", kernel="rbf")
+    attack = svc(C=3, gamma="auto", kernel="rbf", random_state=0)  # else it draws from NumPy's global generator
     attack.fit(fitted.unsqueeze(1).numpy(), np.repeat([1, 0], len(member)))
     # Confidence saturates at 0 and 1, so a forget set repeats values; asking about each one once is exact and faster.
     values, repeats = np.unique(forget.numpy(), return_counts=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_model, check_number
 from semu_peft.gates import GatedModel, Intervention
 from semu_peft.objectives.adapter_parts import all_parts
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import original
+from semu_peft.tuner.layer import SemuLayer
 
 from .knowledge import Measure, accuracy
 
@@ -54,7 +57,8 @@ class Stripping:
     """What somebody gets who switches the adapter off.
 
     Attributes:
-        adapters: The adapters that can be switched off; none where they are merged.
+        adapters: The adapters that can be switched off, of several those without which most is known; none where they
+            are merged.
         forget: How much of what was forgotten is known, with them and without, in percent.
         gate: What opens and closes them, or changes the model while it is called, if anything does.
 
@@ -102,6 +106,7 @@ class Stripping:
 def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = accuracy) -> Stripping:
     """Switch the adapters off, as anyone can who has the model with its adapter beside the weights.
 
+    Of several that is tried with all, with SEMU's alone, as another may be what the model knows by, and with each.
     A model behind a [gate][semu_peft.gates.intervention.Intervention] is taken from behind it.
 
     Args:
@@ -116,16 +121,31 @@ def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = acc
         ()
     """
     check_model(model)
+    check_batches(forget, "forget")
     batches = list(forget)
     now = measure(model, batches)
     if isinstance(model, Intervention):
         gated = tuple(sorted(model.adapter_names)) if isinstance(model, GatedModel) else ()
         return Stripping(gated, (now, measure(model.base, batches)), gate=type(model).__name__)
-    names = tuple(sorted({part.adapter_name for part in all_parts(model) if not part.is_merged}))
-    if not names:
+    parts = [part for part in all_parts(model) if not part.is_merged]
+    every, ours = (
+        tuple(sorted({part.adapter_name for part in some}))
+        for some in (parts, [part for part in parts if isinstance(part.layer, SemuLayer)])
+    )
+    if not every:
         return Stripping((), (now, now))
-    with original(model) as without:
-        return Stripping(names, (now, measure(without, batches)))
+    tried = {
+        names: _without(model, names, batches, measure) for names in [every, ours, *zip(every, strict=True)] if names
+    }
+    best = max(tried, key=lambda names: tried[names])
+    return Stripping(best, (now, tried[best]))
+
+
+def _without(model: nn.Module, names: Sequence[str], batches: list[Any], measure: Measure) -> float:
+    with ExitStack() as stack:
+        for name in names:
+            model = stack.enter_context(original(model, name))
+        return measure(model, batches)
 
 
 def noisy_inputs(
@@ -157,6 +177,7 @@ def noisy_inputs(
         InputAttack(noise of 0.01: forgotten 50.0 → 50.0)
     """
     check_number("scale", scale, low=0)
+    check_batches(forget, "forget")
     batches = list(forget)
     variants = []
     for seed in seeds:
@@ -187,6 +208,7 @@ def flipped_inputs(
         >>> flipped_inputs(torch.nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))])
         InputAttack(flipped: forgotten 50.0 → 50.0)
     """
+    check_batches(forget, "forget")
     batches = list(forget)
     variants = [[_changed(batch, lambda x: x.flip(3) if x.dim() == 4 else None) for batch in batches]]
     return _input_attack("flipped", model, batches, variants, reference, measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import Tokens, read_tokens, run_batch
+from semu_peft.objectives.batches import Tokens, check_batches, read_tokens, run_batch
 from semu_peft.objectives.examples import examples_in
 from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
@@ -77,7 +78,7 @@ def linear_probes(
         model: The unlearned model.
         forget: Batches of what was forgotten.
         retain: Batches of the rest.
-        layers: Names of the layers; by default the model's blocks, and the layers in a sequence.
+        layers: Names of the layers; by default the model's blocks, and the layers in a sequence, as they are called.
         reference: The retrained model, with layers of the same names.
         max_examples: Most examples a side.
         seed: Seed of the halves.
@@ -87,7 +88,8 @@ def linear_probes(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: The model or the reference has no such layer, or there are fewer than four examples a side.
+        ValueError: The model or the reference has no such layer, or it gives no tensor, or there are fewer than four
+            examples a side.
 
     Examples:
         >>> import torch
@@ -100,14 +102,28 @@ def linear_probes(
     check_model(model)
     check_count("max_examples", max_examples, least=4)
     names = _blocks(model) if layers is None else list(layers)
+    for side, given in (("forget", forget), ("retain", retain)):
+        check_batches(given, side)
     batches = list(forget), list(retain)
+    if not all(batches):
+        raise ValueError(
+            "`forget` and `retain` must give a batch each, got none of one. Check that it was not used up."
+        )
     _check_layers(model, names, "`layers` must name layers of the model")
     if reference is not None:
         check_model(reference, "reference")
         _check_layers(reference, names, "`reference` must have the layers that are read of the model")
     found = _probed(model, names, batches, max_examples, seed)
-    other = None if reference is None else _probed(reference, names, batches, max_examples, seed)
-    return Probes("linear probe", tuple(names), tuple(found), () if other is None else tuple(other))
+    other = {} if reference is None else _probed(reference, names, batches, max_examples, seed)
+    read = [name for name in layers or found if name in found and (reference is None or name in other)]
+    if not read or (layers is not None and read != names):
+        raise ValueError(
+            f"`layers` must name layers that give tensors, got {sorted({*names} - {*read})[:3] or 'none'}. Name those "
+            "that the model calls itself, and not a list of them."
+        )
+    return Probes(
+        "linear probe", tuple(read), tuple(found[name] for name in read), tuple(other[name] for name in read if other)
+    )
 
 
 def logit_lens(
@@ -141,6 +157,7 @@ def logit_lens(
         3
     """
     check_model(model)
+    check_batches(batches)
     data = list(batches)
     found = _lens(model, data)
     other = () if reference is None else tuple(_lens(reference, data))
@@ -210,6 +227,7 @@ def lens_attack(
     """
     check_model(model)
     check_count("budget", budget)
+    check_batches(batches)
     data = list(batches)
     other = {} if reference is None else _tried(reference, data, budget)
     return LensAttack(_tried(model, data, budget), other, budget)
@@ -225,7 +243,11 @@ def _blocks(model: nn.Module) -> list[str]:
     for name, module in root.named_modules():
         inside = any(name == each or name.startswith(f"{each}.") for each in found)
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and "base_layer" not in name:
-            found += [f"{name}.{key}" if name else key for key, _ in module.named_children()]
+            found += [  # a list is never called: its own members are
+                f"{name}.{key}" if name else key
+                for key, child in module.named_children()
+                if not isinstance(child, nn.ModuleList)
+            ]
     names = found or [name for name, child in root.named_children() if next(child.parameters(), None) is not None]
     return [without_wrappers(name) for name in names]
 
@@ -238,23 +260,24 @@ def _check_layers(model: nn.Module, names: Sequence[str], wanted: str) -> None:
 
 def _probed(
     model: nn.Module, names: Sequence[str], sides: tuple[list[Any], list[Any]], most: int, seed: int
-) -> list[float]:
-    activations = [_activations(model, names, batches, most) for batches in sides]
-    return [_balanced_accuracy(activations[0][name], activations[1][name], seed) for name in names]
+) -> dict[str, float]:
+    forget, retain = (_activations(model, names, batches, most) for batches in sides)
+    return {name: _balanced_accuracy(forget[name], retain[name], seed) for name in forget if name in retain}
 
 
 @torch.no_grad()
 def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], most: int) -> dict[str, Tensor]:
-    """The pooled outputs `(N, D)` of each layer."""
+    """The pooled outputs `(N, D)` of layers that give a tensor, as they are called; the last of one called again."""
     modules = {name: _outermost(base_model(model), name) for name in names}
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: dict[str, list[Tensor]] = {}
+    last: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
             if isinstance(first, Tensor):
-                seen[name].append(_pooled(first.float(), mask).cpu())
+                last[name] = _pooled(first.float(), mask)
 
         return hook
 
@@ -266,13 +289,15 @@ def _activations(model: nn.Module, names: Sequence[str], batches: list[Any], mos
                 batch = send_to_device(batch, device_of(model))
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 run_batch(model, batch)
+                for name in list(last):
+                    seen.setdefault(name, []).append(last.pop(name).cpu())
                 count += examples_in([batch])
                 if count >= most:
                     break
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts)[:most] for name, parts in seen.items() if parts}
+    return {name: torch.cat(parts)[:most] for name, parts in seen.items()}
 
 
 def _outermost(root: nn.Module, name: str) -> nn.Module:
@@ -325,19 +350,18 @@ def _balanced_accuracy(forget: Tensor, retain: Tensor, seed: int) -> float:
 
 @torch.no_grad()
 def _lens(model: nn.Module, batches: Sequence[Any]) -> list[float]:
-    totals: list[float] = []
+    totals: dict[int, float] = defaultdict(float)
     count = 0
     for read in _read_by_layer(model, batches):
-        totals = totals or [0.0] * len(read)
         for number, tokens in enumerate(read):
             told = tokens.logits.float().softmax(-1).gather(1, tokens.labels.unsqueeze(1))
             totals[number] += float(told.double().sum())
-        count += len(read[0].labels)
-    return [100 * total / max(count, 1) for total in totals]
+        count += len(tokens.labels)
+    return [100 * total / max(count, 1) for total in totals.values()]
 
 
-def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tokens]]:
-    """What each layer predicts at the tokens that count, batch by batch."""
+def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[Iterator[Tokens]]:
+    """What each layer predicts at the tokens that count, batch by batch; of one layer at a time, as it is much."""
     root, head = base_model(model), token_head(model)
     with eval_mode(model):
         for batch in batches:
@@ -345,16 +369,19 @@ def _read_by_layer(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[To
             states, norm = _hidden_states(model, root, batch)
             last = len(states) - 1
             every = (head(s if norm is None or number == last else norm(s)) for number, s in enumerate(states))
-            yield [read_tokens(_Says(logits), batch, shift_labels=True) for logits in every]
+            yield (read_tokens(_Says(logits), batch, shift_labels=True) for logits in every)
 
 
 @torch.no_grad()
 def _tried(model: nn.Module, batches: Sequence[Any], budget: int) -> dict[str, float]:
     found: dict[str, list[Tensor]] = {"lens": [], "rise": [], "turn": []}
     for read in _read_by_layer(model, batches):
-        first = read[0].places() == 0
-        labels = read[0].labels[first]
-        ranked = torch.stack([tokens.logits[first].double().softmax(-1) for tokens in read])  # (layers, N, vocabulary)
+        by_layer = []
+        for tokens in read:
+            first = tokens.places() == 0
+            labels = tokens.labels[first]
+            by_layer.append(tokens.logits[first].double().softmax(-1))
+        ranked = torch.stack(by_layer)  # (layers, N, vocabulary)
         for kind in found:
             if len(ranked):
                 found[kind].append(_among_few(ranked, labels, budget))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.original import with_values, without_adapter
 from semu_peft.tuner.adapted import find_token_head
 from semu_peft.tuner.keys import without_wrappers
+from semu_peft.tuner.layer import SemuLayer
 
 from .knowledge import Measure, accuracy
 
@@ -310,17 +312,31 @@ def _rounded(model: nn.Module, bits: int, group_size: int | None) -> tuple[nn.Mo
 
 
 def _corrections(model: nn.Module) -> dict[int, Tensor]:
-    """By the `id` of a weight, the sum of what active adapters add to it."""
+    """By the `id` of a parameter, the sum of what merging active adapters would add to it."""
     found: dict[int, Tensor] = {}
-    for part in all_parts(model):
-        layer = part.layer
-        if part.beside or not isinstance(layer, BaseTunerLayer) or part.is_merged or layer.disable_adapters:
-            continue
-        if part.adapter_name in layer.active_adapters:
-            weight: Any = getattr(layer.get_base_layer(), "weight", None)
-            delta = part.layer.get_delta_weight(part.adapter_name)
-            found[id(weight)] = found.get(id(weight), 0) + delta.view(getattr(weight, "shape", delta.shape))
+    layers = {id(part.layer): part.layer for part in all_parts(model) if not part.beside}
+    for layer in layers.values():
+        if isinstance(layer, BaseTunerLayer) and not layer.merged and not layer.disable_adapters:
+            for key, change in _changes(layer):
+                found[key] = found.get(key, 0) + change
     return found
+
+
+def _changes(layer: Any) -> Iterator[tuple[int, Tensor]]:
+    """What merging a layer's active adapters would do to its parameters, of one at a time."""
+    base = layer.get_base_layer()
+    if isinstance(layer, SemuLayer):
+        for name in layer.active_adapters:
+            if name in layer.semu_core:
+                delta = layer.get_delta_weight(name)
+                weight: Any = getattr(base, "weight", None)
+                yield id(weight), delta.view(getattr(weight, "shape", delta.shape))
+        return
+    merged = copy.deepcopy(layer)  # many methods are no sums: they rescale, rotate, or train a bias as well
+    merged.merge()
+    after = dict(merged.get_base_layer().named_parameters())
+    for name, parameter in base.named_parameters():
+        yield id(parameter), after[name].float() - parameter.float()
 
 
 def _left(layer: str, before: Tensor, after: Tensor, delta: Tensor, step: Tensor) -> LayerRounding:

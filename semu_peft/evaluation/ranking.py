@@ -100,6 +100,12 @@ def _marked(name: str, pairs: Tensor, scores: Tensor) -> Tensor:
             f"`{name}` must be pairs (N, 2) beside `scores` (users, items), got {tuple(pairs.shape)} and "
             f"{tuple(scores.shape)}. Write `torch.stack([users, items], 1)`."
         )
+    most = torch.tensor(scores.shape, device=pairs.device)
+    if pairs.numel() and (pairs.is_floating_point() or ((pairs < 0) | (pairs >= most)).any()):
+        raise ValueError(
+            f"`{name}` must be integers, users from 0 to {scores.shape[0] - 1} and items to {scores.shape[1] - 1}, got "
+            f"{pairs.dtype} from {pairs.amin(0).tolist()} to {pairs.amax(0).tolist()}. Leave padding out."
+        )
     marked = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    marked[pairs[:, 0], pairs[:, 1]] = True
+    marked[pairs[:, 0].long(), pairs[:, 1].long()] = True
     return marked

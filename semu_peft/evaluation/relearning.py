@@ -17,6 +17,7 @@ from semu_peft.objectives.base import LossFunction, as_objective
 from semu_peft.objectives.classification import CrossEntropy
 from semu_peft.objectives.examples import Examples
 
+from .classification import DivergedError
 from .knowledge import Measure, accuracy
 
 STEPS = (0, 5, 10, 20, 50)
@@ -193,6 +194,8 @@ def relearning(
     check_switch("progress", progress)
     pools = Examples(forget, "forget"), None if retain is None else Examples(retain, "retain")
     tests = [None if each is None else list(each) for each in (forget_test, retain_test)]
+    if tests[0] == []:
+        raise ValueError("`forget_test` must give at least one batch, got none. Check that it has not been used up.")
     for step in steps or ():
         check_count("steps", step, least=0)
     at = _when(attacker.steps, steps)
@@ -207,11 +210,21 @@ def relearning(
         on_retain = (pools[1].batches if pools[1] else []) if tests[1] is None else tests[1]
         sides = [side for side in (on_forget, on_retain) if side]
 
+        begun: list[bool] = []
+
         def known(changed: nn.Module) -> list[float]:
             finite = [value.isfinite().all().to(relearner.device) for value in relearner.values]
+            destroyed = [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
             if not torch.stack(finite).all():  # looked at together: a GPU is waited for once
-                return [0.0] * len(sides)  # the attack has diverged: nothing is known, of the rest neither
-            return [measure(changed, side) for side in sides]
+                return destroyed
+            try:
+                return [measure(changed, side) for side in sides]
+            except DivergedError:  # weights that are finite may overflow, in half precision first
+                if not begun:
+                    raise
+                return destroyed
+            finally:
+                begun.append(True)
 
         loss_state = loss.state_dict()
         try:

@@ -119,7 +119,7 @@ def seed_attack(
     check_kind("classifier", classifier, nn.Module, "a module that makes images logits", "Wrap yours in one.")
     check_count("batch_size", batch_size)
     check_switch("progress", progress)
-    classes = [forgotten] if isinstance(forgotten, int) else list(forgotten)
+    classes = torch.as_tensor(forgotten).reshape(-1).tolist()
     for name, given in (("prompts", prompts), ("seeds", seeds), ("forgotten", classes)):
         if not len(given):
             raise ValueError(f"`{name}` must hold at least one, got none. Give at least one.")
@@ -144,6 +144,11 @@ def _recognised(
     found = []
     for part in tqdm(parts, desc=title, disable=title is None, leave=False):
         images = generate([prompt for prompt, _ in part], [seed for _, seed in part])
+        if len(images) != len(part):
+            raise ValueError(
+                f"`generate` must give one image for each pair of prompt and seed, got {len(images)} for {len(part)}. "
+                "Draw as many as there are prompts."
+            )
         labels = torch.full((len(images),), classes[0])
         found.append(torch.isin(classify_samples(images, labels, classifier).predicted, torch.tensor(classes)))
     return torch.cat(found).view(len(prompts), len(seeds))

@@ -226,6 +226,7 @@ def audit(
     runs = _runs(training)
     marked = _marked(forgotten)
     drawn, written = read_samples(samples)
+    _check_rows_are_there(marked, samples)
     measured, (attacked, not_run) = read_metrics(metrics), read_attacks(attacks)
     contents: dict[str, Any] = {
         "format": FORMAT,
@@ -306,6 +307,15 @@ def _marked(forgotten: Any) -> list[int | str]:
     for each in marked:
         check_kind("forgotten", each, (int, str), "an index, a name, or several of these", mend)
     return marked
+
+
+def _check_rows_are_there(marked: Sequence[int | str], samples: Samples | None) -> None:
+    rows = [] if samples is None else [str(name) for name in samples[0]]
+    if rows and (unknown := [name for name in marked if isinstance(name, str) and name not in rows]):
+        raise ValueError(
+            f"`forgotten` must name rows of `samples`, got {unknown[0]!r}, which is none of {rows[:5]}. "
+            "Write it as it is there."
+        )
 
 
 def _share(contents: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -127,13 +127,14 @@ def settings_contents(settings: Any) -> dict[str, Any]:
 
     Examples:
         >>> from semu_peft.report.contents import settings_contents
-        >>> settings_contents({"model": "/home/jane/digits", "seed": 0})
-        {'model': 'digits', 'seed': 0}
+        >>> settings_contents({"model": "/home/jane/digits", "data": Path("/home/jane/cats"), "seed": 0})
+        {'model': 'digits', 'data': 'cats', 'seed': 0}
     """
     if settings is None:
         return {}
     given = settings if isinstance(settings, Mapping) else {"settings": settings}
-    return {str(key): _without_folders(plain(describe(value))) for key, value in given.items()}
+    named = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in given.items()}
+    return {str(key): _without_folders(plain(describe(value))) for key, value in named.items()}
 
 
 def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
@@ -146,7 +147,9 @@ def spectrum_contents(profile: SubspaceProfile | None) -> dict[str, Any]:
             "possible_rank": min(layer.shape[-2:]),
             "explained_variance": plain(layer.explained_variance) if layer.energy > 0 else None,
             "estimated": layer.estimated,
-            "singular_values": [float(f"{value:.4g}") for value in layer.singular_values.flatten()[:64].tolist()],
+            "singular_values": plain(
+                [float(f"{value:.4g}") for value in layer.singular_values.flatten()[:64].tolist()]
+            ),
         }
         for name, layer in profile.layers.items()
     }
@@ -210,8 +213,8 @@ def _layer(name: str, layer: SemuLayer, adapter_name: str) -> dict[str, Any]:
         "shape": list(layer.matrix_shape(adapter_name)),
         "rank": layer.r[adapter_name],
         "trained_parameters": layer.semu_core[adapter_name].numel(),
-        "norm": norm,
-        "relative_norm": norm / size if size else None,
+        "norm": plain(norm),
+        "relative_norm": plain(norm / size) if size else None,
     }
 
 

@@ -112,7 +112,8 @@ def plot_attack(
     panel.set_xlabel(across, color=TEXT)
     panel.set_ylabel(f"{up} ({unit})", color=TEXT)
     # From nothing on, and with room above: values that are nearly alike leave a margin too narrow for their points.
-    panel.set_ylim(0, 1.05 * panel.dataLim.y1 or 1)
+    top = panel.dataLim.y1  # infinite where nothing is a number
+    panel.set_ylim(0, 1.05 * top if 0 < top < float("inf") else 1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#e6e6e6", lw=0.8)

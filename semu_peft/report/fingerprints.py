@@ -109,9 +109,9 @@ def _path_fingerprint(path: Path, name: str) -> dict[str, Any]:
 
 
 def _rows(batch: Any) -> Iterator[bytes]:
-    """The digest of each example of a batch; of something without tensors, of the whole."""
+    """The digest of each example of a batch; of a single example, or something without tensors, of the whole."""
     count = count_examples(batch)
-    if count is None:
+    if count is None or _is_single(batch):
         yield hashlib.sha256(json.dumps(describe(batch), sort_keys=True).encode()).digest()
         return
     leaves = list(_leaves(batch))
@@ -123,6 +123,13 @@ def _rows(batch: Any) -> Iterator[bytes]:
             part = describe(value) if parts is None else parts[row] if len(parts) == count else b"".join(parts)
             digest.update(f"{name} ".encode() + (part if isinstance(part, bytes) else json.dumps(part).encode()))
         yield digest.digest()
+
+
+def _is_single(batch: Any) -> bool:
+    """Whether it has one label, as the rows of a data set: the first dimension of its tensors is none of examples."""
+    named = batch if isinstance(batch, Mapping) else {"label": batch[-1]} if isinstance(batch, (tuple, list)) else {}
+    label = named.get("labels", named.get("label"))
+    return isinstance(label, (int, float)) or (isinstance(label, Tensor) and not label.dim())
 
 
 def _split(value: Tensor) -> list[bytes]:

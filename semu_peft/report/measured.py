@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from semu_peft.arguments import check_kind
@@ -87,6 +88,7 @@ def plain(value: Any) -> Any:
         >>> plain({"metrics": ErasureMetrics(1.5, float("inf"))})["metrics"]["retain_accuracy"]
         'inf'
     """
+    value = _scalar(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -147,7 +149,7 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
 
     Args:
         attacks: Results with a `row` (the attack, what it found, what it found of a reference), other dataclasses, or a
-            report that has them as `results` and `not_run`; one, several, or a mapping by name.
+            report that has them as `results` and `not_run`; one, several, or a mapping of either by name.
 
     Raises:
         TypeError: One is none of these.
@@ -158,7 +160,7 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
         >>> read_attacks(PromptAttacks({"plain": 0.31}))[0][0]["found"]
         'plain 0.310'
     """
-    rows, not_run = [], []
+    rows = []
     for name, result in flat_attacks(attacks):
         attack, found, reference = _told(result)
         kind = type(result).__qualname__
@@ -168,9 +170,10 @@ def read_attacks(attacks: Any) -> tuple[list[dict[str, Any]], list[dict[str, str
                 "result": plain(result),
             }
         )  # fmt: skip
-    for report in attacks if isinstance(attacks, (list, tuple)) else [attacks]:
-        not_run += [{"attack": each.attack, "reason": each.reason} for each in getattr(report, "not_run", ())]
-    return rows, not_run
+    not_run = dict.fromkeys(
+        (each.attack, each.reason) for report in _given(attacks) for each in getattr(report, "not_run", ())
+    )
+    return rows, [{"attack": name, "reason": reason} for name, reason in not_run]
 
 
 def _told(result: Any) -> Sequence[Any]:
@@ -190,16 +193,29 @@ def flat_attacks(attacks: Any) -> list[tuple[str, Any]]:
     if hasattr(attacks, "results"):
         return flat_attacks(list(attacks.results))
     if isinstance(attacks, Mapping):
-        return [(str(name), result) for name, result in attacks.items()]
+        return [
+            (f"{name}: {own or _told(result)[0]}" if _is_several(given) else str(name), result)
+            for name, given in attacks.items()
+            for own, result in (flat_attacks(given) if _is_several(given) else [("", given)])
+        ]
     if isinstance(attacks, (list, tuple)):
         return [pair for each in attacks for pair in flat_attacks(each)]
     return [("", attacks)]
 
 
+def _given(attacks: Any) -> Iterable[Any]:
+    """What was given as attacks, one by one, reports as they are."""
+    given = attacks.values() if isinstance(attacks, Mapping) else attacks
+    return given if isinstance(given, Iterable) else [given]
+
+
+def _is_several(attacks: Any) -> bool:
+    return isinstance(attacks, (list, tuple)) or hasattr(attacks, "results")
+
+
 def read_task(metrics: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], given: Any = None) -> str | None:
     """What the model is for, as a report of attacks or the kinds of the results tell; `None` where they do not."""
-    reports = given if isinstance(given, (list, tuple)) else [given]
-    if (told := next((report.task for report in reports if hasattr(report, "task")), None)) is not None:
+    if (told := next((report.task for report in _given(given) if hasattr(report, "task")), None)) is not None:
         return str(told)
     kinds = [each["kind"] for each in (*metrics["rows"], *attacks)]
     return next((_TASKS[kind] for kind in kinds if kind in _TASKS), None)
@@ -216,7 +232,8 @@ def untested(
     beside = any(_has_reference(each["result"]) for each in attacks)
     there = {"reference"} if metrics["reference"] or beside else set()
     there |= {"several seeds"} if any(row["runs"] > 1 for row in metrics["rows"]) else set()
-    there |= {str(row["name"]).lower() for row in metrics["rows"]}
+    names = " ".join(str(row["name"]).lower() for row in metrics["rows"])  # of models, which may be called anything
+    there |= {"reference"} if any(word in names for word in ("reference", "gold", "retrained")) else set()
     there |= {name.lower() for row in metrics["rows"] for name in row["values"]}
     there |= {each["attack"].lower() for each in attacks} | set(further) | {name.lower() for name in not_run}
     return [
@@ -274,7 +291,7 @@ def _values(result: Any) -> dict[str, dict[str, Any]]:
             for each in values.keys() & bounds.keys():
                 low, high = map(float, bounds[each])
                 _check_order(low, high, bounds[each])
-                values[each] |= {"interval": [low, high], "source": "examples"}
+                values[each] |= {"interval": plain([low, high]), "source": "examples"}
     return values
 
 
@@ -286,7 +303,7 @@ def _part(words: str, key: Any) -> str:
 def _over_runs(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Means over seeds, with Student's interval of the mean."""
     found = {}
-    for name in runs[0]:
+    for name in dict.fromkeys(name for run in runs for name in run):
         numbers = [float(run[name]["value"]) for run in runs if name in run]
         mean, count = sum(numbers) / len(numbers), len(numbers)
         found[name] = _number(mean)
@@ -315,7 +332,14 @@ def _check_order(low: float, high: float, given: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    value = _scalar(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _scalar(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own; anything else as it is."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and not value.dim())
+    return value.item() if is_scalar else value
 
 
 def _with_interval(value: Any) -> bool:

@@ -196,7 +196,8 @@ def _layers(contents: Contents) -> list[Part]:
     layers, spectra = contents["model"].get("layers", []), contents["spectra"]
     parts: list[Part] = []
     if layers:
-        largest = sorted(layers, key=lambda layer: -layer["norm"])[:_MOST_LAYERS]
+        # What is not finite is a text, and comes first.
+        largest = sorted(layers, key=lambda layer: (layer["norm"] != "nan", -float(layer["norm"])))[:_MOST_LAYERS]
         rows = tuple(
             (
                 layer["layer"], " × ".join(map(str, layer["shape"])), shown(layer["rank"]),

@@ -13,11 +13,12 @@ from answer_models import FACTS, decoder, word_tokenizer
 from answer_models import FORGET as QUESTIONS
 from diffusion_models import text_unet
 from models import CLASSES, Mlp, Snapshot, image_batches, llama, t5, vector_batches
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig, gates, initialize_semu_weights
 from semu_peft.evaluation import (
+    AttackReport,
     Predictions,
     PromptSearch,
     RelearningCurve,
@@ -31,6 +32,7 @@ from semu_peft.evaluation import (
     stripping,
     text_membership,
 )
+from semu_peft.evaluation.attack_report import Compared
 from semu_peft.evaluation.knowledge import LossOfOriginal, task_of
 from semu_peft.language import text_examples
 from semu_peft.objectives import Attacker, CrossEntropy, DenoisingLoss, NoiseSchedule
@@ -92,6 +94,11 @@ def test_a_classifier() -> None:
     few = "lens: a few tokens of each layer"
     assert reasons.keys() == {"inputs: flipped", "logit lens", few, "adversarial prompts"}
     assert "| of my own | 42 | – |" in str(report) and "Not run:" in str(report)
+
+
+def test_what_an_attack_says_stays_in_its_row() -> None:
+    report = AttackReport("language", (Compared("Jane | Joe", "one\ntwo | three"),), (), 1.0, True)
+    assert str(report).splitlines()[2:] == ["| Jane \\| Joe | one two \\| three | – |"]
 
 
 def test_a_probe_that_has_too_few_examples_is_named() -> None:
@@ -293,6 +300,22 @@ def test_stripping_says_what_switching_off_gives() -> None:
     assert found.row[2] == "", "no reference has an adapter to switch off, and none was given"
     merged = stripping(model.merge_and_unload(), FORGET)
     assert merged.is_removal and merged.forget[0] == pytest.approx(found.forget[0])
+
+
+def test_stripping_takes_off_all_requests_and_not_what_the_model_knows_by() -> None:
+    """Of requests in a row the last one alone is trained; the model may know its task by an adapter of its own."""
+    net = Mlp().eval()
+    task = get_peft_model(net, LoraConfig(target_modules=Mlp.targets, r=4, init_lora_weights=False), "task")
+    known = [(inputs, task(inputs).argmax(1)) for inputs, _ in FORGET]
+    config = SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False)
+    model = get_peft_model(task.base_model.model, config, "first")
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["first", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second" in name)
+        parameter.data.mul_(10 if "semu_core" in name else 1)
+    found = stripping(model, known)
+    assert found.forget[0] < 100 and found.forget[1] == 100 and found.adapters == ("first", "second")
 
 
 def test_inputs_are_changed_and_labels_are_not() -> None:

@@ -100,10 +100,10 @@ def test_columns_that_no_row_has_are_left_out() -> None:
 
 
 def test_markdown_table() -> None:
-    lines = ForgettingComparison({"gold": GOLD, "a|b": SEMU}, "gold").to_markdown().splitlines()
+    lines = ForgettingComparison({"gold": GOLD, "a\n|b": SEMU}, "gold").to_markdown().splitlines()
     assert lines[0].startswith("| model | UA | RA | TA | MIA |")
     assert lines[1].startswith("| --- | ---: | ---: |")
-    assert lines[3].startswith("| a\\|b | 98.60 | 90.40 | 85.80 | 100.00 |")
+    assert lines[3].startswith("| a \\|b | 98.60 | 90.40 | 85.80 | 100.00 |")
     assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
     assert lines[4] == ""
 
@@ -169,6 +169,9 @@ def test_files_that_are_no_comparison(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="must be a file that `ForgettingComparison.save` wrote, got .*broken.json"):
+        ForgettingComparison.load(path)
+    path.write_bytes(b"\xff" + content.encode())
+    with pytest.raises(ValueError, match="must be a file that `ForgettingComparison.save` wrote"):
         ForgettingComparison.load(path)
     with pytest.raises(FileNotFoundError):
         ForgettingComparison.load(tmp_path / "absent.json")

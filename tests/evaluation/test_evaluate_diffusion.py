@@ -146,6 +146,7 @@ def test_clip_score_is_the_mean_cosine() -> None:
         vision_config={**tiny, "image_size": 4, "patch_size": 2},
         projection_dim=6,
     )
+    config.text_config.attention_dropout = config.vision_config.attention_dropout = 0.5
     model = CLIPModel(config).eval()
 
     class Inputs(dict[str, Tensor]):
@@ -157,7 +158,9 @@ def test_clip_score_is_the_mean_cosine() -> None:
         return Inputs(input_ids=torch.tensor([[1, int(word), 2] for word in text]), pixel_values=pixels)
 
     images, prompts = (torch.randint(0, 256, (5, 3, 4, 4)) / 255), ["3", "4", "5", "6", "7"]
-    got = clip_score(images, prompts, model, processor, batch_size=2)
+    got = clip_score(images, prompts, model.train(), processor, batch_size=2)
+    assert model.training
+    model.eval()
     with torch.no_grad():
         output = model(**processor(prompts, [(255 * i).round().byte().permute(1, 2, 0).numpy() for i in images]))
     cosine = (output.image_embeds * output.text_embeds).sum(1)
@@ -186,6 +189,12 @@ def test_pictures_that_no_model_drew_are_no_figure() -> None:
             evaluate_erasure(of_bytes, labels, classifier, forgotten=0)
         with pytest.raises(ValueError, match=r"`real` must be floats in \[0, 1\]"):
             kernel_distance(images, of_bytes, classifier)
+    with pytest.raises(
+        ValueError, match=r"`images` must be floats in \[0, 1\], got .* from -0.8 .*`images / 2 \+ 0.5`"
+    ):
+        evaluate_erasure(images * 2 - 1, labels, classifier, forgotten=0)
+    found = [evaluate_erasure(images, *given[:1], classifier, given[1]) for given in (([1, 0], 0), (labels, labels[0]))]
+    assert [each.forget_accuracy for each in found] == [100.0, 0.0], "labels and classes as people have them"
 
 
 def test_other_seeds_are_counted_by_picture_and_by_prompt() -> None:
@@ -220,3 +229,10 @@ def test_mistakes_of_a_seed_attack(name: str, change: dict[str, Any]) -> None:
     given: dict[str, Any] = {"prompts": ["cat"], "classifier": torch.nn.Flatten(), "forgotten": 1, **change}
     with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
         seed_attack(lambda prompts, seeds: torch.zeros(len(prompts), 1, 1, 2), **given, progress=False)
+
+
+def test_a_generator_that_draws_another_number_of_pictures_is_named() -> None:
+    with pytest.raises(
+        ValueError, match="`generate` must give one image for each pair of prompt and seed, got 1 for 8"
+    ):
+        seed_attack(lambda prompts, seeds: torch.zeros(1, 1, 1, 2), ["cat"], torch.nn.Flatten(), 1, progress=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from answer_models import FACTS, FORGET, decoder, word_tokenizer
 from models import Snapshot
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -134,6 +136,8 @@ def test_membership_beside_gold_gives_the_privacy_leakage(tmp_path: Path) -> Non
         told = report[f"membership: {attack.replace('_', ' ')}"]
         assert told == {"value": found.membership[attack], "interval": list(bounds), "source": "examples"}
     assert not any(name.startswith("membership interval") for name in report)
+    apart = replace(gold, membership={"min_k": 1.0})  # as of a few texts of another kind
+    assert math.isnan(found.against(apart).privacy_leakage) and found.against(apart).forget_quality is not None
 
 
 def test_measurements_are_kept_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +177,21 @@ def test_other_data_are_measured_anew_and_another_model_is_refused(tmp_path: Pat
         evaluate_language(decoder(seed=1), tokenizer, FORGET, **options)
     saved = json.loads((tmp_path / "forget_answers.json").read_text())
     assert saved["format"] == "semu_peft.measurement" and len(saved["value"]["nll"]) == 3
+
+
+def test_an_offloaded_model_is_told_by_the_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    options = {"metrics": ["probability"], "output_dir": tmp_path, **QUIET}
+    whole = evaluate_language(decoder(), word_tokenizer(), FORGET, **options)
+    assert evaluate_language(cpu_offload(decoder(), torch.device("cpu")), word_tokenizer(), FORGET, **options) == whole
+    with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
+        evaluate_language(cpu_offload(decoder(seed=1), torch.device("cpu")), word_tokenizer(), FORGET, **options)
+
+
+def test_another_model_is_refused_by_sets_named_as_on_the_hub_too(tmp_path: Path) -> None:
+    options = {"utility": {"org/kept": FORGET}, "metrics": ["model_utility"], "max_new_tokens": 2, **QUIET}
+    evaluate_language(decoder(), word_tokenizer(), FORGET, output_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match="`output_dir` must be a folder of this model alone"):
+        evaluate_language(decoder(seed=1), word_tokenizer(), FORGET, output_dir=tmp_path, **options)
 
 
 def test_the_kl_to_another_reference_is_measured_anew(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from answer_models import WORDS, decoder, word_tokenizer
 from peft import LoraConfig, get_peft_model
+from text_models import tokenizer as tiny_tokenizer
 from torch import nn
 from transformers import (
     BartConfig,
@@ -124,6 +125,18 @@ def test_answers_end_before_a_stop() -> None:
     assert last not in cut and whole.startswith(cut)
 
 
+def test_a_blank_line_before_an_answer_ends_none() -> None:
+    tokenizer = tiny_tokenizer()
+
+    class Says(nn.Linear):
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            said = torch.tensor(tokenizer("\n\nblue\n\nred", add_special_tokens=False)["input_ids"])
+            return torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
+
+    model, quiet = Says(1, 1), {"progress": False}
+    assert generate_answers(model, tokenizer, ["What colour?"], stop=("\n\n",), **quiet) == ["blue"]
+
+
 def test_rouge_counts_stems_in_order() -> None:
     assert rouge_l(["the cat sat down"], ["cats the sat"]).recall.item() == 0.5
     assert rouge_l(["running dogs"], ["run dog"]).recall.item() == 1.0
@@ -134,9 +147,25 @@ def test_rouge_counts_stems_in_order() -> None:
     assert rouge_l(["x"], [""]).recall.item() == 0.0
 
 
+@pytest.mark.parametrize(
+    ("expected", "written", "recall", "precision"),
+    [
+        ("Она живёт в Москве", "В Москве, она живёт", 0.5, 0.5),
+        ("她2023年住在北京", "她住在上海", 3 / 7, 3 / 5),
+        ("größe über", "große über", 2 / 3, 2 / 3),  # Latin letters, as rouge_score has them: gr, e, ber
+    ],
+)
+def test_rouge_reads_other_scripts(expected: str, written: str, recall: float, precision: float) -> None:
+    both = rouge_l([expected, expected], [expected, written])
+    assert both.recall.tolist() == pytest.approx([1, recall])
+    assert both.precision.tolist() == pytest.approx([1, precision])
+
+
 def test_mistakes_of_generation() -> None:
     with pytest.raises(ValueError, match="`written` must be one text for each"):
         rouge_l(["a"], [])
+    with pytest.raises(TypeError, match="must be lists of texts, got one text"):
+        rouge_l("ab", "ac")
     with pytest.raises(TypeError, match="`model` must be one that generates, got Linear"):
         generate_answers(nn.Linear(2, 2), word_tokenizer(), ["who"], progress=False)
     with pytest.raises(ValueError, match="`questions` must hold at least one question"):

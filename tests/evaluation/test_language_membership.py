@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_text_membership_is_made_of_its_scores() -> None:
     assert found["loss"].auc == separation(*losses).auc
     references = [score_answers(other, tokenizer, rows, **QUIET).nll for rows in (FORGET, FACTS)]
     assert found["reference"].auc == separation(losses[0] - references[0], losses[1] - references[1]).auc
+
+
+def test_a_text_of_one_token_takes_no_score_from_the_others() -> None:
+    """It has its end beside it, which Min-K% leaves out, so that nothing is left."""
+    model, tokenizer = decoder(), word_tokenizer()
+    longer = [" ".join(WORDS[start : start + 5]) for start in (0, 5, 10)]
+    options = {"resamples": 2, **QUIET}
+    whole = text_membership(model, tokenizer, longer[:2], longer[2:], **options)
+    found = text_membership(model, tokenizer, [WORDS[0], *longer[:2]], longer[2:], **options)
+    assert {name: found[name] for name in ("min_k", "min_k_plus_plus")} == {
+        name: whole[name] for name in ("min_k", "min_k_plus_plus")
+    }
+    assert found["loss"].auc != whole["loss"].auc
+    none = text_membership(model, tokenizer, [WORDS[0]], longer, **options)
+    assert math.isnan(none["min_k"].auc) and not math.isnan(none["loss"].auc)
 
 
 def test_the_area_does_not_depend_on_the_draws_for_its_interval() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from language_batches import packed, padded
-from models import CLASSES, Cnn, Mlp, gpt2, image_batches, llama, vector_batches
-from peft import get_peft_model
+from models import CLASSES, Cnn, Mlp, Snapshot, gpt2, image_batches, llama, vector_batches
+from peft import HRAConfig, IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.distributions import Normal
 
 from semu_peft import SemuConfig
 from semu_peft.evaluation import (
+    lens_attack,
     linear_probes,
     lira_scores,
     logit_lens,
+    noisy_inputs,
     predict,
     quantization,
     rmia_scores,
@@ -27,6 +30,7 @@ from semu_peft.evaluation import (
     rounded_weights,
     score_attack,
     separation,
+    stripping,
 )
 from semu_peft.evaluation.auc import auc
 from semu_peft.evaluation.quantization import weights_to_round
@@ -69,6 +73,36 @@ def test_it_is_the_merged_model_that_is_rounded(kind: Any) -> None:
         predict(merged, data, progress=False).accuracy,
     )
     assert found.retain == found.forget and {layer.layer for layer in found.layers} == set(kind.targets)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=Mlp.targets, r=2, use_dora=True),
+        LoraConfig(target_modules=Mlp.targets, r=2, lora_bias=True),
+        IA3Config(target_modules=Mlp.targets, feedforward_modules=[]),
+        HRAConfig(target_modules=Mlp.targets, r=2),
+    ],
+    ids=["DoRA", "LoRA with biases", "IA3", "HRA"],
+)
+def test_adapters_that_are_no_sums_are_merged_as_peft_does(config: Any) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Mlp(), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter)
+    before = Snapshot.of(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    said = quantization(model, FORGET, bits=4, measure=lambda model, batches: float(model(batches[0][0]).norm()))
+    assert said.forget[1] == pytest.approx(float(quantized(merged)(FORGET[0][0]).norm()), rel=1e-4)
+    assert len(said.layers) == len(Mlp.targets)
+    before.assert_same(model)
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    for weight in weights_to_round(model).values():
+        weight.weight.data = weight.of_rows(round_to_nearest(weight.rows(weight.weight), 4))
+    return model
 
 
 def test_rows_of_conv1d_are_its_outputs() -> None:
@@ -198,6 +232,33 @@ def test_a_probe_finds_what_the_output_does_not_say() -> None:
         linear_probes(Hides(), forget, retain, layers=["nope"])
 
 
+class Stages(nn.Module):
+    """Its stages are lists, as in SegFormer and PVT; it calls one layer twice, and one not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.ModuleList([nn.Linear(6, 6)])
+        self.late = nn.ModuleList([nn.Linear(6, CLASSES)])
+        self.stages = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6)]), nn.ModuleList([nn.Linear(6, 6)])])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in (self.stages[0], self.stages[1], self.stages[1]):
+            x = stage[0](x)
+        return self.late[0](x)
+
+
+def test_probes_read_what_is_called_in_its_order_and_an_example_once() -> None:
+    torch.manual_seed(0)
+    model = Stages()
+    sides = [[(torch.randn(20, 6), torch.zeros(20).long())] for _ in range(2)]
+    found = linear_probes(model, *sides)
+    assert found.layers == ("stages.0.0", "stages.1.0", "late.0")
+    last = nn.Sequential(model.stages[0][0], model.stages[1][0], model.stages[1][0])
+    assert found.found[1] == linear_probes(last, *sides).found[-1], "of a layer called twice the last"
+    with pytest.raises(ValueError, match=r"`layers` must name layers that give tensors, got \['stages.0'\]"):
+        linear_probes(model, *sides, layers=["stages.0", "late.0"])
+
+
 def test_probes_see_the_correction_of_an_adapter() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Mlp(), SemuConfig(target_modules=Mlp.targets, r=2, init_weights=False))
@@ -225,6 +286,22 @@ def test_the_lens_ends_with_what_the_model_says(build: Any) -> None:
     assert found.found[1] == pytest.approx(100 * middle, rel=1e-5)
     with pytest.raises(ValueError, match="model"):
         logit_lens(Mlp(), [batch])
+
+
+@pytest.mark.parametrize("read", [logit_lens, lens_attack])
+def test_the_lens_holds_the_logits_of_few_layers_at_a_time(read: Any) -> None:
+    """Of all layers, tokens and a vocabulary as language models have it they are tens of gigabytes."""
+    model, ids = llama(), torch.randint(3, 32, (4, 7))
+    model.config.num_hidden_layers = len(model.model.layers) + 4
+    model.model.layers.extend(copy.deepcopy(model.model.layers[-1]) for _ in range(4))
+    alive: list[int] = []
+
+    def note(*_: Any) -> None:
+        alive.append(sum(type(each) is torch.Tensor and each.shape == (24, 32) for each in gc.get_objects()))
+
+    model.lm_head.register_forward_hook(note)
+    read(model, [{"input_ids": ids, "labels": ids}])
+    assert len(alive) >= 7 and max(alive) <= 2
 
 
 @pytest.mark.parametrize("batch", [padded("left", more=2), packed()], ids=["left", "packed"])
@@ -296,6 +373,11 @@ def test_rmia_counts_whom_an_example_dominates() -> None:
         ("forget", lambda: quantization(Mlp(), [])),
         ("group_size", lambda: quantization(Mlp(), FORGET, group_size=0)),
         ("model", lambda: quantization(None, FORGET)),
+        ("forget` and `retain` must give a batch", lambda: linear_probes(Mlp(), [], RETAIN)),
+        ("retain` must be a loader", lambda: linear_probes(Mlp(), FORGET, RETAIN[0])),
+        ("batches` must be a loader", lambda: logit_lens(llama(), {"input_ids": torch.zeros(1, 2).long()})),
+        ("forget` must be a loader", lambda: noisy_inputs(Mlp(), FORGET[0])),
+        ("forget` must be a loader", lambda: stripping(Mlp(), FORGET[0])),
         ("max_examples", lambda: linear_probes(Mlp(), FORGET, RETAIN, max_examples=1)),
         ("target", lambda: lira_scores([0.5], torch.zeros(2, 1))),
         ("shadow_out", lambda: lira_scores(torch.zeros(2), torch.zeros(2, 3))),

@@ -65,9 +65,10 @@ def test_the_draw_follows_the_seed_and_nothing_else() -> None:
     np.random.seed(99)
     assert [membership_inference(member, non_member, forget, seed=seed) for seed in range(6)] == by_seed
     assert len(set(by_seed)) > 1
-    before = torch.random.get_rng_state()
+    before, legacy = torch.random.get_rng_state(), str(np.random.get_state())
     membership_inference(member, non_member, forget)
     assert torch.equal(torch.random.get_rng_state(), before), "the global generator must not be used"
+    assert str(np.random.get_state()) == legacy
 
 
 def test_max_examples_bounds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +134,14 @@ def test_an_attack_that_guesses_says_so() -> None:
     assert attack.share in (0, 100) and not attack.can_tell and "cannot tell" in repr(attack)
     assert attack.interval[1] - attack.interval[0] > 50
     assert attack == attack_membership(*well_generalised(0), crowded), "the same seed, the same answer"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_examples_that_say_nothing_have_a_wide_interval(seed: int) -> None:
+    """Ten examples are drawn again ten times: 400 draws of them would all lead to one border."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [torch.rand(count, generator=generator) for count in (10, 12, 200)]
+    assert not attack_membership(*sides, seed=seed).can_tell
 
 
 def test_an_attack_that_works_has_a_narrow_interval() -> None:

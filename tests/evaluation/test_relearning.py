@@ -193,6 +193,11 @@ def test_an_attack_that_diverges_has_destroyed_the_model_and_ends_no_report() ->
     wild = Attacker(lambda parameters: torch.optim.SGD(parameters, torch.inf), steps=10)  # no weight stays a number
     curve = relearning(Mlp(), FORGET, RETAIN, attacker=wild, progress=False)
     assert curve.forget[-1] == curve.retain[-1] == 0 and curve.steps_to_half is None
+    half = [(inputs.half(), labels) for inputs, labels in FORGET]
+    curve = relearning(Mlp().half(), half, half, attacker=Attacker("adam", 1e4, steps=1), progress=False)
+    assert curve.forget[1] == curve.retain[1] == 0, "the weights are finite, and what they give is not"
+    with pytest.raises(ValueError, match="logits on `loader` must be finite"):
+        relearning(Mlp().half(), [(half[0][0] * torch.inf, half[0][1])], progress=False)
 
 
 def test_one_layer_alone_and_batches_and_draws() -> None:
@@ -219,8 +224,8 @@ def test_what_shares_no_weights_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("model", 5), ("forget", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1), ("half", "x"),
-     ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
+    [("model", 5), ("forget", []), ("forget_test", []), ("attacker", "sgd"), ("reference", "x"), ("seed", -1),
+     ("half", "x"), ("progress", "no"), ("learn", CrossEntropy), ("steps", [-1]), ("steps", [0.5])],
 )  # fmt: skip
 def test_mistakes_are_named(argument: str, value: Any) -> None:
     arguments = {"model": Mlp(), "forget": FORGET, "progress": False, argument: value}

@@ -181,6 +181,11 @@ def test_ties_count_as_if_their_order_were_drawn() -> None:
         (lambda: evaluate_ranking(torch.zeros(2, 2), torch.zeros(3)), ValueError, "`interactions` must be pairs"),
         (lambda: evaluate_ranking(torch.zeros(1, 1), torch.tensor([[0, 0]])), ValueError, "leave each user an item"),
         (
+            lambda: evaluate_ranking(torch.zeros(1, 3), torch.tensor([[0, -1]])),
+            ValueError,
+            "`interactions` must be int",
+        ),
+        (
             lambda: evaluate_ranking(torch.tensor([[torch.nan, 0.0]]), torch.tensor([[0, 0]])),
             ValueError,
             "`scores` must be numbers without NaN, got 1 of 2",

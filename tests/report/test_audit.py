@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Mlp, vector_batches
@@ -138,6 +140,8 @@ def test_data_are_digested_in_any_order_and_never_shown() -> None:
     assert data_fingerprint(rows) == data_fingerprint(rows[::-1]) != data_fingerprint(rows[:1])
     report = audit(data={"forget": rows})
     assert report.contents["request"]["data"]["forget"]["examples"] == 2
+    for single in ([(images, 3), (images, 4)], [{"image": images, "label": torch.tensor(3)}] * 2):
+        assert data_fingerprint(single)["examples"] == 2, "rows of a data set, whose first dimension is of colours"
     for text in (report.to_json(), report.to_markdown(), report.to_html()):
         assert "Jane" not in text and "Elm" not in text
 
@@ -176,6 +180,8 @@ def test_intervals_over_seeds_are_students() -> None:
     assert value["value"] == 2 and value["source"] == "3 seeds"
     assert value["interval"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
     assert row["values"]["retain accuracy"]["interval"] == [90, 90]
+    partly = read_metrics([{"a": 1.0}, {"a": 3.0, "b": 5.0}])["rows"][0]["values"]
+    assert partly["b"] == {"value": 5.0, "interval": None, "source": None}, "also what the first seed does not know"
 
 
 def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
@@ -184,6 +190,27 @@ def test_intervals_that_a_result_has_stand_by_their_metric() -> None:
     assert values["unlearning accuracy"]["interval"] is None
     attack = read_metrics(MembershipInference(97.0, (2.0, 100.0), 98.0))["rows"][0]["values"]
     assert attack["share"]["interval"] == [2, 100] and attack["threshold share"]["interval"] is None
+
+
+@pytest.mark.parametrize("number", [np.float32(1.5), np.float64(1.5), torch.tensor(1.5)])
+def test_numbers_of_numpy_and_torch_are_numbers(number: Any) -> None:
+    for metrics in (
+        {"forget accuracy": number},
+        {"SEMU": [{"forget accuracy": number}] * 2},
+        ErasureMetrics(number, 9.0),
+    ):
+        value = next(iter(audit(metrics=metrics).contents["metrics"]["rows"][0]["values"].values()))["value"]
+        assert value == 1.5 and type(value) is float
+
+
+def test_numbers_of_a_diverged_model_are_written(tmp_path: Path) -> None:
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False))
+    list(semu_layers(model).values())[1].get_core("default").data.fill_(math.nan)
+    interval = {"forget accuracy": math.nan, "forget_accuracy_interval": (math.nan, math.nan)}
+    gone = TextRelearning("Adam", (0, 1), (math.nan, math.nan))
+    for path in audit(model=model, metrics=interval, attacks=gone).write_all(tmp_path):
+        assert path.read_text().count("nan") >= 3
+    assert Audit.load(tmp_path / "report.json").contents["model"]["layers"][1]["norm"] == "nan"
 
 
 def test_intervals_that_are_given_are_in_all_three_forms() -> None:
@@ -306,6 +333,23 @@ def test_the_report_of_all_attacks_is_taken_as_it_is() -> None:
         assert not any(there in name for name, reason in missing.items() if reason == "no result was given"), there
 
 
+def test_reports_of_several_models_are_rows_by_their_names() -> None:
+    reports = {
+        name: AttackReport(
+            "language", (Relearning("SGD", (0, 5), (0.0, 80.0)),), (NotRun("prompts", "why"),), 1.0, True
+        )
+        for name in ("SEMU", "LoRA")
+    }
+    report = audit(attacks={**reports, "mine": METRICS})
+    assert [each["attack"] for each in report.contents["attacks"]] == [
+        "SEMU: relearning: SGD",
+        "LoRA: relearning: SGD",
+        "mine",
+    ]
+    assert report.contents["task"] == "language" and len(report.pictures) == 1
+    assert [each["test"] for each in report.contents["not_tested"]].count("prompts") == 1
+
+
 def test_what_was_not_tested_follows_from_what_was_given() -> None:
     def missing(metrics: Any = None, attacks: Any = None) -> list[str]:
         read, (tried, _) = read_metrics(metrics), read_attacks(attacks)
@@ -323,6 +367,9 @@ def test_what_was_not_tested_follows_from_what_was_given() -> None:
     assert any("retrained" in each for each in language)
     assert not any("retrained" in each for each in missing(ForgettingComparison({"gold": GOLD}, "gold")))
     assert "several seeds" not in missing([METRICS, METRICS])
+    named = missing({"no retain data, made against relearning": {"forget accuracy": 1.0}, "gold, seed 1": {}})
+    assert {"what the model keeps", "relearning from a few examples"} <= {*named}, "a model's name is no evidence"
+    assert not any("retrained" in each for each in named)
 
 
 def test_what_an_attack_names_as_not_run_is_missing_once_and_with_its_reason() -> None:
@@ -490,6 +537,11 @@ def test_a_long_text_is_cut_in_the_page_and_whole_in_the_json() -> None:
             "`samples` must be a text or several in the row 'a', got int",
         ),
         ({"samples": ({"a": "b"}, {"a": torch.rand(1, 1, 4, 4)})}, TypeError, "`samples` must be images of every row"),
+        (
+            {"samples": ({"a cat": "b"}, {"a cat": "c"}), "forgotten": "cat"},
+            ValueError,
+            "`forgotten` must name rows of",
+        ),
         ({"forgotten": 2.5}, TypeError, "`forgotten` must be an index, a name, or several of these, got 2.5"),
         ({"forgotten": [None]}, TypeError, "`forgotten` must be an index, a name, or several of these"),
         ({"adapter_file": "nowhere"}, FileNotFoundError, "`adapter_file`: there is no nowhere"),
