@@ -79,7 +79,7 @@ class ImageRequest:
         )  # fmt: skip
         after = self._recognised(adapted, parts)
         found = {f"{part}_accuracy": {"before": before[part], "after": after[part]} for part in parts}
-        words = self._words(len(data), found)
+        words = self._words(len(data), found, result)
         save = saver(adapted, self.adapter_name)
         told = {**found, "examples": len(data)}
         return Outcome(profile, result, self._request(len(data)), told, words, self._then(), save)
@@ -148,7 +148,7 @@ class ImageRequest:
             for name, part in parts.items()
         }
 
-    def _words(self, examples: int, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    def _words(self, examples: int, found: Mapping[str, Mapping[str, float]], training: Any) -> list[str]:
         """What became of the images."""
         of = found["forget_accuracy"]
         words = [
@@ -159,7 +159,7 @@ class ImageRequest:
             if others["before"] - others["after"] > 1 and self.retain is None:
                 words.append(f"To hold the others better, give them: --retain {self.forget}")
         if of["after"] > 0.9 * of["before"]:
-            words.append(hardly_forgotten([], self.max_retain_kl, self.explained_variance))
+            words.append(hardly_forgotten([], training, self.max_retain_kl, self.explained_variance))
         return words
 
     def _then(self) -> list[str]:
