@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder of a decoder; else one learns on the spot")
     parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer; else the model's")
     parser.add_argument("--forget", type=Path, help="file of what to forget, needed with --model")
-    parser.add_argument("--retain", type=Path, help="file of what to keep; else what the model says by itself")
+    parser.add_argument("--retain", type=Path, help="file of what to keep; else its own answers about others")
     parser.add_argument("--template", help="how question and answer are written, as the model was trained")
     parser.add_argument("--method", default="wga", help="wga, npo, unseen-answers, idk … (default: wga)")
     parser.add_argument("--max-steps", type=int, default=80)
@@ -108,6 +108,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.model is None) != (args.forget is None):
         parser.error("--model and --forget go together")
+    if args.model is None and (args.retain or args.tokenizer or args.template):
+        parser.error("--retain, --tokenizer and --template are for a model of your own: give --model and --forget too")
     return args
 
 

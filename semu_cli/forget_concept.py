@@ -100,10 +100,8 @@ class ConceptRequest:
         found = {"loss": {"before": before, "after": after}, "examples": len(examples)}
         words = [f"{', '.join(map(repr, self.forget))}: the loss went from {before:.3g} to {after:.3g}."]
         if not _fell([step["loss"] for step in done.training.history]):
-            tries = ["train for longer, --max-steps"]
-            if self.anchor is None:
-                tries.append("say what to draw instead, --anchor")
-            words.append(hardly_forgotten(tries, None, self.explained_variance))
+            tries = [] if self.anchor else ["say what to draw instead, --anchor"]
+            words.append(hardly_forgotten(tries, done.training, None, self.explained_variance))
 
         def save(folder: Path) -> None:
             save_adapter(denoiser, folder, adapter_name=self.adapter_name)

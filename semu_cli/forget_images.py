@@ -104,7 +104,7 @@ class ImageRequest:
             for what, number in self._numbers().items()
             for part in parts
         }
-        words = self._words(len(data), found, result.steps)
+        words = self._words(len(data), found, result)
         save = saver(adapted, self.adapter_name)
         told = {**found, "examples": len(data)}
         return Outcome(profile, result, self._request(len(data)), told, words, self._then(), save)
@@ -191,20 +191,20 @@ class ImageRequest:
         found: dict[str, Callable[[Predictions], float]] = {"accuracy": lambda seen: seen.accuracy}
         return found if self.test is None else {**found, "confidence": lambda seen: 100 * float(seen.confidence.mean())}
 
-    def _words(self, examples: int, found: Mapping[str, Mapping[str, float]], steps: int) -> list[str]:
+    def _words(self, examples: int, found: Mapping[str, Mapping[str, float]], training: Any) -> list[str]:
         """What became of the images."""
         of = found["forget_accuracy"]
         words = [
             f"{counted(examples, 'image')}: {of['before']:.1f}% were recognised before, {of['after']:.1f}% are now."
         ]
         if self.test is not None:
-            return [*words, *self._words_of_unseen(found, steps)]
+            return [*words, *self._words_of_unseen(found, training.steps)]
         if (others := found.get("retain_accuracy")) is not None:
             words.append(f"Images of the other classes: {others['before']:.1f}% before, {others['after']:.1f}% now.")
             if others["before"] - others["after"] > 1 and self.retain is None:
                 words.append(f"To hold the others better, give them: --retain {self.forget}")
         if of["after"] > 0.9 * of["before"]:
-            words.append(hardly_forgotten([], self.max_retain_kl, self.explained_variance))
+            words.append(hardly_forgotten([], training, self.max_retain_kl, self.explained_variance))
         return words
 
     def _words_of_unseen(self, found: Mapping[str, Mapping[str, float]], steps: int) -> list[str]:

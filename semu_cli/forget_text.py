@@ -89,7 +89,8 @@ class TextRequest:
         first, last = done.training.history[0], done.training.history[-1]
         probability = {"before": first.get("answer_probability"), "after": last.get("answer_probability")}
         found = {"token_probability": probability, "examples": len(done.examples)}
-        words, save = self._words(len(done.examples), probability), saver(done.model, self.adapter_name)
+        words = self._words(len(done.examples), probability, done.training)
+        save = saver(done.model, self.adapter_name)
         request = f"Forgets {counted(len(done.examples), 'text or answer', 'texts or answers')}."
         return Outcome(done.profile, done.training, request, found, words, self._then(), save)
 
@@ -102,7 +103,7 @@ class TextRequest:
             target_names(base, self.target_modules)
         return self.target_modules or "all-linear"
 
-    def _words(self, examples: int, probability: Mapping[str, float | None]) -> list[str]:
+    def _words(self, examples: int, probability: Mapping[str, float | None], training: Any) -> list[str]:
         """What became of the texts."""
         number = counted(examples, "text or answer", "texts or answers")
         before, after = probability["before"], probability["after"]
@@ -119,7 +120,7 @@ class TextRequest:
                 tries.append("hold texts of any kind, --neutral texts.txt")
             if self.template is None:
                 tries.append("write --template as the model was trained")
-            words.append(hardly_forgotten(tries, self.max_retain_kl, self.explained_variance, first))
+            words.append(hardly_forgotten(tries, training, self.max_retain_kl, self.explained_variance, first))
         return words
 
     def _then(self) -> list[str]:

@@ -120,18 +120,21 @@ def counted(number: int, one: str, more: str | None = None) -> str:
 
 
 def hardly_forgotten(
-    tries: list[str], max_retain_kl: float | None, explained_variance: float, first: str | None = None
+    tries: list[str], training: Any, max_retain_kl: float | None, explained_variance: float, first: str | None = None
 ) -> str:
     """What to try where a run ended with all as well known as before: it is no success because it ended.
 
     Args:
         tries: What else there is to try in this kind of model.
+        training: What `unlearn` returned.
         max_retain_kl: The budget of the run.
         explained_variance: Of its directions.
         first: What mostly helps, to be tried by itself before all else.
     """
     if max_retain_kl is not None:
         tries = [*tries, "allow more damage, --max-retain-kl"]
+    if not training.stopped_early:
+        tries = [*tries, "train for longer, --max-steps"]
     if explained_variance < 0.99:
         tries = [*tries, "keep more directions, --explained-variance 0.99"]
     begin = "Things to try" if first is None else f"Try this first: {first}. If that is not enough"

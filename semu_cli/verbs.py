@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO, get_args
 
 import typer
+from typer.core import TyperCommand
 
 FAILED, STOPPED = 1, 130
 _UNBOUNDED = 100_000  # columns
 RUN = "Run and output"
 """Heading of the flags that all verbs have, and of those with a `--no-`, which would narrow the others' column."""
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of which newer typers have a copy of their own
 _OTHER_NAMES = {"holdout": "test", "utility": "retain"}  # arguments of the library that are called otherwise as flags
 VERSION = 1
 """Of what `--json` writes; a key that goes away or changes its meaning raises it."""
@@ -92,6 +94,16 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
             "traceback": _switch("traceback", "--traceback", "On an error, show where it happened."),
         }  # fmt: skip
 
+        class Command(TyperCommand):  # what typer finds wrong with a line comes before `run`, and is for machines too
+            def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+                as_json = "--json" in args
+                try:
+                    return super().parse_args(ctx, args)
+                except _UsageError as error:
+                    if as_json:
+                        _write(name, "failed", {"error": {"kind": "usage", "message": error.format_message()}}, [])
+                    raise
+
         def run(*, config: Path | None, as_json: bool, traceback: bool, **arguments: Any) -> None:
             _run(name, lambda: function(**arguments), as_json, traceback, _flags(own))
 
@@ -99,7 +111,7 @@ def verb(app: typer.Typer, name: str) -> Callable[[Callable[..., Told]], None]:
         run.__signature__ = inspect.Signature([*parameters, *common.values()])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*parameters, *common.values())}
         run.__doc__ = function.__doc__
-        app.command(name.split()[-1])(run)
+        app.command(name.split()[-1], cls=Command)(run)
 
     return enter
 

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from semu_peft.arguments import check_switch
+from semu_peft.arguments import check_path, check_switch
 from semu_peft.files import folder_written_whole, save_tensors
 from semu_peft.tuner.adapted import semu_layers
 from semu_peft.tuner.embedding import Embedding
@@ -21,6 +21,7 @@ from semu_peft.tuner.keys import PREFIX
 from semu_peft.tuner.layer import SemuLayer
 from semu_peft.tuner.misnomers import check_order
 from semu_peft.tuner.parameter import ParamWrapper
+from semu_peft.tuner.peft_type import NAME
 from semu_peft.tuner.tied import TiedLayer
 
 from .lora_pairs import LoraPair, layers_to_export, lora_pair, one_rank
@@ -110,7 +111,8 @@ def save_as_lora(
         The folder.
 
     Raises:
-        ValueError: See [`to_lora`][semu_peft.export.lora.to_lora]; nothing is written then.
+        ValueError: See [`to_lora`][semu_peft.export.lora.to_lora], or the folder holds a SEMU adapter, whose files have
+            the same names; nothing is written then.
         TypeError: The arguments are in the order of PEFT's own `save_as_lora(path, model)`.
 
     Examples:
@@ -124,12 +126,25 @@ def save_as_lora(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_order("save_as_lora(model, path)", model)
+    check_path("path", path)
+    if _holds_semu(Path(path)):
+        raise ValueError(
+            f"`path` must not be the folder of a SEMU adapter, got {str(path)!r}: the LoRA's files would take the "
+            "place of the adapter's. Give another folder."
+        )
     config, state_dict = to_lora(model, uniform_rank=uniform_rank, adapter_name=adapter_name)
     settings = json.dumps(as_json(config.to_dict()), indent=2, sort_keys=True)
     with folder_written_whole(path, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]) as folder:
         save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, {key: value.cpu() for key, value in state_dict.items()})
         (folder / CONFIG_NAME).write_text(settings, encoding="utf-8")
     return Path(path)
+
+
+def _holds_semu(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"] == NAME)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

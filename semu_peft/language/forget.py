@@ -171,8 +171,8 @@ def forget_text(
             the forget gradient's energy, 128 at most.
         until_unseen: Stop once the mean answer is as unlikely as answers that the model has never learnt, which
             [`unseen_answers`][semu_peft.language.unseen.unseen_answers] makes; past this, everything only gets worse.
-            Where it can make none, such as of answers of a word, the run warns and takes all its steps. Where all
-            answers are as unlikely from the start, it takes none, and says so.
+            Where it can make none, such as of answers of a word, the run warns, and ends where it would without this.
+            Where all answers are as unlikely from the start, it takes none, and says so.
         max_steps: Steps at most.
         batch_size: Rows a step, and as many of what is to stay.
         callbacks: As [`unlearn`][semu_peft.training.unlearn.unlearn] takes them.
@@ -216,9 +216,8 @@ def forget_text(
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
     if until_unseen and not never_learnt:
         warnings.warn(
-            "`until_unseen` has nothing to compare with, as no unseen answers can be made of `forget`: the "
-            "run takes every step, however far past that level. Give wrong answers (`perturbed_answer`), or fewer "
-            "`max_steps`.",
+            "`until_unseen` has nothing to compare with, as no unseen answers can be made of `forget`: the run may go "
+            "on far past that level. Give wrong answers (`perturbed_answer`), or fewer `max_steps`.",
             stacklevel=2,
         )
     held = dict(zip(given, kept, strict=True))

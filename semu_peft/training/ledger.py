@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,9 +73,9 @@ class Ledger:
         """
         check_count("examples", examples)
         order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-        slices = [tuple(part.tolist()) for part in order.tensor_split(len(stages))]
+        slices = [tuple(part.tolist()) for part in order.tensor_split(max(1, len(stages)))]
         turn = rotation % len(slices)
-        return cls(tuple(slices[turn:] + slices[:turn]), tuple(tuple(each) for each in stages))
+        return cls(tuple(slices[turn:] + slices[:turn]), _groups(stages))
 
     @property
     def alive(self) -> int:
@@ -89,13 +90,18 @@ class Ledger:
     def delete(self, examples: Collection[int]) -> Ledger:
         """The ledger after a request to delete examples.
 
+        Args:
+            examples: Their numbers: integers, also NumPy's, or a tensor of them.
+
         Raises:
+            TypeError: One is no integer.
             ValueError: One is in no slice.
         """
-        unknown = sorted(set(examples) - {example for members in self.slices for example in members})
+        numbers = set(map(operator.index, examples))
+        unknown = sorted(numbers - {example for members in self.slices for example in members})
         if unknown:
             raise ValueError(f"`examples` must be in a slice, got {unknown[:3]}, which nothing was trained on.")
-        return replace(self, deleted=self.deleted | set(examples))
+        return replace(self, deleted=self.deleted | numbers)
 
     def adapter_name(self, stage: int) -> str:
         """What a stage's adapter is called."""
@@ -105,7 +111,8 @@ class Ledger:
         """Write the ledger as JSON. It says who was in the data: keep it as such."""
         check_path("path", path)
         with written_whole(path) as temporary:
-            temporary.write_text(json.dumps({**asdict(self), "deleted": sorted(self.deleted)}), encoding="utf-8")
+            held = {**asdict(self), "deleted": sorted(self.deleted)}
+            temporary.write_text(json.dumps(held, default=operator.index), encoding="utf-8")  # NumPy's integers too
         return Path(path)
 
     @classmethod
@@ -118,10 +125,16 @@ class Ledger:
         check_path("path", path)
         try:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
-            slices, stages = (tuple(tuple(group) for group in held[name]) for name in ("slices", "stages"))
-            return cls(slices, stages, frozenset(held["deleted"]))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            return cls(tuple(map(tuple, held["slices"])), _groups(held["stages"]), frozenset(held["deleted"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`path` must be a file that `Ledger.save` wrote, got {path} ({error!r}).") from error
+
+
+def _groups(stages: Iterable[Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    groups = tuple(stages)
+    if names := [group for group in groups if isinstance(group, str)]:  # its letters would be taken for layers
+        raise ValueError(f"`stages` must be groups of layers, got the name {names[0]!r}. Write [{names[:1]}, …].")
+    return tuple(map(tuple, groups))
 
 
 def rotations(ledger: Ledger, budget: int) -> list[Ledger]:
@@ -192,7 +205,7 @@ def train_stages(
         The model with one adapter a stage, all active.
 
     Raises:
-        ValueError: No stage is alive, or a layer is not in the model.
+        ValueError: No stage is alive, or a layer is not in the model. Whatever fails, the model is as it was.
 
     Examples:
         >>> from peft import LoraConfig
@@ -212,18 +225,27 @@ def train_stages(
     check_kind("config", config, PeftConfig, "a PEFT configuration", "Write `LoraConfig(r=8)`.")
     _check_stages(model, ledger)
     wrapped: Any = model
-    for stage in range(ledger.alive):
-        name, own = ledger.adapter_name(stage), copy.deepcopy(config)
-        own.target_modules = targets_for(wrapped, list(ledger.stages[stage]))  # type: ignore[attr-defined]
-        with torch.random.fork_rng(devices=[]):  # the adapter's start and dropout, whatever was drawn before
-            torch.manual_seed(seed + stage)
-            if stage == 0:
-                wrapped = get_peft_model(model, own, adapter_name=name)
-            else:
-                wrapped.add_adapter(name, own)
-            wrapped.base_model.set_adapter([ledger.adapter_name(each) for each in range(stage + 1)])
-            said: dict[str, Any] = {"seed": seed + stage, "progress": progress, "adapter_name": name}
-            unlearn(wrapped, batches(ledger.seen_by(stage)), objective, **said, **training)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for stage in range(ledger.alive):
+            name, own = ledger.adapter_name(stage), copy.deepcopy(config)
+            own.target_modules = targets_for(wrapped, list(ledger.stages[stage]))  # type: ignore[attr-defined]
+            with torch.random.fork_rng(devices=[]):  # the adapter's start and dropout, whatever was drawn before
+                torch.manual_seed(seed + stage)
+                if stage == 0:
+                    wrapped = get_peft_model(model, own, adapter_name=name)
+                else:
+                    wrapped.add_adapter(name, own)
+                wrapped.base_model.set_adapter([ledger.adapter_name(each) for each in range(stage + 1)])
+                said: dict[str, Any] = {"seed": seed + stage, "progress": progress, "adapter_name": name}
+                unlearn(wrapped, batches(ledger.seen_by(stage)), objective, **said, **training)
+    except BaseException:
+        if wrapped is not model:
+            wrapped.unload()
+            vars(model).pop("peft_config", None)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     return wrapped
 
 

@@ -272,7 +272,21 @@ class SemuModel(BaseTuner):
         # the new module, which one with corrected parameters or trained token rows need not have.
         setattr(parent, child_name, new_module)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_are_there(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_are_there(self, adapter_names: Any) -> None:
+        # PEFT passes over names that it does not know: what is then shipped as merged has forgotten nothing.
+        unknown = [] if isinstance(adapter_names, str) else set(adapter_names or ()) - set(self.peft_config)
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` must be names of adapters that are there, got {sorted(unknown)}. There are "
+                f"{sorted(self.peft_config)}."
+            )
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_are_there(kwargs.get("adapter_names"))
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self._remove_hooks()
         return model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,7 @@ def _results(metrics: Any, dataset: str, task: str) -> list[EvalResult]:
     if metrics is None:
         return []
     if isinstance(metrics, (list, tuple)) and all(isinstance(each, EvalResult) for each in metrics):
-        return list(metrics)
+        return [replace(each, metric_value=_plain(each.metric_value)) for each in metrics]
     if is_dataclass(metrics) and not isinstance(metrics, type):
         metrics = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
         metrics = {name: value for name, value in metrics.items() if _is_number(value)}
@@ -292,7 +293,7 @@ def _results(metrics: Any, dataset: str, task: str) -> list[EvalResult]:
     slug = re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "data"
     return [
         EvalResult(
-            task_type=task, dataset_type=slug, dataset_name=dataset, metric_value=value,
+            task_type=task, dataset_type=slug, dataset_name=dataset, metric_value=_plain(value),
             metric_type=re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_") or "metric",
             metric_name=str(name).replace("_", " "),
         )
@@ -301,7 +302,14 @@ def _results(metrics: Any, dataset: str, task: str) -> list[EvalResult]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """A number as YAML has it: NumPy's, floats too, would be written as objects, which no safe reader takes."""
+    if not _is_number(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _number(value: Any) -> str:

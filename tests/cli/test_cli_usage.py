@@ -100,3 +100,20 @@ def test_prompts_that_contradict_each_other(
 def test_steps_of_a_run_that_stops_by_itself_are_a_lower_bound() -> None:
     told = " ".join(Estimate(9, 1, 1, 1, None, 9, 9, 1.0, None, 2.0).told().words)
     assert "Time: at least 2.0 s, for 1 batch and at least 1 step (it stops by itself)" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        ("inspect", (), "--adapter"),
+        ("inspect", ("--adapter", "a", "--strange"), "--strange"),
+        ("unlearn text", ("--max-steps", 0), "--max-steps"),
+        ("unlearn text", ("--config", "absent.yaml"), "absent.yaml cannot be read"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_told_to_machines_too(
+    command: str, flags: tuple[object, ...], words: str
+) -> None:
+    told = semu(*command.split(), *flags, code=2)
+    assert told["command"] == command and told["status"] == "failed"
+    assert told["error"]["kind"] == "usage" and words in told["error"]["message"]

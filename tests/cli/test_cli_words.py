@@ -87,8 +87,8 @@ def test_warnings_are_one_line_each_in_flags_and_in_the_json(tmp_path: Path) -> 
     )  # fmt: skip
     how = ["unlearn", "text", "--model", model, "--forget", forget, "--max-steps", 1, "--no-progress", "--output-dir"]
     lines = [
-        "`until_unseen` has nothing to compare with, as no unseen answers can be made of `--forget`: the run takes "
-        "every step, however far past that level. Give wrong answers (`perturbed_answer`), or fewer `--max-steps`.",
+        "`until_unseen` has nothing to compare with, as no unseen answers can be made of `--forget`: the run may go "
+        "on far past that level. Give wrong answers (`perturbed_answer`), or fewer `--max-steps`.",
         "Nothing is held but what the model says of its own accord, which says little of answers of the same kind: "
         "others may be lost with those to be forgotten, so measure what is left of them. (The model was to be asked "
         "about others instead: `--forget` must have questions that name somebody, in two words or more, got none. Give "
@@ -135,7 +135,8 @@ def test_images_that_are_both_to_be_forgotten_and_kept_are_refused(tmp_path: Pat
     )
     said = " ".join(held.output.split())
     assert held.exit_code == 0 and "Hardly anything was forgotten." in said, held.output
-    assert "allow more damage, --max-retain-kl" in said and "--neutral" not in said and "--template" not in said
+    assert "allow more damage, --max-retain-kl; train for longer, --max-steps" in said
+    assert "--neutral" not in said and "--template" not in said
 
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])

@@ -50,3 +50,12 @@ def test_contributors_find_every_room() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     built = {room for floor in floors for room in floor if list((ROOT / "semu_peft").glob(f"{room}*"))}
     assert {room for room in built if not any(f"`{room}`" in row.split("|")[1] for row in rows)} == set()
+
+
+def test_flags_on_the_examples_page_are_the_programs() -> None:
+    for section in (ROOT / "examples" / "README.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        named = re.search(r"\]\((\S+\.py)\)", section.splitlines()[0])
+        program = "" if named is None else (ROOT / "examples" / named[1]).read_text(encoding="utf-8")
+        if '"--output-dir"' in program:  # it has flags of its own
+            shown = set(re.findall(r"(?<![\w-])--[a-z-]+", section)) - {"--help"}
+            assert {flag for flag in shown if f'"{flag}"' not in program} == set(), named

@@ -133,6 +133,16 @@ def test_uniform_rank_pads_with_zeros(images: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=0)
 
 
+def test_a_lora_does_not_take_the_place_of_the_adapter(tmp_path: Path) -> None:
+    """The files have the same names, and the card beside them would go on telling of a SEMU adapter."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="`path` must not be the folder of a SEMU adapter.*Give another folder"):
+        save_as_lora(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_modules_to_save_travel_with_the_lora(images: Tensor, tmp_path: Path) -> None:
     model = adapted(modules_to_save=["head"])
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import CLASSES, run
@@ -114,6 +115,12 @@ def test_files_and_mistakes(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="`path` must be a file that `Ledger.save` wrote"):
         Ledger.load(tmp_path / "other.json")
+    for content in (b"\xff\xfe", b'{"slices": [[0]], "stages": ["fc"], "deleted": []}'):
+        (tmp_path / "other.json").write_bytes(content)
+        with pytest.raises(ValueError, match="`path` must be a file that `Ledger.save` wrote"):
+            Ledger.load(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"`stages` must be groups of layers, got the name 'head'. Write \[\['head'\]"):
+        Ledger.divide(8, ["head", "fc1"])
     with pytest.raises(ValueError, match=r"`examples` must be in a slice, got \[77\]"):
         ledger.delete([77])
     with pytest.raises(ValueError, match="`stages` must be as many as `slices`"):
@@ -126,3 +133,27 @@ def test_files_and_mistakes(tmp_path: Path) -> None:
         trained(Ledger(((0,),), (("1",),)))
     with pytest.raises(ValueError, match="`ledger` must have a stage alive"):
         trained(ledger.delete(range(10)))
+
+
+def test_numbers_of_examples_as_arrays_have_them(tmp_path: Path) -> None:
+    ledger = Ledger.divide(10, STAGES)
+    gone = ledger.delete([3, 4])
+    for numbers in (np.array([3, 4]), torch.tensor([3, 4])):
+        assert Ledger.load(ledger.delete(numbers).save(tmp_path / "ledger.json")) == gone
+    by_array = Ledger(tuple(map(tuple, np.arange(4).reshape(2, 2))), (("a",), ("b",)))
+    assert Ledger.load(by_array.save(tmp_path / "ledger.json")) == by_array
+
+
+def test_training_that_fails_leaves_the_model() -> None:
+    model, before = base(), str(base())
+
+    def fail(ids: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        if len(ids) == 32:  # the last stage's
+            raise OSError("disk")
+        return batches(ids)
+
+    with pytest.raises(OSError, match="disk"):
+        train_stages(model, Ledger.divide(32, STAGES), fail, CrossEntropy(), LoraConfig(r=2), learning_rate=1e-2,
+                     max_steps=1, progress=False)  # fmt: skip
+    assert str(model) == before and not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())

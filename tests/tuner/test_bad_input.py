@@ -493,6 +493,16 @@ def test_merged_adapter_is_not_initialised_again() -> None:
     before.assert_same(model)
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_name_that_no_adapter_has_is_not_merged(merge: str) -> None:
+    """The model that came out would be taken for one that has forgotten."""
+    model = get_peft_model(Mlp(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
+    before = Snapshot.of(model)
+    with pytest.raises(ValueError, match=r"`adapter_names` must be.*got \['no-cats'\].*There are \['default'\]"):
+        getattr(model, merge)(adapter_names=["default", "no-cats"])
+    before.assert_same(model)
+
+
 def merged_mlp(folder: Path) -> Any:
     model = get_peft_model(Mlp().eval(), SemuConfig(target_modules=["fc1"], r=2, init_weights=False))
     model.save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -117,6 +118,15 @@ def test_an_evaluation_s_result_or_results_of_ones_own(folder: Path) -> None:
     own = EvalResult("text-generation", "locuslab/TOFU", "TOFU", "rouge", 0.3, metric_name="ROUGE-L")
     update_model_card(folder, metrics=[own])
     assert index(folder)["ROUGE-L"] == 0.3 and index(folder)["unlearning accuracy"] == 99
+
+
+def test_numbers_of_numpy_are_written_as_numbers(folder: Path) -> None:
+    """scikit-learn's accuracies are such, and the Hub refuses a card with an object in it."""
+    own = EvalResult("other", "data", "data", "mia", np.float64(0.25), metric_name="MIA")
+    update_model_card(folder, metrics={"UA": np.float64(98.5), "TA": np.float32(97.5), "images": np.int64(20)})
+    update_model_card(folder, metrics=[own])
+    assert index(folder) == {"UA": 98.5, "TA": 97.5, "images": 20, "MIA": 0.25}
+    assert "numpy" not in (folder / CARD).read_text()
 
 
 @pytest.mark.parametrize(
