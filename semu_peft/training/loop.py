@@ -95,7 +95,7 @@ class Loop:
             return epochs, min(steps, most or steps)
         if most is None:
             raise ValueError("`forget` is an iterable dataset without a length: say in `max_steps` how long to train.")
-        return math.inf, most
+        return self.settings.epochs or math.inf, most
 
     def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: torch.optim.Optimizer) -> None:
         """Make the schedule, and go to where a checkpoint left off where there is one to resume from.
