@@ -407,7 +407,7 @@ class NaturalLoop(Loop):
         probes = []
         batches = sum(term.is_forget for term, _ in here.terms)  # the loss is their mean
         for term, evaluation in here.terms:
-            if not term.weight or not evaluation.outputs:
+            if not (term.weight or self._damage_weighs(term)) or not evaluation.outputs:
                 continue
             examples = count_examples(term.batch) or 1
             everywhere = examples * self.processes
@@ -427,13 +427,17 @@ class NaturalLoop(Loop):
     def _seed(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
         assert distribution is not None
-        weight = abs(term.weight) + (self.trials.damage_weight + self._pressed() if term.original else 0.0)
         seeds = []
         for output in evaluation.outputs:
             before, after = rows_elsewhere(output.values, self.rank, self.processes)
-            scale = math.sqrt(weight * abs(output.weight))
+            scale = math.sqrt(abs(term.weight * output.weight) + self._damage_weighs(term))
             seeds.append(scale * probe(distribution, output.values, self.generator, before=before, after=after))
         return torch.stack(seeds).sum()
+
+    def _damage_weighs(self, term: Term) -> float:
+        """What the damage weighs on each output: it is a mean over the retain sets, whatever their losses weigh."""
+        outputs = len(term.original) * max(len(self.weights), 1)
+        return (self.trials.damage_weight + self._pressed()) / outputs if outputs else 0.0
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
         return mean_of_numbers(losses, self.processes, self.cores.device)

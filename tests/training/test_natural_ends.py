@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, probability
+from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, classifier, probability
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, assert_same_state, trained_state
 
 from semu_peft import Callback, EarlyStopping, NaturalGradient, Retain, initialize_semu_weights, unlearn
 from semu_peft.adapter.whole_model import add_adapter
-from semu_peft.objectives import CrossEntropy, DecoupledDistillation, GradientAscent, Objective, RandomLabel
+from semu_peft.objectives import (
+    CrossEntropy,
+    DecoupledDistillation,
+    GradientAscent,
+    KLToOriginal,
+    Objective,
+    PrimalDual,
+    RandomLabel,
+)
 from semu_peft.objectives.distributions import divergence
 from semu_peft.objectives.original import original
 from semu_peft.training.batches import first_batches, rest_of_epoch
@@ -224,6 +232,20 @@ def test_a_run_goes_along_the_edge_of_its_budget(curvature: Any) -> None:
     assert max(entry["damage"] for entry in result.history) > 50 * end
     left, result = within(3 * end, curvature, None)
     assert left < 0.5 and max(entry["damage"] for entry in result.history) <= 3 * end * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [Retain(KEEP, KLToOriginal(), weight=0), Retain(KEEP, 1e-3 * KLToOriginal()),
+     Retain(KEEP, PrimalDual(KLToOriginal(), limit=1.0, multiplier=0.0))],
+    ids=["weight", "objective", "multiplier"],
+)  # fmt: skip
+def test_a_budget_is_spent_as_well_where_the_retain_loss_weighs_nothing(keep: Retain) -> None:
+    """Steps know what the damage costs: by the retain loss's own curvature half as much was forgotten."""
+    model, budget = adapted(DecoupledDistillation(), net=classifier(1)), 0.002
+    result = unlearn(model, FORGET, DecoupledDistillation(), retain=keep, max_retain_kl=budget, **QUIET)
+    assert result.history[-1]["damage"] <= budget and result.history[-1]["loss"] < 0.2, result
+    assert result.steps < 100
 
 
 def test_a_budget_that_is_spent_is_said_to_be() -> None:
