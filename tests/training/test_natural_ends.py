@@ -173,6 +173,17 @@ def test_a_resumed_stream_keeps_what_it_knows(tmp_path: Path) -> None:
     assert_same_state(trained_state(again), trained_state(whole))
 
 
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_an_objective_that_is_scaled_down_is_minimised_as_far(limit: float | None) -> None:
+    """A hundredth of a nat, and what a budget costs, are as much less; it was said to be forgotten already."""
+    runs = []
+    for objective in (DecoupledDistillation(), 1e-3 * DecoupledDistillation()):
+        model = adapted(DecoupledDistillation())
+        runs.append(unlearn(model, FORGET, objective, max_retain_kl=limit, **QUIET))
+        assert probability(model, FORGET) < 0.03
+    assert runs[0].steps == runs[1].steps and runs[0].stop_reason == runs[1].stop_reason
+
+
 # ---- the budget ----
 
 
