@@ -152,6 +152,7 @@ class Loop:
             "retain": describe(list(zip(self.weights, self.objectives[1:], strict=True))),
             "rules": describe(list(self.rules)),
             "optimizer": described_optimizer,
+            "schedule": type(self.schedule).__qualname__,
             "batches": [batches_in(loader) for loader in loaders],
             "first batch of forget": describe(forget),
             "first batch of retain": describe(retain),

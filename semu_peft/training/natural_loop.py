@@ -111,7 +111,8 @@ class NaturalLoop(Loop):
 
     def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
         steps = self.settings.max_steps or _MOST_STEPS  # as of versions that kept to these with `epochs` too
-        return {**super()._fingerprint(describe(self.natural), begun), "steps": steps}
+        own = {"steps": steps, "choose": describe(self.choose)}
+        return {**super()._fingerprint(describe(self.natural), begun), **own}
 
     def _parts(self) -> Any:
         return {**super()._parts(), "natural": [self]}

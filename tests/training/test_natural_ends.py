@@ -312,6 +312,15 @@ def test_the_last_point_can_be_chosen(steps: int) -> None:
     assert probability(chosen, FORGET) < result.history[-2]["answer_probability"]
 
 
+def test_a_run_without_a_choice_is_not_resumed_with_one(tmp_path: Path) -> None:
+    """Its checkpoints do not know where the steps before were: another point was taken than the one chosen."""
+    options: dict[str, Any] = {"max_steps": 8, "output_dir": tmp_path, "checkpointing_steps": 4, **QUIET}
+    unlearn(adapted(DecoupledDistillation()), FORGET, DecoupledDistillation(), **options)
+    options |= {"resume_from_checkpoint": tmp_path / "checkpoint-4", "choose": lambda history: 1}
+    with pytest.raises(ValueError, match="choose is .*lambda.* here and None there"):
+        unlearn(adapted(DecoupledDistillation()), FORGET, DecoupledDistillation(), **options)
+
+
 @pytest.mark.parametrize("index", [100, -100, 0.5, "first", None, True])
 def test_what_is_no_index_is_refused_with_the_cores_as_they_were(index: Any) -> None:
     model = adapted(DecoupledDistillation())
