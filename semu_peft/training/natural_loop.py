@@ -176,8 +176,14 @@ class NaturalLoop(Loop):
             self._stop(ALREADY_FORGOTTEN)
 
     def _choose_curvature(self, *, is_whole: bool) -> None:
+        # Outputs in a unit of their own may be squared errors of millions away, which no step would get anywhere near.
+        kl = self.natural.kl * max(self.stopping.unit(self.stopping.start_forget_loss), 1.0)
         self.curvature, self.control = curvature_and_control(
-            self.natural, self.slots, self.cores.device, is_whole=is_whole, enough=self.stopping.enough()
+            replace(self.natural, kl=kl),
+            self.slots,
+            self.cores.device,
+            is_whole=is_whole,
+            enough=self.stopping.enough(),
         )
         self.refresh = Refresh.of(self.natural, self._steps_of_epoch(), is_whole=is_whole)
 

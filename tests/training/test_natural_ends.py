@@ -184,6 +184,18 @@ def test_an_objective_that_is_scaled_down_is_minimised_as_far(limit: float | Non
     assert runs[0].steps == runs[1].steps and runs[0].stop_reason == runs[1].stop_reason
 
 
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+def test_outputs_in_large_numbers_are_moved_as_fast(curvature: Any) -> None:
+    """A step was to move prices in thousands by a tenth, so that the loss no longer fell where it had hardly fallen."""
+    runs = []
+    for scale in (10.0, 1e4):
+        model = adapted(DecoupledDistillation())
+        dials = NaturalGradient(curvature=curvature)
+        runs.append(unlearn(model, FORGET, MoveAway(scale), optimizer=dials, **QUIET))
+    assert runs[0].stop_reason == runs[1].stop_reason == "the forget data are forgotten"
+    assert runs[0].steps == runs[1].steps
+
+
 # ---- the budget ----
 
 
