@@ -272,7 +272,7 @@ class WeightedSum(Objective):
         agreed = {objective.distribution for _, objective in terms}
         object.__setattr__(self, "terms", terms)
         object.__setattr__(self, "distribution", agreed.pop() if len(agreed) == 1 else None)
-        object.__setattr__(self, "forgets", any(objective.forgets for _, objective in terms))
+        object.__setattr__(self, "forgets", any(objective.forgets or weight < 0 for weight, objective in terms))
         object.__setattr__(self, "is_steady", all(objective.is_steady for _, objective in terms))
         object.__setattr__(self, "is_random", any(objective.is_random for _, objective in terms))
         object.__setattr__(self, "is_costly", any(objective.is_costly for _, objective in terms))

@@ -121,6 +121,8 @@ def _taken_apart(
     bare_forward = model.__dict__.get("forward")
     was_prepared = getattr(model, "_is_accelerate_prepared", False)
     samplers = [(each.batch_sampler, getattr(each.batch_sampler, "sampler", None)) for each in loaders]
+    # In the middle of accumulating, where the caller's own loop was left, no optimiser of Accelerate takes a step.
+    was_at_step, accelerator.sync_gradients = accelerator.sync_gradients, True
     try:
         yield made
     finally:
@@ -132,6 +134,7 @@ def _taken_apart(
         for batch_sampler, sampler in samplers:
             if sampler is not None:
                 batch_sampler.sampler = sampler  # type: ignore[union-attr]
+        accelerator.sync_gradients = was_at_step
 
 
 def _unwrap(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module, bare_forward: Any) -> None:

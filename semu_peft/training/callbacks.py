@@ -78,7 +78,7 @@ class Callback:
         """Before the first step, and after a checkpoint was loaded."""
 
     def on_step_end(self, context: TrainingContext) -> None:
-        """After each optimiser step."""
+        """After each optimiser step; with natural gradients after those on one batch, which may be two, or none."""
 
     def on_epoch_end(self, context: TrainingContext) -> None:
         """After each whole pass over the forget batches; `progress.forget.epoch` counts it already."""

@@ -391,9 +391,12 @@ def _damped_matrices(matrices: Tensor, damping: float) -> Tensor:
 def _in_groups(rows: Tensor, examples: int) -> Tensor:
     """`(M, places, r)` as `(N, …, r)` for `N` examples.
 
-    Windows of an image, as in Swin, are more rows than examples, and follow one another. Rows that cannot be told apart
-    by example, as those sent to one expert, are all put into one group: as the probes' signs are independent, its
-    square has the mean of the sum of squares.
+    Windows of an image, as in Swin, are more rows than examples, and follow one another. Where the tokens come first,
+    as in torch's own transformers, the examples are the second dimension; a multiple of them would be windows. Rows
+    that cannot be told apart by example, as those sent to one expert, are all put into one group: as the probes' signs
+    are independent, its square has the mean of the sum of squares.
     """
+    if len(rows) % examples and rows.shape[1] == examples:
+        rows = rows.transpose(0, 1)
     number = examples if len(rows) % examples == 0 else 1
     return rows.reshape(number, -1, rows.shape[-1])

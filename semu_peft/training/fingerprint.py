@@ -89,13 +89,13 @@ def describe_optimizer(optimizer: Optimizer) -> Any:
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Where two runs differ, in words.
+    """Where two runs differ, in words; what an earlier version did not say of a run is not compared.
 
     Examples:
         >>> differences({"seed": 0, "steps": 4}, {"seed": 1, "steps": 4})
         ['seed is 1 here and 0 there']
     """
-    names = [name for name in present if present[name] != saved.get(name)]
+    names = [name for name in present if present[name] != saved.get(name, present[name])]
     return [f"{name} is {_short(present[name])} here and {_short(saved.get(name))} there" for name in names]
 
 

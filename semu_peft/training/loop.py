@@ -95,7 +95,7 @@ class Loop:
             return epochs, min(steps, most or steps)
         if most is None:
             raise ValueError("`forget` is an iterable dataset without a length: say in `max_steps` how long to train.")
-        return math.inf, most
+        return self.settings.epochs or math.inf, most
 
     def set_up(self, scheduler: SchedulerFactory | None, bare_optimizer: torch.optim.Optimizer) -> None:
         """Make the schedule, and go to where a checkpoint left off where there is one to resume from.
@@ -152,6 +152,7 @@ class Loop:
             "retain": describe(list(zip(self.weights, self.objectives[1:], strict=True))),
             "rules": describe(list(self.rules)),
             "optimizer": described_optimizer,
+            "schedule": type(self.schedule).__qualname__,
             "batches": [batches_in(loader) for loader in loaders],
             "first batch of forget": describe(forget),
             "first batch of retain": describe(retain),

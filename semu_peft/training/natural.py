@@ -34,9 +34,10 @@ class NaturalGradient:
     this library do.
 
     Args:
-        kl: How far one step may move the model's outputs on the forget batch, `KL(before ‖ after)` in nats a row (for a
-            denoiser the mean squared change). Smaller steps are safer and take longer. With factors a step may also
-            move the outputs on the retain batch by a tenth of it.
+        kl: How far one step is to move the model's outputs on the forget batch, `KL(before ‖ after)` in nats a row (for
+            a denoiser the mean squared change, as a share of the loss at the start where that is above 1); one that
+            moves them half as far again is taken back. Smaller steps are safer and take longer. With factors a step is
+            also held to a tenth of it on the retain batch.
         max_retain_kl: The damage that may be done: `KL(original ‖ now)` on retain batches or, without any, on the other
             answers to the forget inputs, never exceeded by a step, which where its batch begins above it must come
             down, nor by what is left, on the first 512 examples. The same divergence is added to what is minimised,

@@ -111,7 +111,8 @@ class NaturalLoop(Loop):
 
     def _fingerprint(self, described_optimizer: Any, begun: Mapping[str, Any]) -> Fingerprint:
         steps = self.settings.max_steps or _MOST_STEPS  # as of versions that kept to these with `epochs` too
-        return {**super()._fingerprint(describe(self.natural), begun), "steps": steps}
+        own = {"steps": steps, "choose": describe(self.choose)}
+        return {**super()._fingerprint(describe(self.natural), begun), **own}
 
     def _parts(self) -> Any:
         return {**super()._parts(), "natural": [self]}
@@ -175,8 +176,14 @@ class NaturalLoop(Loop):
             self._stop(ALREADY_FORGOTTEN)
 
     def _choose_curvature(self, *, is_whole: bool) -> None:
+        # Outputs in a unit of their own may be squared errors of millions away, which no step would get anywhere near.
+        kl = self.natural.kl * max(self.stopping.unit(self.stopping.start_forget_loss), 1.0)
         self.curvature, self.control = curvature_and_control(
-            self.natural, self.slots, self.cores.device, is_whole=is_whole, enough=self.stopping.enough()
+            replace(self.natural, kl=kl),
+            self.slots,
+            self.cores.device,
+            is_whole=is_whole,
+            enough=self.stopping.enough(),
         )
         self.refresh = Refresh.of(self.natural, self._steps_of_epoch(), is_whole=is_whole)
 
@@ -407,7 +414,7 @@ class NaturalLoop(Loop):
         probes = []
         batches = sum(term.is_forget for term, _ in here.terms)  # the loss is their mean
         for term, evaluation in here.terms:
-            if not term.weight or not evaluation.outputs:
+            if not (term.weight or self._damage_weighs(term)) or not evaluation.outputs:
                 continue
             examples = count_examples(term.batch) or 1
             everywhere = examples * self.processes
@@ -427,13 +434,17 @@ class NaturalLoop(Loop):
     def _seed(self, term: Term, evaluation: Evaluation) -> Tensor:
         distribution = term.objective.distribution
         assert distribution is not None
-        weight = abs(term.weight) + (self.trials.damage_weight + self._pressed() if term.original else 0.0)
         seeds = []
         for output in evaluation.outputs:
             before, after = rows_elsewhere(output.values, self.rank, self.processes)
-            scale = math.sqrt(weight * abs(output.weight))
+            scale = math.sqrt(abs(term.weight * output.weight) + self._damage_weighs(term))
             seeds.append(scale * probe(distribution, output.values, self.generator, before=before, after=after))
         return torch.stack(seeds).sum()
+
+    def _damage_weighs(self, term: Term) -> float:
+        """What the damage weighs on each output: it is a mean over the retain sets, whatever their losses weigh."""
+        outputs = len(term.original) * max(len(self.weights), 1)
+        return (self.trials.damage_weight + self._pressed()) / outputs if outputs else 0.0
 
     def _mean_over_processes(self, losses: Losses) -> Losses:
         return mean_of_numbers(losses, self.processes, self.cores.device)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from semu_peft.objectives.base import Objective
+from semu_peft.objectives.base import Objective, WeightedSum
 
 from .loop import Losses
 from .natural import NaturalGradient
@@ -146,8 +146,14 @@ class Stopping:
         return self.tolerance * self.unit(scale)
 
     def unit(self, scale: float) -> float:
-        """What a nat is to the objective: itself, or of a squared error the loss at the start, `scale`."""
-        return 1.0 if self.objective.distribution == "categorical" or not math.isfinite(scale) else abs(scale)
+        """What a nat is to the objective: itself, or of a squared error the loss at the start, `scale`.
+
+        Of an objective that is scaled down it is as much less, or one that is remembered whole would be forgotten.
+        """
+        if self.objective.distribution == "categorical" or not math.isfinite(scale):
+            terms = self.objective.terms if isinstance(self.objective, WeightedSum) else ()
+            return min(max((abs(weight) for weight, _ in terms), default=1.0) or 1.0, 1.0)
+        return abs(scale)
 
     def is_forgotten(self, values: Losses, enough: float) -> bool:
         """Whether the objective is at its end, or what knows no end has left no answer."""

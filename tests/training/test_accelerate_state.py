@@ -49,6 +49,18 @@ def test_the_callers_accelerator_keeps_its_settings() -> None:
     assert accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 4
 
 
+def test_an_accelerator_left_in_the_middle_of_accumulating_takes_the_steps() -> None:
+    """Its optimisers take none in between: the loss stayed the same, and nothing said why."""
+    accelerator, model = Accelerator(gradient_accumulation_steps=2, cpu=True), semu()
+    other = nn.Linear(2, 2)
+    with accelerator.accumulate(other):
+        other(torch.ones(1, 2)).sum().backward()
+    before = trained_state(model)
+    train(model, vector_batches(), CrossEntropy(), accelerator=accelerator, **QUIET)
+    assert any(not torch.equal(now, before[name]) for name, now in trained_state(model).items())
+    assert not accelerator.sync_gradients and all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "dials",
     [{"learning_rate": 1e-3}, {}, {"optimizer": NaturalGradient(max_retain_kl=0.1)}, {"mixed_precision": "bf16"}],
@@ -81,13 +93,17 @@ class Stream(IterableDataset[Any]):
 
 @pytest.mark.parametrize("given", ["dataset", "loader"])
 def test_an_iterable_dataset_is_trained_on_for_max_steps(given: str) -> None:
-    """It is gone through as often as the steps need, and the run is that of the same batches in a list."""
+    """It is gone through as often as the steps need, and the run is that of the same batches in a list.
+
+    Where `epochs` are given, it is gone through so often at most.
+    """
     stream, model, twin = Stream(3), semu(), semu()
     data = stream if given == "dataset" else DataLoader(stream, batch_size=None)
-    result = train(model, data, CrossEntropy(), max_steps=7, **QUIET)
+    result = train(model, data, CrossEntropy(), max_steps=7, epochs=None, **QUIET)
     train(twin, vector_batches(3), CrossEntropy(), max_steps=7, epochs=3, **QUIET)
     assert result.steps == 7 and [entry["epoch"] for entry in result.history] == [0, 0, 0, 1, 1, 1, 2]
     assert_same_state(trained_state(model), trained_state(twin))
+    assert train(semu(), data, CrossEntropy(), max_steps=7, epochs=2, **QUIET).steps == 6
 
 
 def test_an_endless_iterator_is_taken_as_far_as_max_steps_needs() -> None:

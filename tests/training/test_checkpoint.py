@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from models import vector_batches
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from training_runs import QUIET, Interrupted, Schedule, assert_same_state, loader, semu, train, trained_state
+from training_runs import QUIET, Interrupted, Schedule, assert_same_state, constant, loader, semu, train, trained_state
 
 from semu_peft.objectives import CrossEntropy, RandomLabel
 from semu_peft.objectives.original import original
@@ -26,9 +26,9 @@ from semu_peft.training.rules import Rule
 
 def run(folder: Path, model: nn.Module | None = None, dies_after: float = float("inf"), **options: Any) -> Any:
     """A short run, of 6 steps."""
-    given = {"forget": vector_batches(3), "objective": CrossEntropy(), "epochs": 2, "checkpointing_steps": 1, **options}
-    schedule = type("Dying", (Schedule,), {"dies_after": dies_after})
-    return train(semu() if model is None else model, output_dir=folder, scheduler=schedule, **given, **QUIET)
+    given = {"forget": vector_batches(3), "objective": CrossEntropy(), "epochs": 2, "checkpointing_steps": 1}
+    given["scheduler"] = type("Dying", (Schedule,), {"dies_after": dies_after})
+    return train(semu() if model is None else model, output_dir=folder, **{**given, **options}, **QUIET)
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -37,6 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 2, "epochs": 3},
     "objective": {"objective": RandomLabel()},
     "optimizer": {"learning_rate": 0.5},
+    "schedule": {"scheduler": constant},
     "retain": {"retain": Retain(vector_batches(2), CrossEntropy())},
     "batches": {"forget": vector_batches(4), "max_steps": 6},
     "first batch of forget": {"forget": vector_batches(3, seed=5)},

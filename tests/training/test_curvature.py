@@ -174,6 +174,18 @@ def test_factors_that_rounding_made_indefinite_are_solved_by_their_eigenvalues()
     assert torch.allclose(solved, torch.outer(side, side), rtol=1e-4)
 
 
+def test_examples_are_told_apart_where_tokens_come_first() -> None:
+    """As in torch's own transformers; all in one group they took the curvature between layers to be the first's."""
+    slots = [CoreSlot("tokens", 0, (2, 2), True), CoreSlot("head", 4, (2, 2), True)]
+    tokens, head = (Rows(torch.randn(4, places, 2), torch.randn(4, places, 2)) for places in (7, 1))
+    found = []
+    for given in (tokens, Rows(tokens.left.transpose(0, 1), tokens.right.transpose(0, 1))):
+        curvature = WholeMatrix(slots, 0.8, torch.device("cpu"))
+        curvature.observe([Probe({"tokens": [given], "head": [head]}, torch.zeros(8), 4)])
+        found.append(curvature.mean)
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_windows_are_put_to_their_examples_and_odd_rows_together() -> None:
     slots = [CoreSlot("windows", 0, (2, 2), True)]
     left, right = torch.randn(12, 3, 2), torch.randn(12, 3, 2)

@@ -156,6 +156,8 @@ def test_an_objective_that_teaches_answers_does_not_end_as_forgotten() -> None:
     assert result.steps and result.stop_reason == "the loss is at its minimum"
     known = unlearn(adapted(objective), FORGET, objective, optimizer=NaturalGradient(tolerance=0.5), **QUIET)
     assert known.steps == 0 and known.stop_reason == "the loss was at its minimum already"
+    turned = unlearn(adapted(objective), FORGET, -objective, optimizer=NaturalGradient(tolerance=0.3), **QUIET)
+    assert turned.steps and turned.stop_reason == "the forget data are forgotten"  # it has no minimum
 
 
 def test_a_start_next_to_the_end_still_goes_to_the_end() -> None:

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, probability
+from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, classifier, probability
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, assert_same_state, trained_state
 
 from semu_peft import Callback, EarlyStopping, NaturalGradient, Retain, initialize_semu_weights, unlearn
 from semu_peft.adapter.whole_model import add_adapter
-from semu_peft.objectives import CrossEntropy, DecoupledDistillation, GradientAscent, Objective, RandomLabel
+from semu_peft.objectives import (
+    CrossEntropy,
+    DecoupledDistillation,
+    GradientAscent,
+    KLToOriginal,
+    Objective,
+    PrimalDual,
+    RandomLabel,
+)
 from semu_peft.objectives.distributions import divergence
 from semu_peft.objectives.original import original
 from semu_peft.training.batches import first_batches, rest_of_epoch
@@ -165,6 +173,29 @@ def test_a_resumed_stream_keeps_what_it_knows(tmp_path: Path) -> None:
     assert_same_state(trained_state(again), trained_state(whole))
 
 
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_an_objective_that_is_scaled_down_is_minimised_as_far(limit: float | None) -> None:
+    """A hundredth of a nat, and what a budget costs, are as much less; it was said to be forgotten already."""
+    runs = []
+    for objective in (DecoupledDistillation(), 1e-3 * DecoupledDistillation()):
+        model = adapted(DecoupledDistillation())
+        runs.append(unlearn(model, FORGET, objective, max_retain_kl=limit, **QUIET))
+        assert probability(model, FORGET) < 0.03
+    assert runs[0].steps == runs[1].steps and runs[0].stop_reason == runs[1].stop_reason
+
+
+@pytest.mark.parametrize("curvature", ["whole", "kronecker"])
+def test_outputs_in_large_numbers_are_moved_as_fast(curvature: Any) -> None:
+    """A step was to move prices in thousands by a tenth, so that the loss no longer fell where it had hardly fallen."""
+    runs = []
+    for scale in (10.0, 1e4):
+        model = adapted(DecoupledDistillation())
+        dials = NaturalGradient(curvature=curvature)
+        runs.append(unlearn(model, FORGET, MoveAway(scale), optimizer=dials, **QUIET))
+    assert runs[0].stop_reason == runs[1].stop_reason == "the forget data are forgotten"
+    assert runs[0].steps == runs[1].steps
+
+
 # ---- the budget ----
 
 
@@ -226,6 +257,20 @@ def test_a_run_goes_along_the_edge_of_its_budget(curvature: Any) -> None:
     assert left < 0.5 and max(entry["damage"] for entry in result.history) <= 3 * end * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [Retain(KEEP, KLToOriginal(), weight=0), Retain(KEEP, 1e-3 * KLToOriginal()),
+     Retain(KEEP, PrimalDual(KLToOriginal(), limit=1.0, multiplier=0.0))],
+    ids=["weight", "objective", "multiplier"],
+)  # fmt: skip
+def test_a_budget_is_spent_as_well_where_the_retain_loss_weighs_nothing(keep: Retain) -> None:
+    """Steps know what the damage costs: by the retain loss's own curvature half as much was forgotten."""
+    model, budget = adapted(DecoupledDistillation(), net=classifier(1)), 0.002
+    result = unlearn(model, FORGET, DecoupledDistillation(), retain=keep, max_retain_kl=budget, **QUIET)
+    assert result.history[-1]["damage"] <= budget and result.history[-1]["loss"] < 0.2, result
+    assert result.steps < 100
+
+
 def test_a_budget_that_is_spent_is_said_to_be() -> None:
     assert within(1e-4, "whole", Retain(KEEP, CrossEntropy()))[1].stop_reason == "the damage budget is spent"
 
@@ -277,6 +322,15 @@ def test_the_last_point_can_be_chosen(steps: int) -> None:
     assert offered == [result.steps + 1] and result.history[-1]["answer_probability"] < 0.999
     assert probability(chosen, FORGET) == pytest.approx(result.history[-1]["answer_probability"], rel=1e-4)
     assert probability(chosen, FORGET) < result.history[-2]["answer_probability"]
+
+
+def test_a_run_without_a_choice_is_not_resumed_with_one(tmp_path: Path) -> None:
+    """Its checkpoints do not know where the steps before were: another point was taken than the one chosen."""
+    options: dict[str, Any] = {"max_steps": 8, "output_dir": tmp_path, "checkpointing_steps": 4, **QUIET}
+    unlearn(adapted(DecoupledDistillation()), FORGET, DecoupledDistillation(), **options)
+    options |= {"resume_from_checkpoint": tmp_path / "checkpoint-4", "choose": lambda history: 1}
+    with pytest.raises(ValueError, match="choose is .*lambda.* here and None there"):
+        unlearn(adapted(DecoupledDistillation()), FORGET, DecoupledDistillation(), **options)
 
 
 @pytest.mark.parametrize("index", [100, -100, 0.5, "first", None, True])
