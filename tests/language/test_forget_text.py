@@ -260,6 +260,22 @@ def test_ready_examples_without_alternates() -> None:
     assert "alternate_labels" in made[0]
 
 
+def test_what_is_made_beside_ready_examples_is_written_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unseen answers, which say where to stop."""
+    ready = text_examples(tokenizer(), FORGET, template="I know {question} a {answer}")
+    read: list[str] = []
+
+    def nll(model: Any, batches: Any, progress: bool) -> torch.Tensor:
+        read.extend(tokenizer().decode(row["input_ids"]) for row in batches.dataset.rows)
+        return torch.zeros(len(batches.dataset))
+
+    monkeypatch.setattr(objectives, "sequence_nll", nll)
+    forget_text(decoder(), tokenizer(), ready, retain=RETAIN, **FEW)
+    assert len(read) == 2 and all(text.startswith("I know") for text in read)
+    with pytest.raises(ValueError, match="`forget` must be made for the model"):
+        forget_text(decoder(), tokenizer(), text_examples(tokenizer(), FORGET, seq2seq=True), **FEW)
+
+
 def test_own_samples() -> None:
     """The model's own, from its beginning token to an end; the same at a seed, and no trace in the random state."""
     model, state = decoder(), torch.get_rng_state()
