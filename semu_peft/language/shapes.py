@@ -14,8 +14,9 @@ A row is told by its columns, so that no data set needs a reader of its own:
 
 An answer beside choices is the index of one, from 0, its letter, `"A"` for the first, or written out; a letter that is
 itself a choice is that one. Turns of a chat are kept whole, with a tool turn's `name` and an assistant's `tool_calls`;
-content in parts is read if all of them are text. Beside an answer `paraphrased_question`, `paraphrased_answer` (of
-several the first) and `perturbed_answer` (one or several) are kept, as TOFU has them.
+content in parts is read if all of them are text. The answer is a turn's content, with its reasoning written in it.
+Beside an answer `paraphrased_question`, `paraphrased_answer` (of several the first) and `perturbed_answer` (one or
+several) are kept, as TOFU has them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Message = Mapping[str, Any]
 _PROMPTS = ("question", "query", "prompt", "instruction")
 _ANSWERS = ("answer", "response", "completion", "gt", "output")
 _CHOICES = ("choices", "option", "options")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LABEL = re.compile(r"\(?([A-Za-z]|\d+)[).:]?")  # of a choice: B, (B), b) or 2.
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
@@ -335,6 +337,11 @@ def _said(turn: Message, where: str) -> str:
         raise ValueError(
             f"{where} must be an answer in words, got calls of tools, which no text tells. Cut the chat after an "
             "answer."
+        )
+    if thought := next((key for key in _THOUGHTS if turn.get(key)), None):
+        raise ValueError(
+            f"{where} must be an answer in its 'content' alone, got {thought!r} beside it, of which nothing would be "
+            "forgotten. Write it before the answer as the model does, such as `<think>…</think>`, or leave it out."
         )
     said: str = turn["content"]
     return said

@@ -223,6 +223,11 @@ def test_a_mistake_in_a_file_is_told_by_its_place(content: str, words: str, tmp_
         ),
         ([{"messages": [*CHAT, CALLS]}], ValueError, r"`forget\[0\]`: turn 2 must be an answer in words, got calls of"),
         (
+            [{"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "I know."}]}],
+            ValueError,
+            "turn 1 must be an answer in its 'content' alone, got 'reasoning_content' beside it",
+        ),
+        (
             [{"messages": [PICTURE, CHAT[1]]}],
             ValueError,
             r"turn 0 must have content of text.*\['image', 'text'\]",
