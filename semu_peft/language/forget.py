@@ -321,6 +321,16 @@ def _check(
             f"`model` must be a language model of transformers, got {type(model).__name__}. For another one, make "
             "batches with `text_examples`, and call `initialize_semu_weights` and `unlearn`."
         )
+    inputs = inspect.signature(type(base_model(model)).forward).parameters
+    needed = [
+        name for name, each in inputs.items() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if "input_ids" not in inputs or not {"self", "input_ids"}.issuperset(needed):
+        raise TypeError(
+            f"`model` must read texts by themselves, got {type(base_model(model)).__name__}, which reads "
+            f"{base_model(model).main_input_name!r}. Make batches of all that it reads, and call "
+            "`initialize_semu_weights` and `unlearn`."
+        )
     if adapter_name in getattr(base_model(model), "peft_config", {}):
         raise ValueError(f"`adapter_name`: the model has an adapter {adapter_name!r} already. Choose another name.")
     check_count("max_length", max_length, least=2)

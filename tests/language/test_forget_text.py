@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Snapshot, gpt2
+from models import Snapshot, gpt2, vit
 from peft import LoraConfig, PeftModel, get_peft_model
 from text_models import decoder, tokenizer
 from torch import nn
@@ -243,6 +243,7 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
         ({"forget": [5]}, TypeError, r"`forget\[0\]` must be a text"),
         ({"forget": TextStream(["a"], TextEncoder(tokenizer()))}, TypeError, "more than once.*text_examples.*unlearn"),
         ({"model": nn.Linear(2, 2)}, TypeError, "`model` must be a language model of transformers"),
+        ({"model": vit()}, TypeError, "`model` must read texts by themselves, got ViTForImageClassification"),
         ({"tokenizer": None}, TypeError, "`tokenizer` must be a tokenizer"),
     ],
 )
