@@ -149,6 +149,12 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
             f"`{name}` must be a text, a pair (prompt, answer) or a mapping, got {got}. Write "
             '`{"question": ..., "answer": ...}`.'
         )
+    for ours, theirs in (columns or {}).items():
+        if ours in row and theirs not in row:  # or the other one would be read without a word
+            raise ValueError(
+                f"`columns`: {ours!r} is to be read from {theirs!r}, which `{name}` has not among "
+                f"{sorted(map(str, row))}. Correct its name."
+            )
     given = _named(row, columns)
     if given.get("messages") is not None:
         return _chat(given["messages"], name)
@@ -397,6 +403,11 @@ def _rows_of_path(source: str | Path, name: str) -> Iterator[Any]:
         )
     if not exists:
         raise FileNotFoundError(f"`{name}`: there is no file {path}.")
+    if any((path / each).exists() for each in ("state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"`{name}`: {path} is a data set as `save_to_disk` writes it. Give `datasets.load_from_disk({str(path)!r})`"
+            ", or of several splits one of them."
+        )
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"`{name}`: the folder {path} must hold files that end with one of {', '.join(_SUFFIXES)}.")
