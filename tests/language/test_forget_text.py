@@ -186,12 +186,15 @@ def test_an_encoder_decoder() -> None:
 
 
 def test_beside_other_adapters(tmp_path: Path) -> None:
-    """They stay active and frozen, and the model the one that was given; each saves its own."""
-    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    """They stay active and frozen, and the model the one that was given; each saves its own, a head beside one too."""
+    lora = LoraConfig(
+        target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
     model = get_peft_model(decoder(), lora, adapter_name="style")
     style = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" in name}
     result = forget_text(model, tokenizer(), FORGET, retain=RETAIN, adapter_name="first", **FEW)
     again = forget_text(result.model, tokenizer(), ["a b c"], retain=RETAIN, adapter_name="second", **FEW)
+    assert not any("lm_head" in name for name in result.profile.layers)
     assert again.model is model and list(model.active_adapters) == ["style", "first", "second"]
     now = model.state_dict()
     assert all(torch.equal(tensor, _found(now, name)) for name, tensor in style.items())
