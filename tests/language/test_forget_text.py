@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
+from semu_peft.adapter.whole_model import add_adapter
 from semu_peft.language import (
     TextEncoder,
     TextExamples,
@@ -206,6 +207,22 @@ def test_beside_other_adapters(tmp_path: Path) -> None:
 def _found(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A tensor of the LoRA, which lies one level deeper in a layer that SEMU has wrapped."""
     return state[name] if name in state else state[name.replace(".lora_", ".base_layer.lora_")]
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}])
+def test_what_a_lora_trains_beside_stays_on(beside: dict[str, Any]) -> None:
+    """The head or the tokens that it has learnt, also where the call fails."""
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", **beside)
+    model = get_peft_model(decoder(), lora, adapter_name="style")
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name or "trainable_tokens" in name:
+            nn.init.normal_(parameter)
+    before = probability(model, FORGET)
+    with pytest.raises(TypeError, match="a second answer"):
+        forget_text(model, tokenizer(), FORGET, retain=RETAIN, method=objectives.DPO(), adapter_name="new", **FEW)
+    assert probability(model, FORGET) == before
+    add_adapter(model, SemuConfig(target_modules="all-linear"), adapter_name="new")
+    assert probability(model, FORGET) == before
 
 
 @pytest.mark.parametrize("peft", [False, True])
