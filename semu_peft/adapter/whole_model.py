@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from semu_peft.objectives.adapter_parts import adapter_parts
@@ -57,6 +58,9 @@ def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "de
     )
     if hasattr(root, "_hf_peft_config_loaded"):
         root._hf_peft_config_loaded = True
+    beside = [
+        (module, module.active_adapters) for module in root.modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
     inject_adapter_in_model(config, root, adapter_name)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -64,6 +68,9 @@ def add_adapter(model: nn.Module, config: PeftConfig, *, adapter_name: str = "de
             module._disable_adapters = False
         elif isinstance(module, BaseTuner):
             module.active_adapter = [*active, adapter_name]
+    for wrapper, names in beside:
+        if adapter_name not in wrapper._adapters:  # what it trains in full, or some tokens of it, goes on as it was
+            wrapper.set_adapter(names, inference_mode=True)
     for part in adapter_parts(root, adapter_name):
         for parameter in part.parameters():
             parameter.requires_grad_(True)
@@ -93,7 +100,8 @@ def taken_back_on_error(model: nn.Module, *, adapter_name: str = "default") -> I
         )
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     states = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
     tuners = [(module, module.active_adapter) for module in model.modules() if isinstance(module, BaseTuner)]
     hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in model.modules()]

@@ -97,6 +97,7 @@ class TextExamples(Dataset[Any]):
         rows: The tokens.
         examples: The texts that they were made of; one of plain text may be several rows.
         tokenizer: The tokenizer.
+        encoder: What made the rows of the texts, if that is known.
 
     Examples:
         >>> from semu_peft.language import text_examples
@@ -110,6 +111,7 @@ class TextExamples(Dataset[Any]):
     rows: list[Row]
     examples: list[TextExample]
     tokenizer: Any
+    encoder: TextEncoder | None = None
 
     def __repr__(self) -> str:
         tokens = sum(len(row["input_ids"]) for row in self.rows)
@@ -271,4 +273,4 @@ def text_examples(
         )
         for row in encoder.encode(example, other)
     ]
-    return TextExamples(rows, examples, tokenizer)
+    return TextExamples(rows, examples, tokenizer, encoder)

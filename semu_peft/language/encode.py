@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from semu_peft.arguments import check_count, check_kind
 from semu_peft.objectives.batches import IGNORED
 
@@ -15,6 +17,7 @@ from .shapes import Message, TextExample
 DEFAULT_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 _PLACES = ("{question}", "{prompt}")
 _MARK = "semu-answer"  # what no chat template takes for anything but an answer
+_OPENED = re.compile(r"<[^<>]+>$")
 _TOKENIZER_MEND = "Load it with `AutoTokenizer.from_pretrained`."
 
 Row = dict[str, list[int]]
@@ -29,7 +32,8 @@ class TextEncoder:
     tokenised in one piece, as the model would see them; the answer begins at the first token that the prompt alone does
     not have there, so that a token across the border counts. The end of the answer (EOS, or a chat's end of turn) has a
     label as well: where an answer ends is learnt with it. A chat's prompt is what the model reads when it is asked,
-    also where the chat template writes it otherwise once it is answered.
+    also where the chat template writes it otherwise once it is answered; what that puts before every answer (an empty
+    thought, a channel's name) belongs to the prompt.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -170,26 +174,38 @@ class TextEncoder:
             before = re.sub("|".join(map(re.escape, _PLACES)), lambda _: prompt, before)
             return before, before + answer + after, False
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        before = self._rendered(turns, add_generation_prompt=True)
+        asked, (answered, after) = self._rendered(turns, add_generation_prompt=True), self._around_an_answer(turns)
+        begun, is_ended = asked.rstrip(), bool(after.strip())
+        # What stands before every answer is none of it: an empty thought (Qwen 3), the name of a channel (GPT-OSS).
+        is_longer = answered.startswith(begun) and bool(answered[len(begun) :].strip())
+        starts = [answered, asked] if is_longer else [asked]
+        if not answer.strip():
+            return starts[0], starts[0], is_ended
         whole = self._rendered([*turns, {"role": "assistant", "content": answer}])
-        after = whole[whole.rfind(answer.strip()) + len(answer.strip()) :]
-        if answer.strip() and not whole.startswith(before.rstrip()):
-            between, after = self._around_an_answer(turns)
-            whole = before + ("" if before[-1:].isspace() else between) + answer.strip() + after
-        is_ended = bool(after.strip())  # by a token of the template; what blanks follow it are no one's to predict
+        before = next((each for each in starts if whole.startswith(each.rstrip())), asked)
+        if not whole.startswith(before.rstrip()):  # templates that write a question otherwise once it is answered
+            between = "" if asked[-1:].isspace() else answered[len(answered.rstrip()) :]
+            opened = _OPENED.search(begun)  # a thought, which an answer may begin with itself (DeepSeek-R1)
+            said = answer.strip().removeprefix(opened[0] if opened else "").lstrip()
+            whole = asked + between + said + after
+        # It ends by a token of the template: what blanks follow that are no one's to predict.
         return before, whole.rstrip() if is_ended else whole, is_ended
 
     def _rendered(self, turns: Sequence[Message], **options: Any) -> str:
         options = {"tokenize": False, **(self.chat_options or {}), **options}
-        rendered: str = self.tokenizer.apply_chat_template(turns, **options)
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(turns, **options)
+        except (TemplateError, TypeError) as error:  # of the template, in words that name no row
+            roles = [turn["role"] for turn in turns]
+            questions = [turn for turn in turns if turn["role"] != "assistant"] or turns
+            raise ValueError(
+                f"`tokenizer`: its chat template does not take {_shown(questions)} in turns of {roles}: {error}. Write "
+                "them as it takes them, leave the row out, or give `template`."
+            ) from error
         return rendered
 
     def _around_an_answer(self, turns: Sequence[Message]) -> tuple[str, str]:
-        """The blanks that a chat template puts before an answer, and what it puts after it.
-
-        For templates that write a question otherwise once it is answered (Mistral's moves the system message), so that
-        what they make of question and answer is not what the model reads when it is asked.
-        """
+        """What a chat template writes before an answer, and after it."""
         whole = self._rendered([*turns, {"role": "assistant", "content": _MARK}])
         head, found, after = whole.rpartition(_MARK)
         if not found:
@@ -197,7 +213,7 @@ class TextEncoder:
                 "`tokenizer`: its chat template must write an answer after its question as it stands, but leaves out "
                 f"{_MARK!r}. Give `template` instead."
             )
-        return head[len(head.rstrip()) :], after
+        return head, after
 
     def tokens(self, text: str, *, ends: bool, is_plain: bool = False) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around it; and with EOS, where it `ends`.

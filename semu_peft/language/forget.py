@@ -27,6 +27,7 @@ from semu_peft.tuner.adapted import base_model
 
 from .dataset import TextExamples, text_examples
 from .decoding import check_fits, most_tokens
+from .encode import TextEncoder
 from .others import answers_about_others
 from .samples import own_samples
 from .shapes import TextExample, check_apart
@@ -160,7 +161,7 @@ def forget_text(
             [`choose_alternates`][semu_peft.language.alternates.choose_alternates]; by default refusals where the method
             needs them, and for `"altpo"` the wrong answers that the data bring.
         template: How prompt and answer are written; by default by the tokenizer's chat template, if it has one. Write
-            it as the model was trained.
+            it as the model was trained. Ready `TextExamples` keep theirs.
         max_length: The most tokens of a row; at most as many as the model has positions.
         retain_weight: Weight of what is to stay; by default 60, with `"wga"` 2, or 6 where that is nothing but what the
             model says itself; where its own answers about others are among it 10 of each set, with `"wga"` 0.3; with
@@ -213,6 +214,7 @@ def forget_text(
         check_apart(examples.examples, each.examples, name)
     for name, each in zip(("forget", *given), (examples, *kept), strict=True):
         check_fits(model, each.rows, name)  # what is given ready
+    encoder = examples.encoder or TextEncoder(tokenizer, template, longest, is_seq2seq)
     never_learnt = _unseen(examples, method, seed) if until_unseen or method == _UNSEEN else []
     if until_unseen and not never_learnt:
         warnings.warn(
@@ -236,7 +238,8 @@ def forget_text(
         for each in held.values()
     ]
     size = min(batch_size, len(examples))
-    unseen = _nll(model, text_examples(tokenizer, never_learnt, **reading), size) if never_learnt else None
+    rows = [row for each in never_learnt for row in replace(encoder, max_length=longest).encode(each)]
+    unseen = _nll(model, TextExamples(rows, never_learnt, tokenizer), size) if rows else None
     of_forget = _nll(model, examples, size) if method == _UNSEEN else None
     objective = _objective(method, unseen, of_forget)
     has_reached = isinstance(objective, objectives.UnseenAnswer) and objective.is_reached
@@ -326,6 +329,16 @@ def _check(
             f"`model` must be a language model of transformers, got {type(model).__name__}. For another one, make "
             "batches with `text_examples`, and call `initialize_semu_weights` and `unlearn`."
         )
+    inputs = inspect.signature(type(base_model(model)).forward).parameters
+    needed = [
+        name for name, each in inputs.items() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if "input_ids" not in inputs or not {"self", "input_ids"}.issuperset(needed):
+        raise TypeError(
+            f"`model` must read texts by themselves, got {type(base_model(model)).__name__}, which reads "
+            f"{base_model(model).main_input_name!r}. Make batches of all that it reads, and call "
+            "`initialize_semu_weights` and `unlearn`."
+        )
     if adapter_name in getattr(base_model(model), "peft_config", {}):
         raise ValueError(f"`adapter_name`: the model has an adapter {adapter_name!r} already. Choose another name.")
     check_count("max_length", max_length, least=2)
@@ -344,6 +357,10 @@ def _examples(tokenizer: Any, data: Any, name: str, *, alternates: Any = None, *
     if alternates is not None and "alternate_labels" not in data[0]:
         raise ValueError(
             f"`{name}` must have its alternates in it, as it is ready: `text_examples(..., alternates={alternates!r})`."
+        )
+    if data.encoder is not None and data.encoder.seq2seq != reading["seq2seq"]:
+        raise ValueError(
+            f"`{name}` must be made for the model, as it is ready: `text_examples(..., seq2seq={reading['seq2seq']})`."
         )
     return data
 

@@ -52,7 +52,8 @@ def answers_about_others(
         tokenizer: Its tokenizer.
         forget: The questions to be forgotten and their answers, as
             [`read_text`][semu_peft.language.shapes.read_text] takes them; or ready `TextExamples`.
-        template: How question and answer are written, see [`TextEncoder`][semu_peft.language.encode.TextEncoder].
+        template: How question and answer are written, see [`TextEncoder`][semu_peft.language.encode.TextEncoder];
+            `TextExamples` keep what they were made with.
         number: How many answers, and how many to look for names in.
         max_new_tokens: The most tokens of one.
         batch_size: Answers at a time.
@@ -76,6 +77,7 @@ def answers_about_others(
     """
     encoder = TextEncoder(tokenizer, template, seq2seq=is_encoder_decoder(model))
     ready = forget if isinstance(forget, TextExamples) else _encoded(encoder, forget)
+    encoder = ready.encoder or encoder
     told = [(each.prompt, _text_of(each.prompt), each.answer) for each in ready.examples if each.prompt is not None]
     forgotten = _names([part for _, *both in told for part in both], least=max(2, _RARE * len(told)))
     about = [(prompt, name) for prompt, text, _ in told for name in forgotten if name in text]
@@ -109,7 +111,7 @@ def answers_about_others(
 def _encoded(encoder: TextEncoder, source: Any) -> TextExamples:
     examples = list(read_text(source, name="forget"))
     rows = [row for example in examples if not example.is_plain for row in encoder.encode(example)]
-    return TextExamples(rows, examples, encoder.tokenizer)
+    return TextExamples(rows, examples, encoder.tokenizer, encoder)
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -14,8 +14,9 @@ A row is told by its columns, so that no data set needs a reader of its own:
 
 An answer beside choices is the index of one, from 0, its letter, `"A"` for the first, or written out; a letter that is
 itself a choice is that one. Turns of a chat are kept whole, with a tool turn's `name` and an assistant's `tool_calls`;
-content in parts is read if all of them are text. Beside an answer `paraphrased_question`, `paraphrased_answer` (of
-several the first) and `perturbed_answer` (one or several) are kept, as TOFU has them.
+content in parts is read if all of them are text. The answer is a turn's content, with its reasoning written in it.
+Beside an answer `paraphrased_question`, `paraphrased_answer` (of several the first) and `perturbed_answer` (one or
+several) are kept, as TOFU has them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Message = Mapping[str, Any]
 _PROMPTS = ("question", "query", "prompt", "instruction")
 _ANSWERS = ("answer", "response", "completion", "gt", "output")
 _CHOICES = ("choices", "option", "options")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _LABEL = re.compile(r"\(?([A-Za-z]|\d+)[).:]?")  # of a choice: B, (B), b) or 2.
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 
@@ -147,6 +149,12 @@ def as_example(row: Any, *, columns: Mapping[str, str] | None = None, name: str 
             f"`{name}` must be a text, a pair (prompt, answer) or a mapping, got {got}. Write "
             '`{"question": ..., "answer": ...}`.'
         )
+    for ours, theirs in (columns or {}).items():
+        if ours in row and theirs not in row:  # or the other one would be read without a word
+            raise ValueError(
+                f"`columns`: {ours!r} is to be read from {theirs!r}, which `{name}` has not among "
+                f"{sorted(map(str, row))}. Correct its name."
+            )
     given = _named(row, columns)
     if given.get("messages") is not None:
         return _chat(given["messages"], name)
@@ -336,6 +344,11 @@ def _said(turn: Message, where: str) -> str:
             f"{where} must be an answer in words, got calls of tools, which no text tells. Cut the chat after an "
             "answer."
         )
+    if thought := next((key for key in _THOUGHTS if turn.get(key)), None):
+        raise ValueError(
+            f"{where} must be an answer in its 'content' alone, got {thought!r} beside it, of which nothing would be "
+            "forgotten. Write it before the answer as the model does, such as `<think>…</think>`, or leave it out."
+        )
     said: str = turn["content"]
     return said
 
@@ -390,6 +403,11 @@ def _rows_of_path(source: str | Path, name: str) -> Iterator[Any]:
         )
     if not exists:
         raise FileNotFoundError(f"`{name}`: there is no file {path}.")
+    if any((path / each).exists() for each in ("state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"`{name}`: {path} is a data set as `save_to_disk` writes it. Give `datasets.load_from_disk({str(path)!r})`"
+            ", or of several splits one of them."
+        )
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"`{name}`: the folder {path} must hold files that end with one of {', '.join(_SUFFIXES)}.")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapted import targets_for, uncompiled
@@ -82,13 +83,16 @@ def layers_that_pass(model: nn.Module, check: Callable[[nn.Module, str], None]) 
 
 
 def _outermost(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules without what is inside adapters' layers, by their names in the uncompiled model."""
+    """The model's modules, by their names in the uncompiled model, without what is inside adapters' layers.
+
+    Nor what is inside those that an adapter trains in full (`modules_to_save`), where PEFT cannot save another adapter.
+    """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not (inside and name.startswith(inside)):
             found.setdefault(without_compilation(name), uncompiled(module))
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = (*inside, f"{name}.")
     return found
 

@@ -167,6 +167,51 @@ def test_a_chat_template_that_moves_the_system_message() -> None:
         text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}])
 
 
+THINKS = (  # as Qwen3's: the last answer has a thought before it, an empty one unless it brings its own
+    "{% for turn in messages %}{% if turn.role == 'assistant' %}<assistant>{% if 'know' in turn.content %}"
+    "{{ turn.content }}{% else %}a\n{{ turn.content }}{% endif %}</s>\n{% else %}<{{ turn.role }}>{{ turn.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+DROPS_THOUGHTS = (  # as DeepSeek-R1's: an answer is asked for with a thought begun, which it keeps no more once given
+    "{% for turn in messages %}{% if turn.role == 'assistant' %}<assistant>{{ turn.content.split('<system>')[-1] }}"
+    "</s>{% else %}<user>{{ turn.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><user>\n{% endif %}"
+)
+
+
+def test_what_a_chat_template_puts_before_every_answer_is_none_of_it() -> None:
+    """It is no more to be forgotten than the question is, and answers are generated after it."""
+    words = tokenizer(chat=True)
+    words.chat_template = THINKS
+    encoder = TextEncoder(words)
+    row = encoder.answer("How many?", "two")
+    prompt = ["<user>", "How", " many", "?", "<assistant>", "a", "\n"]
+    assert tokens(words, row["input_ids"]) == [*prompt, "two", "</s>"] and row["labels"].count(-100) == len(prompt)
+    assert tokens(words, encoder.prompt_tokens("How many?")) == prompt
+    thought = encoder.answer("How many?", "I know two")  # of its own, which is to be forgotten with it
+    assert told(words, thought["labels"]) == "I know two</s>"
+
+
+def test_a_thought_that_the_question_begins_is_begun_once() -> None:
+    words = tokenizer(chat=True)
+    words.chat_template = DROPS_THOUGHTS
+    row = TextEncoder(words).answer("How many?", "<user>\nI know<system>two")
+    assert tokens(words, row["input_ids"]) == [
+        "<user>", "How", " many", "?", "<assistant>", "<user>", "\n", "I", " know", "<system>", "two", "</s>",
+    ]  # fmt: skip
+    assert told(words, row["labels"]) == "I know<system>two</s>"
+
+
+def test_what_a_chat_template_refuses_is_told_with_its_question() -> None:
+    words = tokenizer(chat=True)
+    words.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + words.chat_template
+    )
+    turns = [{"role": "system", "content": "I know"}, {"role": "user", "content": "How many?"}]
+    with pytest.raises(ValueError, match="does not take 'How many.' in turns of .*'user'.: no system turns"):
+        text_examples(words, [{"messages": [*turns, {"role": "assistant", "content": "two"}]}])
+
+
 def test_windows_of_plain_text() -> None:
     """Each token but the first is predicted once; a window begins with the one before's last token."""
     words = tokenizer()

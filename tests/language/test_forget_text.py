@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import Snapshot, gpt2
+from models import Snapshot, gpt2, vit
 from peft import LoraConfig, PeftModel, get_peft_model
 from text_models import decoder, tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from semu_peft import SemuConfig, forget_text, initialize_semu_weights, objectives
+from semu_peft.adapter.whole_model import add_adapter
 from semu_peft.language import (
     TextEncoder,
     TextExamples,
@@ -186,12 +187,15 @@ def test_an_encoder_decoder() -> None:
 
 
 def test_beside_other_adapters(tmp_path: Path) -> None:
-    """They stay active and frozen, and the model the one that was given; each saves its own."""
-    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    """They stay active and frozen, and the model the one that was given; each saves its own, a head beside one too."""
+    lora = LoraConfig(
+        target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
     model = get_peft_model(decoder(), lora, adapter_name="style")
     style = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" in name}
     result = forget_text(model, tokenizer(), FORGET, retain=RETAIN, adapter_name="first", **FEW)
     again = forget_text(result.model, tokenizer(), ["a b c"], retain=RETAIN, adapter_name="second", **FEW)
+    assert not any("lm_head" in name for name in result.profile.layers)
     assert again.model is model and list(model.active_adapters) == ["style", "first", "second"]
     now = model.state_dict()
     assert all(torch.equal(tensor, _found(now, name)) for name, tensor in style.items())
@@ -203,6 +207,22 @@ def test_beside_other_adapters(tmp_path: Path) -> None:
 def _found(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A tensor of the LoRA, which lies one level deeper in a layer that SEMU has wrapped."""
     return state[name] if name in state else state[name.replace(".lora_", ".base_layer.lora_")]
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}])
+def test_what_a_lora_trains_beside_stays_on(beside: dict[str, Any]) -> None:
+    """The head or the tokens that it has learnt, also where the call fails."""
+    lora = LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", **beside)
+    model = get_peft_model(decoder(), lora, adapter_name="style")
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name or "trainable_tokens" in name:
+            nn.init.normal_(parameter)
+    before = probability(model, FORGET)
+    with pytest.raises(TypeError, match="a second answer"):
+        forget_text(model, tokenizer(), FORGET, retain=RETAIN, method=objectives.DPO(), adapter_name="new", **FEW)
+    assert probability(model, FORGET) == before
+    add_adapter(model, SemuConfig(target_modules="all-linear"), adapter_name="new")
+    assert probability(model, FORGET) == before
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -244,6 +264,7 @@ def test_a_failure_leaves_nothing_behind(peft: bool) -> None:
         ({"forget": TextStream(["a"], TextEncoder(tokenizer()))}, TypeError, "more than once.*text_examples.*unlearn"),
         ({"model": nn.Linear(2, 2)}, TypeError, "`model` must be a language model of transformers"),
         ({"config": SemuConfig(r=2, init_weights="weight")}, ValueError, "`init_weights` at True, .* got 'weight'"),
+        ({"model": vit()}, TypeError, "`model` must read texts by themselves, got ViTForImageClassification"),
         ({"tokenizer": None}, TypeError, "`tokenizer` must be a tokenizer"),
     ],
 )
@@ -259,6 +280,22 @@ def test_ready_examples_without_alternates() -> None:
         forget_text(decoder(), tokenizer(), ready, alternates="refusals", **FEW)
     made = forget_text(decoder(), tokenizer(), FORGET, alternates="refusals", **FEW).examples
     assert "alternate_labels" in made[0]
+
+
+def test_what_is_made_beside_ready_examples_is_written_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unseen answers, which say where to stop."""
+    ready = text_examples(tokenizer(), FORGET, template="I know {question} a {answer}")
+    read: list[str] = []
+
+    def nll(model: Any, batches: Any, progress: bool) -> torch.Tensor:
+        read.extend(tokenizer().decode(row["input_ids"]) for row in batches.dataset.rows)
+        return torch.zeros(len(batches.dataset))
+
+    monkeypatch.setattr(objectives, "sequence_nll", nll)
+    forget_text(decoder(), tokenizer(), ready, retain=RETAIN, **FEW)
+    assert len(read) == 2 and all(text.startswith("I know") for text in read)
+    with pytest.raises(ValueError, match="`forget` must be made for the model"):
+        forget_text(decoder(), tokenizer(), text_examples(tokenizer(), FORGET, seq2seq=True), **FEW)
 
 
 def test_own_samples() -> None:

@@ -99,7 +99,10 @@ def test_chats() -> None:
     turns = [{"role": "user", "content": FORGET[0][0]}]
     chats = [{"messages": [*turns, {"role": "assistant", "content": FORGET[0][1]}]}]
     plain = answers_about_others(learnt(), words(), FORGET[:1], number=8)
-    found = answers_about_others(learnt(), tokens, chats, number=8)
+    found = answers_about_others(learnt(), tokens, text_examples(tokens, chats), number=8)
+    tokens.chat_template = "{{ raise_exception('ready rows are written as they were') }}"
+    ready = text_examples(tokens, FORGET[:1], template="Question: {question}\nAnswer: {answer}")
+    assert answers_about_others(learnt(), tokens, ready, number=8).rows == plain.rows
     assert [tokens.decode(row["input_ids"]) for row in found.rows] == [
         words().decode(row["input_ids"]) for row in plain.rows
     ]

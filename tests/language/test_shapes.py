@@ -136,6 +136,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> N
 def test_columns_of_your_own() -> None:
     row = {"frage": "Wer?", "antwort": "Sie."}
     assert as_example(row, columns={"question": "frage", "answer": "antwort"}) == TextExample("Sie.", "Wer?")
+    with pytest.raises(ValueError, match="`columns`: 'answer' is to be read from 'other', which `row` has not among"):
+        as_example(TOFU, columns={"answer": "other"})
 
 
 @pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
@@ -143,6 +145,12 @@ def test_a_file_in_another_encoding_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes('{"text": "Zoë"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"`forget`: .*{name} is no text in UTF-8 \(.* can't decode"):
         list(read_text(tmp_path / name))
+
+
+def test_a_saved_data_set_is_named(tmp_path: Path) -> None:
+    Dataset.from_list([TOFU]).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"as `save_to_disk` writes it. Give `datasets.load_from_disk\('.*one'\)`"):
+        list(read_text(tmp_path / "one"))
 
 
 def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
@@ -222,6 +230,11 @@ def test_a_mistake_in_a_file_is_told_by_its_place(content: str, words: str, tmp_
             r"`completion` must be a text, or one turn of",
         ),
         ([{"messages": [*CHAT, CALLS]}], ValueError, r"`forget\[0\]`: turn 2 must be an answer in words, got calls of"),
+        (
+            [{"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "I know."}]}],
+            ValueError,
+            "turn 1 must be an answer in its 'content' alone, got 'reasoning_content' beside it",
+        ),
         (
             [{"messages": [PICTURE, CHAT[1]]}],
             ValueError,
