@@ -62,8 +62,8 @@ class LanguageMetrics:
         membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
         privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
-        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next six; they do
-            not count when metrics are compared.
+        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next six; None of a
+            single row. They do not count when metrics are compared.
         rouge_interval: Of the ROUGE-L recall.
         truth_ratio_interval: Of the truth ratio.
         paraphrased_probability_interval: Of the paraphrased answers' probability.
@@ -233,7 +233,8 @@ def evaluate_language(
         else:
             by_row = suite.forget(metric)
             found[metric] = float(by_row.mean())
-            found[f"{metric}_interval"] = mean_interval(by_row) if math.isfinite(found[metric]) else None
+            is_sample = len(by_row) > 1 and math.isfinite(found[metric])  # one row drawn again is that row
+            found[f"{metric}_interval"] = mean_interval(by_row) if is_sample else None
     if "truth_ratio" in wanted:
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)

@@ -88,6 +88,11 @@ def test_means_have_the_intervals_of_rows_drawn_again() -> None:
         assert low <= shown[name]["value"] <= high and shown[name]["source"] == "examples", name
     assert {name for name, each in shown.items() if each["interval"]} == {*names}
     assert "interval" not in repr(found)
+    one, both = FORGET[:1], ["probability", "membership"]
+    alone = evaluate_language(model, tokenizer, one, holdout=one, metrics=both, **QUIET)
+    assert alone.probability_interval is None, "one row, drawn again, is that row"
+    low, high = alone.membership_interval["loss"]
+    assert low < alone.membership["loss"] == 0.5 < high
 
 
 def test_a_model_that_has_diverged_has_no_interval() -> None:
