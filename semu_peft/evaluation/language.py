@@ -130,10 +130,7 @@ class LanguageMetrics:
             leakage = math.nan if theirs >= 1 else privacy_leakage(own, theirs)
         alike = len(self.truth_ratios) == len(gold.truth_ratios) if self.truth_ratios else leakage is not None
         if not alike:
-            raise ValueError(
-                "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
-                f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
-            )
+            raise _unlike(gold, len(self.truth_ratios))
         quality = _of_finite(forget_quality, self.truth_ratios, gold.truth_ratios) if self.truth_ratios else None
         return replace(self, forget_quality=quality, privacy_leakage=leakage)
 
@@ -211,6 +208,8 @@ def evaluate_language(
     texts = None if neutral is None else read_plain(neutral, "neutral")
     others = None if holdout is None else read_texts(holdout, "holdout")
     wanted = metrics_to_measure(metrics, sets, texts, others, gold)
+    if gold is not None and "truth_ratio" in wanted and len(gold.truth_ratios) != len(sets["forget"]):
+        raise _unlike(gold, len(sets["forget"]))  # before anything is measured
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -239,6 +238,13 @@ def evaluate_language(
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
     return measured if gold is None or not {"truth_ratio", "membership"} & set(wanted) else measured.against(gold)
+
+
+def _unlike(gold: LanguageMetrics, rows: int) -> ValueError:
+    return ValueError(
+        "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
+        f"{len(gold.truth_ratios)} truth ratios and {rows} here. Evaluate both models alike."
+    )
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,9 @@ def test_mistakes_of_the_call_are_said_before_anything_is_measured(tmp_path: Pat
         evaluate_language(decoder(), word_tokenizer(), FORGET, gold=decoder(seed=1), **options)
     with pytest.raises(TypeError, match=r"`utility` must be a mapping of sets by name, got .* `{\"retain\": rows}`"):
         evaluate_language(decoder(), word_tokenizer(), FORGET, utility=[FORGET], **options)
+    gold = LanguageMetrics(truth_ratios=(0.5,))
+    with pytest.raises(ValueError, match=r"`gold` must .* the same forget rows, .* got 1 truth ratios and 3 here"):
+        evaluate_language(decoder(), word_tokenizer(), FORGET, gold=gold, **options)
     assert not options["output_dir"].exists()
 
 
