@@ -33,7 +33,8 @@ def auc_with_interval(
     """The AUC, and between which values 95% of those of examples drawn again lie (the percentile bootstrap).
 
     Both sets are drawn with replacement. Scores are ranked once; a draw counts how often it took each of them. At 0 or
-    1 all draws agree, of however few examples: there the interval is Wilson's of as many as the smaller set has.
+    1, or where all scores are one, all draws agree, of however few examples: there the interval is Wilson's of as many
+    as the smaller set has.
 
     Args:
         higher: Scores that should be the higher ones, `(N,)`.
@@ -59,7 +60,7 @@ def auc_with_interval(
         drawn.append(_wins(left, right, rows, columns))
     low, high = torch.stack(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     value = auc(higher, lower)
-    if low == high and value in (0.0, 1.0):
+    if low == high:
         return value, share_interval(value, min(len(higher), len(lower)))
     return value, (low, high)
 

@@ -62,8 +62,8 @@ class LanguageMetrics:
         membership: AUC of each attack of [`text_membership`][semu_peft.evaluation.language_membership.text_membership].
         privacy_leakage: MUSE's, in percent, by Min-40%; needs gold.
         truth_ratios: `R` of each forget row, which forget quality compares.
-        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next six; they do
-            not count when metrics are compared.
+        probability_interval: Between which values 95% of those of rows drawn again lie, as of the next six; None of a
+            single row. They do not count when metrics are compared.
         rouge_interval: Of the ROUGE-L recall.
         truth_ratio_interval: Of the truth ratio.
         paraphrased_probability_interval: Of the paraphrased answers' probability.
@@ -130,10 +130,7 @@ class LanguageMetrics:
             leakage = math.nan if theirs >= 1 else privacy_leakage(own, theirs)
         alike = len(self.truth_ratios) == len(gold.truth_ratios) if self.truth_ratios else leakage is not None
         if not alike:
-            raise ValueError(
-                "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
-                f"{len(gold.truth_ratios)} truth ratios and {len(self.truth_ratios)} here. Evaluate both models alike."
-            )
+            raise _unlike(gold, len(self.truth_ratios))
         quality = _of_finite(forget_quality, self.truth_ratios, gold.truth_ratios) if self.truth_ratios else None
         return replace(self, forget_quality=quality, privacy_leakage=leakage)
 
@@ -211,6 +208,8 @@ def evaluate_language(
     texts = None if neutral is None else read_plain(neutral, "neutral")
     others = None if holdout is None else read_texts(holdout, "holdout")
     wanted = metrics_to_measure(metrics, sets, texts, others, gold)
+    if gold is not None and "truth_ratio" in wanted and len(gold.truth_ratios) != len(sets["forget"]):
+        raise _unlike(gold, len(sets["forget"]))  # before anything is measured
     suite = _Suite(
         model, tokenizer, sets, Measurements(output_dir, model), template, max_new_tokens, batch_size, progress
     )
@@ -233,11 +232,19 @@ def evaluate_language(
         else:
             by_row = suite.forget(metric)
             found[metric] = float(by_row.mean())
-            found[f"{metric}_interval"] = mean_interval(by_row) if math.isfinite(found[metric]) else None
+            is_sample = len(by_row) > 1 and math.isfinite(found[metric])  # one row drawn again is that row
+            found[f"{metric}_interval"] = mean_interval(by_row) if is_sample else None
     if "truth_ratio" in wanted:
         found["truth_ratios"] = tuple(suite.ratios("forget").tolist())
     measured = LanguageMetrics(**found)
     return measured if gold is None or not {"truth_ratio", "membership"} & set(wanted) else measured.against(gold)
+
+
+def _unlike(gold: LanguageMetrics, rows: int) -> ValueError:
+    return ValueError(
+        "`gold` must have been measured on the same forget rows, truth ratio or membership included, got "
+        f"{len(gold.truth_ratios)} truth ratios and {rows} here. Evaluate both models alike."
+    )
 
 
 @dataclass(frozen=True)

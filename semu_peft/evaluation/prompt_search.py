@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,11 @@ class PromptSearch:
     embedding: Tensor | None = field(default=None, repr=False)
 
     @property
+    def best(self) -> float:
+        """The lowest loss that was found; NaN where every search has diverged."""
+        return min(self.found, key=_lowest)
+
+    @property
     def back(self) -> float | None:
         """How much of the way from the forgotten loss to the original's the search has gone, in percent.
 
@@ -56,7 +62,7 @@ class PromptSearch:
         """
         if self.known is None or self.prompted - self.known < _LEAST_GAP * self.known:
             return None
-        return 100 * (self.prompted - min(self.found)) / (self.prompted - self.known)
+        return 100 * (self.prompted - self.best) / (self.prompted - self.known)
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -65,7 +71,7 @@ class PromptSearch:
         return f"adversarial prompts: {len(self.found)} seeds", self._found(), other
 
     def _found(self) -> str:
-        best = f"{min(self.found):.4f} under the best of {len(self.found)} found"
+        best = f"{self.best:.4f} under the best of {len(self.found)} found"
         parts = [f"loss {self.prompted:.4f} under the prompt, {best}"]
         parts += [] if self.known is None else [f"original {self.known:.4f}"]
         parts += [] if self.reference is None else [f"reference {self.reference:.4f}"]
@@ -76,6 +82,11 @@ class PromptSearch:
 
     def __repr__(self) -> str:
         return f"PromptSearch({self._found()})"
+
+
+def _lowest(loss: float) -> tuple[bool, float]:
+    """Orders losses, those of searches that have diverged last."""
+    return math.isnan(loss), loss
 
 
 def search_prompt(
@@ -144,12 +155,12 @@ def search_prompt(
     state = copy.deepcopy(objective.state_dict())
     try:
         runs = [_search(denoiser, batches, objective, steps, learning_rate, seed, progress) for seed in seeds]
-        best = min(runs, key=lambda run: run[0])
+        best = min(runs, key=lambda run: _lowest(run[0]))
         beside = None
         if reference is not None:
             check_model(reference, "reference")
             searched = [_search(reference, batches, objective, steps, learning_rate, seed, progress) for seed in seeds]
-            beside = min(found for found, _ in searched)
+            beside = min((found for found, _ in searched), key=_lowest)
         objective.load_state_dict(state)
         prompted = mean_loss(denoiser, batches, objective)
         known = None if original is None else mean_loss(original, batches, objective)

@@ -361,6 +361,11 @@ def test_little_that_was_forgotten_is_not_told_as_thousands_of_percent() -> None
     assert "not told" not in repr(PromptSearch(prompted=1.0499, found=(0.9,)))
 
 
+def test_a_search_that_has_diverged_hides_no_other() -> None:
+    found = PromptSearch(prompted=2.0, found=(float("nan"), 1.5), known=1.0)
+    assert found.best == 1.5 and found.back == 50 and "1.5000 under the best of 2" in repr(found)
+
+
 def test_what_a_denoiser_knows_is_measured_with_the_same_draws() -> None:
     loss = DenoisingLoss(SCHEDULE)
     unet = text_unet()

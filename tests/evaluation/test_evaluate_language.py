@@ -88,6 +88,11 @@ def test_means_have_the_intervals_of_rows_drawn_again() -> None:
         assert low <= shown[name]["value"] <= high and shown[name]["source"] == "examples", name
     assert {name for name, each in shown.items() if each["interval"]} == {*names}
     assert "interval" not in repr(found)
+    one, both = FORGET[:1], ["probability", "membership"]
+    alone = evaluate_language(model, tokenizer, one, holdout=one, metrics=both, **QUIET)
+    assert alone.probability_interval is None, "one row, drawn again, is that row"
+    low, high = alone.membership_interval["loss"]
+    assert low < alone.membership["loss"] == 0.5 < high
 
 
 def test_a_model_that_has_diverged_has_no_interval() -> None:
@@ -325,6 +330,9 @@ def test_mistakes_of_the_call_are_said_before_anything_is_measured(tmp_path: Pat
         evaluate_language(decoder(), word_tokenizer(), FORGET, gold=decoder(seed=1), **options)
     with pytest.raises(TypeError, match=r"`utility` must be a mapping of sets by name, got .* `{\"retain\": rows}`"):
         evaluate_language(decoder(), word_tokenizer(), FORGET, utility=[FORGET], **options)
+    gold = LanguageMetrics(truth_ratios=(0.5,))
+    with pytest.raises(ValueError, match=r"`gold` must .* the same forget rows, .* got 1 truth ratios and 3 here"):
+        evaluate_language(decoder(), word_tokenizer(), FORGET, gold=gold, **options)
     assert not options["output_dir"].exists()
 
 
