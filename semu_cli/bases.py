@@ -165,9 +165,17 @@ def language_model(model: str, adapter: Path | None = None, *, as_stored: bool =
         raise typer.BadParameter(
             f"`--model`: {model!r} has no tokenizer ({str(error).splitlines()[0]}). Save one beside the model."
         ) from None
-    is_seq2seq = AutoConfig.from_pretrained(model).is_encoder_decoder
-    kind: Any = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    return _loaded(kind, model, adapter, as_stored), tokenizer
+    config = AutoConfig.from_pretrained(model)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        return _loaded(kind, model, adapter, as_stored), tokenizer
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise typer.BadParameter(
+            f"`--model` must be a language model that {kind.__name__} reads, got {', '.join(config.architectures)}. "
+            "From Python any model works: `unlearn`."
+        ) from None
 
 
 def pipeline(model: str, adapter: Path | None = None, *, as_stored: bool = False) -> Any:

@@ -106,8 +106,14 @@ class ConceptRequest:
         def save(folder: Path) -> None:
             save_adapter(denoiser, folder, adapter_name=self.adapter_name)
 
-        request = f"Forgets {_quoted(self.forget)}, and gives {_quoted(self.anchor or [''])} instead."
-        return Outcome(done.profile, done.training, request, found, words, self._then(), save)
+        return Outcome(done.profile, done.training, self._request, found, words, self._then(), save)
+
+    @property
+    def _request(self) -> str:
+        """What was to be forgotten; other methods than this one give nothing certain instead, and hold the anchor."""
+        if self.method != "condition-matching":
+            return f"Forgets {_quoted(self.forget)}."
+        return f"Forgets {_quoted(self.forget)}, and gives {_quoted(self.anchor or [''])} instead."
 
     @property
     def _held(self) -> list[str]:

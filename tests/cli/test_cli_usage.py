@@ -117,3 +117,13 @@ def test_a_line_that_cannot_be_read_is_told_to_machines_too(
     told = semu(*command.split(), *flags, code=2)
     assert told["command"] == command and told["status"] == "failed"
     assert told["error"]["kind"] == "usage" and words in told["error"]["message"]
+
+
+def test_a_model_of_speech_is_no_language_model(place: dict[str, Path], tmp_path: Path) -> None:
+    from text_models import tokenizer
+    from transformers import WhisperConfig
+
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    told = refused({"text": tmp_path / "model"}, "text", tmp_path / "out", "--forget", place["facts"])
+    assert told.startswith("`--model` must be a language model that AutoModelForSeq2SeqLM reads, got Whisper")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import cli_models
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from semu_cli import app
 from semu_cli.estimate import Estimate, Plan
+from semu_cli.forget_concept import ConceptRequest
 
 
 def estimated(seconds: float) -> str:
@@ -266,3 +269,12 @@ def test_the_pipeline_of_a_concept_is_said_wherever_its_adapter_is(tmp_path: Pat
     assert report["model"]["name"] == "my-pipeline"  # and not "unet", the folder inside
     semu("export", "--model", model, "--adapter", output, "--to", "lora", "--output-dir", tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+
+def test_what_is_given_instead_is_told_of_the_method_that_gives_it() -> None:
+    settings: dict[str, Any] = {each.name: None for each in dataclasses.fields(ConceptRequest)}
+    settings |= {"forget": ["a cat"], "anchor": ["a dog"]}
+    names = ("condition-matching", "negative-guidance")
+    told = {name: ConceptRequest(**settings | {"method": name})._request for name in names}
+    assert told["condition-matching"] == "Forgets `a cat`, and gives `a dog` instead."
+    assert told["negative-guidance"] == "Forgets `a cat`."
