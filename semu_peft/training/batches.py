@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,14 +123,15 @@ def first_batches(
     if isinstance(loader.dataset, IterableDataset):
         yield iter(())
         return
-    generators = own_generators(loader)
-    before = generator_states(generators)
+    generators, prepared = own_generators(loader), cast(Any, loader)
+    before, epoch = generator_states(generators), prepared.iteration
     try:
         look = rest_of_epoch(loader, seed, Position(generators=first_generators))
         with _another_iterator(loader), closing(look) as batches:
             yield batches
     finally:
         set_generator_states(generators, before)
+        prepared.set_epoch(epoch)  # by which samplers and data sets may draw what is left of it
 
 
 @contextmanager

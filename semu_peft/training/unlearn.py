@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,8 @@ def unlearn(
             arguments = (model, everything, loss, terms, rules, callbacks, settings)
             loop = Loop(*arguments) if natural is None else NaturalLoop(natural, choose, *arguments)
             loop.set_up(scheduler, bare_optimizer)
-            with eval_mode(model), torch.enable_grad():  # also where a caller has switched gradients off
+            # Also where a caller has switched gradients off.
+            with eval_mode(model), torch.enable_grad(), _cast_anew(everything.accelerator.device.type):
                 loop.train()
     return UnlearnResult(
         history=loop.progress.history,
@@ -235,3 +237,16 @@ def unlearn(
         stopped_early=loop.context.control.should_stop,
         stop_reason=loop.context.control.reason if loop.context.control.should_stop else "all steps are done",
     )
+
+
+@contextmanager
+def _cast_anew(kind: str) -> Iterator[None]:
+    """Under a caller's autocast, which would go on with its first casts of what is trained, however that moves."""
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        if torch.is_autocast_enabled(kind):
+            torch.clear_autocast_cache()
+            torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)

@@ -513,6 +513,17 @@ def test_the_curvature_of_accumulated_batches_is_that_of_one_large_batch(
     assert 0.5 < means[1] / means[0] < 2  # eight times as much where the batches add up
 
 
+@pytest.mark.parametrize("dials", [{}, {"learning_rate": 3e-2, "epochs": 30}], ids=["natural", "adamw"])
+def test_under_the_callers_autocast_cores_move(dials: dict[str, Any]) -> None:
+    """It keeps its casts of parameters until its block ends: the loss stayed what it was, whatever the cores were."""
+    model = adapted(DecoupledDistillation())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(INPUTS)
+        result = unlearn(model, FORGET, DecoupledDistillation(), **dials, **QUIET)
+        assert torch.is_autocast_cache_enabled()
+    assert result.history[-1]["loss"] < 0.2 * result.history[0]["loss"]
+
+
 def test_bfloat16_autocast_forgets_as_well() -> None:
     model = adapted(DecoupledDistillation())
     unlearn(model, FORGET, DecoupledDistillation(), mixed_precision="bf16", **QUIET)

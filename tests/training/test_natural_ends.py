@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from natural_runs import FORGET, INPUTS, KEEP, LABELS, accuracy, adapted, classifier, probability
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from training_runs import QUIET, Interrupted, assert_same_state, trained_state
 
 from semu_peft import Callback, EarlyStopping, NaturalGradient, Retain, initialize_semu_weights, unlearn
@@ -131,6 +131,29 @@ def test_a_look_in_the_middle_of_an_epoch_leaves_workers_where_they_are(inner: i
                 looked_at = [each[0].tolist() for each in itertools.islice(batches, inner)]
             assert looked_at == [[place, place + 1] for place in range(0, 12, 2)][:inner]
     assert seen == list(range(12))
+
+
+def test_a_look_in_the_middle_of_an_epoch_leaves_data_in_their_epoch() -> None:
+    """Data sets and samplers with a `set_epoch` went on as in the first one, unlike in a run that was resumed there."""
+
+    class Curriculum(Dataset):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.tensor(10 * self.epoch + index)
+
+    loader, seen = Accelerator(cpu=True).prepare(DataLoader(Curriculum())), []
+    for batch in rest_of_epoch(loader, 0, Position(epoch=3)):
+        seen.append(batch.item())
+        with first_batches(loader, 0) as batches:
+            assert [each.item() for each in batches] == [0, 1, 2, 3]
+    assert seen == [30, 31, 32, 33]
 
 
 def test_the_first_batch_of_a_stream_says_nothing_of_the_others() -> None:
