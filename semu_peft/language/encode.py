@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,8 @@ class TextEncoder:
             same); special tokens may be written out, such as `"<s>Question: …"`: a tokenizer that begins texts with its
             BOS token adds none to one that begins with it. By default the tokenizer's chat template, or where it has
             none, the text above.
-        max_length: The most tokens of a row. An answer that does not fit is cut, and then has no end; plain text is
-            divided into windows.
+        max_length: The most tokens of a row. An answer that does not fit is cut, with a warning, and then has no end;
+            plain text is divided into windows.
         seq2seq: For an encoder-decoder: the prompt goes to the encoder, and the labels are the answer.
         chat_options: What the chat template is given beside the messages, such as `{"enable_thinking": False}`.
 
@@ -120,7 +121,7 @@ class TextEncoder:
                 f"has {start} tokens. Give more than that, if the model has the positions, or a shorter prompt."
             )
         labels = [IGNORED] * start + ids[start:]
-        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+        return {"input_ids": self._cut(ids), "labels": self._cut(labels)}
 
     def windows(self, text: str) -> list[Row]:
         """Plain text as rows of at most `max_length` tokens, each token but the text's first with one label.
@@ -250,7 +251,16 @@ class TextEncoder:
                 f"`max_length` must be enough for each prompt, got {self.max_length} for one of {len(prefix)} tokens. "
                 "Give more, or a shorter prompt."
             )
-        return {"input_ids": prefix, "labels": labels[: self.max_length]}
+        return {"input_ids": prefix, "labels": self._cut(labels)}
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        if len(tokens) > self.max_length:
+            warnings.warn(
+                f"`max_length`: an answer does not fit into {self.max_length} tokens and is cut there: what follows is "
+                "in no batch, to be forgotten or kept. Give more, if the model has the positions, or shorter answers.",
+                stacklevel=4,
+            )
+        return tokens[: self.max_length]
 
 
 def check_template(template: str | None) -> None:

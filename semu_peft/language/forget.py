@@ -20,7 +20,8 @@ from semu_peft.objectives.batches import is_encoder_decoder
 from semu_peft.objectives.retain import Retain
 from semu_peft.subspace import SubspaceProfile, initialize_semu_weights
 from semu_peft.subspace.initialize import check_config
-from semu_peft.training.natural import NaturalGradient
+from semu_peft.training.natural import NaturalGradient, why_not_natural
+from semu_peft.training.parameters import trained_parameters
 from semu_peft.training.unlearn import UnlearnResult, unlearn
 from semu_peft.tuner import SemuConfig
 from semu_peft.tuner.adapted import base_model
@@ -231,8 +232,6 @@ def forget_text(
     usual, weight = _USUAL.get(method, _Usual()) if isinstance(method, str) else _Usual(), retain_weight
     if weight is None:
         weight = 0.0 if max_retain_kl is not None else usual.weight(held)
-    if usual.kl is not None and training.get("learning_rate") is None:
-        training = {"optimizer": NaturalGradient(kl=usual.kl)} | training
     terms = [
         Retain(each.loader(min(batch_size, len(each))), objectives.KLToOriginal(), weight / len(held))
         for each in held.values()
@@ -258,6 +257,11 @@ def forget_text(
         profile = initialize_semu_weights(
             adapted, examples.loader(size, shuffle=False), start, adapter_name=adapter_name, progress=progress
         )
+        asked = any(training.get(name) is not None for name in ("optimizer", "learning_rate", "scheduler"))
+        if usual.kl is not None and not asked:
+            trained, precision = trained_parameters(adapted), training.get("mixed_precision")
+            if why_not_natural(adapted, trained, [objective], precision) is None:  # or AdamW does, as for other methods
+                training["optimizer"] = NaturalGradient(kl=usual.kl)
         result = unlearn(
             adapted, examples.loader(size), objective, retain=terms, max_retain_kl=max_retain_kl, max_steps=max_steps,
             callbacks=[*stop, *callbacks], seed=seed, progress=progress, adapter_name=adapter_name, **training,

@@ -394,5 +394,6 @@ def test_tokenizers_that_cannot_serve() -> None:
 
 def test_a_long_answer_is_cut_and_has_no_end() -> None:
     words = tokenizer()
-    row = TextEncoder(words, max_length=9).encode(TextExample("a b c d e", "What?"))[0]
+    with pytest.warns(UserWarning, match="`max_length`: an answer does not fit into 9 tokens and is cut there"):
+        row = TextEncoder(words, max_length=9).encode(TextExample("a b c d e", "What?"))[0]
     assert len(row["input_ids"]) == 9 and told(words, row["labels"]) == " a b"

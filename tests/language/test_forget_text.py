@@ -174,6 +174,13 @@ def test_a_budget_takes_the_weights_place() -> None:
     assert all(entry["retain_loss"] == 0 for entry in result.training.history)
 
 
+def test_a_head_trained_beside_is_trained_by_adamw_with_the_default_method_too() -> None:
+    """Which takes longer natural gradients where there can be any."""
+    config = SemuConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+    result = forget_text(decoder(), tokenizer(), FORGET, retain=RETAIN, config=config, until_unseen=False, **FEW)
+    assert result.training.steps == 2 and "kl" not in result.training.history[0]
+
+
 def test_plain_text_neutral_text_and_ready_examples() -> None:
     ready = text_examples(tokenizer(), ["a b c d e f g h"], max_length=4)
     result = forget_text(decoder(), tokenizer(), ready, retain=["h g f"], neutral=["b d", "c e"], method="npo", **FEW)
