@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the demo's folder `original`")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
+    if not args.model.is_dir():
+        parser.error(f"there is no folder {args.model}: `make demo` writes it")
     disable_progress_bar()
     datasets.disable_progress_bars()
     original = AutoModelForImageClassification.from_pretrained(args.model).eval()

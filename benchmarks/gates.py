@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
+    if missing := [path for path in (args.model, args.data) if not path.is_dir()]:
+        parser.error(f"there is no folder {missing[0]}")
     model = AutoModelForCausalLM.from_pretrained(args.model).float().eval()
     read = data(AutoTokenizer.from_pretrained(args.model), args.data, args.template, args.seed)
     measured = ("forget", "paraphrased", "others")

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--template", default="<s>Question: {question}\nAnswer: {answer}")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if missing := [path for path in (args.full, args.gold, args.data) if not path.exists()]:
+        parser.error(f"there is no {missing[0]}")
     learnt = list(read_text(args.data))
     bare = [TextExample(example.answer, example.prompt) for example in learnt]
     rows = {"gold, the answers": (args.gold, bare), "full, the answers": (args.full, bare)}

@@ -100,7 +100,7 @@ def read_subject(models: Path, data: Path, neutral: Path, seed: int = 0, utility
         utility_rows: How many rows of each set model utility is measured on, evenly taken; by default all.
     """
     if not (models / "full").is_dir() or not (models / "retain95").is_dir():
-        raise FileNotFoundError(f"`--models` must hold the folders full and retain95, got {models}. See pretrain.py.")
+        raise SystemExit(f"--models must hold the folders full and retain95, got {models}. See pretrain.py.")
     rows = {name: read_rows(data / f"{name}.json") for name in ("forget05_perturbed", "retain95", *SETS.values())}
     retain = list(rows["retain95"])
     random.Random(seed).shuffle(retain)
@@ -126,4 +126,6 @@ def load(folder: Path) -> nn.Module:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise SystemExit(f"--data and --neutral: there is no file {path}. See benchmarks/README.md.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
