@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semu_peft.language import TextExample, read_text, text_examples, unseen_answers
-from semu_peft.objectives.batches import read_tokens
+from semu_peft.objectives.tokens import read_tokens
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 

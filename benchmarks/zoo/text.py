@@ -35,7 +35,7 @@ from semu_peft.evaluation import LanguageMetrics, separation
 from semu_peft.evaluation.drift import token_kl
 from semu_peft.evaluation.memorisation import probability_with_options
 from semu_peft.model_state import eval_mode
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 
 PER_AUTHOR, AUTHORS = 20, 5  # questions of forget05 about one author, authors of a case
 SHOWN = 50  # retain answers, and questions of each set of facts, that a model is judged by

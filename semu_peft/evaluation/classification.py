@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_device, check_model, check_number
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model, check_batches
+from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.tokens import call_model
 
 from .auc import share_interval
 from .comparison import ForgettingMetrics
@@ -118,7 +119,7 @@ def predict(
     Args:
         model: Classifier whose output is logits `(batch, C)`: a tensor, a tuple that starts with it or an object with
             `.logits`. Logits of tokens `(batch, L, C)` count one entry a real token, see
-            [`call_model`][semu_peft.objectives.batches.call_model].
+            [`call_model`][semu_peft.objectives.tokens.call_model].
         loader: Batches `(inputs, labels)`, or dictionaries with a `labels` key whose other entries are the model's
             keyword arguments. Labels are int64 class indices `(batch,)`, or `(batch, L)` of tokens.
         device: Where batches are sent; by default the device of the model's first parameter.

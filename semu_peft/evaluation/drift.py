@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_model
 from semu_peft.language.decoding import most_tokens
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model
 from semu_peft.objectives.original import original
+from semu_peft.objectives.tokens import call_model
 
 from .token_scores import text_batches, text_windows
 

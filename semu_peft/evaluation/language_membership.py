@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semu_peft.arguments import check_count, check_share
 from semu_peft.model_state import device_of, eval_mode
 from semu_peft.objectives.attackers import weights_of
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 
 from .auc import auc_with_interval
 from .prompts import are_plain, encoder_for, read_questions, read_texts

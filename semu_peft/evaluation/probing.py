@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from semu_peft.arguments import check_count, check_model
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import Tokens, check_batches, read_tokens, run_batch
+from semu_peft.objectives.batches import check_batches, run_batch
 from semu_peft.objectives.examples import examples_in
+from semu_peft.objectives.tokens import Tokens, read_tokens
 from semu_peft.tuner.adapted import base_model, token_head
 from semu_peft.tuner.keys import without_wrappers
 

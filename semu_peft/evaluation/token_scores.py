@@ -16,7 +16,8 @@ from semu_peft.arguments import check_count, check_model
 from semu_peft.language.decoding import check_fits, most_tokens
 from semu_peft.language.encode import Row, TextEncoder
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import IGNORED, call_model, read_tokens
+from semu_peft.objectives.batches import IGNORED
+from semu_peft.objectives.tokens import call_model, read_tokens
 
 from .prompts import encoder_for, read_plain, read_questions
 

@@ -21,7 +21,8 @@ from semu_peft.arguments import (
     check_switch,
 )  # fmt: skip
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model, check_batches
+from semu_peft.objectives.batches import check_batches
+from semu_peft.objectives.tokens import call_model
 
 
 def worst_case_forget_set(

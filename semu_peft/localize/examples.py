@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from semu_peft.arguments import check_count, check_model, check_positive, check_switch
 from semu_peft.model_state import device_of, eval_mode
-from semu_peft.objectives.batches import call_model, check_batches
+from semu_peft.objectives.batches import check_batches
 from semu_peft.objectives.examples import single_examples
+from semu_peft.objectives.tokens import call_model
 
 _LARGEST = 8192  # numbers: the curvature is a matrix of as many rows, in float64
 _BLOCK = 2**16  # rows of the random projection that are drawn at a time

@@ -17,10 +17,11 @@ from semu_peft.model_state import device_of, eval_mode
 
 from .adapter_parts import adapter_configs
 from .base import Evaluation, Outputs
-from .batches import as_labels, call_model, check_batches, split_batch
+from .batches import as_labels, check_batches, split_batch
 from .classification import ClassificationObjective
 from .examples import select_examples
 from .original import original
+from .tokens import call_model
 
 _GROWTH = 2.0  # from one radius to the next
 _STEP = 0.1  # of the radius

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from semu_peft.arguments import check_count, check_kind, check_model, check_number
 
 from .base import Evaluation, Outputs, PreparedObjective, RandomObjective, Reader
-from .batches import call_model
 from .distributions import divergence, strike_out
 from .original import reference_model
 from .quantiles import at_quantiles, check_ranked_among, quantiles_of
+from .tokens import call_model
 
 _A_CLASS = 8  # examples of a label in a batch from which on it looks like a whole class, and not like single examples
 _MUCH = 0.25  # of what they are taught: another class of the forget data
@@ -56,7 +56,7 @@ class ClassificationObjective(PreparedObjective):
 
     Args:
         shift_labels: Whether a token's label stands one position after its prediction; by default as the model says,
-            see [`call_model`][semu_peft.objectives.batches.call_model].
+            see [`call_model`][semu_peft.objectives.tokens.call_model].
 
     Examples:
         >>> import torch

@@ -1,6 +1,6 @@
 """Objectives for language models that tell the sequences of a batch apart, and those that only tokens have.
 
-A batch is what [`call_model`][semu_peft.objectives.batches.call_model] reads: labels of −100 and padding do not count,
+A batch is what [`call_model`][semu_peft.objectives.tokens.call_model] reads: labels of −100 and padding do not count,
 on whichever side they stand, and sequences packed into one row are told apart by their `position_ids`. All losses are
 in float32 whatever the model's dtype. The original model is the model itself without its adapter, not a second copy.
 """
@@ -22,10 +22,11 @@ from semu_peft.arguments import check_count, check_kind, check_model, check_numb
 from semu_peft.model_state import device_of, eval_mode
 
 from .base import Evaluation, Outputs
-from .batches import Tokens, check_batches, read_tokens
+from .batches import check_batches
 from .classification import ClassificationObjective
 from .original import reference_model
 from .quantiles import at_quantiles, check_ranked_among, quantiles_of
+from .tokens import Tokens, read_tokens
 
 
 @dataclass
@@ -394,7 +395,7 @@ def sequence_nll(
 
     Args:
         model: A language model.
-        batches: Batches of answers, see [`call_model`][semu_peft.objectives.batches.call_model].
+        batches: Batches of answers, see [`call_model`][semu_peft.objectives.tokens.call_model].
         shift_labels: Whether a token's label stands one position after its prediction; by default as the model says.
         progress: Show a progress bar.
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from semu_peft.arguments import check_kind, check_number
 
 from .base import Objective
-from .batches import as_labels, call_model, check_batches, split_batch
+from .batches import as_labels, check_batches, split_batch
+from .tokens import call_model
 
 
 @dataclass

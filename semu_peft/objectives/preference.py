@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from semu_peft.arguments import check_number, check_positive
 
 from .base import Evaluation, Outputs
-from .batches import IGNORED, Tokens, alternate_batch, as_labels, split_batch
+from .batches import IGNORED, alternate_batch, as_labels, split_batch
 from .language import SequenceObjective
+from .tokens import Tokens
 
 
 @dataclass

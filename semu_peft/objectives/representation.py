@@ -15,9 +15,10 @@ from semu_peft.arguments import check_count, check_kind, check_positive, check_s
 
 from .adapter_parts import adapter_configs
 from .base import Evaluation, Outputs, PreparedObjective
-from .batches import IGNORED, as_labels, call_model, run_batch, split_batch
+from .batches import IGNORED, as_labels, run_batch, split_batch
 from .original import original, reference_model
 from .routers import Routing, watched_routers
+from .tokens import call_model
 
 
 @dataclass
@@ -327,7 +328,7 @@ def read_hidden_states(model: nn.Module, batch: Any, layer: int | str) -> Tensor
 
     Args:
         model: Any model; the layer's output is a tensor `(N, …, d)` or a tuple that begins with one.
-        batch: See [`call_model`][semu_peft.objectives.batches.call_model].
+        batch: See [`call_model`][semu_peft.objectives.tokens.call_model].
         layer: See [`HiddenStateObjective`][semu_peft.objectives.representation.HiddenStateObjective].
 
     Raises:

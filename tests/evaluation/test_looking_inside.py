@@ -34,7 +34,7 @@ from semu_peft.evaluation import (
 )
 from semu_peft.evaluation.auc import auc
 from semu_peft.evaluation.quantization import weights_to_round
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 from semu_peft.report.measured import plain
 
 FORGET, RETAIN = vector_batches(2, 12, seed=1), vector_batches(2, 12, seed=2)

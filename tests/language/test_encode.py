@@ -23,7 +23,7 @@ from semu_peft.language import (
     text_examples,
 )
 from semu_peft.objectives import CrossEntropy, TokenSelective
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 
 PAIRS = [("What colour is the sky?", "blue"), ("How many?", "two or three a b c")]
 

@@ -26,7 +26,7 @@ from semu_peft.language import (
     text_examples,
     unseen_answers,
 )
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 from semu_peft.training.callbacks import TrainingContext
 from semu_peft.training.progress import Progress
 from semu_peft.training.trainer import UnlearnTrainer

@@ -41,7 +41,7 @@ from semu_peft.objectives import (
     WeightedAscent,
     sequence_nll,
 )
-from semu_peft.objectives.batches import read_tokens
+from semu_peft.objectives.tokens import read_tokens
 from semu_peft.objectives.wrappers import one_step
 
 OBJECTIVES: dict[str, Objective] = {

@@ -11,7 +11,7 @@ from language_batches import packed, padded
 from models import Snapshot
 from torch import nn
 
-from semu_peft.objectives.batches import read_tokens
+from semu_peft.objectives.tokens import read_tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2

@@ -13,8 +13,8 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from semu_peft import SemuConfig
-from semu_peft.objectives.batches import read_tokens
 from semu_peft.objectives.positions import counted_from_first
+from semu_peft.objectives.tokens import read_tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

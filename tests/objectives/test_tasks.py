@@ -26,7 +26,7 @@ from semu_peft.objectives import (
     UniformDistribution,
     UnseenConfidence,
 )
-from semu_peft.objectives.batches import call_model
+from semu_peft.objectives.tokens import call_model
 
 LOGITS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 5

@@ -26,8 +26,8 @@ from semu_peft.objectives import (
     UniformDistribution,
     UnseenConfidence,
 )
-from semu_peft.objectives.batches import call_model
 from semu_peft.objectives.original import without_adapter
+from semu_peft.objectives.tokens import call_model
 
 VOCABULARY, PAD = 32, 0
 OBJECTIVES: dict[str, Objective] = {
