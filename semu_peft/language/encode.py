@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
-
 from semu_peft.arguments import check_count, check_kind
 from semu_peft.objectives.batches import IGNORED
 
@@ -193,6 +191,8 @@ class TextEncoder:
         return before, whole.rstrip() if is_ended else whole, is_ended
 
     def _rendered(self, turns: Sequence[Message], **options: Any) -> str:
+        from jinja2 import TemplateError  # which chat templates need by themselves
+
         options = {"tokenize": False, **(self.chat_options or {}), **options}
         try:
             rendered: str = self.tokenizer.apply_chat_template(turns, **options)
