@@ -191,12 +191,13 @@ class TextEncoder:
         return before, whole.rstrip() if is_ended else whole, is_ended
 
     def _rendered(self, turns: Sequence[Message], **options: Any) -> str:
-        from jinja2 import TemplateError  # which chat templates need by themselves
-
         options = {"tokenize": False, **(self.chat_options or {}), **options}
         try:
             rendered: str = self.tokenizer.apply_chat_template(turns, **options)
-        except (TemplateError, TypeError) as error:  # of the template, in words that name no row
+        except Exception as error:
+            if not (isinstance(error, TypeError) or type(error).__module__.startswith("jinja2.")):
+                raise
+            # Of the template, in words that name no row.
             roles = [turn["role"] for turn in turns]
             questions = [turn for turn in turns if turn["role"] != "assistant"] or turns
             raise ValueError(
