@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -100,7 +98,7 @@ def keep_weights(folder: Path) -> str | None:
     if path is None:
         return None
     digest = digest_of(path)
-    if path.name == SAFETENSORS_WEIGHTS_NAME and not _is_for_a_while(folder):
+    if path.name == SAFETENSORS_WEIGHTS_NAME:
         try:
             _kept(folder, digest).unlink(missing_ok=True)
             os.link(path, _kept(folder, digest), follow_symlinks=False)
@@ -121,12 +119,6 @@ def share_weights(folder: Path) -> None:
     path = weights_file(folder)
     if path is not None and not path.is_symlink():
         follow_umask(path)
-
-
-def _is_for_a_while(folder: Path) -> bool:
-    """Whether a folder is in one of `tempfile`, which is saved to once: `push_to_hub` uploads all that is there."""
-    place = Path(tempfile.gettempdir())
-    return folder.is_relative_to(place) and bool(re.match(r"tmp\w{8}(/|$)", folder.relative_to(place).as_posix()))
 
 
 def _kept(folder: Path, digest: str) -> Path:

@@ -103,7 +103,7 @@ def test_push_and_load(hub: Hub, tmp_path: Path) -> None:
 
     run_program(PUSH, hub, tmp_path)
     pushed = hub.files("me/forget")
-    assert pushed is not None and {"adapter_config.json", "adapter_model.safetensors", "README.md"} == set(pushed)
+    assert pushed is not None and {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(pushed)
     assert pushed != hub.files("me/forget", "second")
     assert any("lfs/objects/batch" in request for request in hub.requests)
     card = ModelCard(pushed["README.md"].decode())
