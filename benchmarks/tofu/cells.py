@@ -179,7 +179,7 @@ def goals() -> list[Cell]:
 def papers(seed: int = 0) -> list[Cell]:
     """Objectives as their papers and OpenUnlearning run them: carrier, what is held and how, epochs, batches of 32.
 
-    Rates are ten times the published ones, which are of models of 1B to 8B: for NPO that is the best of three here.
+    Rates are ten times the published ones, which are of models of 1B to 8B: for NPO that is what was chosen here.
     """
     ten = Cell("", ALL, "answers", seed, hold="CE", weight=1.0, learning_rate=1e-4, steps=10 * EPOCH, as_published=True)
     held = replace(ten, batch_size=32, kept_at_once=32)
