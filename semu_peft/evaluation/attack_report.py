@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .comparison import markdown_cell
 from .knowledge import Task
 
 
@@ -84,7 +85,7 @@ class AttackReport:
         lines = []
         if not self.planned:
             lines = ["| attack | this model | the reference |", "| --- | --- | --- |"]
-            lines += [f"| {' | '.join(_cell(part) or '–' for part in row)} |" for row in self.rows]
+            lines += [f"| {' | '.join(markdown_cell(str(part)) or '–' for part in row)} |" for row in self.rows]
         if not self.has_reference and not self.planned:
             lines += ["", "No retrained model was given, `reference`: an attack may find what any model would give."]
         if self.planned:
@@ -102,8 +103,3 @@ class AttackReport:
             f"AttackReport({self.task}: {len(self.results)} attacks, {len(self.not_run)} not run, {beside} a "
             f"reference, {self.seconds:.1f} s)"
         )
-
-
-def _cell(value: Any) -> str:
-    """A text that stays in its cell, on its line."""
-    return " ".join(str(value).split()).replace("|", "\\|")

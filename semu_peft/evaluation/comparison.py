@@ -183,7 +183,7 @@ class ForgettingComparison:
 
     def to_markdown(self) -> str:
         """Return the table in GitHub's Markdown, numbers aligned to the right."""
-        header, *body = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in self._table()]
+        header, *body = [[markdown_cell(cell) for cell in line] for line in self._table()]
         rule = ["---", *["---:"] * (len(header) - 1)]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
         return f"{table}\n\n{self._caption()}"
@@ -280,3 +280,14 @@ class ForgettingComparison:
 
 def _interval(bounds: tuple[float, float] | None) -> str | None:
     return None if bounds is None else f"{bounds[0]:.1f}–{bounds[1]:.1f}"
+
+
+def markdown_cell(text: str) -> str:
+    """A text that stays in its cell of a Markdown table, on its line.
+
+    Examples:
+        >>> from semu_peft.evaluation.comparison import markdown_cell
+        >>> markdown_cell("a | b")
+        'a \\\\| b'
+    """
+    return " ".join(text.split()).replace("|", "\\|")

@@ -134,9 +134,8 @@ def stripping(model: nn.Module, forget: Iterable[Any], *, measure: Measure = acc
     )
     if not every:
         return Stripping((), (now, now))
-    tried = {
-        names: _without(model, names, batches, measure) for names in [every, ours, *zip(every, strict=True)] if names
-    }
+    sets = dict.fromkeys(names for names in (every, ours, *zip(every, strict=True)) if names)  # of one adapter, one
+    tried = {names: _without(model, names, batches, measure) for names in sets}
     best = max(tried, key=lambda names: tried[names])
     return Stripping(best, (now, tried[best]))
 

@@ -119,7 +119,7 @@ class TextEncoder:
                 f"has {start} tokens. Give more than that, if the model has the positions, or a shorter prompt."
             )
         labels = [IGNORED] * start + ids[start:]
-        return {"input_ids": self._cut(ids), "labels": self._cut(labels)}
+        return {"input_ids": self._cut(ids), "labels": labels[: self.max_length]}
 
     def windows(self, text: str) -> list[Row]:
         """Plain text as rows of at most `max_length` tokens, each token but the text's first with one label.
